@@ -1,0 +1,123 @@
+"""Up to 256 structures in columns: what one WebDataset sample holds.
+
+Columns are concatenated over structures; labels that a structure lacks are NaN, and a column that none has is absent.
+Energies and cells are always float64, positions, forces and stress float32 or float64 as the converter was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from hydrazero.shards.errors import ShardError
+from hydrazero.shards.structure import Structure
+
+BLOCK_STRUCTURES = 256
+REQUIRED_COLUMNS = ("n_atoms", "numbers", "positions", "cell", "pbc", "energy", "charge", "multiplicity")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StructureBlock:
+    """Structures in columns; S structures, A atoms in all."""
+
+    n_atoms: NDArray[np.int32]
+    """[S]."""
+    numbers: NDArray[np.uint8]
+    """[A]."""
+    positions: NDArray[np.floating]
+    """Å, [A, 3]."""
+    cell: NDArray[np.float64]
+    """Å, [S, 3, 3]."""
+    pbc: NDArray[np.bool_]
+    """[S, 3]."""
+    energy: NDArray[np.float64]
+    """eV, [S]; NaN where absent."""
+    charge: NDArray[np.int16]
+    """e, [S]."""
+    multiplicity: NDArray[np.int16]
+    """2S+1, [S]; 0 where unknown."""
+    forces: NDArray[np.floating] | None = None
+    """eV/Å, [A, 3]; NaN where absent."""
+    stress: NDArray[np.floating] | None = None
+    """eV/Å³, [S, 3, 3]; NaN where absent."""
+    source_ids: NDArray[np.uint8] | None = None
+    """UTF-8 bytes of all source ids, joined by newlines."""
+
+    def __len__(self) -> int:
+        return len(self.n_atoms)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """First atom of each structure, and the number of atoms at the end: [S + 1]."""
+        return np.concatenate([[0], np.cumsum(self.n_atoms, dtype=np.int64)])
+
+    def names(self) -> list[str]:
+        """Source id of each structure."""
+        if self.source_ids is None:
+            return [""] * len(self)
+        return self.source_ids.tobytes().decode().split("\n")
+
+    def structure(self, index: int) -> Structure:
+        """Copy one structure out of the columns."""
+        start = int(self.n_atoms[:index].sum())
+        atoms = slice(start, start + int(self.n_atoms[index]))
+        energy = float(self.energy[index])
+        forces = None if self.forces is None else self.forces[atoms].astype(np.float64)
+        stress = None if self.stress is None else self.stress[index].astype(np.float64)
+        return Structure(
+            numbers=self.numbers[atoms].copy(),
+            positions=self.positions[atoms].astype(np.float64),
+            cell=self.cell[index].copy(),
+            pbc=self.pbc[index].astype(np.bool_),
+            energy=None if np.isnan(energy) else energy,
+            forces=None if forces is None or np.isnan(forces).any() else forces,
+            stress=None if stress is None or np.isnan(stress).any() else stress,
+            charge=int(self.charge[index]),
+            multiplicity=int(self.multiplicity[index]),
+            source_id=self.names()[index],
+        )
+
+
+def block_from_structures(structures: Sequence[Structure], *, float_dtype: str = "float32") -> StructureBlock:
+    """Put structures into columns; `float_dtype` ('float32' or 'float64') holds positions, forces and stress."""
+    dtype = np.dtype(float_dtype)
+    nan_stress = np.full((3, 3), np.nan)
+    forces = stress = None
+    if any(s.forces is not None for s in structures):
+        rows = [s.forces if s.forces is not None else np.full((len(s), 3), np.nan) for s in structures]
+        forces = np.concatenate(rows).astype(dtype)
+    if any(s.stress is not None for s in structures):
+        stress = np.stack([s.stress if s.stress is not None else nan_stress for s in structures]).astype(dtype)
+    names = "\n".join(s.source_id.replace("\n", " ") for s in structures)
+    return StructureBlock(
+        n_atoms=np.array([len(s) for s in structures], dtype=np.int32),
+        numbers=np.concatenate([s.numbers for s in structures]).astype(np.uint8),
+        positions=np.concatenate([s.positions for s in structures]).astype(dtype),
+        cell=np.stack([s.cell for s in structures]).astype(np.float64),
+        pbc=np.stack([s.pbc for s in structures]).astype(np.bool_),
+        energy=np.array([np.nan if s.energy is None else s.energy for s in structures], dtype=np.float64),
+        charge=np.array([s.charge for s in structures], dtype=np.int16),
+        multiplicity=np.array([s.multiplicity for s in structures], dtype=np.int16),
+        forces=forces,
+        stress=stress,
+        source_ids=np.frombuffer(names.encode(), dtype=np.uint8),
+    )
+
+
+def encode_block(block: StructureBlock) -> bytes:
+    """Serialise a block as safetensors."""
+    columns = {name: value for name, value in vars(block).items() if value is not None}
+    return safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in columns.items()})
+
+
+def decode_block(data: bytes, where: str) -> StructureBlock:
+    """Read a block; raises ShardError, naming `where`, if the bytes are not one."""
+    try:
+        columns = safetensors.numpy.load(data)
+        return StructureBlock(**columns)
+    except Exception as error:  # safetensors raises its own type; missing columns a TypeError
+        raise ShardError(f"{where} is not a readable block of structures ({error}); convert the task again.") from error

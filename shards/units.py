@@ -1,0 +1,62 @@
+"""Units of source files, converted once, at the door, into eV, Å, eV/Å and eV/Å³.
+
+Values follow CODATA as carried by `ase.units`.
+"""
+
+from ase import units as _ase
+
+from hydrazero.shards.errors import SourceError, did_you_mean
+
+INTERNAL_UNITS = {"length": "Å", "energy": "eV", "forces": "eV/Å", "stress": "eV/Å³", "charge": "e"}
+
+ENERGY = {
+    "eV": 1.0,
+    "meV": 1e-3,
+    "Hartree": _ase.Hartree,
+    "Ry": _ase.Rydberg,
+    "kcal/mol": _ase.kcal / _ase.mol,
+    "kJ/mol": _ase.kJ / _ase.mol,
+}
+LENGTH = {"Å": 1.0, "Angstrom": 1.0, "Bohr": _ase.Bohr, "nm": 10.0}
+# The sign convention is part of the unit: ASE's stress is positive under tension, VASP's kbar output the reverse.
+STRESS = {
+    "eV/Å^3": 1.0,
+    "eV/Angstrom^3": 1.0,
+    "GPa": _ase.GPa,
+    "kbar": 0.1 * _ase.GPa,
+    "bar": 1e-4 * _ase.GPa,
+    "-eV/Å^3": -1.0,
+    "-GPa": -_ase.GPa,
+    "-kbar": -0.1 * _ase.GPa,
+    "-bar": -1e-4 * _ase.GPa,
+}
+
+
+def _lookup(kind: str, table: dict[str, float], unit: str) -> float:
+    if unit not in table:
+        raise SourceError(f"{kind} unit '{unit}' is not known{did_you_mean(unit, list(table))}.")
+    return table[unit]
+
+
+def energy_factor(unit: str) -> float:
+    """Return the factor from `unit` to eV; raises SourceError for an unknown unit."""
+    return _lookup("energy", ENERGY, unit)
+
+
+def length_factor(unit: str) -> float:
+    """Return the factor from `unit` to Å; raises SourceError for an unknown unit."""
+    return _lookup("length", LENGTH, unit)
+
+
+def force_factor(unit: str) -> float:
+    """Return the factor from 'energy/length' (for example 'kcal/mol/Angstrom') to eV/Å; raises SourceError."""
+    energy, _, length = unit.rpartition("/")
+    if energy not in ENERGY or length not in LENGTH:
+        known = [f"{e}/{x}" for e in ENERGY for x in LENGTH]
+        raise SourceError(f"force unit '{unit}' is not known{did_you_mean(unit, known)}.")
+    return ENERGY[energy] / LENGTH[length]
+
+
+def stress_factor(unit: str) -> float:
+    """Return the signed factor from `unit` to eV/Å³ in ASE's sign (positive under tension); raises SourceError."""
+    return _lookup("stress", STRESS, unit)
