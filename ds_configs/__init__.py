@@ -1,0 +1,1 @@
+"""DeepSpeed configurations, one purpose each."""

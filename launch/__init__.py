@@ -1,0 +1,1 @@
+"""Example run files and conversion settings."""

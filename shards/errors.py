@@ -1,5 +1,7 @@
 """Errors that are meant for users: one sentence that says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
 
 class HydrazeroError(ValueError):
     """Base of every error that the command line prints as one sentence instead of a traceback."""
@@ -11,6 +13,10 @@ class StructureError(HydrazeroError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[StructureError], tuple[str, str]]:
+        """Let the error travel between processes with both of its arguments."""
+        return type(self), (self.reason, str(self))
 
 
 class SourceError(HydrazeroError):

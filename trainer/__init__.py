@@ -1,0 +1,1 @@
+"""Training: configuration, DeepSpeed engine, losses, loop, checkpoints, metrics, report, command line."""

@@ -1,0 +1,129 @@
+"""Exported models: one safetensors file, its description in the header; nothing in it can run code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from ase.data import atomic_numbers
+
+from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
+from hydrazero.shards.graph import BatchShape, collate, graph_sample
+from hydrazero.shards.structure import Structure
+
+FORMAT = "hydrazero-model"
+FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+HEAD_PREFIX = "energy_head."
+
+
+def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
+    """Return a copy with the named tasks' heads only, in that order; raises ModelFileError for an unknown task."""
+    known = [task.name for task in model.tasks]
+    for name in names:
+        if name not in known:
+            raise ModelFileError(f"the model has no task '{name}'{did_you_mean(name, known)}.")
+        if list(names).count(name) > 1:
+            raise ModelFileError(f"task '{name}' is named twice.")
+    rows = [known.index(name) for name in names]
+    smaller = AtomisticModel(model.settings, [model.tasks[row] for row in rows])
+    weights = {
+        key: value[rows] if key.startswith(HEAD_PREFIX) else value for key, value in model.state_dict().items()
+    }
+    smaller.load_state_dict(weights, strict=True)
+    return smaller.to(model.dtype).eval()
+
+
+def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32") -> None:
+    """Write a model to one file, read it back and compare its predictions; nothing is left behind on failure.
+
+    Raises ModelFileError if the dtype is unknown or the file gives other predictions than the model.
+    """
+    if dtype not in DTYPES:
+        raise ModelFileError(f"dtype '{dtype}' is not known{did_you_mean(dtype, list(DTYPES))}.")
+    weights = {key: value.detach().cpu().to(DTYPES[dtype]).contiguous() for key, value in model.state_dict().items()}
+    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "dtype": dtype, "facts": json.dumps(model.facts())}
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(weights, str(part), metadata=header)
+        _compare(model, weights, part)
+        os.replace(part, path)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be written ({error.strerror or error}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path) -> None:
+    """Raise unless the file gives exactly what a model with these weights gives, for every task."""
+    expected = model_from_facts(model.facts()).to(_compute_dtype(weights)).eval()
+    expected.load_state_dict(weights, strict=True)
+    loaded = read_model(part)
+    for task, facts in enumerate(model.tasks):
+        probe = _probe(facts.elements)
+        sample = graph_sample(probe, task, model.settings.encoder.cutoff)
+        shape = BatchShape(structures=1, atoms=len(probe), slots=len(probe) * sample.slot_class)
+        batch = collate([sample], shape, sample.slot_class, expected.dtype)
+        ours, theirs = expected(batch), loaded(batch)
+        if not (torch.equal(ours.energy, theirs.energy) and torch.equal(ours.forces, theirs.forces)):
+            raise ModelFileError(
+                f"the exported file does not reproduce the model for task '{facts.name}'; nothing was written."
+            )
+
+
+def _probe(elements: Sequence[str]) -> Structure:
+    """A cluster of all of a task's elements, 1.5 Å apart on a helix."""
+    numbers = np.array([atomic_numbers[symbol] for symbol in elements] * 2, dtype=np.uint8)
+    turn = np.arange(len(numbers))
+    positions = np.stack([2.0 * np.cos(turn), 2.0 * np.sin(turn), 0.9 * turn], axis=1)
+    return Structure(numbers=numbers, positions=positions, cell=np.zeros((3, 3)), pbc=np.zeros(3, dtype=bool))
+
+
+def _compute_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """Precision to compute in: float64 for float64 weights, else float32; geometry is never in low precision."""
+    return torch.float64 if any(value.dtype == torch.float64 for value in weights.values()) else torch.float32
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the description in a model file's header; raises ModelFileError if it is not ours, newer or cut short."""
+    if not path.is_file():
+        raise ModelFileError(f"model file {path} does not exist.")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path} is no readable model file, or is cut short ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise ModelFileError(f"{path} is a safetensors file, but not a model exported by hydrazero.")
+    version = metadata.get("format_version", "")
+    if version != str(FORMAT_VERSION):
+        raise ModelFileError(
+            f"{path} has model format version {version}, this hydrazero reads version {FORMAT_VERSION}; "
+            "use a matching hydrazero or export the model again."
+        )
+    try:
+        return {"dtype": metadata["dtype"], **json.loads(metadata["facts"])}
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+
+
+def read_model(path: Path) -> AtomisticModel:
+    """Load an exported model on the CPU, ready to predict; raises ModelFileError as `read_header` does."""
+    facts = read_header(path)
+    try:
+        weights = safetensors.torch.load_file(str(path))
+        model = model_from_facts(facts).to(_compute_dtype(weights))
+        model.load_state_dict(weights, strict=True)
+    except (safetensors.SafetensorError, RuntimeError, HydrazeroError) as error:
+        raise ModelFileError(f"{path} holds other weights than its header describes ({error}).") from error
+    return model.eval()
+

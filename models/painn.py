@@ -1,0 +1,87 @@
+"""PaiNN: the polarizable atom interaction network (Schütt, Unke, Gastegger 2021, arXiv 2102.03150)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hydrazero.models.encoder import EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.radial import BASES, CUTOFFS
+from hydrazero.models.slots import gather_neighbours
+from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
+
+NORM_EPSILON = 1e-8
+"""Under the root of vector norms, so that their slope at zero is finite."""
+
+
+class PaiNNMessage(nn.Module):
+    """Message block: neighbours' scalars and vectors, filtered by distance (paper, eqs. 7 and 8)."""
+
+    def __init__(self, features: int, radial_functions: int) -> None:
+        super().__init__()
+        self.features = features
+        self.context = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, 3 * features))
+        # One more input than radial functions: the cutoff function itself, which carries the bias of the filter.
+        self.filter = nn.Linear(radial_functions + 1, 3 * features, bias=False)
+
+    def forward(self, scalars: Tensor, vectors: Tensor, geometry: PairGeometry) -> tuple[Tensor, Tensor]:
+        """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
+        f, a = self.features, scalars.shape[0]
+        filters = self.filter(geometry.radial)
+        neighbours, reverse = geometry.neighbours, geometry.reverse
+        context = filters * gather_neighbours(self.context(scalars), neighbours, reverse)
+        from_scalars, gates, from_directions = context.split(f, dim=-1)
+        sent = gather_neighbours(vectors, neighbours, reverse)
+        turned = (sent * gates.unsqueeze(2)).sum(1)
+        # Directions [A, 3, K] times messages [A, K, F]: summed over the slots without a [A, K, 3, F] in between.
+        pointed = torch.bmm(geometry.directions.transpose(1, 2), from_directions)
+        return from_scalars.sum(1).view(a, f), turned + pointed
+
+
+class PaiNNUpdate(nn.Module):
+    """Update block: scalars and vectors of one atom exchange information (paper, eqs. 9 and 10)."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.mix = nn.Linear(features, 2 * features, bias=False)
+        self.gates = nn.Sequential(nn.Linear(2 * features, features), nn.SiLU(), nn.Linear(features, 3 * features))
+
+    def forward(self, scalars: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
+        u, v = self.mix(vectors).split(self.features, dim=-1)
+        norm = torch.sqrt((v * v).sum(1) + NORM_EPSILON)
+        for_vectors, for_product, for_scalars = self.gates(torch.cat([scalars, norm], dim=-1)).split(
+            self.features, dim=-1
+        )
+        return for_scalars + for_product * (u * v).sum(1), for_vectors.unsqueeze(1) * u
+
+
+class PaiNN(nn.Module):
+    """PaiNN encoder: element embedding, then L blocks of message and update."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        f = settings.features
+        self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, f, padding_idx=0)
+        self.basis = BASES[settings.radial_basis](settings.radial_functions, settings.cutoff)
+        self.cutoff_function = CUTOFFS[settings.cutoff_function]
+        self.messages = nn.ModuleList(PaiNNMessage(f, settings.radial_functions) for _ in range(settings.layers))
+        self.updates = nn.ModuleList(PaiNNUpdate(f) for _ in range(settings.layers))
+
+    @property
+    def receptive_radius(self) -> float:
+        """Å; atoms farther away than this have no influence on a node's features."""
+        return self.settings.cutoff * self.settings.layers
+
+    def forward(self, numbers: Tensor, vectors: Tensor, geometry: PairGeometry) -> NodeFeatures:
+        """Encode atoms: numbers [A], pair vectors [A, K, 3] Å, and the slots of `geometry`."""
+        geometry = geometry.measured(vectors, self.settings.cutoff, self.basis, self.cutoff_function)
+        scalars = self.embedding(numbers)
+        equivariant = scalars.new_zeros(scalars.shape[0], 3, scalars.shape[1])
+        for message, update in zip(self.messages, self.updates, strict=True):
+            for block in (lambda s, v, m=message: m(s, v, geometry), update):
+                change, turn = block(scalars, equivariant)
+                scalars, equivariant = scalars + change, equivariant + turn
+        return NodeFeatures(scalars=scalars, vectors=equivariant)

@@ -1,0 +1,157 @@
+"""A loaded model in use: predictions for ASE atoms, calculators, energies of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+from numpy.typing import NDArray
+
+from hydrazero.models.atomistic import AtomisticModel, TaskFacts
+from hydrazero.models.model_file import read_model
+from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
+from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
+from hydrazero.shards.packing import pack
+from hydrazero.shards.structure import Structure, check_structure
+
+if TYPE_CHECKING:
+    from hydrazero.models.ase_calculator import HydrazeroCalculator
+
+DEFAULT_SHAPE = BatchShape(structures=64, atoms=2048, slots=32768)
+
+
+def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
+    """Take geometry, charge and multiplicity (`atoms.info`) of ASE atoms, no labels; raises StructureError."""
+    structure = Structure(
+        numbers=atoms.numbers.astype(np.uint8),
+        positions=np.asarray(atoms.positions, dtype=np.float64),
+        cell=np.asarray(atoms.cell[:], dtype=np.float64),
+        pbc=np.asarray(atoms.pbc, dtype=bool),
+        charge=int(atoms.info.get("charge", 0)),
+        multiplicity=int(atoms.info.get("multiplicity", 0)),
+        source_id=source_id,
+    )
+    check_structure(structure)
+    return structure
+
+
+class Potential:
+    """A model and everything that is needed to apply it to structures."""
+
+    def __init__(self, model: AtomisticModel, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that the model has heads for."""
+        return [task.name for task in self.model.tasks]
+
+    @property
+    def cutoff(self) -> float:
+        """Å."""
+        return self.model.settings.encoder.cutoff
+
+    def task_index(self, name: str) -> int:
+        """Place of a task; raises ModelFileError if the model has no such head."""
+        if name not in self.tasks:
+            raise ModelFileError(f"the model has no task '{name}'{did_you_mean(name, self.tasks)}.")
+        return self.tasks.index(name)
+
+    def facts(self, task: str) -> TaskFacts:
+        """What is known of a task; raises ModelFileError if the model has no such head."""
+        return self.model.tasks[self.task_index(task)]
+
+    def unseen_elements(self, structure: Structure, task: str) -> list[str]:
+        """Elements of a structure that the task's training data did not hold."""
+        known = set(self.facts(task).elements)
+        return sorted({chemical_symbols[int(z)] for z in np.unique(structure.numbers)} - known)
+
+    def batches(self, samples: Iterable[GraphSample], shape: BatchShape) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
+        """Pack samples and give them with their batches, on the model's device."""
+        for slots, packed in pack(samples, shape):
+            yield packed, collate(packed, shape, slots, self.model.dtype).to(self.device)
+
+    def predict(self, structures: Sequence[Atoms], tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Predict with each of the tasks' heads (all by default): a row per structure and task, in their order.
+
+        A row holds 'structure' (index), 'task', 'energy' eV, 'forces' eV/Å [atoms, 3] and 'stress' eV/Å³ [3, 3] (None
+        unless periodic in three directions). Raises StructureError for a structure that cannot be used or an element
+        that the task has not seen, ModelFileError for a task that the model does not have.
+        """
+        names = self.tasks if tasks is None else list(tasks)
+        indices = [self.task_index(name) for name in names]
+        converted = [structure_from_atoms(atoms, f"structure {n}") for n, atoms in enumerate(structures)]
+        self._refuse_unseen(converted, names)
+        rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
+        samples = [
+            graph_sample(structure, task, self.cutoff, origin=(n, position))
+            for n, structure in enumerate(converted)
+            for position, task in enumerate(indices)
+        ]
+        for packed, batch in self.batches(samples, shape_for(samples)):
+            for sample, row in zip(packed, self._rows(packed, batch), strict=True):
+                n, position = sample.origin
+                rows[n * len(names) + position] = {"structure": n, "task": names[position], **row}
+        return rows
+
+    def _rows(self, packed: list[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
+        predictions = self.model(batch)
+        energy = predictions.energy.detach().cpu().numpy()
+        forces = predictions.forces.detach().cpu().numpy().astype(np.float64)
+        stress = predictions.stress.detach().cpu().numpy().astype(np.float64)
+        first = 0
+        for number, sample in enumerate(packed):
+            atoms = slice(first, first + len(sample.structure))
+            first = atoms.stop
+            periodic = bool(sample.structure.pbc.all())
+            yield {
+                "energy": float(energy[number]),
+                "forces": forces[atoms].copy(),
+                "stress": stress[number].copy() if periodic else None,
+            }
+
+    def _refuse_unseen(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
+        for structure in structures:
+            for task in tasks:
+                if unseen := self.unseen_elements(structure, task):
+                    raise StructureError(
+                        "unseen_element",
+                        f"{structure.source_id} holds {', '.join(unseen)}, which task '{task}' was not trained on; "
+                        "leave the structure out or choose another task.",
+                    )
+
+    def energies(self, batch: GraphBatch) -> NDArray[np.float64]:
+        """Energies of a batch by every task's head in one pass: eV, [structures, tasks]."""
+        return self.model.energies_of_all_tasks(batch).cpu().numpy()
+
+    def calculator(self, task: str) -> HydrazeroCalculator:
+        """Return an ASE calculator of one task."""
+        from hydrazero.models.ase_calculator import HydrazeroCalculator
+
+        return HydrazeroCalculator(self, task)
+
+
+def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
+    """Return the default batch size, or one that just holds the samples where they are few, or one is larger."""
+    atoms = max((len(s.structure) for s in samples), default=1)
+    slots = max((len(s.structure) * s.slot_class for s in samples), default=8)
+    total_atoms = sum(len(s.structure) for s in samples)
+    total_slots = total_atoms * max((s.slot_class for s in samples), default=8)
+    return BatchShape(
+        structures=max(min(DEFAULT_SHAPE.structures, len(samples)), 1),
+        atoms=max(min(DEFAULT_SHAPE.atoms, total_atoms), atoms),
+        slots=max(min(DEFAULT_SHAPE.slots, total_slots), slots),
+    )
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> Potential:
+    """Open an exported model; raises ModelFileError if the file is missing, not ours, newer, or damaged."""
+    return Potential(read_model(Path(path)), device)

@@ -1,0 +1,1 @@
+"""Structures, their sources, shards, stream and batches: the data side, without models or training."""

@@ -1,0 +1,92 @@
+"""Run by test_zero.py on every rank: a few steps under each ZeRO stage, the weights and losses into a JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.shards.graph import GraphBatch
+from hydrazero.trainer import distributed
+from hydrazero.trainer.config import LossSection
+from hydrazero.trainer.losses import Objective
+
+STEPS = 4
+TASKS = 3
+OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.999], "weight_decay": 1e-3}
+CLIP = 0.5
+
+
+def labelled(atoms, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    forces = torch.randn(len(atoms), 3, generator=generator, dtype=torch.float64).numpy()
+    # Total energies near the references of tests/structures.py, so that the remainder is of order one.
+    reference = {"H": -13.5, "C": -1030.0, "O": -2040.0, "Na": -4400.0, "Cl": -12500.0}
+    energy = sum(reference[s] for s in atoms.get_chemical_symbols()) + 0.3 * seed
+    return to_structure(atoms, f"made#{seed}", energy=energy, forces=forces)
+
+
+def micro_batches(rank: int, dtype: torch.dtype) -> list[GraphBatch]:
+    """Two micro-batches a rank; tasks 0 and 1 are on rank 0 alone, task 2 on rank 1 alone (and 1 on both once)."""
+    if rank == 0:
+        first = [labelled(rattled_molecule(seed=1), 1), labelled(rattled_molecule("H2O", seed=2), 2)]
+        return [
+            batch_of(first, [0, 0], dtype=dtype, extra=(1, 3, 0)),
+            batch_of([labelled(rattled_crystal(3), 3)], [1], dtype=dtype),
+        ]
+    return [
+        batch_of([labelled(rattled_molecule("CH4", seed=4), 4)], [2], dtype=dtype, extra=(0, 2, 1)),
+        batch_of([labelled(rattled_molecule(seed=5), 5), labelled(rattled_crystal(6), 6)], [2, 1], dtype=dtype),
+    ]
+
+
+def objective(model: AtomisticModel) -> Objective:
+    return Objective(
+        settings=LossSection(kind="huber", energy_weight=2.0, forces_weight=1.0),
+        task_weights=torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64),
+        scales=model.scales,
+    )
+
+
+def ds_config(stage: int) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": CLIP,
+        "optimizer": {"type": "AdamW", "params": {**OPTIMIZER, "torch_adam": True}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+
+
+def train_under(stage: int) -> dict:
+    import deepspeed
+
+    from hydrazero.trainer.engine import make_engine, train_step
+
+    model = small_model(tasks=TASKS, dtype=torch.float32).train()
+    engine = make_engine(model, ds_config(stage))
+    goal = objective(model)
+    batches = micro_batches(distributed.rank(), torch.float32)
+    losses = [train_step(engine, goal, batches, step).loss for step in range(STEPS)]
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        weights = {name: p.detach().float().flatten().tolist() for name, p in engine.module.named_parameters()}
+    return {"losses": losses, "weights": weights}
+
+
+def main() -> None:
+    distributed.start_ranks()
+    results = {str(stage): train_under(stage) for stage in (0, 1, 2, 3)}
+    if distributed.rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    distributed.wait_for_all()
+    distributed.exit_rank(0)
+
+
+if __name__ == "__main__":
+    main()

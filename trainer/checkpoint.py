@@ -1,0 +1,78 @@
+"""Checkpoints: DeepSpeed's folder of a step with everything that a run needs to go on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.distributed import gather_objects, rank, wait_for_all
+from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+
+
+def save_checkpoint(engine: Any, run_dir: Path, step: int, stream_state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint of `step`; called on every rank. Older ones than the last `keep` are removed after it."""
+    folder = run_dir / CHECKPOINTS
+    tag = f"step-{step:08d}"
+    client_state = {
+        "step": step,
+        "stream": gather_objects(stream_state),
+        "random": gather_objects(torch.get_rng_state().tolist()),
+    }
+    engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+    wait_for_all()
+    if rank() == 0:
+        # The name is written last and in one piece: a run killed while saving goes on from the checkpoint before.
+        part = folder / (LATEST + ".part")
+        part.write_text(tag)
+        os.replace(part, folder / LATEST)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    wait_for_all()
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """Return the folder of the last complete checkpoint; raises ConfigError if the run has none."""
+    pointer = run_dir / CHECKPOINTS / LATEST
+    if not pointer.is_file():
+        raise ConfigError(f"{run_dir} holds no checkpoint; train it first.")
+    folder = pointer.parent / pointer.read_text().strip()
+    if not re.fullmatch(r"step-\d{8}", folder.name) or not folder.is_dir():
+        raise ConfigError(f"{pointer} names '{folder.name}', which is no checkpoint of {run_dir}.")
+    return folder
+
+
+def load_checkpoint(engine: Any, run_dir: Path) -> dict[str, Any]:
+    """Restore weights, optimizer, schedule and random state; returns {'step', 'stream'} for this rank."""
+    folder = latest_checkpoint(run_dir)
+    path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
+    stream, random = client_state["stream"], client_state["random"]
+    mine = min(rank(), len(stream) - 1)  # more ranks than before: the stream itself says that it cannot go on so
+    torch.set_rng_state(torch.tensor(random[mine], dtype=torch.uint8))
+    return {"step": client_state["step"], "stream": stream[mine]}
+
+
+def model_of_run(run_dir: Path) -> AtomisticModel:
+    """Build the model of a run with the weights of its last checkpoint, in float32 on the CPU, without an engine."""
+    facts = read_json(run_dir / MODEL_FACTS_NAME)
+    folder = latest_checkpoint(run_dir)
+    if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    else:
+        weights = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+    model = model_from_facts(facts)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()

@@ -1,0 +1,150 @@
+"""The command line: `hydrazero COMMAND`. Imports that cost time are inside the commands, so that help comes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.cli_data import convert_command, inspect_command
+from hydrazero.trainer.cli_report import report_command
+
+FOLDER = click.Path(path_type=Path)
+
+
+class HydrazeroGroup(click.Group):
+    """A group whose commands end with one sentence, not a traceback, when the user's input is at fault."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; HydrazeroError becomes 'Error: ...' and exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except HydrazeroError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=HydrazeroGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="hydrazero")
+def main() -> None:
+    """Train, export and use many-headed atomistic models."""
+
+
+main.add_command(convert_command)
+main.add_command(inspect_command)
+main.add_command(report_command)
+
+
+def progress_bar(label: str, total: int | None) -> tuple[Any, Callable[[int], None]]:
+    """Return a rich progress (a context manager) and the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task("", total=total)
+    return progress, lambda count: progress.update(bar, advance=count)
+
+
+def task_list(text: str | None) -> list[str] | None:
+    """Split 'a,b' into names."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+@main.command()
+@click.argument("run_file", metavar="RUN.toml", type=FOLDER)
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes, under the deepspeed launcher.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
+def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train what RUN.toml describes."""
+    from hydrazero.trainer.config import load_run_config
+    from hydrazero.trainer.launcher import launch_ranks
+    from hydrazero.trainer.train import check_run, run_rank
+
+    config = load_run_config(run_file, overrides)
+    check_run(config, resume)
+    if ranks == 1:
+        run_rank(config, resume)
+    elif (status := launch_ranks(run_file, ranks, overrides, resume)) != 0:
+        raise SystemExit(status)
+    click.echo(f"trained: {config.run.out}")
+
+
+@main.command()
+@click.argument("run_or_model", type=FOLDER)
+@click.argument("folders", metavar="[DIR]...", nargs=-1, type=FOLDER)
+@click.option("--split", default="test", show_default=True, help="train, val or test.")
+@click.option("--out", type=FOLDER, help="Folder for evaluation.json and predictions/; the run's, or the model's own.")
+def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Path | None) -> None:
+    """Measure errors of a run or an exported model on shards (by default those of the run)."""
+    from hydrazero.shards.manifest import read_manifest
+    from hydrazero.trainer.evaluate import evaluate as evaluate_potential
+    from hydrazero.trainer.evaluate import open_run_or_model
+    from hydrazero.trainer.tables import print_evaluation
+
+    potential, own_folders, home = open_run_or_model(run_or_model)
+    chosen = list(folders) or own_folders
+    if not chosen:
+        raise ConfigError("name the shard folders to evaluate the model on: hydrazero evaluate MODEL DIR...")
+    total = sum(read_manifest(folder).structures(split) for folder in chosen)
+    bar, advance = progress_bar("evaluating", total)
+    with bar:
+        document = evaluate_potential(potential, chosen, split, out or home, advance)
+    print_evaluation(document)
+
+
+@main.command()
+@click.argument("run_dir", type=FOLDER)
+@click.option("--out", required=True, metavar="MODEL.safetensors", type=FOLDER, help="File to write.")
+@click.option("--tasks", metavar="A,B", help="Heads to export; all by default.")
+@click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float64.")
+def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
+    """Write the model of a run's last checkpoint as one safetensors file."""
+    from hydrazero.models.model_file import save_model, with_tasks
+    from hydrazero.trainer.checkpoint import model_of_run
+
+    if out.exists():
+        raise ConfigError(f"{out} exists; remove it or choose another name.")
+    model = model_of_run(run_dir)
+    chosen = task_list(tasks)
+    save_model(model if chosen is None else with_tasks(model, chosen), out, dtype=dtype)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(chosen or [t.name for t in model.tasks])}")
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
+@click.option("--out", required=True, metavar="FILE.parquet", type=FOLDER, help="File to write.")
+@click.option("--tasks", metavar="A,B", help="Heads to use; all by default. The first one ranks.")
+@click.option("--top", type=click.IntRange(1), metavar="K", help="Keep only the K of lowest energy above the references.")
+@click.option("--forces", is_flag=True, help="Also compute forces.")
+def screen(model: Path, sources: tuple[Path, ...], out: Path, tasks: str | None, top: int | None, forces: bool) -> None:
+    """Predict every structure of the sources (files, or shard folders) with a model's heads."""
+    from hydrazero.models import load_model
+    from hydrazero.models.screening import ScreenSettings
+    from hydrazero.models.screening import screen as run_screen
+    from hydrazero.trainer.screen_sources import structures_of
+
+    potential = load_model(model)
+    chosen = task_list(tasks)
+    settings = ScreenSettings(tasks=tuple(potential.tasks if chosen is None else chosen), top=top, forces=forces)
+    bar, advance = progress_bar("screening", None)
+    with bar:
+        summary = run_screen(potential, structures_of(sources), out, settings, advance)
+    rate = summary.structures / summary.seconds
+    click.echo(
+        f"{out}: {summary.written} of {summary.structures} structures, {summary.seconds:.1f} s, {rate:.0f} structures/s"
+    )
+
+
+@main.command()
+@click.option("--out", default="runs/demo", show_default=True, type=FOLDER, help="Folder for everything that it makes.")
+def demo(out: Path) -> None:
+    """Label structures with five methods, train on them, evaluate, export, relax and screen: all in some minutes."""
+    from hydrazero.trainer.demo import run_demo
+
+    run_demo(out)

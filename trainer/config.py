@@ -1,0 +1,218 @@
+"""The run file: what a training run is, except for what the DeepSpeed JSON owns.
+
+The JSON owns accumulation, optimizer, schedule, clipping, precision and ZeRO; the run file names it and may override
+single values of it in its `[deepspeed]` table.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydrazero.models.atomistic import ModelSettings
+from hydrazero.models.encoder import EncoderSettings
+from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.graph import BatchShape
+from hydrazero.trainer.settings_parser import parse_settings
+
+LOSS_KINDS = ("l1", "l2", "huber")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where the run lives and how it starts."""
+
+    out: str
+    """Folder of the run; relative to the folder where the command is given."""
+    seed: int = 0
+    """Of weights and data order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSection:
+    """One task: a dataset with its own head."""
+
+    name: str
+    shards: str
+    """Folder that 'hydrazero convert' wrote."""
+    weight: float = 1.0
+    """Of the task's loss in the sum over tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """How the shards are streamed."""
+
+    temperature: float = 1.0
+    """Tasks are sampled in proportion to structures ** (1 / temperature)."""
+    workers: int = 1
+    """Worker processes per rank that read, find neighbours and pack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model; see EncoderSettings for units."""
+
+    encoder: str = "painn"
+    features: int = 128
+    layers: int = 3
+    radial_functions: int = 20
+    cutoff: float = 5.0
+    radial_basis: str = "sinc"
+    cutoff_function: str = "cosine"
+    head_features: int = 64
+
+    def settings(self) -> ModelSettings:
+        """Return them in the form that the model takes."""
+        values = dict(vars(self))
+        head = values.pop("head_features")
+        return ModelSettings(encoder=EncoderSettings(**values), head_features=head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSection:
+    """Per-task loss: energy_weight * L(energy per atom / scale) + forces_weight * L(force component / scale)."""
+
+    kind: str = "huber"
+    """'l1', 'l2' or 'huber'."""
+    huber_delta: float = 0.1
+    """Where the Huber loss turns from square to linear, in units of the task's scale."""
+    energy_weight: float = 1.0
+    forces_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How long, and how often things happen; all counted in optimizer steps."""
+
+    steps: int
+    evaluate_every: int = 500
+    checkpoint_every: int = 500
+    log_every: int = 10
+    keep_checkpoints: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run file."""
+
+    run: RunSection
+    tasks: tuple[TaskSection, ...]
+    train: TrainSection
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    batch: BatchShape = field(default_factory=lambda: BatchShape(structures=32, atoms=1024, slots=16384))
+    loss: LossSection = field(default_factory=LossSection)
+    deepspeed: dict[str, Any] = field(default_factory=lambda: {"config": "zero1"})
+    """`config`: a name in ds_configs or a path to a JSON; every other key overrides a value of it."""
+
+
+def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply 'section.key=value' overrides; raises ConfigError naming file and key."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"run file {path} cannot be read ({error.strerror}).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run file {path} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _apply_override(table, override)
+    config = parse_settings(RunConfig, table, f"{path}:")
+    _check(config, f"{path}:")
+    return config
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override} is not of the form section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a text, so that --set run.out=runs/a needs no quotes
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: '{name}' is no table.")
+    table[names[-1]] = value
+
+
+def _check(config: RunConfig, where: str) -> None:
+    names = [task.name for task in config.tasks]
+    if not names:
+        raise ConfigError(f"{where} tasks is empty; a run needs at least one [[tasks]].")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{where} task '{name}' is named twice.")
+    if config.loss.kind not in LOSS_KINDS:
+        raise ConfigError(
+            f"{where} loss.kind '{config.loss.kind}' is not known{did_you_mean(config.loss.kind, list(LOSS_KINDS))}."
+        )
+    positive = {
+        "train.steps": config.train.steps,
+        "train.evaluate_every": config.train.evaluate_every,
+        "train.checkpoint_every": config.train.checkpoint_every,
+        "train.log_every": config.train.log_every,
+        "train.keep_checkpoints": config.train.keep_checkpoints,
+        "batch.structures": config.batch.structures,
+        "batch.atoms": config.batch.atoms,
+        "batch.slots": config.batch.slots,
+        "model.features": config.model.features,
+        "model.layers": config.model.layers,
+        "model.radial_functions": config.model.radial_functions,
+        "model.head_features": config.model.head_features,
+        "model.cutoff": config.model.cutoff,
+        "loss.huber_delta": config.loss.huber_delta,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{where} {key} is {value}; it must be above 0.")
+    not_negative = {"data.workers": config.data.workers, "loss.energy_weight": config.loss.energy_weight}
+    not_negative |= {"loss.forces_weight": config.loss.forces_weight}
+    not_negative |= {f"weight of task '{task.name}'": task.weight for task in config.tasks}
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{where} {key} is {value}; it must not be negative.")
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """Return the DeepSpeed JSON of a run with its overrides and the number of steps filled in; raises ConfigError."""
+    table = dict(config.deepspeed)
+    name = table.pop("config", "zero1")
+    if not isinstance(name, str):
+        raise ConfigError(f"deepspeed.config must be a name or a path, not {name!r}.")
+    folder = resources.files("hydrazero.ds_configs")
+    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    source: Any = folder / f"{name}.json" if name in known else Path(name)
+    if not source.is_file():
+        raise ConfigError(f"deepspeed.config '{name}' is neither a file nor a known name{did_you_mean(name, known)}.")
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed configuration {source} is not valid JSON: {error}.") from error
+    document = _merged(document, table)
+    scheduler = document.get("scheduler", {}).get("params", {})
+    if scheduler.get("total_num_steps") == "auto":
+        scheduler["total_num_steps"] = config.train.steps
+        scheduler["warmup_num_steps"] = min(scheduler.get("warmup_num_steps", 0), max(config.train.steps // 5, 1))
+    if document.get("train_micro_batch_size_per_gpu", 1) != 1:
+        raise ConfigError(
+            f"DeepSpeed configuration '{name}': train_micro_batch_size_per_gpu must be 1, since a micro-batch is one "
+            "packed batch; its size is set by [batch] in the run file."
+        )
+    return document
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

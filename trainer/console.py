@@ -1,0 +1,94 @@
+"""What a run tells: progress on the console, TensorBoard and metrics.jsonl; on rank 0 alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hydrazero.trainer.distributed import rank
+from hydrazero.trainer.run_files import append_metrics
+
+TENSORBOARD = "tensorboard"
+
+
+def shown(value: float | None, digits: int = 1) -> str:
+    """Format a number for a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+class RunLog:
+    """Log of a run; every rank has one, only rank 0's writes."""
+
+    def __init__(self, run_dir: Path, total_steps: int, start: int) -> None:
+        self.run_dir, self.total_steps, self.start = run_dir, total_steps, start
+        self.console = Console(stderr=True)
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> RunLog:
+        if rank() != 0:
+            return self
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.run_dir / TENSORBOARD), purge_step=self.start + 1)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]} loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=2,
+        )
+        self._bar = self._progress.add_task("", total=self.total_steps, completed=self.start, rate="", loss="")
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._writer.close()
+            self._progress = None
+
+    def advance(self, step: int, loss: float) -> None:
+        """Move the progress bar."""
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step, loss=f"{loss:.4f}")
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Log an interval of training."""
+        if self._progress is None:
+            return
+        append_metrics(self.run_dir, {"kind": "train", **row})
+        rate = f"{row['structures_per_s']:.0f} structures/s, waits {100 * row['data_wait_share']:.0f}%,"
+        self._progress.update(self._bar, rate=rate)
+        for name in ("loss", "learning_rate", "gradient_norm", "structures_per_s", "atoms_per_s", "data_wait_share"):
+            if row[name] is not None:
+                self._writer.add_scalar(f"train/{name}", row[name], row["step"])
+        self._add_tasks("train", row["step"], row["tasks"])
+
+    def evaluation_row(self, step: int, split: str, tasks: dict[str, dict[str, Any]]) -> None:
+        """Log an evaluation and show it as a table."""
+        if self._progress is None:
+            return
+        append_metrics(self.run_dir, {"kind": "evaluation", "split": split, "step": step, "tasks": tasks})
+        self._add_tasks(split, step, tasks)
+        table = Table(title=f"step {step}, {split}", title_justify="left")
+        for heading in ("task", "structures", "energy MAE meV/atom", "force MAE meV/Å"):
+            table.add_column(heading, justify="left" if heading == "task" else "right")
+        for name, row in tasks.items():
+            energy, force = row["energy_mae_mev_per_atom"], row["force_mae_mev_per_angstrom"]
+            table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force))
+        self.console.print(table)
+
+    def _add_tasks(self, prefix: str, step: int, tasks: dict[str, dict[str, Any]]) -> None:
+        for name, row in tasks.items():
+            for key, value in row.items():
+                if value is not None and key != "structures":
+                    self._writer.add_scalar(f"{prefix}/{key}/{name}", value, step)
+        self._writer.flush()

@@ -1,0 +1,100 @@
+"""Ranks: finding out who they are, and sums over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_STEP_NUM_TASKS")
+
+
+def start_ranks() -> None:
+    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one."""
+    if not torch.cuda.is_available():
+        # Without it DeepSpeed probes for accelerators and warns about each that is absent.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has deprecated: nothing that a user of ours can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    launched = all(name in os.environ for name in LAUNCHER_VARIABLES)
+    by_mpi = any(name in os.environ for name in MPI_VARIABLES)
+    if not launched and not by_mpi:
+        with_free_port = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(with_free_port, MASTER_PORT=str(free_port()))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=not launched, verbose=False)
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank() -> int:
+    """Rank of this process; 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """Number of ranks; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Device that this rank computes on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks, the same on each."""
+    if ranks() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return everybody's value of plain Python types, in the order of ranks."""
+    if ranks() == 1:
+        return [value]
+    everybody: list[Any] = [None] * ranks()
+    dist.all_gather_object(everybody, value)
+    return everybody
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def exit_rank(status: int) -> None:
+    """End this process at once, its output flushed.
+
+    Threads of the process group may still let go of Python objects; one that asks for the interpreter while it shuts
+    down aborts the process ("terminate called without an active exception", about one exit in ten with two ranks).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,92 @@
+"""The DeepSpeed engine around the model, and one training step on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.graph import GraphBatch
+from hydrazero.trainer.distributed import gather_objects, ranks, sum_over_ranks
+from hydrazero.trainer.losses import Objective, count_labels
+
+
+class NonFiniteLossError(HydrazeroError):
+    """The loss of a step is NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did, summed over all ranks and micro-batches."""
+
+    loss: float
+    sums: Tensor
+    """[tasks, len(losses.COLUMNS)] float64."""
+    atoms: int
+
+
+def make_engine(model: AtomisticModel, config: dict[str, Any]) -> Any:
+    """Wrap a model in a DeepSpeed engine; `config` is the content of a DeepSpeed JSON."""
+    import deepspeed
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    return engine
+
+
+@contextlib.contextmanager
+def whole_parameters(engine: Any) -> Iterator[None]:
+    """Hold the whole of every parameter: ZeRO-3 drops them after the forward, and second derivatives need them again."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        yield
+
+
+def train_step(engine: Any, objective: Objective, batches: Sequence[GraphBatch], step: int) -> StepResult:
+    """Do one optimizer step on as many micro-batches as the engine accumulates.
+
+    Raises NonFiniteLossError on every rank, before any weight changes, if the loss is not finite on one of them.
+    """
+    tasks = len(objective.task_weights)
+    counts = sum_over_ranks(torch.stack([count_labels(batch, tasks) for batch in batches]).sum(0))
+    # DeepSpeed averages gradients over ranks and micro-batches; the loss is a sum over both.
+    share = ranks() * len(batches)
+    total = torch.zeros((), dtype=torch.float64, device=counts.device)
+    table: Tensor | None = None
+    atoms = torch.stack([batch.atom_mask.sum() for batch in batches]).sum().to(torch.float64)
+    for number, batch in enumerate(batches):
+        sums = objective.sums(engine(batch), batch)
+        loss = objective.total(sums, counts)
+        total = total + loss.detach()
+        table = sums.detach() if table is None else table + sums.detach()
+        if number == len(batches) - 1:
+            everything = sum_over_ranks(torch.cat([table.reshape(-1), total.view(1), atoms.view(1)]))
+            _stop_unless_finite(everything, batches, total, step)
+        with whole_parameters(engine):
+            engine.backward(loss * share)
+        engine.step()
+    return StepResult(
+        loss=float(everything[-2]), sums=everything[:-2].view(tasks, -1), atoms=int(everything[-1])
+    )
+
+
+def _stop_unless_finite(everything: Tensor, batches: Sequence[GraphBatch], local: Tensor, step: int) -> None:
+    if torch.isfinite(everything).all():
+        return
+    mine = [] if torch.isfinite(local) else [name for batch in batches for name in batch.source_ids()]
+    names = [name for part in gather_objects(mine) for name in part]
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    raise NonFiniteLossError(
+        f"the loss of step {step} is not finite; it came from a batch with the structures {shown}: check their labels, "
+        "or lower the learning rate; no weight was changed by this step."
+    )
