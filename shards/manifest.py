@@ -56,18 +56,20 @@ class Manifest:
     float_dtype: str
     """Of positions, forces and stress in the blocks."""
     elements: dict[str, int]
-    """Symbol -> atoms of it."""
+    """Symbol -> atoms of it, in all splits."""
+    trained_elements: list[str]
+    """Elements of the training split; those that only the others hold have no reference energy."""
     size_histogram: dict[int, int]
     """Atoms per structure -> structures."""
     labels: dict[str, LabelRange]
-    """'energy_per_atom', 'energy_residual_per_atom' (references subtracted), 'forces', 'stress'."""
+    """Of the training split: 'energy_per_atom', 'energy_residual_per_atom' (references subtracted), 'forces', 'stress'."""
     reference_energies: dict[str, float]
     """eV per atom of each element: least squares on the training split, or as given by the source."""
     required_labels: list[str]
     """Labels that every structure has."""
     periodic_structures: int
     duplicates: list[str] = field(default_factory=list)
-    """'kept source id = earlier source id', at most the first 1000."""
+    """'source id = earlier source id', at most the first 1000."""
     duplicate_count: int = 0
     set_aside: dict[str, int] = field(default_factory=dict)
     """Frames that were left out, by reason."""

@@ -18,7 +18,7 @@ from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoder import EncoderSettings
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import BatchShape
-from hydrazero.trainer.settings_parser import parse_settings
+from hydrazero.shards.settings_parser import parse_settings
 
 LOSS_KINDS = ("l1", "l2", "huber")
 

@@ -43,7 +43,7 @@ def task_facts(config: RunConfig) -> list[Any]:
                 reference_energies=manifest.reference_energies,
                 # A task whose labels are all zero has no scale of its own; eV and Å are as good as any.
                 scale=label.rms or 1.0,
-                elements=sorted(manifest.elements),
+                elements=manifest.trained_elements,
                 fidelity=manifest.source.get("method", ""),
                 has_forces="forces" in manifest.labels,
             )

@@ -1,0 +1,42 @@
+"""Readers of source files. A new format is one file with a function like `read_ase`, and one line in READERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hydrazero.shards.errors import SourceError, did_you_mean
+from hydrazero.shards.readers.ase_reader import read_ase, read_database, read_extxyz
+from hydrazero.shards.readers.frames import FieldNames, Frame, ReadSettings, SourceUnits
+from hydrazero.shards.readers.npz_reader import read_npz
+
+READERS: dict[str, Callable[[Path, ReadSettings], Iterator[Frame]]] = {
+    "ase": read_ase,
+    "extxyz": read_extxyz,
+    "db": read_database,
+    "npz": read_npz,
+}
+BY_SUFFIX = {".xyz": "extxyz", ".extxyz": "extxyz", ".db": "db", ".npz": "npz"}
+
+__all__ = ["READERS", "FieldNames", "Frame", "ReadSettings", "SourceUnits", "read_frames"]
+
+
+def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:
+    """Read a file frame by frame, labels converted to eV, Å; the format is guessed from the suffix if not set.
+
+    A bad frame comes as a Frame with an error; SourceError is raised where the file as a whole cannot be read, is
+    empty, or the format is unknown.
+    """
+    name = settings.format or BY_SUFFIX.get(path.suffix.lower(), "ase")
+    if name not in READERS:
+        raise SourceError(f"format '{name}' is not known{did_you_mean(name, list(READERS))}.")
+    if not path.is_file():
+        raise SourceError(f"source file {path} does not exist.")
+    if path.stat().st_size == 0:
+        raise SourceError(f"source file {path} is empty.")
+    count = 0
+    for frame in READERS[name](path, settings):
+        count += 1
+        yield frame
+    if count == 0:
+        raise SourceError(f"source file {path} holds no structure that the format '{name}' finds.")

@@ -1,0 +1,162 @@
+"""What readers share: settings, the frame that they yield, and the way from raw labels to a checked Structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hydrazero.shards.errors import StructureError
+from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldNames:
+    """Names of labels in the source."""
+
+    energy: str = "energy"
+    forces: str = "forces"
+    stress: str = "stress"
+    virial: str = ""
+    """Used for the stress (-virial / volume) where it is set; its unit is that of the energy."""
+    charge: str = "charge"
+    multiplicity: str = "multiplicity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceUnits:
+    """Units of the source; see shards/units.py for those known."""
+
+    length: str = "Angstrom"
+    energy: str = "eV"
+    forces: str = "eV/Angstrom"
+    stress: str = "eV/Angstrom^3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSettings:
+    """How to read a source file."""
+
+    format: str | None = None
+    """Name of a reader; guessed from the file's suffix if None."""
+    fields: FieldNames = field(default_factory=FieldNames)
+    units: SourceUnits = field(default_factory=SourceUnits)
+    require: tuple[str, ...] = ()
+    """Labels without which a frame is bad: of 'energy', 'forces', 'stress'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of a source: a structure, or the reason why there is none."""
+
+    source_id: str
+    """'file#frame'."""
+    structure: Structure | None = None
+    error: StructureError | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """The frame's other fields, for grouping and selection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFrame:
+    """A frame in the source's units."""
+
+    numbers: Any
+    positions: Any
+    cell: Any
+    pbc: Any
+    energy: Any = None
+    forces: Any = None
+    stress: Any = None
+    """[3, 3], [9] or Voigt [6] (xx, yy, zz, yz, xz, xy)."""
+    virial: Any = None
+    charge: Any = 0
+    multiplicity: Any = 0
+
+
+class FrameMaker:
+    """Turns raw frames into frames: units, required labels, checks."""
+
+    def __init__(self, settings: ReadSettings) -> None:
+        self.settings = settings
+        units = settings.units
+        self._length, self._energy = length_factor(units.length), energy_factor(units.energy)
+        self._forces, self._stress = force_factor(units.forces), stress_factor(units.stress)
+
+    def make(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Frame:
+        """Convert and check; a fault becomes the frame's error."""
+        try:
+            structure = self._structure(raw, source_id)
+            check_structure(structure)
+            self._check_required(structure)
+        except StructureError as error:
+            return Frame(source_id=source_id, error=error, info=info)
+        return Frame(source_id=source_id, structure=structure, info=info)
+
+    def _structure(self, raw: RawFrame, source_id: str) -> Structure:
+        numbers = np.asarray(raw.numbers)
+        if numbers.size and (numbers.min() < 0 or numbers.max() > 255):
+            raise StructureError("unknown_element", f"atomic number {int(numbers.max())} is no element (1 to 118)")
+        cell = self._length * _array(raw.cell, "cell")
+        return Structure(
+            numbers=numbers.astype(np.uint8),
+            positions=self._length * _array(raw.positions, "positions"),
+            cell=cell,
+            pbc=np.broadcast_to(np.asarray(raw.pbc, dtype=bool), (3,)).copy(),
+            energy=None if raw.energy is None else self._energy * _scalar(raw.energy, "energy"),
+            forces=None if raw.forces is None else self._forces * _array(raw.forces, "forces"),
+            stress=self._stress_of(raw, cell),
+            charge=_whole(raw.charge, "charge"),
+            multiplicity=_whole(raw.multiplicity, "multiplicity"),
+            source_id=source_id,
+        )
+
+    def _stress_of(self, raw: RawFrame, cell: np.ndarray) -> np.ndarray | None:
+        if raw.virial is not None:
+            volume = abs(np.linalg.det(cell))
+            if volume < 1e-6:
+                raise StructureError("singular_cell", "a virial is given, but the cell has no volume")
+            return -self._energy * _matrix(raw.virial, "virial") / volume
+        return None if raw.stress is None else self._stress * _matrix(raw.stress, "stress")
+
+    def _check_required(self, structure: Structure) -> None:
+        for label in self.settings.require:
+            if getattr(structure, label) is None:
+                name = getattr(self.settings.fields, label)
+                raise StructureError(f"no_{label}", f"the frame has no {label} (field '{name}')")
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise StructureError(f"{name}_shape", f"{name} are no array of numbers ({error})") from error
+
+
+def _scalar(value: Any, name: str) -> float:
+    array = _array(value, name).reshape(-1)
+    if array.size != 1:
+        raise StructureError(f"{name}_shape", f"the {name} is not one number but {array.size}")
+    return float(array[0])
+
+
+def _whole(value: Any, name: str) -> int:
+    number = _scalar(0 if value is None else value, name)
+    if not np.isfinite(number) or number != round(number):
+        raise StructureError(f"bad_{name}", f"the {name} is {number}, not a whole number")
+    return round(number)
+
+
+def _matrix(value: Any, name: str) -> np.ndarray:
+    """Symmetric 3 x 3 matrix from [3, 3], [9] or Voigt [6]."""
+    array = _array(value, name)
+    if array.size == 9:
+        matrix = array.reshape(3, 3)
+        return 0.5 * (matrix + matrix.T)
+    if array.shape == (6,):
+        xx, yy, zz, yz, xz, xy = array
+        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not (3, 3), (9,) or (6,)")

@@ -1,0 +1,70 @@
+"""Files of a run folder: their names, and reading and writing of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError
+
+RUN_NAME = "run.json"
+"""Resolved configuration, versions, command, start."""
+MODEL_FACTS_NAME = "model.json"
+"""Settings of the model and facts of its tasks."""
+METRICS_NAME = "metrics.jsonl"
+EVALUATION_NAME = "evaluation.json"
+PREDICTIONS = "predictions"
+"""Folder of TASK.parquet, a row per structure of the evaluated split."""
+REPORT_NAME = "report.html"
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file in one piece."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises ConfigError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); is {path.parent} a run folder?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+
+
+def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with open(run_dir / METRICS_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; raises ConfigError naming a damaged line, except a last one cut short by a kill."""
+    path = run_dir / METRICS_NAME
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # without its line end: the writer was killed, or is writing
+                break
+            raise ConfigError(f"{path}, line {number}, is not valid JSON ({error}).") from error
+    return rows
+
+
+def truncate_metrics(run_dir: Path, step: int) -> None:
+    """Leave out what was logged after `step`: a resumed run does those steps again."""
+    kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
+    part = run_dir / (METRICS_NAME + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, run_dir / METRICS_NAME)
