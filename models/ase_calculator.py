@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
@@ -14,10 +14,9 @@ from hydrazero.models.potential import Potential
 class HydrazeroCalculator(Calculator):
     """Energy, free energy (the same), forces and stress of one task, in ASE's units (eV, Å)."""
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
-
     def __init__(self, potential: Potential, task: str, **kwargs: Any) -> None:
         potential.task_index(task)
+        self.implemented_properties = ["energy", "free_energy", "forces", "stress"]
         super().__init__(**kwargs)
         self.potential, self.task = potential, task
 

@@ -26,7 +26,7 @@ class TaskFacts:
     reference_energies: dict[str, float]
     """eV per atom of each element."""
     scale: float
-    """Typical force in eV/Å (or residual energy per atom in eV, where a task has no forces): unit of the head's output."""
+    """Unit of the head's output: typical force in eV/Å, or residual energy per atom in eV for a task without forces."""
     elements: list[str]
     """Elements that the training split holds."""
     fidelity: str = ""
@@ -65,6 +65,11 @@ class Predictions:
 
 class AtomisticModel(nn.Module):
     """Encoder and stacked heads for tasks in a fixed order."""
+
+    references: Tensor
+    """eV, [tasks, 119] float64."""
+    scales: Tensor
+    """Unit of each head's output, [tasks] float64."""
 
     def __init__(self, settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
         super().__init__()

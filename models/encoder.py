@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,9 +49,9 @@ class PairGeometry:
     """[A, K] int64."""
     slot_mask: Tensor
     """[A, K] bool."""
-    directions: Tensor = torch.empty(0)
+    directions: Tensor = field(default_factory=lambda: torch.empty(0))
     """Unit vectors from receiver to neighbour, [A, K, 3]; zero in empty slots."""
-    radial: Tensor = torch.empty(0)
+    radial: Tensor = field(default_factory=lambda: torch.empty(0))
     """Radial functions times the cutoff function, and the cutoff function itself: [A, K, N + 1]; zero if empty."""
 
     def measured(

@@ -35,9 +35,7 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
             raise ModelFileError(f"task '{name}' is named twice.")
     rows = [known.index(name) for name in names]
     smaller = AtomisticModel(model.settings, [model.tasks[row] for row in rows])
-    weights = {
-        key: value[rows] if key.startswith(HEAD_PREFIX) else value for key, value in model.state_dict().items()
-    }
+    weights = {key: value[rows] if key.startswith(HEAD_PREFIX) else value for key, value in model.state_dict().items()}
     smaller.load_state_dict(weights, strict=True)
     return smaller.to(model.dtype).eval()
 
@@ -50,7 +48,12 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32") -> 
     if dtype not in DTYPES:
         raise ModelFileError(f"dtype '{dtype}' is not known{did_you_mean(dtype, list(DTYPES))}.")
     weights = {key: value.detach().cpu().to(DTYPES[dtype]).contiguous() for key, value in model.state_dict().items()}
-    header = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "dtype": dtype, "facts": json.dumps(model.facts())}
+    header = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "dtype": dtype,
+        "facts": json.dumps(model.facts()),
+    }
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,4 +129,3 @@ def read_model(path: Path) -> AtomisticModel:
     except (safetensors.SafetensorError, RuntimeError, HydrazeroError) as error:
         raise ModelFileError(f"{path} holds other weights than its header describes ({error}).") from error
     return model.eval()
-

@@ -74,7 +74,9 @@ class Potential:
         known = set(self.facts(task).elements)
         return sorted({chemical_symbols[int(z)] for z in np.unique(structure.numbers)} - known)
 
-    def batches(self, samples: Iterable[GraphSample], shape: BatchShape) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
+    def batches(
+        self, samples: Iterable[GraphSample], shape: BatchShape
+    ) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
         """Pack samples and give them with their batches, on the model's device."""
         for slots, packed in pack(samples, shape):
             yield packed, collate(packed, shape, slots, self.model.dtype).to(self.device)

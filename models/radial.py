@@ -11,6 +11,8 @@ from torch import Tensor, nn
 class SincBasis(nn.Module):
     """sin(n pi r / r_c) / r for n = 1 ... N (Schütt et al. 2021, PaiNN, eq. 10), scaled to unit size."""
 
+    frequencies: Tensor
+
     def __init__(self, functions: int, cutoff: float) -> None:
         super().__init__()
         self.cutoff = cutoff
@@ -25,6 +27,8 @@ class SincBasis(nn.Module):
 
 class GaussianBasis(nn.Module):
     """Gaussians at N even distances from 0 to the cutoff, as wide as their spacing (Schütt et al. 2018, SchNet)."""
+
+    centres: Tensor
 
     def __init__(self, functions: int, cutoff: float) -> None:
         super().__init__()

@@ -100,7 +100,9 @@ def _schema(settings: ScreenSettings) -> pa.Schema:
     return pa.schema(columns)
 
 
-def _keep_best(best: list[tuple[float, int, dict[str, Any]]], rows: Sequence[dict[str, Any]], settings: ScreenSettings) -> None:
+def _keep_best(
+    best: list[tuple[float, int, dict[str, Any]]], rows: Sequence[dict[str, Any]], settings: ScreenSettings
+) -> None:
     """Keep the rows of lowest energy in a heap whose top is the worst kept."""
     for row in rows:
         value = row[f"interaction_per_atom_{settings.tasks[0]}"]
@@ -133,9 +135,11 @@ def _screened(
     indices = [potential.task_index(task) for task in settings.tasks]
     for packed, batch in potential.batches(_samples(potential, structures, settings), SCREEN_SHAPE):
         energies = potential.energies(batch)
-        forces = {task: _forces(potential, batch, index) for task, index in zip(settings.tasks, indices, strict=True)} if (
-            settings.forces
-        ) else {}
+        forces = (
+            {task: _forces(potential, batch, index) for task, index in zip(settings.tasks, indices, strict=True)}
+            if (settings.forces)
+            else {}
+        )
         references = {
             index: potential.model.reference_energy(batch, torch.full_like(batch.task, index)).cpu().numpy()
             for index in indices

@@ -66,7 +66,9 @@ def graph_sample(structure: Structure, task: int, cutoff: float, origin: tuple[i
     neighbours = neighbour_slots(structure.positions, structure.cell, structure.pbc, cutoff)
     degree = neighbours.max_degree
     if degree > SLOT_CLASSES[-1]:
-        raise StructureError("too_dense", f"an atom has {degree} neighbours within {cutoff} Å (most: {SLOT_CLASSES[-1]})")
+        raise StructureError(
+            "too_dense", f"an atom has {degree} neighbours within {cutoff} Å (most: {SLOT_CLASSES[-1]})"
+        )
     slot_class = next(k for k in SLOT_CLASSES if k >= degree)
     return GraphSample(structure=structure, neighbours=neighbours, task=task, slot_class=slot_class, origin=origin)
 

@@ -62,7 +62,7 @@ class Manifest:
     size_histogram: dict[int, int]
     """Atoms per structure -> structures."""
     labels: dict[str, LabelRange]
-    """Of the training split: 'energy_per_atom', 'energy_residual_per_atom' (references subtracted), 'forces', 'stress'."""
+    """Of the training split: 'energy_per_atom', 'energy_residual_per_atom' (less references), 'forces', 'stress'."""
     reference_energies: dict[str, float]
     """eV per atom of each element: least squares on the training split, or as given by the source."""
     required_labels: list[str]
@@ -130,9 +130,7 @@ def read_manifest(folder: Path | str) -> Manifest:
 def _manifest_from_document(document: dict[str, Any]) -> Manifest:
     names = {f.name for f in fields(Manifest)}
     values = {name: value for name, value in document.items() if name in names}
-    values["splits"] = {
-        split: [Shard(**shard) for shard in shards] for split, shards in document["splits"].items()
-    }
+    values["splits"] = {split: [Shard(**shard) for shard in shards] for split, shards in document["splits"].items()}
     values["labels"] = {name: LabelRange(**value) for name, value in document["labels"].items()}
     values["size_histogram"] = {int(size): count for size, count in document["size_histogram"].items()}
     return Manifest(**values)
@@ -157,7 +155,7 @@ def check_shard_files(manifest: Manifest, folder: Path | str, *, checksums: bool
                 )
             if checksums and file_sha256(path) != shard.sha256:
                 raise ShardError(
-                    f"shard {path} has another checksum than the manifest says; copy it again or convert the task again."
+                    f"shard {path} has another checksum than the manifest says; copy or convert the task again."
                 )
 
 

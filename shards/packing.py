@@ -17,8 +17,8 @@ def slots_needed(sample: GraphSample, shape: BatchShape) -> int:
     if n > shape.atoms_with(sample.slot_class):
         raise StructureError(
             "too_large",
-            f"{sample.structure.source_id} has {n} atoms with up to {sample.slot_class} neighbour slots each, more than "
-            f"a batch holds; set batch.atoms to at least {n} and batch.slots to at least {n * sample.slot_class}.",
+            f"{sample.structure.source_id} has {n} atoms with up to {sample.slot_class} neighbour slots each, more "
+            f"than a batch holds; set batch.atoms to at least {n} and batch.slots to at least {n * sample.slot_class}.",
         )
     return sample.slot_class
 
@@ -72,7 +72,9 @@ class Packer:
 
     def _take(self, slots: int) -> list[GraphSample]:
         """Take the oldest of a class, and after it whatever still fits, first come first served."""
-        taken, left, room = [], [], self.shape.atoms_with(slots)
+        taken: list[GraphSample] = []
+        left: list[GraphSample] = []
+        room = self.shape.atoms_with(slots)
         for sample in self._waiting[slots]:
             if len(taken) < self.shape.structures and len(sample.structure) <= room:
                 taken.append(sample)

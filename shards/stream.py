@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +63,9 @@ class SplitReader:
 class _LaneStream(IterableDataset):  # type: ignore[type-arg]
     """Endless batches of the lanes of one rank; each worker of a DataLoader takes one lane."""
 
-    def __init__(self, settings: StreamSettings, rank: int, ranks: int, states: list[dict[str, Any]], turn: int) -> None:
+    def __init__(
+        self, settings: StreamSettings, rank: int, ranks: int, states: list[dict[str, Any]], turn: int
+    ) -> None:
         self.settings, self.rank, self.ranks, self.states, self.turn = settings, rank, ranks, states, turn
 
     def __iter__(self) -> Iterator[GraphBatch | HydrazeroError]:

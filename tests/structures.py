@@ -54,7 +54,9 @@ def batch_of(
     ]
     slots = max(sample.slot_class for sample in samples) + extra[2]
     atoms = sum(len(structure) for structure in structures) + extra[1]
-    return collate(samples, BatchShape(structures=len(structures) + extra[0], atoms=atoms, slots=atoms * slots), slots, dtype)
+    return collate(
+        samples, BatchShape(structures=len(structures) + extra[0], atoms=atoms, slots=atoms * slots), slots, dtype
+    )
 
 
 def facts(name: str, **values: object) -> TaskFacts:
@@ -67,7 +69,9 @@ def facts(name: str, **values: object) -> TaskFacts:
     return TaskFacts(**{**defaults, **values})  # type: ignore[arg-type]
 
 
-def small_model(encoder: str = "painn", tasks: int = 2, dtype: torch.dtype = torch.float64, **settings: object) -> AtomisticModel:
+def small_model(
+    encoder: str = "painn", tasks: int = 2, dtype: torch.dtype = torch.float64, **settings: object
+) -> AtomisticModel:
     torch.manual_seed(5)
     values: dict[str, object] = {"features": 16, "layers": 2, "radial_functions": 8, "cutoff": CUTOFF, **settings}
     model = AtomisticModel(

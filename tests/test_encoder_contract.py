@@ -11,7 +11,11 @@ from scipy.spatial.transform import Rotation
 from structures import CUTOFF, batch_of, predict, rattled_crystal, rattled_molecule, small_model, to_structure
 
 ENCODERS = ["painn"]
-VARIANTS = [(encoder, cutoff, basis) for encoder in ENCODERS for cutoff, basis in (("cosine", "sinc"), ("polynomial", "gaussian"))]
+VARIANTS = [
+    (encoder, cutoff, basis)
+    for encoder in ENCODERS
+    for cutoff, basis in (("cosine", "sinc"), ("polynomial", "gaussian"))
+]
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(variant))
@@ -100,7 +104,9 @@ def test_energy_is_extensive(model):
     apart = rattled_molecule() + rattled_molecule("H2O")
     apart.positions[9:] += 50.0
     whole = float(predict(model, apart).interaction)
-    parts = float(predict(model, rattled_molecule()).interaction) + float(predict(model, rattled_molecule("H2O")).interaction)
+    parts = float(predict(model, rattled_molecule()).interaction) + float(
+        predict(model, rattled_molecule("H2O")).interaction
+    )
     assert whole == pytest.approx(parts, rel=1e-10)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -12,7 +14,7 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.distributed import gather_objects, rank, wait_for_all
+from hydrazero.trainer.distributed import gather_objects, quiet_deepspeed, rank, wait_for_all
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
 
 CHECKPOINTS = "checkpoints"
@@ -63,14 +65,22 @@ def load_checkpoint(engine: Any, run_dir: Path) -> dict[str, Any]:
     return {"step": client_state["step"], "stream": stream[mine]}
 
 
+def _consolidated(folder: Path) -> dict[str, torch.Tensor]:
+    """Join the ranks' parts of a ZeRO checkpoint into float32 weights."""
+    quiet_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    # It prints its progress, which is over in a moment, on both channels.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+
+
 def model_of_run(run_dir: Path) -> AtomisticModel:
     """Build the model of a run with the weights of its last checkpoint, in float32 on the CPU, without an engine."""
     facts = read_json(run_dir / MODEL_FACTS_NAME)
     folder = latest_checkpoint(run_dir)
     if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        weights = _consolidated(folder)
     else:
         weights = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     model = model_from_facts(facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,6 @@ main.add_command(inspect_command)
 main.add_command(report_command)
 
 
-def progress_bar(label: str, total: int | None) -> tuple[Any, Callable[[int], None]]:
-    """Return a rich progress (a context manager) and the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True))
-    bar = progress.add_task("", total=total)
-    return progress, lambda count: progress.update(bar, advance=count)
-
-
 def task_list(text: str | None) -> list[str] | None:
     """Split 'a,b' into names."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
@@ -56,8 +44,12 @@ def task_list(text: str | None) -> list[str] | None:
 
 @main.command()
 @click.argument("run_file", metavar="RUN.toml", type=FOLDER)
-@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes, under the deepspeed launcher.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file.")
+@click.option(
+    "--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes, under the deepspeed launcher."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
 def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) -> None:
     """Train what RUN.toml describes."""
@@ -82,6 +74,7 @@ def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) 
 def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Path | None) -> None:
     """Measure errors of a run or an exported model on shards (by default those of the run)."""
     from hydrazero.shards.manifest import read_manifest
+    from hydrazero.trainer.console import progress_bar
     from hydrazero.trainer.evaluate import evaluate as evaluate_potential
     from hydrazero.trainer.evaluate import open_run_or_model
     from hydrazero.trainer.tables import print_evaluation
@@ -120,13 +113,16 @@ def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", required=True, metavar="FILE.parquet", type=FOLDER, help="File to write.")
 @click.option("--tasks", metavar="A,B", help="Heads to use; all by default. The first one ranks.")
-@click.option("--top", type=click.IntRange(1), metavar="K", help="Keep only the K of lowest energy above the references.")
+@click.option(
+    "--top", type=click.IntRange(1), metavar="K", help="Keep only the K of lowest energy above the references."
+)
 @click.option("--forces", is_flag=True, help="Also compute forces.")
 def screen(model: Path, sources: tuple[Path, ...], out: Path, tasks: str | None, top: int | None, forces: bool) -> None:
     """Predict every structure of the sources (files, or shard folders) with a model's heads."""
     from hydrazero.models import load_model
     from hydrazero.models.screening import ScreenSettings
     from hydrazero.models.screening import screen as run_screen
+    from hydrazero.trainer.console import progress_bar
     from hydrazero.trainer.screen_sources import structures_of
 
     potential = load_model(model)

@@ -19,7 +19,12 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--config", metavar="FILE", type=FOLDER, help="TOML: field names, units, splits, selection, method.")
 @click.option("--skip-bad", is_flag=True, help="Set bad frames aside, counted and listed, instead of stopping.")
 def convert_command(
-    sources: tuple[Path, ...], tasks: tuple[str, ...], out: Path, format_name: str | None, config: Path | None, skip_bad: bool
+    sources: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    out: Path,
+    format_name: str | None,
+    config: Path | None,
+    skip_bad: bool,
 ) -> None:
     """Convert labelled structures into WebDataset shards of one task."""
     from rich.console import Console

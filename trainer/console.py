@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,14 @@ TENSORBOARD = "tensorboard"
 def shown(value: float | None, digits: int = 1) -> str:
     """Format a number for a table; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int], None]]:
+    """Return a progress bar on stderr (a context manager) and the function that moves it."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task("", total=total)
+    return progress, lambda count: progress.update(bar, advance=count)
 
 
 class RunLog:
@@ -49,7 +58,9 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._writer.close()

@@ -15,14 +15,20 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_STEP_NUM_TASKS")
 
 
-def start_ranks() -> None:
-    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one."""
+def quiet_deepspeed() -> None:
+    """Import DeepSpeed without what it says of accelerators that are absent and schedules that have yet to start."""
     if not torch.cuda.is_available():
-        # Without it DeepSpeed probes for accelerators and warns about each that is absent.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+
+
+def start_ranks() -> None:
+    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one."""
+    quiet_deepspeed()
+    import deepspeed
+
     # DeepSpeed calls collectives by names that torch has deprecated: nothing that a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     launched = all(name in os.environ for name in LAUNCHER_VARIABLES)

@@ -42,7 +42,7 @@ def make_engine(model: AtomisticModel, config: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def whole_parameters(engine: Any) -> Iterator[None]:
-    """Hold the whole of every parameter: ZeRO-3 drops them after the forward, and second derivatives need them again."""
+    """Hold every parameter whole: ZeRO-3 drops them after the forward, and second derivatives need them again."""
     if engine.zero_optimization_stage() < 3:
         yield
         return
@@ -75,9 +75,7 @@ def train_step(engine: Any, objective: Objective, batches: Sequence[GraphBatch],
         with whole_parameters(engine):
             engine.backward(loss * share)
         engine.step()
-    return StepResult(
-        loss=float(everything[-2]), sums=everything[:-2].view(tasks, -1), atoms=int(everything[-1])
-    )
+    return StepResult(loss=float(everything[-2]), sums=everything[:-2].view(tasks, -1), atoms=int(everything[-1]))
 
 
 def _stop_unless_finite(everything: Tensor, batches: Sequence[GraphBatch], local: Tensor, step: int) -> None:

@@ -71,9 +71,7 @@ class Trainer:
                 self._evaluate()
                 interval.since = time.monotonic()
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
-                save_checkpoint(
-                    self.engine, self.run_dir, self.step, self.stream.state(), settings.keep_checkpoints
-                )
+                save_checkpoint(self.engine, self.run_dir, self.step, self.stream.state(), settings.keep_checkpoints)
 
     def _one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> None:
         asked = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.config import RunConfig, deepspeed_config, load_run_config
+from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, write_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
 
@@ -26,14 +28,16 @@ def task_facts(config: RunConfig) -> list[Any]:
     facts = []
     for task in config.tasks:
         if not Path(task.shards).is_dir():
-            raise ConfigError(f"task '{task.name}' has no shards: {task.shards} does not exist; run 'hydrazero convert'.")
+            raise ConfigError(
+                f"task '{task.name}' has no shards: {task.shards} does not exist; run 'hydrazero convert'."
+            )
         manifest = read_manifest(task.shards)
         check_shard_files(manifest, task.shards)
         if manifest.structures("train") == 0:
             raise ConfigError(f"task '{task.name}': {task.shards} holds no training structures.")
         if manifest.max_atoms > config.batch.atoms:
             raise ConfigError(
-                f"task '{task.name}' has a structure of {manifest.max_atoms} atoms, a batch holds {config.batch.atoms}; "
+                f"task '{task.name}' has one of {manifest.max_atoms} atoms, a batch holds {config.batch.atoms}: "
                 f"set batch.atoms to at least {manifest.max_atoms}."
             )
         label = manifest.labels.get("forces") or manifest.labels["energy_residual_per_atom"]
@@ -60,8 +64,8 @@ def check_run(config: RunConfig, resume: bool) -> None:
         from hydrazero.trainer.checkpoint import latest_checkpoint
 
         latest_checkpoint(run_dir)
-    elif run_dir.exists():
-        raise ConfigError(f"run folder {run_dir} exists; use --resume to go on with it, or set another run.out.")
+    elif (run_dir / RUN_NAME).exists():
+        raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
 
 
 def run_record(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def run_rank(config: RunConfig, resume: bool) -> None:
     from hydrazero.trainer.console import RunLog
     from hydrazero.trainer.engine import make_engine
     from hydrazero.trainer.loop import Trainer
-    from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, truncate_metrics, write_json
+    from hydrazero.trainer.run_files import truncate_metrics
 
     distributed.start_ranks()
     try:
@@ -103,7 +107,7 @@ def run_rank(config: RunConfig, resume: bool) -> None:
         model = AtomisticModel(config.model.settings(), facts)
         run_dir = Path(config.run.out)
         if distributed.rank() == 0 and not resume:
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / RUN_NAME, run_record(config, ds_config))
             write_json(run_dir / MODEL_FACTS_NAME, model.facts())
         described = model.facts()
@@ -132,10 +136,6 @@ def run_rank(config: RunConfig, resume: bool) -> None:
 
 def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
     """Raise ConfigError unless the run file still describes the model and tasks that the run was started with."""
-    import json
-
-    from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
-
     if read_json(run_dir / MODEL_FACTS_NAME) != json.loads(json.dumps(described)):
         raise ConfigError(
             f"{run_dir} was started with another model, other tasks or other shards than the run file names now; "
@@ -145,7 +145,9 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run_file", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # the launcher passes it to everyone
 def main(run_file: Path, overrides: Sequence[str], resume: bool, local_rank: int | None) -> None:

@@ -20,7 +20,8 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[Frame]:
     maker = FrameMaker(settings)
     number = 0
     try:
-        for atoms in ase.io.iread(str(path), index=":"):
+        images: Iterator[Any] = ase.io.iread(str(path), index=":")
+        for atoms in images:
             yield frame_from_atoms(atoms, f"{path.name}#{number}", maker)
             number += 1
     except Exception as error:  # ASE's readers raise whatever they stumble on

@@ -20,13 +20,15 @@ LAYOUTS = (
 
 
 def read_npz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
-    """Read numbers [atoms] and positions, energy, forces over frames; raises SourceError if keys or shapes do not fit."""
+    """Read the frames of an archive; raises SourceError if its keys or shapes do not fit."""
     maker = FrameMaker(settings)
     try:
         with np.load(path, allow_pickle=False) as archive:
             layout = next((keys for keys in LAYOUTS if keys["positions"] in archive.files), None)
             if layout is None or layout["numbers"] not in archive.files:
-                raise SourceError(f"{path} has the keys {', '.join(archive.files)}: neither the sGDML nor rMD17 layout.")
+                raise SourceError(
+                    f"{path} has the keys {', '.join(archive.files)}: neither the sGDML nor rMD17 layout."
+                )
             columns: dict[str, Any] = {name: archive[key] for name, key in layout.items() if key in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, SourceError):

@@ -1,0 +1,54 @@
+# make demo and make test set everything up by themselves, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= ../shared/data
+SCHNETPACK := .bench/schnetpack
+
+.PHONY: demo test check bench real links clean
+
+demo: .venv/.installed
+	rm -rf runs/demo
+	$(BIN)/hydrazero demo --out runs/demo
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: .venv/.installed links
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Converts the three tasks of launch/runs/ethanol_3bpa.toml from DATA, trains a quarter of an hour, prints the table.
+real: .venv/.installed
+	rm -rf runs/ethanol_3bpa runs/data/ethanol_pbe runs/data/ethanol_ccsdt runs/data/3bpa
+	$(BIN)/hydrazero convert $(DATA)/ethanol_multifid/pbe_def2svp/*.xyz --task ethanol_pbe --out runs/data/ethanol_pbe --config launch/convert/ethanol_pbe.toml
+	$(BIN)/hydrazero convert $(DATA)/ethanol_multifid/ccsdt_ccpvtz/*.npz --task ethanol_ccsdt --out runs/data/ethanol_ccsdt --config launch/convert/ethanol_ccsdt.toml
+	$(BIN)/hydrazero convert $(DATA)/3bpa_wb97x/train_300K.xyz $(DATA)/3bpa_wb97x/train_mixedT.xyz --task 3bpa --out runs/data/3bpa --config launch/convert/3bpa.toml
+	$(BIN)/hydrazero train launch/runs/ethanol_3bpa.toml --ranks 2
+	$(BIN)/hydrazero evaluate runs/ethanol_3bpa
+	$(BIN)/hydrazero export runs/ethanol_3bpa --out runs/ethanol_3bpa/model.safetensors
+	$(BIN)/hydrazero report runs/ethanol_3bpa
+
+# SchNetPack gets an environment of its own, since it wants an older torch; it is several gigabytes.
+bench: .venv/.installed $(SCHNETPACK)/.installed
+	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --out runs/bench.json
+
+links:
+	mkdir -p .links/hydrazero
+	for part in trainer models shards ds_configs launch; do ln -sfn ../../$$part .links/hydrazero/$$part; done
+
+# torch comes first: deepspeed is built from source against it.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip setuptools wheel
+	$(BIN)/pip install -q -c constraints.txt torch ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+$(SCHNETPACK)/.installed:
+	$(PYTHON) -m venv $(SCHNETPACK)
+	$(SCHNETPACK)/bin/pip install -q schnetpack==2.1.1
+	touch $@
+
+clean:
+	rm -rf .venv .links build *.egg-info
