@@ -6,6 +6,9 @@ from __future__ import annotations
 class HydrazeroError(ValueError):
     """Base of every error that the command line prints as one sentence instead of a traceback."""
 
+    on_every_rank = True
+    """Whether all ranks of a run raise it together; False for what one rank alone has met, in its data."""
+
 
 class StructureError(HydrazeroError):
     """A structure that cannot be used; `reason` is a short stable word that bad frames are counted by."""

@@ -138,6 +138,7 @@ class TrainStream:
     def __iter__(self) -> Iterator[GraphBatch]:
         for batch in self._loader:
             if isinstance(batch, HydrazeroError):
+                batch.on_every_rank = False
                 raise batch
             place = batch.place
             self._lanes[place["lane"]] = {key: place[key] for key in ("epoch", "delivered", "pending")}

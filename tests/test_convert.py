@@ -87,7 +87,7 @@ def test_field_names_units_and_virial(tmp_path):
 def test_npz_and_database(tmp_path):
     rng = np.random.default_rng(0)
     positions = np.array([[0, 0, 0.1], [0.76, 0, -0.5], [-0.76, 0, -0.5]]) + 0.05 * rng.standard_normal((5, 3, 3))
-    for names in ("z R E F".split(), "nuclear_charges coords energies forces".split()):
+    for names in (["z", "R", "E", "F"], ["nuclear_charges", "coords", "energies", "forces"]):
         values = (np.array([8, 1, 1]), positions, np.arange(5.0).reshape(5, 1), positions)
         np.savez(tmp_path / "a.npz", **dict(zip(names, values, strict=True)))
         frames = list(read_frames(tmp_path / "a.npz", ReadSettings(require=("energy", "forces"))))
@@ -143,7 +143,9 @@ def test_a_duplicate_is_never_in_two_splits(tmp_path, what):
 
 
 def test_groups_stay_together(tmp_path):
-    folder = make_shards(tmp_path, "t", molecules(80), split=SplitSection(group="composition", train=0.5, val=0.25, test=0.25))
+    folder = make_shards(
+        tmp_path, "t", molecules(80), split=SplitSection(group="composition", train=0.5, val=0.25, test=0.25)
+    )
     where: dict[tuple[int, ...], set[str]] = {}
     for split, structures in all_structures(folder).items():
         for s in structures:
@@ -179,9 +181,8 @@ def test_references_find_known_energies(tmp_path):
 
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path):
     source = write_extxyz(tmp_path / "big.extxyz", molecules(40) * 60)
-    command = [sys.executable, "-m", "hydrazero.trainer.cli", "convert", str(source), "--task", "t", "--out"]
     code = "import sys; from hydrazero.trainer.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *command[3:], str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, "convert", str(source), "--task", "t", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     time.sleep(1.0)
     deadline = time.monotonic() + 30

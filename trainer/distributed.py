@@ -101,6 +101,9 @@ def exit_rank(status: int) -> None:
     Threads of the process group may still let go of Python objects; one that asks for the interpreter while it shuts
     down aborts the process ("terminate called without an active exception", about one exit in ten with two ranks).
     """
+    mpi = sys.modules.get("mpi4py.MPI")  # there if the ranks found each other through it
+    if status == 0 and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # mpirun takes a rank that leaves without it for a failed one
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

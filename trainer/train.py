@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -152,12 +153,13 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # the launcher passes it to everyone
 def main(run_file: Path, overrides: Sequence[str], resume: bool, local_rank: int | None) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
-    from hydrazero.trainer.distributed import exit_rank, rank
+    from hydrazero.trainer.distributed import exit_rank
 
     try:
         run_rank(load_run_config(run_file, overrides), resume)
     except HydrazeroError as error:
-        if rank() == 0 or not str(error).startswith("the loss of step"):
+        # The process group is gone by now, its variables are not.
+        if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
             click.echo(f"Error: {error}", err=True)
         exit_rank(1)
     exit_rank(0)

@@ -1,0 +1,90 @@
+"""All benchmarks: prints a table and writes a list of rows {name, value, unit, peer, peer_value, ratio}.
+
+Both sides run in processes of their own, in turn, several times; figures are medians over all steps of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from systems import SYSTEMS, THREADS
+
+HERE = Path(__file__).parent
+PEER = "SchNetPack 2.1.1 PaiNN"
+
+
+def run_worker(python: str, script: str, *arguments: str) -> dict[str, list[float]]:
+    """Run a worker and return what it hands over."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    command = [python, str(HERE / script), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("SECONDS ")]
+    if result.returncode != 0 or not lines:
+        raise SystemExit(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    handed: dict[str, list[float]] = json.loads(lines[0].removeprefix("SECONDS "))
+    return handed
+
+
+def row(name: str, value: float, unit: str, peer: str | None = None, peer_value: float | None = None) -> dict[str, Any]:
+    """One row of the result."""
+    ratio = None if peer_value is None else value / peer_value
+    return {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio}
+
+
+def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any]]:
+    """Eager steps against the peer, in turn."""
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for seconds, python, script in ((ours, sys.executable, "ours.py"), (theirs, peer_python, "peer_schnetpack.py")):
+            for name, values in run_worker(python, script, str(repeats)).items():
+                seconds.setdefault(name, []).extend(values)
+    rows = []
+    for name in ours:
+        mode, system = name.split("_")
+        structures = SYSTEMS[system]()
+        mine, peer = statistics.median(ours[name]), statistics.median(theirs[name])
+        count, atoms = len(structures), sum(len(s) for s in structures)
+        rows.append(row(f"eager_{name}", count / mine, "structures/s", PEER, count / peer))
+        rows.append(row(f"eager_{name}_atoms", atoms / mine, "atoms/s", PEER, atoms / peer))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    rates = run_worker(sys.executable, "data_rates.py")
+    rows = [
+        row("decode_structures_per_s", statistics.median(rates["decode"]), "structures/s/core"),
+        row("pipeline_structures_per_s", statistics.median(rates["pipeline"]), "structures/s/core"),
+        *step_rows(options.peer_python, options.rounds, options.repeats),
+    ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table()
+    for heading in ("name", "value", "unit", "peer", "ratio"):
+        table.add_column(heading, justify="left" if heading in ("name", "unit") else "right")
+    for r in rows:
+        peer = "" if r["peer_value"] is None else f"{r['peer_value']:,.1f}"
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        table.add_row(r["name"], f"{r['value']:,.1f}", r["unit"], peer, ratio)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
