@@ -72,7 +72,7 @@ def test_field_names_units_and_virial(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text(
         '[fields]\nenergy = "TotEnergy"\nforces = "grad"\nvirial = "vir"\n'
-        '[units]\nenergy = "Hartree"\nforces = "Hartree/Bohr"\nlength = "Bohr"\n[labels]\nrequire = ["energy", "forces"]\n'
+        '[units]\nenergy = "Hartree"\nforces = "Hartree/Bohr"\nlength = "Bohr"\n'
     )
     (frame,) = read_frames(path, load_convert_settings(config).read_settings())
     structure = frame.structure

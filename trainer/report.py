@@ -29,7 +29,7 @@ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #eee;
 th { font-weight: 600; color: #555; font-size: .85rem; vertical-align: bottom; white-space: normal; }
 td:first-child, th:first-child, td.text, th.text { text-align: left; }
 img { max-width: 100%; height: auto; display: block; }
-.wide img { max-width: none; } @media (min-width: 700px) { .wide img { max-width: 100%; } }
+@media (max-width: 700px) { .wide img { width: 900px; max-width: none; } }
 pre { font-size: .8rem; background: #f6f6f6; padding: .8rem; overflow-x: auto; } summary { cursor: pointer; }
 """
 
@@ -103,9 +103,9 @@ def _training_parts(run: RunData) -> list[str]:
         return ["<h2>Training</h2><p>No step has been logged yet.</p>"]
     return [
         "<h2>Losses</h2>",
-        _picture(loss_curves(run), "losses and validation errors over steps"),
+        _picture(loss_curves(run), "losses and validation errors over steps", wide=True),
         "<h2>Throughput</h2>",
-        _picture(throughput(run), "structures, atoms per second and waiting share"),
+        _picture(throughput(run), "structures, atoms per second and waiting share", wide=True),
     ]
 
 

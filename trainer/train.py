@@ -69,8 +69,8 @@ def check_run(config: RunConfig, resume: bool) -> None:
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
 
 
-def run_record(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Return what `run.json` holds: configuration, versions, command and start."""
+def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Return what `run.json` holds: configuration, versions, command, ranks and start."""
     versions = {}
     for name in VERSIONED_PACKAGES:
         try:
@@ -81,7 +81,8 @@ def run_record(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
         **asdict(config),
         "deepspeed": ds_config,
         "versions": versions,
-        "command": " ".join(["hydrazero train", *sys.argv[1:]]),
+        "command": " ".join(["hydrazero train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]),
+        "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -109,7 +110,7 @@ def run_rank(config: RunConfig, resume: bool) -> None:
         run_dir = Path(config.run.out)
         if distributed.rank() == 0 and not resume:
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / RUN_NAME, run_record(config, ds_config))
+            write_json(run_dir / RUN_NAME, run_record(config, ds_config, distributed.ranks()))
             write_json(run_dir / MODEL_FACTS_NAME, model.facts())
         described = model.facts()
         engine = make_engine(model.to(distributed.device()), ds_config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ase.db
 import ase.io
@@ -36,7 +36,7 @@ def read_extxyz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
             for number, text in enumerate(_frame_texts(file, path)):
                 source_id = f"{path.name}#{number}"
                 try:
-                    atoms = ase.io.read(io.StringIO(text), format="extxyz")
+                    atoms = cast(Atoms, ase.io.read(io.StringIO(text), format="extxyz"))
                 except KeyError as error:
                     fault = StructureError("unknown_element", f"{error} is no chemical element")
                     yield Frame(source_id=source_id, error=fault)

@@ -32,7 +32,7 @@ def made_structures() -> list[Structure]:
     structures = []
     for number in range(STRUCTURES):
         one, two = (parents[int(generator.integers(len(parents)))] for _ in range(2))
-        positions = np.concatenate([one.positions, two.positions + [0.0, 0.0, 6.0]])
+        positions = np.concatenate([one.positions, two.positions + np.array([0.0, 0.0, 6.0])])
         positions += 0.05 * generator.standard_normal(positions.shape)
         structures.append(
             Structure(

@@ -52,7 +52,7 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
                 seconds.setdefault(name, []).extend(values)
     rows = []
     for name in ours:
-        mode, system = name.split("_")
+        system = name.partition("_")[2]
         structures = SYSTEMS[system]()
         mine, peer = statistics.median(ours[name]), statistics.median(theirs[name])
         count, atoms = len(structures), sum(len(s) for s in structures)

@@ -1,0 +1,120 @@
+"""The house: what may import what, that every folder is packaged, and that the README's commands exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hydrazero.trainer.cli import main
+from hydrazero.trainer.config import deepspeed_config, load_run_config
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("shards", "models", "trainer", "launch", "ds_configs")
+MAY_IMPORT = {
+    "shards": {"shards"},
+    "models": {"shards", "models"},
+    "trainer": {"shards", "models", "trainer", "launch", "ds_configs"},
+    "launch": {"launch", "shards", "trainer"},
+    "ds_configs": set(),
+}
+ONLY_IN = {
+    "deepspeed": {"trainer"},
+    "tensorboard": {"trainer"},
+    "mpi4py": {"shards/convert.py"},
+    "webdataset": {"shards/writer.py", "shards/block_reader.py"},
+}
+
+
+def modules() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_what_they_may(path):
+    room, place = path.relative_to(ROOT).parts[0], str(path.relative_to(ROOT))
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "hydrazero":
+            assert parts[1] in MAY_IMPORT[room], f"{place} imports {name}"
+        if parts[0] in ONLY_IN:
+            assert room in ONLY_IN[parts[0]] or place in ONLY_IN[parts[0]], f"{place} imports {name}"
+
+
+def test_every_folder_with_code_is_packaged():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(("hydrazero", *path.parent.relative_to(ROOT).parts)) for path in modules()}
+    assert folders == set(project["packages"]) == set(project["package-dir"])
+
+
+def test_no_file_hides_a_module_of_python_or_of_a_dependency():
+    import sys
+
+    others = {
+        "torch",
+        "deepspeed",
+        "webdataset",
+        "tensorboard",
+        "click",
+        "rich",
+        "ase",
+        "numpy",
+        "vesin",
+        "safetensors",
+    }
+    taken = set(sys.stdlib_module_names) | others
+    assert [path for path in modules() if path.stem in taken and path.stem != "__init__"] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "runs").glob("*.toml")), ids=lambda path: path.stem)
+def test_run_files_are_valid(path, tmp_path):
+    text = path.read_text()
+    if "[[tasks]]" not in text:  # the demo adds its own
+        text += '\n[[tasks]]\nname = "t"\nshards = "s"\n'
+    (tmp_path / "run.toml").write_text(text)
+    deepspeed_config(load_run_config(tmp_path / "run.toml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "convert").glob("*.toml")), ids=lambda path: path.stem)
+def test_convert_settings_are_valid(path):
+    from hydrazero.shards.convert_settings import load_convert_settings
+
+    assert load_convert_settings(path).source["method"]
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ hydrazero ")]
+
+
+def test_the_readme_shows_the_commands():
+    shown = {command.split()[1] for command in readme_commands()}
+    assert {"convert", "inspect", "train", "evaluate", "export", "screen", "report"} <= shown
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_options_in_the_readme_exist(command):
+    words = command.split("#")[0].split()[1:]
+    known = {option for parameter in main.commands[words[0]].params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_help_pages(name):
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0 and main.commands[name].help.splitlines()[0] in " ".join(result.output.split())
