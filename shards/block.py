@@ -7,7 +7,8 @@ Energies and cells are always float64, positions, forces and stress float32 or f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import safetensors.numpy
@@ -50,11 +51,12 @@ class StructureBlock:
     def __len__(self) -> int:
         return len(self.n_atoms)
 
-    @property
+    @cached_property
     def starts(self) -> NDArray[np.int64]:
         """First atom of each structure, and the number of atoms at the end: [S + 1]."""
         return np.concatenate([[0], np.cumsum(self.n_atoms, dtype=np.int64)])
 
+    @cached_property
     def names(self) -> list[str]:
         """Source id of each structure."""
         if self.source_ids is None:
@@ -63,8 +65,7 @@ class StructureBlock:
 
     def structure(self, index: int) -> Structure:
         """Copy one structure out of the columns."""
-        start = int(self.n_atoms[:index].sum())
-        atoms = slice(start, start + int(self.n_atoms[index]))
+        atoms = slice(int(self.starts[index]), int(self.starts[index + 1]))
         energy = float(self.energy[index])
         forces = None if self.forces is None else self.forces[atoms].astype(np.float64)
         stress = None if self.stress is None else self.stress[index].astype(np.float64)
@@ -78,7 +79,7 @@ class StructureBlock:
             stress=None if stress is None or np.isnan(stress).any() else stress,
             charge=int(self.charge[index]),
             multiplicity=int(self.multiplicity[index]),
-            source_id=self.names()[index],
+            source_id=self.names[index],
         )
 
 
@@ -110,7 +111,8 @@ def block_from_structures(structures: Sequence[Structure], *, float_dtype: str =
 
 def encode_block(block: StructureBlock) -> bytes:
     """Serialise a block as safetensors."""
-    columns = {name: value for name, value in vars(block).items() if value is not None}
+    columns = {field.name: getattr(block, field.name) for field in fields(block)}
+    columns = {name: value for name, value in columns.items() if value is not None}
     return safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in columns.items()})
 
 

@@ -30,7 +30,7 @@ class BlockReader:
             for shard in self.manifest.splits.get(split, [])
             for index in range(len(shard.block_structures))
         ]
-        self._cache: OrderedDict[int, tuple[StructureBlock, NDArray[np.int64]]] = OrderedDict()
+        self._cache: OrderedDict[int, StructureBlock] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -49,17 +49,14 @@ class BlockReader:
             raise ShardError(f"{where} has another checksum than the manifest says: copy or convert the task again.")
         return decode_block(data, where)
 
-    def cached(self, number: int) -> tuple[StructureBlock, NDArray[np.int64]]:
-        """Return a block and the first atom of each of its structures, from the cache where it is there."""
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
-        block = self.read(number)
-        entry = block, block.starts
-        self._cache[number] = entry
-        if len(self._cache) > CACHED_BLOCKS:
-            self._cache.popitem(last=False)
-        return entry
+    def cached(self, number: int) -> StructureBlock:
+        """Read one block, or return it from the cache where it is there."""
+        if number not in self._cache:
+            self._cache[number] = self.read(number)
+            if len(self._cache) > CACHED_BLOCKS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(number)
+        return self._cache[number]
 
     def _read_bytes(self, shard: Shard, index: int, where: str) -> bytes:
         try:

@@ -56,8 +56,8 @@ class SplitReader:
 
     def sample(self, task: int, block: int, row: int) -> GraphSample:
         """Read one structure and build its neighbours."""
-        columns, _ = self.readers[task].cached(block)
-        return graph_sample(columns.structure(row), task, self.settings.cutoff, origin=(task, block, row))
+        structure = self.readers[task].cached(block).structure(row)
+        return graph_sample(structure, task, self.settings.cutoff, origin=(task, block, row))
 
 
 class _LaneStream(IterableDataset):  # type: ignore[type-arg]

@@ -1,0 +1,44 @@
+"""The README's walk through convert, train, evaluate, report, export, use and screen, run as it stands (fewer steps)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hydrazero.trainer.demo_data import make_demo_sources
+
+pytestmark = pytest.mark.ranks
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_readme_runs(tmp_path):
+    make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
+    (run_file,) = blocks("toml")
+    assert "steps = 300" in run_file
+    (tmp_path / "run.toml").write_text(run_file.replace("steps = 300", "steps = 4"))
+    lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ hydrazero ")]
+    # mpirun, srun and deepspeed start what is tested in test_training.py; here is everything that hydrazero itself does.
+    assert len(lines) >= 8
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    for line in lines:
+        result = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+    for code in blocks("python"):
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=100)
+    for name in ("model.safetensors", "screen.parquet", "runs/first/report.html", "runs/first/evaluation.json"):
+        assert (tmp_path / name).is_file()
