@@ -9,8 +9,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -62,16 +63,43 @@ def convert(
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
     collected = Collected()
-    for source in sources:
+    names = _distinct_names(sources)
+    for source, name in zip(sources, names, strict=True):
         for frame in read_frames(source, settings.read_settings()):
-            _collect(frame, source, settings, collected, skip_bad)
+            _collect(_named(frame, name), source, settings, collected, skip_bad)
             if progress is not None:
                 progress(1)
     if not collected.by_split["train"]:
-        total = sum(len(part) for part in collected.by_split.values())
-        raise SourceError(f"task '{task}': none of {total} usable frames falls into the training split; add frames.")
+        raise SourceError(_no_training_frames(task, collected))
     with _appearing_whole(out) as folder:
-        return _write(collected, task, sources, settings, folder)
+        return _write(collected, task, names, settings, folder)
+
+
+def _distinct_names(sources: Sequence[Path]) -> list[str]:
+    """Name of each source for source ids: the file's, or its path below the common folder where names repeat."""
+    paths = [Path(os.path.abspath(source)) for source in sources]
+    if len({path.name for path in paths}) == len(set(paths)):
+        return [path.name for path in paths]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
+
+
+def _named(frame: Frame, name: str) -> Frame:
+    """Put the source's name into the frame's source id."""
+    file, _, number = frame.source_id.rpartition("#")
+    if file == name:
+        return frame
+    source_id = f"{name}#{number}"
+    structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
+    return replace(frame, source_id=source_id, structure=structure)
+
+
+def _no_training_frames(task: str, collected: Collected) -> str:
+    total = sum(len(part) for part in collected.by_split.values())
+    if total == 0 and collected.set_aside:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(collected.set_aside.items()))
+        return f"task '{task}': every frame was set aside ({reasons}); mend the sources or the settings."
+    return f"task '{task}': none of {total} usable frames falls into the training split; add frames."
 
 
 def _collect(frame: Frame, source: Path, settings: ConvertSettings, collected: Collected, skip_bad: bool) -> None:
@@ -116,7 +144,8 @@ def _note_duplicate(structure: Structure, key: bytes, settings: ConvertSettings,
 @contextmanager
 def _appearing_whole(out: Path) -> Iterator[Path]:
     """Give a folder aside to write into; it becomes `out` at the end, or is removed if anything goes wrong."""
-    part = out.parent / f".{out.name}.part-{os.getpid()}"
+    # A random name: process ids repeat between containers, and a killed conversion may have left its folder.
+    part = out.parent / f".{out.name}.part-{uuid4().hex[:12]}"
     try:
         part.mkdir(parents=True)
         yield part
@@ -127,9 +156,7 @@ def _appearing_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(
-    collected: Collected, task: str, sources: Sequence[Path], settings: ConvertSettings, folder: Path
-) -> Manifest:
+def _write(collected: Collected, task: str, files: Sequence[str], settings: ConvertSettings, folder: Path) -> Manifest:
     shards = {}
     for index, split in enumerate(SPLITS):
         structures = collected.by_split[split]
@@ -155,9 +182,12 @@ def _write(
         duplicates=collected.duplicates,
         duplicate_count=collected.duplicate_count,
         set_aside=dict(sorted(collected.set_aside.items())),
-        source={**texts, "files": ", ".join(path.name for path in sources)},
+        source={**texts, "files": ", ".join(files)},
     )
     if collected.set_aside_lines:
-        (folder / SET_ASIDE_NAME).write_text("\n".join(collected.set_aside_lines) + "\n", encoding="utf-8")
+        with open(folder / SET_ASIDE_NAME, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in collected.set_aside_lines)
+            file.flush()
+            os.fsync(file.fileno())
     write_manifest(manifest, folder)
     return manifest

@@ -97,6 +97,8 @@ def _check(settings: ConvertSettings, where: str) -> None:
     shares = (split.train, split.val, split.test)
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9 or split.train == 0:
         raise ConfigError(f"{where} split.train, val and test are {shares}; they must add up to 1 with train above 0.")
+    if split.seed < 0:
+        raise ConfigError(f"{where} split.seed is {split.seed}; it must not be negative.")
     units = settings.units
     length_factor(units.length), energy_factor(units.energy), force_factor(units.forces), stress_factor(units.stress)
     for key, values in settings.select.items():

@@ -12,6 +12,12 @@ from hydrazero.shards.manifest import SPLITS, Manifest
 
 HISTOGRAM_BINS = 12
 BAR_WIDTH = 40
+LABEL_HEADINGS = {
+    "energy_per_atom": "energy",
+    "energy_residual_per_atom": "energy - references",
+    "forces": "forces",
+    "stress": "stress",
+}
 LABEL_UNITS = {
     "energy_per_atom": "eV/atom",
     "energy_residual_per_atom": "eV/atom",
@@ -117,8 +123,11 @@ def _sizes_table(manifest: Manifest) -> Table:
 
 
 def _labels_table(manifest: Manifest) -> Table:
-    table = _table("labels (training split)", "label", "unit", "values", "lowest", "highest", "mean", "rms")
-    for name, label in manifest.labels.items():
-        numbers = [f"{value:.4f}" for value in (label.minimum, label.maximum, label.mean, label.rms)]
-        table.add_row(name, LABEL_UNITS[name], f"{label.count:,}", *numbers)
+    # One column a label: with one row a label the table is wider than a terminal of 80 columns.
+    table = _table("labels (training split)", "", *(LABEL_HEADINGS[name] for name in manifest.labels))
+    labels = list(manifest.labels.values())
+    table.add_row("unit", *(LABEL_UNITS[name] for name in manifest.labels))
+    table.add_row("values", *(f"{label.count:,}" for label in labels))
+    for heading, key in (("lowest", "minimum"), ("highest", "maximum"), ("mean", "mean"), ("rms", "rms")):
+        table.add_row(heading, *(f"{getattr(label, key):.6g}" for label in labels))
     return table

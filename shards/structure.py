@@ -15,6 +15,9 @@ MAX_ATOMIC_NUMBER = 118
 MIN_DISTANCE = 0.05
 """Å; two atoms closer than this are at the same place for every practical purpose."""
 
+MAX_MAGNITUDE = 1e10
+"""Å, eV/Å or eV/Å³; nothing physical is larger, float32 shards would hold infinity for what is far larger."""
+
 FloatArray = NDArray[np.float64]
 
 
@@ -75,11 +78,16 @@ def check_structure(structure: Structure) -> None:
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         bad = int(numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)][0])
         raise StructureError("unknown_element", f"atomic number {bad} is no element (1 to {MAX_ATOMIC_NUMBER})")
-    if not np.isfinite(structure.positions).all():
-        raise StructureError("non_finite_positions", "a position is NaN or infinite")
+    if not _usable(structure.positions).all():
+        raise StructureError("non_finite_positions", f"a position is NaN, infinite or above {MAX_MAGNITUDE:.0e} Å")
     _check_labels(structure, n)
     _check_cell(structure)
     _check_distances(structure)
+
+
+def _usable(values: FloatArray) -> NDArray[np.bool_]:
+    """Where values are numbers of a magnitude that shards can hold; NaN compares as False."""
+    return np.abs(values) <= MAX_MAGNITUDE
 
 
 def _check_labels(structure: Structure, n: int) -> None:
@@ -90,14 +98,16 @@ def _check_labels(structure: Structure, n: int) -> None:
             raise StructureError(
                 "forces_shape", f"forces have shape {structure.forces.shape}, not {(n, 3)} for {n} atoms"
             )
-        if not np.isfinite(structure.forces).all():
-            atom = int(np.argwhere(~np.isfinite(structure.forces))[0, 0])
-            raise StructureError("non_finite_forces", f"the force on atom {atom} is NaN or infinite")
+        if not _usable(structure.forces).all():
+            atom = int(np.argwhere(~_usable(structure.forces))[0, 0])
+            raise StructureError(
+                "non_finite_forces", f"the force on atom {atom} is NaN, infinite or above {MAX_MAGNITUDE:.0e} eV/Å"
+            )
     if structure.stress is not None:
         if structure.stress.shape != (3, 3):
             raise StructureError("stress_shape", f"stress has shape {structure.stress.shape}, not (3, 3)")
-        if not np.isfinite(structure.stress).all():
-            raise StructureError("non_finite_stress", "the stress is NaN or infinite")
+        if not _usable(structure.stress).all():
+            raise StructureError("non_finite_stress", f"the stress is NaN, infinite or above {MAX_MAGNITUDE:.0e} eV/Å³")
 
 
 def _check_cell(structure: Structure) -> None:

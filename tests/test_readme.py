@@ -1,4 +1,4 @@
-"""The README's walk through convert, train, evaluate, report, export, use and screen, run as it stands (fewer steps)."""
+"""The README's walk through convert, train, evaluate, report, export and screen, run as it stands (fewer steps)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def test_the_readme_runs(tmp_path):
     make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
     (run_file,) = blocks("toml")
     assert "steps = 300" in run_file
-    (tmp_path / "run.toml").write_text(run_file.replace("steps = 300", "steps = 4"))
-    lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ hydrazero ")]
+    (tmp_path / "runs" / "first.toml").write_text(run_file.replace("steps = 300", "steps = 4"))
+    shown = [line for block in blocks("console") for line in block.splitlines()]
+    lines = [line.removeprefix("$ ") for line in shown if line.startswith("$ hydrazero ")]
     # mpirun, srun and deepspeed start what is tested in test_training.py; here is everything that hydrazero itself does.
     assert len(lines) >= 8
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -40,5 +41,5 @@ def test_the_readme_runs(tmp_path):
         assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
     for code in blocks("python"):
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=100)
-    for name in ("model.safetensors", "screen.parquet", "runs/first/report.html", "runs/first/evaluation.json"):
-        assert (tmp_path / name).is_file()
+    for name in ("model.safetensors", "screen.parquet", "report.html", "evaluation.json"):
+        assert (tmp_path / "runs" / "first" / name).is_file()

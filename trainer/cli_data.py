@@ -27,6 +27,8 @@ def convert_command(
     skip_bad: bool,
 ) -> None:
     """Convert labelled structures into WebDataset shards of one task."""
+    from time import monotonic
+
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -39,11 +41,13 @@ def convert_command(
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} frames, {task.fields[rate]}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=None, rate="")
+        started, done = monotonic(), 0
 
+        # Called for every frame: rich's own estimate of the speed would cost as much as the conversion.
         def advance(count: int) -> None:
-            progress.advance(bar, count)
-            speed = progress.tasks[0].speed
-            progress.update(bar, rate=f"{speed:,.0f} frames/s" if speed else "")
+            nonlocal done
+            done += count
+            progress.update(bar, advance=count, rate=f"{done / max(monotonic() - started, 1e-6):,.0f} frames/s")
 
         manifest = convert(sources, tasks[0], out, settings, skip_bad=skip_bad, progress=advance)
     counts = ", ".join(f"{split} {manifest.structures(split):,}" for split in manifest.splits)

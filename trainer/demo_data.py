@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +19,7 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.errors import HydrazeroError, did_you_mean
 from hydrazero.trainer.demo_structures import (
     SMALL_MOLECULES,
     alloy_cell,
@@ -25,11 +29,14 @@ from hydrazero.trainer.demo_structures import (
 )
 
 LARGEST_FORCE = 15.0
-"""eV/Å; a draw with a larger force is put back: two atoms came too close by chance."""
+"""eV/Å; a draw with a force component beyond it is drawn again: two atoms came too close by chance."""
 CHUNK = 10
 """Structures that a worker process labels at a time; part of the seed, so that results don't depend on workers."""
 MOST_DRAWS = 20
 """Draws for one structure before the engine is taken to be broken."""
+SUMMARY_NAME = "labelling.json"
+"""Beside the sources: seed and, by task, fidelity, structures and how many draws were replaced for what reason."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class DemoError(HydrazeroError):
@@ -119,7 +126,7 @@ def _any_molecule(generator: np.random.Generator) -> Atoms:
 
 
 def _small_molecule(generator: np.random.Generator) -> Atoms:
-    return rattled_molecule(sorted(set(SMALL_MOLECULES) & set(molecule_names())), generator)
+    return rattled_molecule(sorted(SMALL_MOLECULES), generator)
 
 
 DEMO_TASKS = (
@@ -131,35 +138,50 @@ DEMO_TASKS = (
 )
 
 
-def _label_chunk(task_number: int, chunk: int, count: int, seed: int) -> list[Atoms]:
-    """Draw and label structures; a draw that the engine fails on, or with huge forces, is put back."""
-    task = DEMO_TASKS[task_number]
+def _label_one(task: DemoTask, generator: np.random.Generator, redrawn: Counter[str]) -> Atoms:
+    """Draw and label one structure; counts in `redrawn` the draws that were replaced, by reason."""
+    last = ""
+    for _ in range(MOST_DRAWS):
+        atoms = task.draw(generator)
+        try:
+            results = task.label(atoms)
+        except HydrazeroError:
+            raise
+        except Exception as error:  # each engine has its own type for what did not converge
+            redrawn["engine_failed"] += 1
+            last = str(error)
+            continue
+        if np.abs(results["forces"]).max() < LARGEST_FORCE:
+            atoms.calc = SinglePointCalculator(atoms, **results)
+            return atoms
+        redrawn["force_too_large"] += 1
+        last = f"a force component of {LARGEST_FORCE} eV/Å or more"
+    raise DemoError(f"{task.fidelity} gave no usable labels for {MOST_DRAWS} structures in a row (last: {last}).")
+
+
+def _label_chunk(task_number: int, chunk: int, count: int, seed: int) -> tuple[list[Atoms], Counter[str]]:
+    """Draw and label structures; returns them and the number of draws that were replaced, by reason."""
     generator = np.random.default_rng((seed, task_number, chunk))
-    labelled = []
-    for _ in range(count):
-        for attempt in range(MOST_DRAWS):
-            atoms = task.draw(generator)
-            try:
-                results = task.label(atoms)
-            except HydrazeroError:
-                raise
-            except Exception as error:  # each engine has its own type for what did not converge
-                if attempt == MOST_DRAWS - 1:
-                    raise DemoError(f"{task.fidelity} failed on {MOST_DRAWS} structures in a row ({error}).") from error
-                continue
-            if np.abs(results["forces"]).max() < LARGEST_FORCE:
-                break
-        else:
-            raise DemoError(f"{task.fidelity} gave forces above {LARGEST_FORCE} eV/Å {MOST_DRAWS} times in a row.")
-        atoms.calc = SinglePointCalculator(atoms, **results)
-        labelled.append(atoms)
-    return labelled
+    redrawn: Counter[str] = Counter()
+    return [_label_one(DEMO_TASKS[task_number], generator, redrawn) for _ in range(count)], redrawn
 
 
-def _single_thread() -> None:
-    """Keep each worker on one core: several engines with threads of their own would fight for them."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let processes started inside compute with one thread; this process's own environment comes back after.
+
+    A process reads these variables when it loads its numerical libraries, so they must be there when it starts.
+    """
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def make_demo_sources(
@@ -172,30 +194,65 @@ def make_demo_sources(
 ) -> dict[str, Path]:
     """Label structures for every task and write `out`/TASK.extxyz; returns the files by task.
 
-    The files depend on `seed` and `counts` (structures by task; DEMO_TASKS' own by default), not on `workers`. Raises
-    DemoError if an engine is missing or fails again and again.
+    The files depend on `seed` and `counts` (structures by task; DEMO_TASKS' own by default), not on `workers`. A draw
+    that the engine fails on, or with a force component of LARGEST_FORCE or more, is replaced by another; SUMMARY_NAME
+    says how many were. `progress` gets a task's name and how many more of its structures are done. Raises DemoError if
+    `counts` has an unknown task, or an engine is missing, dies, or fails MOST_DRAWS times in a row.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    known = [task.name for task in DEMO_TASKS]
     counts = {task.name: task.structures for task in DEMO_TASKS} if counts is None else counts
-    _single_thread()  # children inherit it before they load an engine
-    files = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_single_thread) as pool:
-        jobs = {
-            task.name: [
-                pool.submit(_label_chunk, number, chunk, min(CHUNK, counts[task.name] - first), seed)
-                for chunk, first in enumerate(range(0, counts.get(task.name, 0), CHUNK))
-            ]
-            for number, task in enumerate(DEMO_TASKS)
-        }
-        for name, chunks in jobs.items():
-            frames: list[Atoms] = []
-            for job in chunks:
-                frames += job.result()
-                if progress is not None:
-                    progress(name, len(job.result()))
-            if frames:
-                files[name] = _write(frames, out / f"{name}.extxyz")
+    for name in counts:
+        if name not in known:
+            raise DemoError(f"the demo has no task '{name}'{did_you_mean(name, known)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
+    summary: dict[str, Any] = {"seed": seed, "largest_force_ev_per_angstrom": LARGEST_FORCE, "tasks": {}}
+    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            jobs = _submit(pool, counts, seed)
+            for task in DEMO_TASKS:
+                frames, redrawn = _gather(task.name, jobs[task.name], progress)
+                if frames:
+                    files[task.name] = _write(frames, out / f"{task.name}.extxyz")
+                    facts = {"fidelity": task.fidelity, "structures": len(frames), "redrawn": dict(redrawn)}
+                    summary["tasks"][task.name] = facts
+        except BrokenProcessPool as error:
+            raise DemoError("a process that labels the demo's structures died (is there enough memory?).") from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # else an error would wait for all that is left to label
+    part = out / (SUMMARY_NAME + ".part")
+    part.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(part, out / SUMMARY_NAME)
     return files
+
+
+Chunk = Future[tuple[list[Atoms], Counter[str]]]
+
+
+def _submit(pool: ProcessPoolExecutor, counts: Mapping[str, int], seed: int) -> dict[str, list[Chunk]]:
+    """Hand every task's chunks to the pool; returns them by task, in order."""
+    return {
+        task.name: [
+            pool.submit(_label_chunk, number, chunk, min(CHUNK, counts[task.name] - first), seed)
+            for chunk, first in enumerate(range(0, counts.get(task.name, 0), CHUNK))
+        ]
+        for number, task in enumerate(DEMO_TASKS)
+    }
+
+
+def _gather(
+    name: str, chunks: list[Chunk], progress: Callable[[str, int], None] | None
+) -> tuple[list[Atoms], Counter[str]]:
+    """Wait for a task's chunks; returns its labelled structures and the number of replaced draws, by reason."""
+    frames: list[Atoms] = []
+    redrawn: Counter[str] = Counter()
+    for chunk in chunks:
+        more, again = chunk.result()
+        frames += more
+        redrawn += again
+        if progress is not None:
+            progress(name, len(more))
+    return frames, redrawn
 
 
 def _write(frames: list[Atoms], path: Path) -> Path:

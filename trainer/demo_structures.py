@@ -16,7 +16,7 @@ FCC_LATTICE = {"Al": 4.05, "Ni": 3.52, "Cu": 3.61, "Pd": 3.89, "Ag": 4.09, "Pt":
 """Å, of the metals that ASE's EMT knows well."""
 SILICON_LATTICE = 5.43
 """Å."""
-SMALL_MOLECULES = ("H2O", "NH3", "CH4", "HCN", "H2CO", "CH3OH", "C2H2", "C2H4", "CO2", "HOF", "N2H4", "H2O2")
+SMALL_MOLECULES = ("H2O", "NH3", "CH4", "HCN", "H2CO", "CH3OH", "C2H2", "C2H4", "CO2", "N2H4", "H2O2")
 """Closed shells of at most six atoms, which Hartree-Fock does in a fraction of a second."""
 
 

@@ -16,12 +16,17 @@ MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_STEP_NU
 
 
 def quiet_deepspeed() -> None:
-    """Import DeepSpeed without what it says of accelerators that are absent and schedules that have yet to start."""
+    """Import DeepSpeed without what it says of accelerators that are absent and schedules that have yet to start.
+
+    On CPUs it would also compile an all-reduce through shared memory at the first start (45 s, with a lock that a
+    killed build leaves behind), which serves its inference engine alone; it is told that this machine cannot have it.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def start_ranks() -> None:

@@ -31,7 +31,7 @@ def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:
     if name not in READERS:
         raise SourceError(f"format '{name}' is not known{did_you_mean(name, list(READERS))}.")
     if not path.is_file():
-        raise SourceError(f"source file {path} does not exist.")
+        raise SourceError(f"source file {path} {'is no file' if path.exists() else 'does not exist'}.")
     if path.stat().st_size == 0:
         raise SourceError(f"source file {path} is empty.")
     count = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +22,7 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[Frame]:
     maker = FrameMaker(settings)
     number = 0
     try:
-        images: Iterator[Any] = ase.io.iread(str(path), index=":")
+        images: Iterator[Any] = ase.io.iread(str(path), index=":", do_not_split_by_at_sign=True)
         for atoms in images:
             yield frame_from_atoms(atoms, f"{path.name}#{number}", maker)
             number += 1
@@ -57,9 +59,12 @@ def _frame_texts(file: Any, path: Path) -> Iterator[str]:
         try:
             count = int(line)
         except ValueError:
-            raise SourceError(f"{path}, frame {number}: '{line.strip()[:40]}' is not a number of atoms.") from None
-        lines = [file.readline() for _ in range(count + 1)]
-        if count < 0 or not lines[-1]:
+            count = -1
+        if count < 0:
+            raise SourceError(f"{path}, frame {number}: '{line.strip()[:40]}' is not a number of atoms.")
+        # A damaged count may be beyond any file, and beyond what islice takes.
+        lines = list(islice(file, min(count + 1, sys.maxsize)))
+        if len(lines) < count + 1:
             raise SourceError(f"{path}, frame {number}: the file ends before {count} atoms are read; it is truncated.")
         yield line + "".join(lines)
         number += 1

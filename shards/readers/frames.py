@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from hydrazero.shards.errors import StructureError
-from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
+
+MAX_WHOLE = 32767
+"""Largest charge and multiplicity; blocks hold them as int16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +100,9 @@ class FrameMaker:
         return Frame(source_id=source_id, structure=structure, info=info)
 
     def _structure(self, raw: RawFrame, source_id: str) -> Structure:
-        numbers = np.asarray(raw.numbers)
-        if numbers.size and (numbers.min() < 0 or numbers.max() > 255):
-            raise StructureError("unknown_element", f"atomic number {int(numbers.max())} is no element (1 to 118)")
         cell = self._length * _array(raw.cell, "cell")
         return Structure(
-            numbers=numbers.astype(np.uint8),
+            numbers=_atomic_numbers(raw.numbers),
             positions=self._length * _array(raw.positions, "positions"),
             cell=cell,
             pbc=np.broadcast_to(np.asarray(raw.pbc, dtype=bool), (3,)).copy(),
@@ -133,7 +133,18 @@ def _array(value: Any, name: str) -> np.ndarray:
     try:
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise StructureError(f"{name}_shape", f"{name} are no array of numbers ({error})") from error
+        raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
+
+
+def _atomic_numbers(value: Any) -> np.ndarray:
+    """Atomic numbers as bytes; what is no whole number, or would not fit, is refused before the cast hides it."""
+    numbers = _array(value, "atomic_numbers")
+    if numbers.ndim != 1:
+        raise StructureError("atomic_numbers_shape", f"the atomic numbers have shape {numbers.shape}, not (atoms,)")
+    bad = numbers[(numbers < 0) | (numbers > 255) | (numbers != np.round(numbers))]
+    if bad.size:
+        raise StructureError("unknown_element", f"atomic number {bad[0]:g} is no element (1 to {MAX_ATOMIC_NUMBER})")
+    return numbers.astype(np.uint8)
 
 
 def _scalar(value: Any, name: str) -> float:
@@ -147,6 +158,8 @@ def _whole(value: Any, name: str) -> int:
     number = _scalar(0 if value is None else value, name)
     if not np.isfinite(number) or number != round(number):
         raise StructureError(f"bad_{name}", f"the {name} is {number}, not a whole number")
+    if abs(number) > MAX_WHOLE:
+        raise StructureError(f"bad_{name}", f"the {name} is {number:g}, beyond {MAX_WHOLE}")
     return round(number)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings
@@ -22,22 +22,8 @@ LAYOUTS = (
 def read_npz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
     """Read the frames of an archive; raises SourceError if its keys or shapes do not fit."""
     maker = FrameMaker(settings)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            layout = next((keys for keys in LAYOUTS if keys["positions"] in archive.files), None)
-            if layout is None or layout["numbers"] not in archive.files:
-                raise SourceError(
-                    f"{path} has the keys {', '.join(archive.files)}: neither the sGDML nor rMD17 layout."
-                )
-            columns: dict[str, Any] = {name: archive[key] for name, key in layout.items() if key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{path} is no readable npz archive ({error}).") from error
+    columns = _columns(path)
     frames = len(columns["positions"])
-    for name in ("energy", "forces"):
-        if name in columns and len(columns[name]) != frames:
-            raise SourceError(f"{path}: '{layout[name]}' has {len(columns[name])} frames, the positions have {frames}.")
     for number in range(frames):
         raw = RawFrame(
             numbers=columns["numbers"],
@@ -48,3 +34,23 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
             forces=columns["forces"][number] if "forces" in columns else None,
         )
         yield maker.make(raw, f"{path.name}#{number}", {})
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of either layout by the names that we use; raises SourceError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keys = list(archive.files)
+            layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(keys)), None)
+            columns = {name: archive[key] for name, key in (layout or {}).items() if key in keys}
+    except Exception as error:  # OSError, BadZipFile, zlib.error, ValueError, EOFError, ... by the kind of damage
+        raise SourceError(f"{path} is no readable npz archive ({error}).") from error
+    if layout is None:
+        raise SourceError(f"{path} has the keys {', '.join(keys)}: neither the sGDML nor rMD17 layout.")
+    shape = columns["positions"].shape
+    if len(shape) != 3:
+        raise SourceError(f"{path}: '{layout['positions']}' has shape {shape}, not (frames, atoms, 3).")
+    for name in ("energy", "forces"):
+        if name in columns and columns[name].shape[:1] != shape[:1]:
+            raise SourceError(f"{path}: '{layout[name]}' has shape {columns[name].shape}, the positions have {shape}.")
+    return columns
