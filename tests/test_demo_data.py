@@ -11,9 +11,10 @@ from dataclasses import replace
 import ase.io
 import numpy as np
 import pytest
+from ase.build import bulk
 
 from hydrazero.trainer import demo_data
-from hydrazero.trainer.demo_data import DEMO_TASKS, LARGEST_FORCE, DemoError, make_demo_sources
+from hydrazero.trainer.demo_data import DEMO_TASKS, LARGEST_FORCE, DemoError, label_tersoff, make_demo_sources
 from hydrazero.trainer.demo_structures import MOST_ATOMS, SMALL_MOLECULES, molecule_names, screening_structures
 
 pytest.importorskip("tblite", reason="tblite is not installed: pip install 'hydrazero[demo]'")
@@ -43,6 +44,30 @@ def test_labels_are_what_the_engine_says(files, name):
     assert all(np.abs(frame.get_forces()).max() < LARGEST_FORCE for frame in frames)
 
 
+@pytest.mark.parametrize(("name", "method"), [("gfn2", "GFN2-xTB"), ("gfn1", "GFN1-xTB")])
+def test_xtb_labels_are_those_of_the_engines_own_ase_calculator(files, name, method):
+    from tblite.ase import TBLite
+
+    atoms = ase.io.read(files[name], "0")
+    again = atoms.copy()
+    again.calc = TBLite(method=method, verbosity=0)
+    assert TASKS[name].fidelity == method
+    assert atoms.get_potential_energy() == pytest.approx(again.get_potential_energy(), abs=1e-4)
+    np.testing.assert_allclose(atoms.get_forces(), again.get_forces(), atol=1e-3)
+
+
+def test_hartree_fock_labels_are_those_of_the_engine_in_atomic_units(files):
+    from pyscf import gto, scf
+
+    atoms = ase.io.read(files["hf"], "0")
+    positions = (atoms.positions / 0.529177210).tolist()
+    geometry = list(zip(atoms.get_chemical_symbols(), positions, strict=True))
+    mean_field = scf.RHF(gto.M(atom=geometry, basis="sto-3g", unit="Bohr", verbose=0)).run()
+    assert atoms.get_potential_energy() == pytest.approx(mean_field.e_tot * 27.2113862, abs=1e-3)
+    gradient = mean_field.nuc_grad_method().kernel()
+    np.testing.assert_allclose(atoms.get_forces(), -gradient * 27.2113862 / 0.529177210, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_forces_are_the_gradient(files, name):
     atoms = ase.io.read(files[name], "0")
@@ -69,6 +94,13 @@ def test_stress_is_the_derivative_by_strain(files, name, voigt, row, column):
         energies.append(TASKS[name].label(moved)["energy"])
     numeric = (energies[0] - energies[1]) / 2e-4 / atoms.get_volume()
     assert atoms.get_stress()[voigt] == pytest.approx(numeric, abs=1e-6)
+
+
+def test_tersoff_silicon_has_the_published_cohesive_energy_and_lattice_constant():
+    cells = [bulk("Si", "diamond", a=a, cubic=True) for a in (5.412, 5.432, 5.452)]
+    low, middle, high = (label_tersoff(cell)["energy"] / 8 for cell in cells)
+    assert middle == pytest.approx(-4.63, abs=5e-3)
+    assert middle < min(low, high)
 
 
 def test_workers_do_not_change_the_files(files, tmp_path):

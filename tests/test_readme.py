@@ -29,7 +29,7 @@ def test_the_readme_runs(tmp_path):
     (tmp_path / "runs" / "first.toml").write_text(run_file.replace("steps = 300", "steps = 4"))
     shown = [line for block in blocks("console") for line in block.splitlines()]
     lines = [line.removeprefix("$ ") for line in shown if line.startswith("$ hydrazero ")]
-    # mpirun, srun and deepspeed start what is tested in test_training.py; here is everything that hydrazero itself does.
+    # mpirun, srun and deepspeed start what is tested in test_training.py; here is what hydrazero itself does.
     assert len(lines) >= 8
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
