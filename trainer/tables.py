@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +13,7 @@ from hydrazero.trainer.console import shown
 
 def print_evaluation(document: dict[str, Any]) -> None:
     """Print an evaluation: a row per task, with the trivial predictor (references only, zero forces) beside it."""
-    table = Table(title=f"{document['split']} split", title_justify="left")
+    table = Table(title=f"{document['split']} split", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("fidelity", no_wrap=True)
     for heading in ("struc-\ntures", "E MAE\nmeV/atom", "trivial", "F MAE\nmeV/Å", "trivial"):

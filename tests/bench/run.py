@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -76,9 +77,9 @@ def main() -> None:
     ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("name", "value", "unit", "peer", "ratio"):
-        table.add_column(heading, justify="left" if heading in ("name", "unit") else "right")
+        table.add_column(heading, justify="left" if heading in ("name", "unit") else "right", no_wrap=True)
     for r in rows:
         peer = "" if r["peer_value"] is None else f"{r['peer_value']:,.1f}"
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
