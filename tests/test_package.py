@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -62,8 +66,6 @@ def test_every_folder_with_code_is_packaged():
 
 
 def test_no_file_hides_a_module_of_python_or_of_a_dependency():
-    import sys
-
     others = {
         "torch",
         "deepspeed",
@@ -118,3 +120,20 @@ def test_options_in_the_readme_exist(command):
 def test_help_pages(name):
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0 and main.commands[name].help.splitlines()[0] in " ".join(result.output.split())
+
+
+def test_the_wheel_holds_code_and_data(tmp_path):
+    """What `pip install .` puts into another environment: every module, run file and DeepSpeed JSON."""
+    copy = tmp_path / "source"
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    options = ["--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", *options, "."]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    data = [path for room in ROOMS for kind in ("*.json", "*.toml", "py.typed") for path in (ROOT / room).rglob(kind)]
+    wanted = {f"hydrazero/{path.relative_to(ROOT).as_posix()}" for path in [*modules(), *data]}
+    assert wanted - held == set()
