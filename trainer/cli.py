@@ -72,7 +72,10 @@ def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) 
 @click.option("--split", default="test", show_default=True, help="train, val or test.")
 @click.option("--out", type=FOLDER, help="Folder for evaluation.json and predictions/; the run's, or the model's own.")
 def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Path | None) -> None:
-    """Measure errors of a run or an exported model on shards (by default those of the run)."""
+    """Measure a run's or an exported model's errors on shards.
+
+    A run is evaluated on its own shards unless others are named.
+    """
     from hydrazero.shards.manifest import read_manifest
     from hydrazero.trainer.console import progress_bar
     from hydrazero.trainer.evaluate import evaluate as evaluate_potential
@@ -118,7 +121,7 @@ def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
 )
 @click.option("--forces", is_flag=True, help="Also compute forces.")
 def screen(model: Path, sources: tuple[Path, ...], out: Path, tasks: str | None, top: int | None, forces: bool) -> None:
-    """Predict every structure of the sources (files, or shard folders) with a model's heads."""
+    """Predict every structure of files or shard folders with a model's heads."""
     from hydrazero.models import load_model
     from hydrazero.models.screening import ScreenSettings
     from hydrazero.models.screening import screen as run_screen
@@ -140,7 +143,7 @@ def screen(model: Path, sources: tuple[Path, ...], out: Path, tasks: str | None,
 @main.command()
 @click.option("--out", default="runs/demo", show_default=True, type=FOLDER, help="Folder for everything that it makes.")
 def demo(out: Path) -> None:
-    """Label structures with five methods, train on them, evaluate, export, relax and screen: all in some minutes."""
+    """Show the whole way in minutes: label, train, evaluate, export, relax, screen."""
     from hydrazero.trainer.demo import run_demo
 
     run_demo(out)
