@@ -72,11 +72,12 @@ def device() -> torch.device:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over all ranks, the same on each."""
-    if ranks() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
+    """Return the sum of a tensor over all ranks, the same on each, where the tensor was."""
+    if ranks() == 1:
+        return values
+    total = values.detach().to(device(), copy=True)  # NCCL sums on the device alone
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def gather_objects(value: Any) -> list[Any]:
