@@ -168,8 +168,16 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_structures(data
 def test_other_tasks_cannot_be_resumed(data, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     run = write_run(tmp_path, data)
-    result = start(BIN / "hydrazero", "train", run, "--resume", "--set", "model.features=16")
-    assert result.returncode == 1 and "another model" in result.stderr and "Traceback" not in result.stderr
+    result = start(BIN / "hydrazero", "train", run, "--ranks", 2, "--resume", "--set", "model.features=16")
+    message = result.stdout + result.stderr
+    assert result.returncode != 0 and message.count("another model") == 1 and "Traceback" not in message
+
+
+def test_another_number_of_ranks_is_refused(data, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    run = write_run(tmp_path, data)
+    result = start(BIN / "hydrazero", "train", run, "--resume")
+    assert result.returncode == 1 and "with 2 ranks and cannot go on with 1" in result.stderr
 
 
 def test_from_run_to_model_and_report(finished, data, tmp_path):

@@ -58,7 +58,7 @@ def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) 
     from hydrazero.trainer.train import check_run, run_rank
 
     config = load_run_config(run_file, overrides)
-    check_run(config, resume)
+    check_run(config, resume, ranks)
     if ranks == 1:
         run_rank(config, resume)
     elif (status := launch_ranks(run_file, ranks, overrides, resume)) != 0:

@@ -56,7 +56,7 @@ def task_facts(config: RunConfig) -> list[Any]:
     return facts
 
 
-def check_run(config: RunConfig, resume: bool) -> None:
+def check_run(config: RunConfig, resume: bool, ranks: int) -> None:
     """Check everything that can be checked before ranks start; raises HydrazeroError."""
     deepspeed_config(config)
     task_facts(config)
@@ -65,6 +65,9 @@ def check_run(config: RunConfig, resume: bool) -> None:
         from hydrazero.trainer.checkpoint import latest_checkpoint
 
         latest_checkpoint(run_dir)
+        before = read_json(run_dir / RUN_NAME)["ranks"]
+        if before != ranks:
+            raise ConfigError(f"{run_dir} was trained with {before} ranks and cannot go on with {ranks}; use {before}.")
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
 
@@ -102,7 +105,7 @@ def run_rank(config: RunConfig, resume: bool) -> None:
 
     distributed.start_ranks()
     try:
-        check_run(config, resume)
+        check_run(config, resume, distributed.ranks())
         distributed.wait_for_all()  # before rank 0 makes the folder that the others have just seen to be absent
         ds_config, facts = deepspeed_config(config), task_facts(config)
         torch.manual_seed(config.run.seed)
