@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,23 +55,16 @@ class DataSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """The model; see EncoderSettings for units."""
+class ModelSection(EncoderSettings):
+    """The encoder's settings, and the size of the heads."""
 
-    encoder: str = "painn"
-    features: int = 128
-    layers: int = 3
-    radial_functions: int = 20
-    cutoff: float = 5.0
-    radial_basis: str = "sinc"
-    cutoff_function: str = "cosine"
-    head_features: int = 64
+    head_features: int = ModelSettings.head_features
+    """Width of the hidden layer of each head."""
 
     def settings(self) -> ModelSettings:
         """Return them in the form that the model takes."""
-        values = dict(vars(self))
-        head = values.pop("head_features")
-        return ModelSettings(encoder=EncoderSettings(**values), head_features=head)
+        encoder = EncoderSettings(**{item.name: getattr(self, item.name) for item in fields(EncoderSettings)})
+        return ModelSettings(encoder=encoder, head_features=self.head_features)
 
 
 @dataclass(frozen=True, kw_only=True)
