@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hydrazero.shards.convert_settings import load_convert_settings
 from hydrazero.trainer.demo_data import make_demo_sources
 
 pytestmark = pytest.mark.ranks
@@ -24,7 +25,9 @@ def blocks(language: str) -> list[str]:
 
 def test_the_readme_runs(tmp_path):
     make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
-    (run_file,) = blocks("toml")
+    settings, run_file = blocks("toml")
+    (tmp_path / "convert.toml").write_text(settings)
+    assert load_convert_settings(tmp_path / "convert.toml").fields.energy == "TotEnergy"
     assert "steps = 300" in run_file
     (tmp_path / "runs" / "first.toml").write_text(run_file.replace("steps = 300", "steps = 4"))
     shown = [line for block in blocks("console") for line in block.splitlines()]
