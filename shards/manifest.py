@@ -64,7 +64,7 @@ class Manifest:
     labels: dict[str, LabelRange]
     """Of the training split: 'energy_per_atom', 'energy_residual_per_atom' (less references), 'forces', 'stress'."""
     reference_energies: dict[str, float]
-    """eV per atom of each element: least squares on the training split, or as given by the source."""
+    """eV per atom of each element: least squares on the training split."""
     required_labels: list[str]
     """Labels that every structure has."""
     periodic_structures: int

@@ -37,8 +37,11 @@ def save_checkpoint(engine: Any, run_dir: Path, step: int, stream_state: dict[st
         part = folder / (LATEST + ".part")
         part.write_text(tag)
         os.replace(part, folder / LATEST)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        # Folders of later steps were left by a run that was killed while it saved.
+        names = sorted(path.name for path in folder.glob("step-*"))
+        earlier = [name for name in names if name <= tag]
+        for old in [*earlier[:-keep], *(name for name in names if name > tag)]:
+            shutil.rmtree(folder / old)
     wait_for_all()
 
 

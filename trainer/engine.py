@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,12 @@ def train_step(engine: Any, objective: Objective, batches: Sequence[GraphBatch],
         with whole_parameters(engine):
             engine.backward(loss * share)
         engine.step()
+    norm = engine.get_global_grad_norm()
+    if engine.skipped_steps or (norm is not None and not math.isfinite(norm)):
+        raise NonFiniteLossError(
+            f"the gradient of step {step} is not finite although its loss is; go on from the last checkpoint with a "
+            "lower learning rate, or look for atoms that nearly coincide."
+        )
     return StepResult(loss=float(everything[-2]), sums=everything[:-2].view(tasks, -1), atoms=int(everything[-1]))
 
 

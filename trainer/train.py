@@ -20,6 +20,9 @@ from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, w
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
 
+SMALLEST_SCALE = 1e-3
+"""eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
+
 
 def task_facts(config: RunConfig) -> list[Any]:
     """Collect the facts of a run's tasks from their manifests, checking shards and elements; raises HydrazeroError."""
@@ -41,13 +44,13 @@ def task_facts(config: RunConfig) -> list[Any]:
                 f"task '{task.name}' has one of {manifest.max_atoms} atoms, a batch holds {config.batch.atoms}: "
                 f"set batch.atoms to at least {manifest.max_atoms}."
             )
-        label = manifest.labels.get("forces") or manifest.labels["energy_residual_per_atom"]
+        label_scales = [manifest.labels[n].rms for n in ("forces", "energy_residual_per_atom") if n in manifest.labels]
         facts.append(
             TaskFacts(
                 name=task.name,
                 reference_energies=manifest.reference_energies,
-                # A task whose labels are all zero has no scale of its own; eV and Å are as good as any.
-                scale=label.rms or 1.0,
+                # Labels that vanish by symmetry are no scale; with none left, eV and Å do.
+                scale=next((scale for scale in label_scales if scale > SMALLEST_SCALE), 1.0),
                 elements=manifest.trained_elements,
                 fidelity=manifest.source.get("method", ""),
                 has_forces="forces" in manifest.labels,
