@@ -7,10 +7,11 @@ from pathlib import Path
 
 from hydrazero.shards.errors import SourceError, did_you_mean
 from hydrazero.shards.readers.ase_reader import read_ase, read_database, read_extxyz
-from hydrazero.shards.readers.frames import FieldNames, Frame, ReadSettings, SourceUnits
+from hydrazero.shards.readers.frames import FieldNames, Frame, ReadSettings, SourceUnits, UnreadFrame
 from hydrazero.shards.readers.npz_reader import read_npz
+from hydrazero.shards.readers.opening import plain_suffix
 
-READERS: dict[str, Callable[[Path, ReadSettings], Iterator[Frame]]] = {
+READERS: dict[str, Callable[[Path, ReadSettings], Iterator[UnreadFrame]]] = {
     "ase": read_ase,
     "extxyz": read_extxyz,
     "db": read_database,
@@ -18,16 +19,16 @@ READERS: dict[str, Callable[[Path, ReadSettings], Iterator[Frame]]] = {
 }
 BY_SUFFIX = {".xyz": "extxyz", ".extxyz": "extxyz", ".db": "db", ".npz": "npz"}
 
-__all__ = ["READERS", "FieldNames", "Frame", "ReadSettings", "SourceUnits", "read_frames"]
+__all__ = ["READERS", "FieldNames", "Frame", "ReadSettings", "SourceUnits", "UnreadFrame", "read_frames", "unread"]
 
 
-def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:
-    """Read a file frame by frame, labels converted to eV, Å; the format is guessed from the suffix if not set.
+def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Come past the frames of a file, without reading those that the caller passes over.
 
-    A bad frame comes as a Frame with an error; SourceError is raised where the file as a whole cannot be read, is
-    empty, or the format is unknown.
+    The format is guessed from the suffix if the settings name none. Raises SourceError where the file as a whole cannot
+    be read, is empty, or the format is unknown.
     """
-    name = settings.format or BY_SUFFIX.get(path.suffix.lower(), "ase")
+    name = settings.format or BY_SUFFIX.get(plain_suffix(path), "ase")
     if name not in READERS:
         raise SourceError(f"format '{name}' is not known{did_you_mean(name, list(READERS))}.")
     if not path.is_file():
@@ -40,3 +41,12 @@ def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:
         yield frame
     if count == 0:
         raise SourceError(f"source file {path} holds no structure that the format '{name}' finds.")
+
+
+def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:
+    """Read a file frame by frame, labels converted to eV, Å; a bad frame comes as a Frame with an error.
+
+    Raises what `unread` raises.
+    """
+    for frame in unread(path, settings):
+        yield frame.read()

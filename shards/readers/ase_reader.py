@@ -4,53 +4,68 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import ase.db
 import ase.io
 from ase import Atoms
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.opening import READ_ERRORS, open_text
 
 
-def read_ase(path: Path, settings: ReadSettings) -> Iterator[Frame]:
+def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read any file that `ase.io.iread` reads; raises SourceError naming the frame where it breaks off."""
     maker = FrameMaker(settings)
     number = 0
     try:
         images: Iterator[Any] = ase.io.iread(str(path), index=":", do_not_split_by_at_sign=True)
         for atoms in images:
-            yield frame_from_atoms(atoms, f"{path.name}#{number}", maker)
+            source_id = f"{path.name}#{number}"
+            # ASE doesn't tell how far into the file it is.
+            yield UnreadFrame(
+                source_id=source_id, read=partial(frame_from_atoms, atoms, source_id, maker), fraction=0.0
+            )
             number += 1
     except Exception as error:  # ASE's readers raise whatever they stumble on
-        raise SourceError(f"{path}, frame {number}, cannot be read by ASE ({_brief(error)}).") from error
+        raise SourceError(f"{path}, frame {number}, cannot be read by ASE ({brief(error)}).") from error
 
 
-def read_extxyz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
-    """Read extended XYZ, each frame on its own, so that one that cannot be parsed does not end the file."""
-    maker = FrameMaker(settings)
+def read_extxyz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read extended XYZ, compressed or not, each frame on its own, so that a bad one does not end the file."""
+    with open_text(path) as (file, fraction):
+        yield from extxyz_frames(file, path.name, str(path), fraction, FrameMaker(settings))
+
+
+def extxyz_frames(
+    file: TextIO, name: str, where: str, fraction: Callable[[], float], maker: FrameMaker
+) -> Iterator[UnreadFrame]:
+    """Split text into frames 'NAME#0', ...; raises SourceError naming `where` if the text is cut off or no XYZ."""
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, text in enumerate(_frame_texts(file, path)):
-                source_id = f"{path.name}#{number}"
-                try:
-                    atoms = cast(Atoms, ase.io.read(io.StringIO(text), format="extxyz"))
-                except KeyError as error:
-                    fault = StructureError("unknown_element", f"{error} is no chemical element")
-                    yield Frame(source_id=source_id, error=fault)
-                except Exception as error:  # ASE raises ValueError, XYZError, IndexError, ... for broken lines
-                    yield Frame(source_id=source_id, error=StructureError("unreadable", _brief(error)))
-                else:
-                    yield frame_from_atoms(atoms, source_id, maker)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} cannot be read ({_brief(error)}).") from error
+        for number, text in enumerate(_frame_texts(file, where)):
+            source_id = f"{name}#{number}"
+            read = partial(_parse_extxyz, text, source_id, maker)
+            yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
+    except READ_ERRORS as error:
+        raise SourceError(f"{where} cannot be read to its end ({brief(error)}); copy it again.") from error
 
 
-def _frame_texts(file: Any, path: Path) -> Iterator[str]:
+def _parse_extxyz(text: str, source_id: str, maker: FrameMaker) -> Frame:
+    try:
+        atoms = cast(Atoms, ase.io.read(io.StringIO(text), format="extxyz"))
+    except KeyError as error:
+        return Frame(source_id=source_id, error=StructureError("unknown_element", f"{error} is no chemical element"))
+    except Exception as error:  # ASE raises ValueError, XYZError, IndexError, ... for broken lines
+        return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
+    return frame_from_atoms(atoms, source_id, maker)
+
+
+def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
     """Split extended XYZ into frames; raises SourceError where a count is no number or lines are missing."""
     number = 0
     while line := file.readline():
@@ -61,29 +76,40 @@ def _frame_texts(file: Any, path: Path) -> Iterator[str]:
         except ValueError:
             count = -1
         if count < 0:
-            raise SourceError(f"{path}, frame {number}: '{line.strip()[:40]}' is not a number of atoms.")
+            raise SourceError(f"{where}, frame {number}: '{line.strip()[:40]}' is not a number of atoms.")
         # A damaged count may be beyond any file, and beyond what islice takes.
         lines = list(islice(file, min(count + 1, sys.maxsize)))
         if len(lines) < count + 1:
-            raise SourceError(f"{path}, frame {number}: the file ends before {count} atoms are read; it is truncated.")
+            raise SourceError(f"{where}, frame {number}: the file ends before {count} atoms are read; it is truncated.")
         yield line + "".join(lines)
         number += 1
 
 
-def read_database(path: Path, settings: ReadSettings) -> Iterator[Frame]:
+def read_database(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read an ASE database; labels from its calculator results, key-value pairs or data."""
     maker = FrameMaker(settings)
     number = 0
     try:
         with ase.db.connect(str(path)) as database:
+            rows = max(database.count(), 1)
             for row in database.select():
-                atoms = row.toatoms(add_additional_information=True)
-                extra = {**atoms.info.pop("key_value_pairs", {}), **atoms.info.pop("data", {})}
-                atoms.info.update(extra)
-                yield frame_from_atoms(atoms, f"{path.name}#{row.id}", maker)
                 number += 1
+                source_id = f"{path.name}#{row.id}"
+                read = partial(frame_from_row, row, source_id, maker)
+                yield UnreadFrame(source_id=source_id, read=read, fraction=number / rows)
     except Exception as error:  # sqlite3.DatabaseError, json errors, KeyError, by the kind of damage
-        raise SourceError(f"{path}, row {number}, cannot be read as an ASE database ({_brief(error)}).") from error
+        raise SourceError(f"{path}, row {number}, cannot be read as an ASE database ({brief(error)}).") from error
+
+
+def frame_from_row(row: Any, source_id: str, maker: FrameMaker) -> Frame:
+    """Turn a row of an ASE database into a frame; its key-value pairs and data are the frame's fields."""
+    try:
+        atoms = row.toatoms(add_additional_information=True)
+    except Exception as error:  # what a damaged row makes ASE raise
+        return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
+    extra = {**atoms.info.pop("key_value_pairs", {}), **atoms.info.pop("data", {})}
+    atoms.info.update(extra)
+    return frame_from_atoms(atoms, source_id, maker)
 
 
 def frame_from_atoms(atoms: Atoms, source_id: str, maker: FrameMaker) -> Frame:
@@ -113,9 +139,3 @@ def frame_from_atoms(atoms: Atoms, source_id: str, maker: FrameMaker) -> Frame:
         multiplicity=label(names.multiplicity),
     )
     return maker.make(raw, source_id, atoms.info)
-
-
-def _brief(error: Exception) -> str:
-    """First line of an error's text, or its kind."""
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,17 @@ class Frame:
     error: StructureError | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     """The frame's other fields, for grouping and selection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadFrame:
+    """A frame that a reader has come past but not read in full, so that several processes can share a source."""
+
+    source_id: str
+    read: Callable[[], Frame]
+    """Reads it; valid until the reader is asked for the next frame."""
+    fraction: float
+    """Of the source that ends with this frame, 0 to 1; for the time left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,3 +184,9 @@ def _matrix(value: Any, name: str) -> np.ndarray:
         xx, yy, zz, yz, xz, xy = array
         return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
     raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not (3, 3), (9,) or (6,)")
+
+
+def brief(error: Exception) -> str:
+    """First line of an error's text, or its kind."""
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

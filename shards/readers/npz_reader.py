@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import SourceError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame
 
 LAYOUTS = (
     {"numbers": "z", "positions": "R", "energy": "E", "forces": "F"},
@@ -19,12 +20,13 @@ LAYOUTS = (
 """Keys of the sGDML layout (Chmiela et al. 2019) and of rMD17 (Christensen and von Lilienfeld 2020)."""
 
 
-def read_npz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
+def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read the frames of an archive; raises SourceError if its keys or shapes do not fit."""
     maker = FrameMaker(settings)
     columns = _columns(path)
     frames = len(columns["positions"])
-    for number in range(frames):
+
+    def read(number: int) -> Frame:
         raw = RawFrame(
             numbers=columns["numbers"],
             positions=columns["positions"][number],
@@ -33,7 +35,11 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[Frame]:
             energy=columns["energy"][number] if "energy" in columns else None,
             forces=columns["forces"][number] if "forces" in columns else None,
         )
-        yield maker.make(raw, f"{path.name}#{number}", {})
+        return maker.make(raw, f"{path.name}#{number}", {})
+
+    for number in range(frames):
+        source_id = f"{path.name}#{number}"
+        yield UnreadFrame(source_id=source_id, read=partial(read, number), fraction=(number + 1) / frames)
 
 
 def _columns(path: Path) -> dict[str, NDArray[Any]]:
