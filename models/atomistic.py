@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hydrazero.models.encoder import EncoderSettings, PairGeometry, make_encoder
 from hydrazero.models.heads import StackedEnergyHead
-from hydrazero.models.slots import pair_vectors
+from hydrazero.models.slots import Slots
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
@@ -99,10 +99,16 @@ class AtomisticModel(nn.Module):
         return per_atom.new_zeros(task.shape[0]).index_add(0, batch.structure, per_atom)
 
     def _node_scalars(self, batch: GraphBatch, positions: Tensor, strain: Tensor) -> Tensor:
-        vectors = pair_vectors(positions, batch.neighbours, batch.reverse, batch.shifts)
-        vectors = vectors + torch.bmm(vectors, strain[batch.structure])
-        geometry = PairGeometry(neighbours=batch.neighbours, reverse=batch.reverse, slot_mask=batch.slot_mask)
-        return self.encoder(batch.numbers, vectors, geometry).scalars
+        slots = Slots(
+            atoms=batch.numbers.shape[0],
+            row_atom=batch.row_atom,
+            neighbours=batch.neighbours,
+            reverse=batch.reverse,
+            mask=batch.slot_mask,
+        )
+        vectors = slots.pair_vectors(positions, batch.shifts)
+        vectors = vectors + torch.bmm(vectors, slots.spread(strain[batch.structure]))
+        return self.encoder(batch.numbers, vectors, PairGeometry(slots=slots)).scalars
 
     def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
         """Atomic energies [A, ...] -> structures [S, ...], padding left out."""
@@ -152,6 +158,14 @@ def reference_table(tasks: Sequence[TaskFacts]) -> Tensor:
     for row, task in enumerate(tasks):
         for symbol, energy in task.reference_energies.items():
             table[row, atomic_numbers[symbol]] = energy
+    return table
+
+
+def known_elements(tasks: Sequence[TaskFacts]) -> Tensor:
+    """Whether the task's training split holds the element: [tasks, 119] bool."""
+    table = torch.zeros(len(tasks), MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
+    for row, task in enumerate(tasks):
+        table[row, [atomic_numbers[symbol] for symbol in task.elements]] = True
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hydrazero.models.slots import Slots
 from hydrazero.shards.errors import ConfigError, did_you_mean
 
 
@@ -43,16 +44,11 @@ class NodeFeatures:
 class PairGeometry:
     """Slots of a batch, and what is measured in them."""
 
-    neighbours: Tensor
-    """[A, K] int64."""
-    reverse: Tensor
-    """[A, K] int64."""
-    slot_mask: Tensor
-    """[A, K] bool."""
+    slots: Slots
     directions: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Unit vectors from receiver to neighbour, [A, K, 3]; zero in empty slots."""
+    """Unit vectors from receiver to neighbour, [R, K, 3]; zero in empty slots."""
     radial: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Radial functions times the cutoff function, and the cutoff function itself: [A, K, N + 1]; zero if empty."""
+    """Radial functions times the cutoff function, and the cutoff function itself: [R, K, N + 1]; zero if empty."""
 
     def measured(
         self,
@@ -61,14 +57,14 @@ class PairGeometry:
         basis: Callable[[Tensor], Tensor],
         cutoff_function: Callable[[Tensor, float], Tensor],
     ) -> PairGeometry:
-        """Return a copy with directions and radial functions of the pair vectors [A, K, 3] in Å."""
+        """Return a copy with directions and radial functions of the pair vectors [R, K, 3] in Å."""
         # An empty slot gets a vector of the cutoff's length: no root of zero, and the cutoff function makes it 0.
         away = vectors.new_tensor([cutoff, 0.0, 0.0])
-        safe = torch.where(self.slot_mask.unsqueeze(-1), vectors, away)
+        safe = torch.where(self.slots.mask.unsqueeze(-1), vectors, away)
         distance = torch.sqrt((safe * safe).sum(-1))
-        inside = (cutoff_function(distance, cutoff) * self.slot_mask).unsqueeze(-1)
+        inside = (cutoff_function(distance, cutoff) * self.slots.mask).unsqueeze(-1)
         radial = torch.cat([basis(distance) * inside, inside], dim=-1)
-        directions = safe / distance.unsqueeze(-1) * self.slot_mask.unsqueeze(-1)
+        directions = safe / distance.unsqueeze(-1) * self.slots.mask.unsqueeze(-1)
         return replace(self, directions=directions, radial=radial)
 
 

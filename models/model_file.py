@@ -16,7 +16,7 @@ from ase.data import atomic_numbers
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
-from hydrazero.shards.graph import BatchShape, collate, graph_sample
+from hydrazero.shards.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
 FORMAT = "hydrazero-model"
@@ -74,8 +74,7 @@ def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path
     for task, facts in enumerate(model.tasks):
         probe = _probe(facts.elements)
         sample = graph_sample(probe, task, model.settings.encoder.cutoff)
-        shape = BatchShape(structures=1, atoms=len(probe), slots=len(probe) * sample.slot_class)
-        batch = collate([sample], shape, sample.slot_class, expected.dtype)
+        batch = collate([sample], shape_holding([sample]), expected.dtype)
         ours, theirs = expected(batch), loaded(batch)
         if not (torch.equal(ours.energy, theirs.energy) and torch.equal(ours.forces, theirs.forces)):
             raise ModelFileError(

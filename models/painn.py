@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from hydrazero.models.encoder import EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.radial import BASES, CUTOFFS
-from hydrazero.models.slots import gather_neighbours
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 NORM_EPSILON = 1e-8
@@ -26,16 +25,13 @@ class PaiNNMessage(nn.Module):
 
     def forward(self, scalars: Tensor, vectors: Tensor, geometry: PairGeometry) -> tuple[Tensor, Tensor]:
         """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
-        f, a = self.features, scalars.shape[0]
-        filters = self.filter(geometry.radial)
-        neighbours, reverse = geometry.neighbours, geometry.reverse
-        context = filters * gather_neighbours(self.context(scalars), neighbours, reverse)
-        from_scalars, gates, from_directions = context.split(f, dim=-1)
-        sent = gather_neighbours(vectors, neighbours, reverse)
-        turned = (sent * gates.unsqueeze(2)).sum(1)
-        # Directions [A, 3, K] times messages [A, K, F]: summed over the slots without a [A, K, 3, F] in between.
+        slots = geometry.slots
+        context = self.filter(geometry.radial) * slots.gather(self.context(scalars))
+        from_scalars, gates, from_directions = context.split(self.features, dim=-1)
+        turned = (slots.gather(vectors) * gates.unsqueeze(2)).sum(1)
+        # Directions [R, 3, K] times messages [R, K, F]: summed over the slots without a [R, K, 3, F] in between.
         pointed = torch.bmm(geometry.directions.transpose(1, 2), from_directions)
-        return from_scalars.sum(1).view(a, f), turned + pointed
+        return slots.sum_rows(from_scalars.sum(1)), slots.sum_rows(turned + pointed)
 
 
 class PaiNNUpdate(nn.Module):
@@ -76,7 +72,7 @@ class PaiNN(nn.Module):
         return self.settings.cutoff * self.settings.layers
 
     def forward(self, numbers: Tensor, vectors: Tensor, geometry: PairGeometry) -> NodeFeatures:
-        """Encode atoms: numbers [A], pair vectors [A, K, 3] Å, and the slots of `geometry`."""
+        """Encode atoms: numbers [A], pair vectors [R, K, 3] Å, and the slots of `geometry`."""
         geometry = geometry.measured(vectors, self.settings.cutoff, self.basis, self.cutoff_function)
         scalars = self.embedding(numbers)
         equivariant = scalars.new_zeros(scalars.shape[0], 3, scalars.shape[1])

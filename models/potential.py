@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from hydrazero.models.atomistic import AtomisticModel, TaskFacts
 from hydrazero.models.model_file import read_model
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
-from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
-from hydrazero.shards.packing import pack
+from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
+from hydrazero.shards.packing import Packer, fits
 from hydrazero.shards.structure import Structure, check_structure
 
 if TYPE_CHECKING:
@@ -77,9 +77,23 @@ class Potential:
     def batches(
         self, samples: Iterable[GraphSample], shape: BatchShape
     ) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
-        """Pack samples and give them with their batches, on the model's device."""
-        for slots, packed in pack(samples, shape):
-            yield packed, collate(packed, shape, slots, self.model.dtype).to(self.device)
+        """Pack samples and give them with their batches, on the model's device.
+
+        A sample that is larger than `shape` gets a batch of its own size.
+        """
+        packer = Packer(shape)
+        for sample in samples:
+            if not fits(sample, shape):
+                yield self._batch([sample], shape_holding([sample]))
+                continue
+            packer.add(sample)
+            while (packed := packer.pop_full()) is not None:
+                yield self._batch(packed, shape)
+        while (packed := packer.pop_any()) is not None:
+            yield self._batch(packed, shape)
+
+    def _batch(self, packed: list[GraphSample], shape: BatchShape) -> tuple[list[GraphSample], GraphBatch]:
+        return packed, collate(packed, shape, self.model.dtype).to(self.device)
 
     def predict(self, structures: Sequence[Atoms], tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Predict with each of the tasks' heads (all by default): a row per structure and task, in their order.
@@ -142,15 +156,12 @@ class Potential:
 
 
 def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
-    """Return the default batch size, or one that just holds the samples where they are few, or one is larger."""
-    atoms = max((len(s.structure) for s in samples), default=1)
-    slots = max((len(s.structure) * s.slot_class for s in samples), default=8)
-    total_atoms = sum(len(s.structure) for s in samples)
-    total_slots = total_atoms * max((s.slot_class for s in samples), default=8)
+    """Return the default batch size, or one that just holds the samples where they are few."""
+    tight = shape_holding(samples)
     return BatchShape(
-        structures=max(min(DEFAULT_SHAPE.structures, len(samples)), 1),
-        atoms=max(min(DEFAULT_SHAPE.atoms, total_atoms), atoms),
-        slots=max(min(DEFAULT_SHAPE.slots, total_slots), slots),
+        structures=min(DEFAULT_SHAPE.structures, tight.structures),
+        atoms=min(DEFAULT_SHAPE.atoms, tight.atoms),
+        slots=min(DEFAULT_SHAPE.slots, tight.slots),
     )
 
 

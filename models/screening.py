@@ -6,7 +6,7 @@ import heapq
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ def _keep_best(
 
 
 def _samples(potential: Potential, structures: Iterable[Structure], settings: ScreenSettings) -> Iterator[GraphSample]:
-    for number, structure in enumerate(structures):
+    for number, given in enumerate(structures):
+        structure = replace(given, energy=None, forces=None, stress=None)  # a faulty label does not matter here
         name = structure.source_id or f"structure {number}"
         try:
             check_structure(structure)

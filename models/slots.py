@@ -1,50 +1,71 @@
-"""Gathers over neighbour slots whose derivatives are gathers too: no scatter, no atomics, any order of differentiation.
+"""Gathers over neighbour slots whose derivatives are gathers too, closed under differentiation of any order.
 
-Slot (n, k) holds the pair from neighbour m = neighbours[n, k] to receiver n, and reverse[n, k] is the slot of the pair
-from n to m. Summing slots by their neighbour is therefore a gather through `reverse` and a sum over k. An empty slot
-points at its own atom and at itself; what flows through it must be masked by the caller.
+Row r holds neighbours of the atom row_atom[r]; slot (r, k) holds the pair from neighbour m = neighbours[r, k] to that
+atom, and reverse[r, k] is the slot of the opposite pair. Summing slots by their neighbour is therefore a gather through
+`reverse`, a sum over k and a sum over each atom's rows. An empty slot points at its row's own atom and at itself; what
+flows through it must be masked by the caller.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Which pairs the slots hold: A atoms, R rows of K slots."""
+
+    atoms: int
+    row_atom: Tensor
+    """[R] int64."""
+    neighbours: Tensor
+    """[R, K] int64."""
+    reverse: Tensor
+    """Flat slot of the opposite pair, [R, K] int64."""
+    mask: Tensor
+    """False where a slot is empty, [R, K]."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return each slot's neighbour's row of x: [A, ...] -> [R, K, ...]."""
+        return _Gather.apply(x, self)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return each row's own atom's row of x: [A, ...] -> [R, ...]."""
+        return x.index_select(0, self.row_atom)
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """Sum what rows hold over the rows of each atom: [R, ...] -> [A, ...]."""
+        return values.new_zeros(self.atoms, *values.shape[1:]).index_add(0, self.row_atom, values)
+
+    def pair_vectors(self, positions: Tensor, shifts: Tensor) -> Tensor:
+        """Return the vectors from each row's atom to its neighbours, Å, [R, K, 3]; zero in empty slots."""
+        return self.gather(positions) - self.spread(positions).unsqueeze(1) + shifts
+
+
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, neighbours: Tensor, reverse: Tensor) -> Tensor:
-        ctx.save_for_backward(neighbours, reverse)
-        flat = x.reshape(x.shape[0], -1).index_select(0, neighbours.reshape(-1))
-        return flat.view(*neighbours.shape, *x.shape[1:])
+    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        flat = x.reshape(x.shape[0], -1).index_select(0, slots.neighbours.reshape(-1))
+        return flat.view(*slots.neighbours.shape, *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        neighbours, reverse = ctx.saved_tensors
-        return _SumBySender.apply(grads[0], neighbours, reverse), None, None
+        return _SumBySender.apply(grads[0], ctx.slots), None
 
 
 class _SumBySender(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, neighbours: Tensor, reverse: Tensor) -> Tensor:
-        ctx.save_for_backward(neighbours, reverse)
-        n, k = neighbours.shape
-        flat = values.reshape(n * k, -1).index_select(0, reverse.reshape(-1))
-        return flat.view(n, k, -1).sum(1).view(n, *values.shape[2:])
+    def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        r, k = slots.neighbours.shape
+        flat = values.reshape(r * k, -1).index_select(0, slots.reverse.reshape(-1))
+        return slots.sum_rows(flat.view(r, k, -1).sum(1)).view(slots.atoms, *values.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        neighbours, reverse = ctx.saved_tensors
-        return _Gather.apply(grads[0], neighbours, reverse), None, None
-
-
-def gather_neighbours(x: Tensor, neighbours: Tensor, reverse: Tensor) -> Tensor:
-    """Return x[neighbours]: [A, ...] -> [A, K, ...]."""
-    return _Gather.apply(x, neighbours, reverse)
-
-
-def pair_vectors(positions: Tensor, neighbours: Tensor, reverse: Tensor, shifts: Tensor) -> Tensor:
-    """Return the vectors from each receiver to its neighbours, Å, [A, K, 3]; zero in empty slots."""
-    return gather_neighbours(positions, neighbours, reverse) - positions[:, None] + shifts
+        return _Gather.apply(grads[0], ctx.slots), None

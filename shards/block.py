@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -18,7 +19,6 @@ from hydrazero.shards.errors import ShardError
 from hydrazero.shards.structure import Structure
 
 BLOCK_STRUCTURES = 256
-REQUIRED_COLUMNS = ("n_atoms", "numbers", "positions", "cell", "pbc", "energy", "charge", "multiplicity")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +50,12 @@ class StructureBlock:
 
     def __len__(self) -> int:
         return len(self.n_atoms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the columns."""
+        columns = (getattr(self, item.name) for item in fields(self))
+        return sum(column.nbytes for column in columns if column is not None)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -109,11 +115,15 @@ def block_from_structures(structures: Sequence[Structure], *, float_dtype: str =
     )
 
 
+def columns_of(block: StructureBlock) -> dict[str, NDArray[Any]]:
+    """Return the columns that a block has, by name."""
+    columns = {field.name: getattr(block, field.name) for field in fields(block)}
+    return {name: np.ascontiguousarray(value) for name, value in columns.items() if value is not None}
+
+
 def encode_block(block: StructureBlock) -> bytes:
     """Serialise a block as safetensors."""
-    columns = {field.name: getattr(block, field.name) for field in fields(block)}
-    columns = {name: value for name, value in columns.items() if value is not None}
-    return safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in columns.items()})
+    return safetensors.numpy.save(columns_of(block))
 
 
 def decode_block(data: bytes, where: str) -> StructureBlock:

@@ -1,36 +1,40 @@
-"""Reading of single blocks out of WebDataset tars, with checksums and a small cache."""
+"""Reading of single blocks out of WebDataset tars, wherever they lie, with retries, checksums and a bounded cache."""
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.gopen import gopen
 from webdataset.tariterators import tar_file_iterator
 
 from hydrazero.shards.block import StructureBlock, decode_block
 from hydrazero.shards.errors import ShardError
+from hydrazero.shards.location import open_at
 from hydrazero.shards.manifest import Manifest, Shard, read_manifest
 
-CACHED_BLOCKS = 128
-"""Decoded blocks kept per reader: about 40 MB for molecules."""
+CACHE_BYTES = 96_000_000
+"""Of decoded blocks that a reader of several tasks keeps, about 300 blocks of molecules."""
+
+RETRY_AFTER = (0.2, 2.0)
+"""Seconds before a broken read is tried again; then it is taken for damage."""
 
 
 class BlockReader:
     """Blocks of one split of one task, by number."""
 
     def __init__(self, folder: Path | str, split: str) -> None:
-        self.folder, self.split = Path(folder), split
-        self.manifest: Manifest = read_manifest(self.folder)
+        self.folder, self.split = str(folder), split
+        self.manifest: Manifest = read_manifest(folder)
         self._blocks: list[tuple[Shard, int]] = [
             (shard, index)
             for shard in self.manifest.splits.get(split, [])
             for index in range(len(shard.block_structures))
         ]
-        self._cache: OrderedDict[int, StructureBlock] = OrderedDict()
+        self._damaged: dict[int, ShardError] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -41,29 +45,66 @@ class BlockReader:
         return np.array([shard.block_structures[index] for shard, index in self._blocks], dtype=np.int64)
 
     def read(self, number: int) -> StructureBlock:
-        """Read one block; raises ShardError, naming the shard and block, if it is missing or damaged."""
+        """Read one block, trying again where a read breaks off.
+
+        Raises ShardError, naming the shard and block, if it stays missing or damaged, or if it holds another number of
+        structures than the manifest says.
+        """
+        if number in self._damaged:
+            raise self._damaged[number]
         shard, index = self._blocks[number]
-        where = f"shard {self.folder / shard.file}, block {index}"
+        for wait in (*RETRY_AFTER, None):
+            try:
+                return self._read(shard, index)
+            except ShardError as error:
+                if wait is None:
+                    self._damaged[number] = error
+                    raise
+                time.sleep(wait)
+        raise RuntimeError("unreachable")
+
+    def _read(self, shard: Shard, index: int) -> StructureBlock:
+        where = f"shard {self.folder}/{shard.file}, block {index}"
         data = self._read_bytes(shard, index, where)
         if zlib.crc32(data) != shard.block_crc32[index]:
             raise ShardError(f"{where} has another checksum than the manifest says: copy or convert the task again.")
-        return decode_block(data, where)
-
-    def cached(self, number: int) -> StructureBlock:
-        """Read one block, or return it from the cache where it is there."""
-        if number not in self._cache:
-            self._cache[number] = self.read(number)
-            if len(self._cache) > CACHED_BLOCKS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(number)
-        return self._cache[number]
+        block = decode_block(data, where)
+        if len(block) != shard.block_structures[index]:
+            raise ShardError(
+                f"{where} holds {len(block)} structures where the manifest says {shard.block_structures[index]}: they "
+                "are not of one conversion; convert the task again."
+            )
+        return block
 
     def _read_bytes(self, shard: Shard, index: int, where: str) -> bytes:
+        begin = shard.block_offsets[index]
+        end = shard.block_offsets[index + 1] if index + 1 < len(shard.block_offsets) else shard.bytes
         try:
-            with gopen(str(self.folder / shard.file)) as stream:
-                stream.seek(shard.block_offsets[index])
+            with open_at(self.folder, shard.file, begin, end) as stream:
                 for member in tar_file_iterator(stream):
                     return member["data"]
         except Exception as error:  # OSError, tarfile.ReadError and EOFError, by where the damage is
             raise ShardError(f"{where} cannot be read ({error}); copy or convert the task again.") from error
         raise ShardError(f"{where} is not where the manifest says; copy or convert the task again.")
+
+
+class BlockCache:
+    """Decoded blocks of several readers, the longest unused given up when they take too much memory."""
+
+    def __init__(self, readers: list[BlockReader], most_bytes: int = CACHE_BYTES) -> None:
+        self.readers, self.most_bytes = readers, most_bytes
+        self._blocks: OrderedDict[tuple[int, int], StructureBlock] = OrderedDict()
+        self._bytes = 0
+
+    def block(self, task: int, number: int) -> StructureBlock:
+        """Return a block of a reader, from the cache where it is there; raises ShardError as `BlockReader.read`."""
+        key = (task, number)
+        if key not in self._blocks:
+            block = self.readers[task].read(number)
+            self._blocks[key] = block
+            self._bytes += block.nbytes
+            while self._bytes > self.most_bytes and len(self._blocks) > 1:
+                _, dropped = self._blocks.popitem(last=False)
+                self._bytes -= dropped.nbytes
+        self._blocks.move_to_end(key)
+        return self._blocks[key]

@@ -1,4 +1,9 @@
-"""The converter: source files in, shards and a manifest out, all of it or nothing."""
+"""The converter: source files in, shards and a manifest out, all of it or nothing.
+
+Three parts, each shared out to workers: frames into chunks on the disk (`convert_frames`), an index that finds repeats
+and shuffles (`convert_index`), chunks into shards (`convert_shards`). What they make depends on the sources and
+settings alone, not on how many workers there are, and what is done when a conversion is killed is not done again.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +11,42 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
-import numpy as np
 from ase.data import chemical_symbols
 
+from hydrazero.shards.convert_frames import SLICED_BYTES, frames_path, read_part, status_path
+from hydrazero.shards.convert_index import Index, build_index
 from hydrazero.shards.convert_settings import ConvertSettings
-from hydrazero.shards.errors import ConfigError, SourceError, StructureError
-from hydrazero.shards.manifest import SPLITS, Manifest, write_manifest
-from hydrazero.shards.readers import read_frames
-from hydrazero.shards.readers.frames import Frame
-from hydrazero.shards.references import fit_reference_energies, label_ranges
-from hydrazero.shards.splits import group_key, split_of
-from hydrazero.shards.structure import Structure
-from hydrazero.shards.writer import write_split
+from hydrazero.shards.convert_shards import (
+    ShardNote,
+    energy_outliers,
+    make_shard,
+    residuals_of,
+    shard_calls,
+)
+from hydrazero.shards.convert_work import Job, distinct_names, working_folder, write_whole
+from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
+from hydrazero.shards.manifest import SPLITS, Histogram, LabelRange, Manifest, Outlier, Shard, write_manifest
+from hydrazero.shards.readers import expand_sources
+from hydrazero.shards.references import reference_energies
+from hydrazero.shards.task_statistics import FORCE_EDGES, Moments, Statistics, histogram_of, strongest
+from hydrazero.shards.workers import Workers, one_worker
 
-SET_ASIDE_NAME = "set_aside.jsonl"
-NAMED_DUPLICATES = 1000
 
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a conversion is."""
 
-@dataclass(kw_only=True)
-class Collected:
-    """Frames on their way into splits."""
-
-    by_split: dict[str, list[Structure]] = field(default_factory=lambda: {split: [] for split in SPLITS})
-    first_with: dict[bytes, tuple[str, str]] = field(default_factory=dict)
-    """Geometry hash -> (source id, split) of its first frame."""
-    duplicates: list[str] = field(default_factory=list)
-    duplicate_count: int = 0
-    set_aside: Counter[str] = field(default_factory=Counter)
-    set_aside_lines: list[str] = field(default_factory=list)
+    part: str
+    """'reading', 'sorting', 'writing' or 'counting'."""
+    frames: int
+    """Read so far by this start of it."""
+    fraction: float
+    """Of the part that is done, 0 to 1."""
 
 
 def convert(
@@ -49,145 +55,163 @@ def convert(
     out: Path,
     settings: ConvertSettings,
     *,
+    workers: Workers | None = None,
     skip_bad: bool = False,
-    progress: Callable[[int], None] | None = None,
+    trust_pickle: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
 ) -> Manifest:
-    """Convert source files into the shards of a task in the new folder `out`.
+    """Convert source files into the shards of a task in the new folder `out`, shared out to workers (one if None).
 
-    The folder appears when everything is in it; a conversion that fails or is killed leaves nothing of that name. A bad
-    frame ends it with a SourceError naming file and frame; with `skip_bad` it is set aside, counted by reason and
-    listed in set_aside.jsonl. Raises ConfigError for a task name that is no word or an `out` that exists.
+    The folder appears when everything is in it. A conversion that is killed, or finds the disk full, goes on where it
+    was when it is started again with the same sources and settings. A bad frame ends it with a SourceError naming file
+    and frame; with `skip_bad` it is set aside, counted by reason and listed in set_aside.jsonl. `trust_pickle` lets
+    sources of pickles be read, which can run any code. Raises ConfigError for a task name that is no word, an `out`
+    that exists, or what the system refuses to write.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
         raise ConfigError(f"task name '{task}' must be of letters, digits, '_' and '-'.")
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
-    collected = Collected()
-    names = _distinct_names(sources)
-    for source, name in zip(sources, names, strict=True):
-        for frame in read_frames(source, settings.read_settings()):
-            _collect(_named(frame, name), source, settings, collected, skip_bad)
-            if progress is not None:
-                progress(1)
-    if not collected.by_split["train"]:
-        raise SourceError(_no_training_frames(task, collected))
-    with _appearing_whole(out) as folder:
-        return _write(collected, task, names, settings, folder)
-
-
-def _distinct_names(sources: Sequence[Path]) -> list[str]:
-    """Name of each source for source ids: the file's, or its path below the common folder where names repeat."""
-    paths = [Path(os.path.abspath(source)) for source in sources]
-    if len({path.name for path in paths}) == len(set(paths)):
-        return [path.name for path in paths]
-    common = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(common).as_posix() for path in paths]
-
-
-def _named(frame: Frame, name: str) -> Frame:
-    """Put the source's name into the frame's source id."""
-    file, _, number = frame.source_id.rpartition("#")
-    if file == name:
-        return frame
-    source_id = f"{name}#{number}"
-    structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
-    return replace(frame, source_id=source_id, structure=structure)
-
-
-def _no_training_frames(task: str, collected: Collected) -> str:
-    total = sum(len(part) for part in collected.by_split.values())
-    if total == 0 and collected.set_aside:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(collected.set_aside.items()))
-        return f"task '{task}': every frame was set aside ({reasons}); mend the sources or the settings."
-    return f"task '{task}': none of {total} usable frames falls into the training split; add frames."
-
-
-def _collect(frame: Frame, source: Path, settings: ConvertSettings, collected: Collected, skip_bad: bool) -> None:
-    """Sort one frame into its split, or set it aside."""
-    # A frame that could not even be parsed has no fields to be left out by: it is bad, not unwanted.
-    parsed = frame.structure is not None or bool(frame.info)
-    if parsed and any(str(frame.info.get(key)) not in map(str, wanted) for key, wanted in settings.select.items()):
-        collected.set_aside["not_selected"] += 1
-        return
-    try:
-        if frame.structure is None:
-            raise frame.error or StructureError("unreadable", "the frame cannot be read")
-        structure = frame.structure
-        key = structure.geometry_hash()
-        if key in collected.first_with:
-            _note_duplicate(structure, key, settings, collected)
-            return
-        split = split_of(group_key(frame, structure, settings.split.group), settings.split)
-    except StructureError as error:
-        if not skip_bad:
-            number = frame.source_id.rpartition("#")[2]
-            hint = "mend it, or use --skip-bad to set bad frames aside"
-            raise SourceError(f"{source}, frame {number}: {error}; {hint}.") from error
-        collected.set_aside[error.reason] += 1
-        line = {"source_id": frame.source_id, "reason": error.reason, "message": str(error)}
-        collected.set_aside_lines.append(json.dumps(line))
-        return
-    collected.first_with[key] = (structure.source_id, split)
-    collected.by_split[split].append(structure)
-
-
-def _note_duplicate(structure: Structure, key: bytes, settings: ConvertSettings, collected: Collected) -> None:
-    """Count a geometry that has come before; if kept, it follows the first into its split, never into another."""
-    first, split = collected.first_with[key]
-    collected.duplicate_count += 1
-    if len(collected.duplicates) < NAMED_DUPLICATES:
-        collected.duplicates.append(f"{structure.source_id} = {first}")
-    if settings.duplicates == "keep":
-        collected.by_split[split].append(structure)
-
-
-@contextmanager
-def _appearing_whole(out: Path) -> Iterator[Path]:
-    """Give a folder aside to write into; it becomes `out` at the end, or is removed if anything goes wrong."""
-    # A random name: process ids repeat between containers, and a killed conversion may have left its folder.
-    part = out.parent / f".{out.name}.part-{uuid4().hex[:12]}"
-    try:
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _write(collected: Collected, task: str, files: Sequence[str], settings: ConvertSettings, folder: Path) -> Manifest:
-    shards = {}
-    for index, split in enumerate(SPLITS):
-        structures = collected.by_split[split]
-        # Neighbouring frames of a source are alike; blocks should hold a mixture.
-        order = np.random.default_rng((settings.split.seed, index)).permutation(len(structures))
-        shards[split] = write_split(folder, split, [structures[i] for i in order], settings.float_dtype)
-    everything = [s for split in SPLITS for s in collected.by_split[split]]
-    training = collected.by_split["train"]
-    references = fit_reference_energies(training)
-    counts = np.sum([np.bincount(s.numbers, minlength=119) for s in everything], axis=0)
-    texts = {key: str(value) for key, value in settings.source.items()}
-    manifest = Manifest(
+    files = expand_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
+    job = Job(
         task=task,
-        splits=shards,
-        float_dtype=settings.float_dtype,
-        elements={chemical_symbols[z]: int(counts[z]) for z in np.flatnonzero(counts)},
-        trained_elements=sorted(references),
-        size_histogram=dict(sorted(Counter(len(s) for s in everything).items())),
-        labels=label_ranges(training, references),
-        reference_energies=references,
-        required_labels=list(settings.labels.require),
-        periodic_structures=sum(bool(s.pbc.any()) for s in everything),
-        duplicates=collected.duplicates,
-        duplicate_count=collected.duplicate_count,
-        set_aside=dict(sorted(collected.set_aside.items())),
-        source={**texts, "files": ", ".join(files)},
+        sources=tuple(files),
+        names=distinct_names(files),
+        settings=settings,
+        skip_bad=skip_bad,
+        trust_pickle=trust_pickle,
+        folder=(out.parent / f".{out.name}.part").absolute(),
     )
-    if collected.set_aside_lines:
-        with open(folder / SET_ASIDE_NAME, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in collected.set_aside_lines)
-            file.flush()
-            os.fsync(file.fileno())
-    write_manifest(manifest, folder)
+    with working_folder(job):
+        try:
+            with ExitStack() as stack:
+                manifest = _convert(job, workers or stack.enter_context(one_worker()), progress)
+            os.replace(job.shards, out)
+        except HydrazeroError:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"{out} cannot be written ({error.strerror or error}); mend that and start again: what was done is "
+                f"kept in {job.folder} and not done twice."
+            ) from error
+        shutil.rmtree(job.folder, ignore_errors=True)
     return manifest
+
+
+def _convert(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> Manifest:
+    _read(job, workers, progress)
+    progress(Progress(part="sorting", frames=0, fraction=0.0))
+    index = build_index(job)
+    if not len(index.orders["train"]):
+        raise SourceError(_no_training_frames(job, index))
+    calls = shard_calls(job, index.orders)
+
+    def watch() -> None:
+        done = sum(1 for _ in job.notes.iterdir())
+        progress(Progress(part="writing", frames=0, fraction=min(done / len(calls), 1.0)))
+
+    notes: list[ShardNote] = workers.run_all(make_shard, calls, watch)
+    by_split = {split: [n.shard for n, call in zip(notes, calls, strict=True) if call[1] == split] for split in SPLITS}
+    total = Statistics()
+    for note in notes:
+        total.merge(note.statistics)
+    progress(Progress(part="counting", frames=0, fraction=0.0))
+    manifest = _manifest(job, index, by_split, total, workers)
+    write_manifest(manifest, job.shards)
+    return manifest
+
+
+def _read(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> None:
+    """Read all sources into chunks."""
+    parts = workers.count
+    wanted = [number for number in range(len(job.sources)) if not frames_path(job, number).exists()]
+    sizes = [_bytes_of(source) for source in job.sources]
+    calls = [
+        (job, number, part, parts if sizes[number] > SLICED_BYTES else 1)
+        for number in wanted
+        for part in range(parts if sizes[number] > SLICED_BYTES else 1)
+    ]
+    done_before = sum(size for number, size in enumerate(sizes) if number not in set(wanted))
+
+    def watch() -> None:
+        frames, behind = 0, float(done_before)
+        for _, number, part, share in calls:
+            path = status_path(job, number, part)
+            words = path.read_text().split() if path.exists() else []
+            if len(words) == 2:  # else it is just being written
+                frames += int(words[0])
+                behind += float(words[1]) * sizes[number] / share
+        progress(Progress(part="reading", frames=frames, fraction=behind / max(sum(sizes), 1)))
+
+    try:
+        counts = workers.run_all(read_part, calls, watch)
+    except BaseException:
+        job.stop.touch()  # or the others would go on to the ends of their sources
+        raise
+    watch()
+    for (_, number, _, _), frames in zip(calls, counts, strict=True):
+        write_whole(frames_path(job, number), json.dumps(frames).encode())
+
+
+def _bytes_of(source: Path) -> int:
+    if source.is_dir():
+        return sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    return source.stat().st_size if source.exists() else 0
+
+
+def _no_training_frames(job: Job, index: Index) -> str:
+    total = sum(len(order) for order in index.orders.values())
+    if total == 0 and index.set_aside:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(index.set_aside.items()))
+        return f"task '{job.task}': every frame was set aside ({reasons}); mend the sources or the settings."
+    return f"task '{job.task}': none of {total} usable frames falls into the training split; add frames."
+
+
+def _manifest(
+    job: Job, index: Index, splits: dict[str, list[Shard]], total: Statistics, workers: Workers
+) -> Manifest:
+    references = reference_energies(total.triangle)
+    labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
+    residuals, distribution, outliers = _residuals(job, splits, references, workers)
+    distributions = {"energy_residual_per_atom": distribution}
+    if total.forces.any():
+        distributions["force_norm"] = Histogram(edges=FORCE_EDGES.tolist(), counts=total.forces.tolist())
+    order = ("energy_per_atom", "energy_residual_per_atom", "forces", "stress")
+    labels["energy_residual_per_atom"] = residuals
+    texts = {key: str(value) for key, value in job.settings.source.items()}
+    return Manifest(
+        task=job.task,
+        splits=splits,
+        float_dtype=job.settings.float_dtype,
+        elements={chemical_symbols[z]: count for z, count in sorted(total.elements.items())},
+        trained_elements=sorted(references),
+        size_histogram=dict(sorted(total.sizes.items())),
+        labels={name: labels[name] for name in order if name in labels},
+        reference_energies=references,
+        required_labels=list(job.settings.labels.require),
+        periodic_structures=total.periodic,
+        charged_structures=total.charged,
+        degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
+        distributions=distributions,
+        outliers={"energy_residual_per_atom": outliers, "force_norm": total.strongest},
+        duplicates=index.duplicates,
+        duplicate_count=index.duplicate_count,
+        set_aside=dict(sorted(index.set_aside.items())),
+        source={**texts, "files": ", ".join(job.names)},
+    )
+
+
+def _residuals(
+    job: Job, splits: dict[str, list[Shard]], references: dict[str, float], workers: Workers
+) -> tuple[LabelRange, Histogram, list[Outlier]]:
+    """Return range and histogram of the training split's residuals, and the outliers of all splits."""
+    calls = [(job, shard, references) for shards in splits.values() for shard in shards]
+    parts = workers.run_all(residuals_of, calls, lambda: None)
+    training = parts[: len(splits["train"])]
+    moments = Moments()
+    for part in training:
+        moments.merge(part.moments)
+    mean = moments.total / moments.count
+    found = [entry for part in parts for entry in energy_outliers(part, mean)]
+    return moments.label_range(), histogram_of((part.per_atom for part in training), moments), strongest(found)

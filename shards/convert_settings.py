@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.shards.readers.frames import FieldNames, ReadSettings, SourceUnits
+from hydrazero.shards.errors import ConfigError, SourceError, did_you_mean
+from hydrazero.shards.readers.frames import ASE_STRESS_ORDER, FieldNames, ReadSettings, SourceUnits, stress_places
 from hydrazero.shards.settings_parser import parse_settings
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
 
@@ -21,6 +21,8 @@ class LabelSection:
     """Which labels a frame must have."""
 
     require: tuple[str, ...] = ("energy", "forces")
+    absent_if_zero: tuple[str, ...] = ()
+    """Of 'forces' and 'stress': those that the source fills with zeros where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,16 @@ class ConvertSettings:
     """'float32' or 'float64': precision of positions, forces and stress in the shards; energies are always float64."""
     duplicates: str = "keep"
     """'keep' or 'drop' frames whose geometry has come before."""
+    degree_cutoffs: tuple[float, ...] = (4.0, 5.0, 6.0)
+    """Å; within each of these, neighbours are counted for the manifest, for the size of batches. The largest costs."""
+    energy_per_atom: bool = False
+    """Whether the source's energies are divided by the number of atoms."""
+    stress_order: str = ASE_STRESS_ORDER
+    """Order of six numbers of a stress or virial; VASP's is "xx yy zz xy yz xz"."""
     fields: FieldNames = field(default_factory=FieldNames)
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Part of a structure -> its dataset in HDF5, or its key in LMDB: numbers, positions, cell, pbc, labels, ptr or
+    n_atoms for ragged arrays; any further name becomes a field of the frame."""
     units: SourceUnits = field(default_factory=SourceUnits)
     labels: LabelSection = field(default_factory=LabelSection)
     split: SplitSection = field(default_factory=SplitSection)
@@ -54,9 +65,19 @@ class ConvertSettings:
     source: dict[str, Any] = field(default_factory=dict)
     """Free text for the manifest: method, basis, code, citation, licence."""
 
-    def read_settings(self) -> ReadSettings:
-        """Return what readers need of it."""
-        return ReadSettings(format=self.format, fields=self.fields, units=self.units, require=self.labels.require)
+    def read_settings(self, *, trust_pickle: bool = False) -> ReadSettings:
+        """Return what readers need of it; whether pickles may be loaded comes from the user, never from a file."""
+        return ReadSettings(
+            format=self.format,
+            fields=self.fields,
+            units=self.units,
+            columns=self.columns,
+            require=self.labels.require,
+            absent_if_zero=self.labels.absent_if_zero,
+            energy_per_atom=self.energy_per_atom,
+            stress_order=self.stress_order,
+            trust_pickle=trust_pickle,
+        )
 
 
 def load_convert_settings(path: Path | None, format_name: str | None = None) -> ConvertSettings:
@@ -99,8 +120,22 @@ def _check(settings: ConvertSettings, where: str) -> None:
         raise ConfigError(f"{where} split.train, val and test are {shares}; they must add up to 1 with train above 0.")
     if split.seed < 0:
         raise ConfigError(f"{where} split.seed is {split.seed}; it must not be negative.")
-    units = settings.units
-    length_factor(units.length), energy_factor(units.energy), force_factor(units.forces), stress_factor(units.stress)
     for key, values in settings.select.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where} select.{key} must be a list of values, not {values!r}.")
+    _check_reading(settings, where)
+
+
+def _check_reading(settings: ConvertSettings, where: str) -> None:
+    units = settings.units
+    length_factor(units.length), energy_factor(units.energy), force_factor(units.forces), stress_factor(units.stress)
+    try:
+        stress_places(settings.stress_order)
+    except SourceError as error:
+        raise ConfigError(f"{where} {error}") from error
+    for label in settings.labels.absent_if_zero:
+        if label not in ("forces", "stress"):
+            raise ConfigError(f"{where} labels.absent_if_zero: '{label}' is neither 'forces' nor 'stress'.")
+    for key, name in settings.columns.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{where} columns.{key} must be the name of a dataset, not {name!r}.")

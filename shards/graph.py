@@ -8,28 +8,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch_geometric.data import Data
 
-from hydrazero.shards.errors import StructureError
-from hydrazero.shards.neighbours import Neighbours, neighbour_slots
+from hydrazero.shards.neighbours import ROW_SLOTS, HalfPairs, half_pairs, lay_out
 from hydrazero.shards.structure import Structure
-
-SLOT_CLASSES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Neighbour slots per atom that batches come with: few, so that a compiled step is compiled few times."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """The most that a batch holds; what it doesn't fill is padding."""
+    """The most that a batch holds; what it doesn't fill is padding, so every batch costs the same."""
 
     structures: int
     atoms: int
     slots: int
-    """Atoms times neighbour slots per atom, so that batches of dense and of sparse structures cost the same."""
+    """Neighbour slots in rows of ROW_SLOTS; an atom takes whole rows."""
+    edges: int = 0
+    """Neighbours (each pair counts twice) at most, so that ranks have equally many; 0: as many as the slots hold."""
 
-    def atoms_with(self, slots_per_atom: int) -> int:
-        """Atoms of a batch whose atoms have that many slots."""
-        return min(self.atoms, self.slots // slots_per_atom)
+    @property
+    def most_edges(self) -> int:
+        """Neighbours at most, never 0."""
+        return self.edges or self.slots
+
+    @property
+    def rows(self) -> int:
+        """Rows of slots."""
+        return self.slots // ROW_SLOTS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,20 +43,23 @@ class GraphSample:
     """A structure with its neighbours, ready to be packed."""
 
     structure: Structure
-    neighbours: Neighbours
+    pairs: HalfPairs
     task: int
-    slot_class: int
-    """Smallest of SLOT_CLASSES that holds its neighbours."""
+    rows: int
+    """Rows of neighbour slots that it takes."""
+    edges: int
+    """Neighbours of all its atoms."""
     origin: tuple[int, ...] = ()
     """Where in the stream it came from."""
 
 
 class GraphBatch(Data):
-    """A batch of S structures, A atoms, K slots per atom, all padded to a fixed size.
+    """A batch of S structures, A atoms, R rows of K neighbour slots, all padded to a fixed size.
 
-    numbers [A] int64 (0 where padded), positions [A, 3] Å, neighbours [A, K] int64 (an empty slot points at its own
-    atom), shifts [A, K, 3] Å, reverse [A, K] int64 (flat index of the slot that holds the opposite pair; itself where
-    empty), slot_mask [A, K], atom_mask [A], structure [A] int64 (index of the atom's structure), task [S] int64,
+    numbers [A] int64 (0 where padded), positions [A, 3] Å around each structure's mean, row_atom [R] int64 (the atom
+    whose neighbours a row holds), neighbours [R, K] int64 (an empty slot points at the row's own atom), shifts
+    [R, K, 3] Å, reverse [R, K] int64 (flat index of the slot that holds the opposite pair; itself where empty),
+    slot_mask [R, K], atom_mask [A], structure [A] int64 (index of the atom's structure), task [S] int64,
     structure_mask [S], n_atoms [S] int64, cell [S, 3, 3] Å, volume [S] Å³ (1 where not periodic in 3 directions),
     periodic [S], charge [S], multiplicity [S]; labels: energy [S] eV float64 with energy_mask [S], forces [A, 3] eV/Å
     with forces_mask [A], stress [S, 3, 3] eV/Å³ with stress_mask [S].
@@ -62,98 +71,129 @@ class GraphBatch(Data):
 
 
 def graph_sample(structure: Structure, task: int, cutoff: float, origin: tuple[int, ...] = ()) -> GraphSample:
-    """Find the neighbours of a structure within `cutoff` Å; raises StructureError if there are too many."""
-    neighbours = neighbour_slots(structure.positions, structure.cell, structure.pbc, cutoff)
-    degree = neighbours.max_degree
-    if degree > SLOT_CLASSES[-1]:
-        raise StructureError(
-            "too_dense", f"an atom has {degree} neighbours within {cutoff} Å (most: {SLOT_CLASSES[-1]})"
-        )
-    slot_class = next(k for k in SLOT_CLASSES if k >= degree)
-    return GraphSample(structure=structure, neighbours=neighbours, task=task, slot_class=slot_class, origin=origin)
+    """Find the neighbours of a structure within `cutoff` Å; raises StructureError if its cell cannot carry a list."""
+    pairs = half_pairs(structure.positions, structure.cell, structure.pbc, cutoff)
+    edges = 2 * len(pairs.first)
+    return GraphSample(structure=structure, pairs=pairs, task=task, rows=pairs.rows, edges=edges, origin=origin)
 
 
-def collate(samples: Sequence[GraphSample], shape: BatchShape, slots: int, dtype: torch.dtype) -> GraphBatch:
-    """Lay samples out in one batch of `shape.structures` structures, `shape.atoms_with(slots)` atoms, `slots` slots.
+def shape_holding(samples: Sequence[GraphSample]) -> BatchShape:
+    """Return the smallest shape of a batch that holds all the samples."""
+    return BatchShape(
+        structures=max(len(samples), 1),
+        atoms=max(sum(len(sample.structure) for sample in samples), 1),
+        slots=max(sum(sample.rows for sample in samples), 1) * ROW_SLOTS,
+    )
 
-    `dtype` is that of positions, shifts, forces and stress; energies stay float64. The samples must fit.
+
+def collate(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype) -> GraphBatch:
+    """Lay samples out in one batch of the given shape.
+
+    `dtype` is that of positions, shifts, cells, forces and stress; energies stay float64. The samples must fit.
     """
-    n_structures, n_atoms = shape.structures, shape.atoms_with(slots)
-    arrays = _empty_arrays(n_structures, n_atoms, slots)
-    first = 0
-    for row, sample in enumerate(samples):
-        _place_structure(arrays, sample, row, first)
-        _place_neighbours(arrays, sample.neighbours, first, slots)
-        first += len(sample.structure)
-    floats = {"positions", "shifts", "forces", "stress", "cell", "volume"}
-    tensors: dict[str, Any] = {
-        name: torch.from_numpy(value).to(dtype) if name in floats else torch.from_numpy(value)
-        for name, value in arrays.items()
+    structures = [sample.structure for sample in samples]
+    sizes = np.array([len(structure) for structure in structures], dtype=np.int64)
+    # torch fills and casts faster than numpy, and what it fills it can hand over without another copy.
+    tensors = {
+        **_structure_columns(samples, structures, sizes, shape.structures, dtype),
+        **_atom_columns(structures, sizes, shape.atoms, dtype),
+        **_slot_columns(samples, shape, dtype),
     }
     batch = GraphBatch(**tensors)
-    batch.names = [sample.structure.source_id for sample in samples]
+    batch.names = [structure.source_id for structure in structures]
     return batch
 
 
-def _empty_arrays(n_structures: int, n_atoms: int, slots: int) -> dict[str, np.ndarray]:
-    atom = np.arange(n_atoms, dtype=np.int64)
+def _padded(values: Any, size: int, dtype: torch.dtype, tail: tuple[int, ...] = ()) -> Tensor:
+    """Copy rows into zeros [size, *tail]."""
+    column = torch.zeros((size, *tail), dtype=dtype)
+    if len(values):
+        column[: len(values)] = torch.from_numpy(np.ascontiguousarray(values))
+    return column
+
+
+def _structure_columns(
+    samples: Sequence[GraphSample],
+    structures: Sequence[Structure],
+    sizes: NDArray[np.int64],
+    count: int,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    n = len(structures)
+    cell = np.array([s.cell for s in structures]).reshape(n, 3, 3)
+    periodic = np.array([s.pbc.all() for s in structures], dtype=bool)
+    volume = np.ones(count)
+    volume[:n][periodic] = np.abs(np.linalg.det(cell[periodic]))
+    energy = np.array([np.nan if s.energy is None else s.energy for s in structures], dtype=np.float64)
+    stress, has_stress = np.zeros((n, 3, 3)), np.zeros(n, dtype=bool)
+    for row, structure in enumerate(structures):
+        if structure.stress is not None and periodic[row]:
+            stress[row], has_stress[row] = structure.stress, True
+    whole, flag = torch.int64, torch.bool
     return {
-        "numbers": np.zeros(n_atoms, dtype=np.int64),
-        "positions": np.zeros((n_atoms, 3)),
-        "neighbours": np.repeat(atom[:, None], slots, axis=1),
-        "shifts": np.zeros((n_atoms, slots, 3)),
-        "reverse": np.arange(n_atoms * slots, dtype=np.int64).reshape(n_atoms, slots),
-        "slot_mask": np.zeros((n_atoms, slots), dtype=bool),
-        "atom_mask": np.zeros(n_atoms, dtype=bool),
-        "structure": np.zeros(n_atoms, dtype=np.int64),
-        "task": np.zeros(n_structures, dtype=np.int64),
-        "structure_mask": np.zeros(n_structures, dtype=bool),
-        "n_atoms": np.zeros(n_structures, dtype=np.int64),
-        "cell": np.zeros((n_structures, 3, 3)),
-        "volume": np.ones(n_structures),
-        "periodic": np.zeros(n_structures, dtype=bool),
-        "charge": np.zeros(n_structures, dtype=np.int64),
-        "multiplicity": np.zeros(n_structures, dtype=np.int64),
-        "energy": np.zeros(n_structures, dtype=np.float64),
-        "energy_mask": np.zeros(n_structures, dtype=bool),
-        "forces": np.zeros((n_atoms, 3)),
-        "forces_mask": np.zeros(n_atoms, dtype=bool),
-        "stress": np.zeros((n_structures, 3, 3)),
-        "stress_mask": np.zeros(n_structures, dtype=bool),
+        "task": _padded(np.array([sample.task for sample in samples], dtype=np.int64), count, whole),
+        "structure_mask": torch.arange(count) < n,
+        "n_atoms": _padded(sizes, count, whole),
+        "cell": _padded(cell, count, dtype, (3, 3)),
+        "volume": torch.from_numpy(volume).to(dtype),
+        "periodic": _padded(periodic, count, flag),
+        "charge": _padded(np.array([s.charge for s in structures], dtype=np.int64), count, whole),
+        "multiplicity": _padded(np.array([s.multiplicity for s in structures], dtype=np.int64), count, whole),
+        "energy": _padded(np.nan_to_num(energy, nan=0.0), count, torch.float64),
+        "energy_mask": _padded(~np.isnan(energy), count, flag),
+        "stress": _padded(stress, count, dtype, (3, 3)),
+        "stress_mask": _padded(has_stress, count, flag),
     }
 
 
-def _place_structure(arrays: dict[str, np.ndarray], sample: GraphSample, row: int, first: int) -> None:
-    structure = sample.structure
-    atoms = slice(first, first + len(structure))
-    arrays["numbers"][atoms] = structure.numbers
-    arrays["positions"][atoms] = structure.positions
-    arrays["atom_mask"][atoms] = True
-    arrays["structure"][atoms] = row
-    arrays["task"][row] = sample.task
-    arrays["structure_mask"][row] = True
-    arrays["n_atoms"][row] = len(structure)
-    arrays["cell"][row] = structure.cell
-    if structure.pbc.all():
-        arrays["periodic"][row] = True
-        arrays["volume"][row] = abs(np.linalg.det(structure.cell))
-    arrays["charge"][row] = structure.charge
-    arrays["multiplicity"][row] = structure.multiplicity
-    if structure.energy is not None:
-        arrays["energy"][row] = structure.energy
-        arrays["energy_mask"][row] = True
-    if structure.forces is not None:
-        arrays["forces"][atoms] = structure.forces
-        arrays["forces_mask"][atoms] = True
-    if structure.stress is not None and structure.pbc.all():
-        arrays["stress"][row] = structure.stress
-        arrays["stress_mask"][row] = True
+def _atom_columns(
+    structures: Sequence[Structure], sizes: NDArray[np.int64], count: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    owner = np.repeat(np.arange(len(structures)), sizes)
+    n = len(owner)
+    if n:
+        numbers = np.concatenate([s.numbers for s in structures]).astype(np.int64)
+        positions = np.concatenate([s.positions for s in structures])
+        # Only differences count; around the mean they keep their digits in float32, wherever the structure was.
+        starts = np.cumsum(sizes) - sizes
+        positions = positions - (np.add.reduceat(positions, starts) / sizes[:, None])[owner]
+    else:
+        numbers, positions = np.zeros(0, dtype=np.int64), np.zeros((0, 3))
+    has_forces = np.repeat(np.array([s.forces is not None for s in structures], dtype=bool), sizes)
+    labelled = [s.forces for s in structures if s.forces is not None]
+    forces = torch.zeros((count, 3), dtype=dtype)
+    if labelled:
+        forces[:n][torch.from_numpy(has_forces)] = torch.from_numpy(np.concatenate(labelled)).to(dtype)
+    return {
+        "numbers": _padded(numbers, count, torch.int64),
+        "positions": _padded(positions, count, dtype, (3,)),
+        "atom_mask": torch.arange(count) < n,
+        "structure": _padded(owner, count, torch.int64),
+        "forces": forces,
+        "forces_mask": _padded(has_forces, count, torch.bool),
+    }
 
 
-def _place_neighbours(arrays: dict[str, np.ndarray], pairs: Neighbours, first: int, slots: int) -> None:
-    receiver = pairs.receiver + first
-    arrays["neighbours"][receiver, pairs.slot] = pairs.sender + first
-    arrays["shifts"][receiver, pairs.slot] = pairs.shift
-    arrays["slot_mask"][receiver, pairs.slot] = True
-    flat = receiver * slots + pairs.slot
-    arrays["reverse"].reshape(-1)[flat] = flat[pairs.reverse]
+def _slot_columns(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype) -> dict[str, Tensor]:
+    layout = lay_out([sample.pairs for sample in samples])
+    # Rows of padding belong to the last atom, which is padding too unless the batch is full to the brim.
+    row_atom = torch.full((shape.rows,), shape.atoms - 1, dtype=torch.int64)
+    row_atom[: len(layout.row_atom)] = torch.from_numpy(layout.row_atom)
+    slot = torch.from_numpy(layout.slot)
+    slots = shape.rows * ROW_SLOTS
+    neighbours = row_atom.repeat_interleave(ROW_SLOTS)
+    neighbours[slot] = torch.from_numpy(layout.sender)
+    reverse = torch.arange(slots)
+    reverse[slot] = torch.from_numpy(layout.reverse)
+    mask = torch.zeros(slots, dtype=torch.bool)
+    mask[slot] = True
+    shifts = torch.zeros((slots, 3), dtype=dtype)
+    shifts[slot] = torch.from_numpy(layout.shift).to(dtype)
+    rows = (shape.rows, ROW_SLOTS)
+    return {
+        "row_atom": row_atom,
+        "neighbours": neighbours.view(rows),
+        "reverse": reverse.view(rows),
+        "slot_mask": mask.view(rows),
+        "shifts": shifts.view(*rows, 3),
+    }

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hydrazero.shards.errors import ShardError
+from hydrazero.shards.location import address, is_remote, read_whole
 from hydrazero.shards.units import INTERNAL_UNITS
 
 FORMAT = "hydrazero-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val", "test")
 
@@ -48,6 +53,64 @@ class LabelRange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Values of a label in bins."""
+
+    edges: list[float]
+    """Of the bins, one more than there are; the outermost hold what is beyond them too."""
+    counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlier:
+    """A structure whose label stands out."""
+
+    source_id: str
+    value: float
+    """eV per atom away from the mean after references, or the largest force norm, eV/Å."""
+
+
+@dataclass(kw_only=True)
+class Degrees:
+    """Neighbours within one cutoff."""
+
+    histogram: dict[int, int] = field(default_factory=dict)
+    """Neighbours of an atom -> atoms."""
+    most_edges: int = 0
+    """Neighbours of all atoms of the structure that has most."""
+    most_edges_in: str = ""
+    """Its source id."""
+    most_slots: int = 0
+    """Neighbour slots, in whole rows, of the structure that takes most."""
+    most_slots_in: str = ""
+
+    @property
+    def edges(self) -> int:
+        """Neighbours of all atoms."""
+        return sum(degree * atoms for degree, atoms in self.histogram.items())
+
+    def slots(self, row: int) -> int:
+        """Slots of all atoms, in whole rows of `row`."""
+        return sum(-(-degree // row) * row * atoms for degree, atoms in self.histogram.items())
+
+    def add(self, degrees: NDArray[np.int64], source_id: str, row: int) -> None:
+        """Count one structure, given the neighbours of each of its atoms."""
+        counts = Counter(degrees.tolist())
+        one = Degrees(histogram=dict(counts), most_edges=int(degrees.sum()), most_edges_in=source_id)
+        one.most_slots, one.most_slots_in = one.slots(row), source_id
+        self.merge(one)
+
+    def merge(self, other: Degrees) -> None:
+        """Count what another has counted."""
+        for degree, atoms in other.histogram.items():
+            self.histogram[degree] = self.histogram.get(degree, 0) + atoms
+        if other.most_edges > self.most_edges:
+            self.most_edges, self.most_edges_in = other.most_edges, other.most_edges_in
+        if other.most_slots > self.most_slots:
+            self.most_slots, self.most_slots_in = other.most_slots, other.most_slots_in
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything that a reader of the shards needs to know without opening them."""
 
@@ -68,6 +131,14 @@ class Manifest:
     required_labels: list[str]
     """Labels that every structure has."""
     periodic_structures: int
+    charged_structures: int = 0
+    """Structures with a charge, or a spin multiplicity other than 1."""
+    degrees: dict[str, Degrees] = field(default_factory=dict)
+    """Cutoff in Å, as text -> neighbours within it, over all splits."""
+    distributions: dict[str, Histogram] = field(default_factory=dict)
+    """Of the training split: 'energy_residual_per_atom' eV/atom and 'force_norm' eV/Å."""
+    outliers: dict[str, list[Outlier]] = field(default_factory=dict)
+    """The same labels -> structures of all splits that stand out most."""
     duplicates: list[str] = field(default_factory=list)
     """'source id = earlier source id', at most the first 1000."""
     duplicate_count: int = 0
@@ -106,11 +177,9 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 
 def read_manifest(folder: Path | str) -> Manifest:
     """Read and check a manifest; raises ShardError if it is missing, not ours, newer, or incomplete."""
-    path = Path(folder) / MANIFEST_NAME
-    if not path.is_file():
-        raise ShardError(f"{folder} holds no {MANIFEST_NAME}: it is no finished conversion; run 'hydrazero convert'.")
+    path = address(str(folder), MANIFEST_NAME)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(_manifest_bytes(str(folder)).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ShardError(f"{path} is not readable JSON ({error}); convert the task again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -127,11 +196,29 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise ShardError(f"{path} lacks or misuses a field ({error}); convert the task again.") from error
 
 
+def _manifest_bytes(folder: str) -> bytes:
+    if is_remote(folder):
+        try:
+            return read_whole(folder, MANIFEST_NAME)
+        except Exception as error:  # what the command behind webdataset's gopen fails with
+            raise ShardError(f"{address(folder, MANIFEST_NAME)} cannot be read ({error}).") from error
+    path = Path(folder) / MANIFEST_NAME
+    if not path.is_file():
+        raise ShardError(f"{folder} holds no {MANIFEST_NAME}: it is no finished conversion; run 'hydrazero convert'.")
+    return path.read_bytes()
+
+
 def _manifest_from_document(document: dict[str, Any]) -> Manifest:
     names = {f.name for f in fields(Manifest)}
     values = {name: value for name, value in document.items() if name in names}
     values["splits"] = {split: [Shard(**shard) for shard in shards] for split, shards in document["splits"].items()}
     values["labels"] = {name: LabelRange(**value) for name, value in document["labels"].items()}
+    values["degrees"] = {
+        cutoff: Degrees(**{**value, "histogram": {int(degree): n for degree, n in value["histogram"].items()}})
+        for cutoff, value in document["degrees"].items()
+    }
+    values["distributions"] = {name: Histogram(**value) for name, value in document["distributions"].items()}
+    values["outliers"] = {name: [Outlier(**one) for one in value] for name, value in document["outliers"].items()}
     values["size_histogram"] = {int(size): count for size, count in document["size_histogram"].items()}
     return Manifest(**values)
 
@@ -140,8 +227,10 @@ def check_shard_files(manifest: Manifest, folder: Path | str, *, checksums: bool
     """Raise ShardError if a shard is missing or has another size than the manifest says.
 
     With `checksums` every byte is read and the SHA-256 compared too; without, damage is found by the CRC-32 of each
-    block when it is read.
+    block when it is read. Remote shards are not looked at before they are read.
     """
+    if is_remote(str(folder)):
+        return
     for split, shards in manifest.splits.items():
         for shard in shards:
             path = Path(folder) / shard.file

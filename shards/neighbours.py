@@ -1,7 +1,12 @@
-"""Neighbour lists in slots: every pair within the cutoff in both directions, with the slot of its reverse."""
+"""Neighbours within the cutoff: found per structure as a half list, laid out per batch in rows of slots.
+
+A row belongs to one atom and holds ROW_SLOTS of its neighbours; an atom takes as many rows as it needs. Dense crystals
+and sparse molecules therefore share a batch of one fixed size with little padding.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,69 +17,110 @@ from vesin import NeighborList
 
 from hydrazero.shards.errors import StructureError
 
+ROW_SLOTS = 8
+"""Neighbours in a row. Fewer leave less padding (measured on sixteen datasets at 5 Å: 88% of the slots of eights are
+filled, 94% of fours, 82% of one row an atom with eight sizes of batches) and more rows to sum up."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Neighbours:
-    """Directed pairs sorted by receiver; E pairs, each present as i<-j and j<-i."""
+class HalfPairs:
+    """Each pair of a structure once; P pairs, A atoms."""
+
+    first: NDArray[np.int64]
+    """[P]."""
+    second: NDArray[np.int64]
+    """[P]."""
+    shift: NDArray[np.float64] | None
+    """Å, [P, 3]; the vector from first to second is positions[second] + shift - positions[first]. None: no shifts."""
+    degrees: NDArray[np.int64]
+    """Neighbours of each atom, [A]."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of slots that the structure takes."""
+        return int((-(-self.degrees // ROW_SLOTS)).sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlotLayout:
+    """Directed pairs of a batch and where each is laid; E pairs, each present as i<-j and j<-i."""
 
     receiver: NDArray[np.int64]
-    """Atom i of each pair, ascending, [E]."""
+    """Atom i, [E]."""
     sender: NDArray[np.int64]
     """Atom j, [E]."""
     shift: NDArray[np.float64]
     """Å, [E, 3]; the pair's vector is positions[sender] + shift - positions[receiver]."""
     slot: NDArray[np.int64]
-    """Place of the pair among its receiver's pairs, [E]."""
+    """Flat slot of the pair, row * ROW_SLOTS + place in the row, [E]."""
     reverse: NDArray[np.int64]
-    """Index of the opposite pair, [E]."""
-
-    @property
-    def max_degree(self) -> int:
-        """Neighbours of the atom that has most."""
-        return int(self.slot.max()) + 1 if len(self.slot) else 0
+    """Flat slot of the opposite pair, [E]."""
+    row_atom: NDArray[np.int64]
+    """Atom of each row, [rows]."""
 
 
 @lru_cache(maxsize=8)
 def _engine(cutoff: float) -> NeighborList:
-    # A half list: the other half is its mirror, so the reverse of each pair comes without a search.
-    return NeighborList(cutoff=cutoff, full_list=False)
+    # A half list: the other half is its mirror, so the reverse of each pair comes without a search. One thread: the
+    # readers are many processes already.
+    return NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
 
 
-def neighbour_slots(
+def half_pairs(
     positions: NDArray[np.floating], cell: NDArray[np.floating], pbc: NDArray[np.bool_], cutoff: float
-) -> Neighbours:
+) -> HalfPairs:
     """Find all pairs within `cutoff` (Å) with vesin.
 
     `positions` Å [atoms, 3], `cell` Å [3, 3], `pbc` [3]. Raises StructureError if the cell cannot carry a list.
     """
+    periodic = pbc.tolist()
+    points = np.ascontiguousarray(positions, dtype=np.float64)
     box = np.asarray(cell, dtype=np.float64)
-    periodic = [bool(p) for p in pbc]
-    if any(periodic) and not all(periodic):
+    anywhere = any(periodic)
+    if anywhere and not all(periodic):
         # vesin wants three independent vectors; those along open directions are never used as shifts.
         box = complete_cell(np.where(np.array(periodic)[:, None], box, 0.0))
-    points = np.ascontiguousarray(positions, dtype=np.float64)
     try:
-        first, second, cell_shift = _engine(cutoff).compute(
-            points=points, box=box, periodic=periodic if any(periodic) else False, quantities="ijS"
+        found = _engine(cutoff).compute(
+            points=points, box=box, periodic=periodic if anywhere else False, quantities="ijS" if anywhere else "ij"
         )
     except RuntimeError as error:
         raise StructureError("neighbour_list", f"no neighbour list can be built ({error})") from error
-    half = len(first)
-    receiver = np.concatenate([first, second]).astype(np.int64)
-    sender = np.concatenate([second, first]).astype(np.int64)
-    shift = cell_shift @ box if any(periodic) else np.zeros((half, 3))
-    shift = np.concatenate([shift, -shift])
-    # Radix sort needs small keys; structures of 65,536 atoms and more take the ordinary sort.
-    key = receiver.astype(np.uint16) if len(points) <= 0xFFFF else receiver
-    order = np.argsort(key, kind="stable")
-    place = np.empty(2 * half, dtype=np.int64)
-    place[order] = np.arange(2 * half)
-    receiver = receiver[order]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(receiver, minlength=len(points)))[:-1]])
-    return Neighbours(
+    first, second = found[0].view(np.int64), found[1].view(np.int64)
+    degrees = np.bincount(np.concatenate([first, second]), minlength=len(points))
+    return HalfPairs(first=first, second=second, shift=found[2] @ box if anywhere else None, degrees=degrees)
+
+
+def lay_out(structures: Sequence[HalfPairs]) -> SlotLayout:
+    """Lay the pairs of structures that follow each other in a batch into rows, each atom's rows one after another."""
+    degrees = np.concatenate([pairs.degrees for pairs in structures]) if structures else np.zeros(0, dtype=np.int64)
+    counts = np.array([len(pairs.first) for pairs in structures], dtype=np.int64)
+    atoms = np.array([len(pairs.degrees) for pairs in structures], dtype=np.int64)
+    half = int(counts.sum())
+    receiver = np.empty(2 * half, dtype=np.int64)
+    shift = np.zeros((2 * half, 3))
+    begin = start = 0
+    for pairs, count, size in zip(structures, counts.tolist(), atoms.tolist(), strict=True):
+        end = begin + count
+        np.add(pairs.first, start, out=receiver[begin:end])
+        np.add(pairs.second, start, out=receiver[half + begin : half + end])
+        if pairs.shift is not None:
+            shift[begin:end] = pairs.shift
+        begin, start = end, start + size
+    np.negative(shift[:half], out=shift[half:])
+    sender = np.concatenate([receiver[half:], receiver[:half]])
+    # Radix sort needs small keys; batches of 65,536 atoms and more take the ordinary sort.
+    order = np.argsort(receiver.astype(np.uint16) if len(degrees) <= 0xFFFF else receiver, kind="stable")
+    rows = -(-degrees // ROW_SLOTS)
+    # In order of receivers, pair number e goes to slot e plus what earlier atoms have left empty in their last rows.
+    gap = np.cumsum(rows * ROW_SLOTS - degrees) - (rows * ROW_SLOTS - degrees)
+    slot = np.empty(2 * half, dtype=np.int64)
+    slot[order] = np.arange(2 * half) + np.repeat(gap, degrees)
+    return SlotLayout(
         receiver=receiver,
-        sender=sender[order],
-        shift=shift[order],
-        slot=np.arange(2 * half) - starts[receiver],
-        reverse=place[(order + half) % (2 * half)] if half else order,
+        sender=sender,
+        shift=shift,
+        slot=slot,
+        reverse=np.concatenate([slot[half:], slot[:half]]),
+        row_atom=np.repeat(np.arange(len(degrees)), rows),
     )

@@ -1,26 +1,37 @@
-"""Packing of structures into batches of a fixed size, structures of like density together."""
+"""Packing of structures into batches of a fixed size, with look-ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from hydrazero.shards.errors import StructureError
-from hydrazero.shards.graph import SLOT_CLASSES, BatchShape, GraphSample
+from hydrazero.shards.graph import BatchShape, GraphSample
+from hydrazero.shards.neighbours import ROW_SLOTS
 
-LOOK_AHEAD_BATCHES = 8
-"""Batches' worth of structures that may wait for company before the oldest is sent off in a part-filled batch."""
+LOOK_AHEAD = 5
+"""Batches' worth of structures that wait, so that one can be found for every gap."""
+
+IN_TURN = 0.5
+"""Share of a batch that is filled with whatever waits longest; the rest goes to what fits best."""
 
 
-def slots_needed(sample: GraphSample, shape: BatchShape) -> int:
-    """Return the sample's slot class; raises StructureError, with the budget it needs, if no batch holds it."""
-    n = len(sample.structure)
-    if n > shape.atoms_with(sample.slot_class):
+def fits(sample: GraphSample, shape: BatchShape) -> bool:
+    """Whether a batch can hold the sample."""
+    return len(sample.structure) <= shape.atoms and sample.rows <= shape.rows and sample.edges <= shape.most_edges
+
+
+def check_fits(sample: GraphSample, shape: BatchShape) -> None:
+    """Raise StructureError, with the budget that it would need, if no batch holds the sample."""
+    n, slots = len(sample.structure), sample.rows * ROW_SLOTS
+    if not fits(sample, shape):
         raise StructureError(
             "too_large",
-            f"{sample.structure.source_id} has {n} atoms with up to {sample.slot_class} neighbour slots each, more "
-            f"than a batch holds; set batch.atoms to at least {n} and batch.slots to at least {n * sample.slot_class}.",
+            f"{sample.structure.source_id} has {n} atoms, {sample.edges} edges and takes {slots} neighbour slots, more "
+            f"than a batch holds; set batch.atoms to at least {n}, batch.slots to {slots} and batch.edges to "
+            f"{sample.edges} (or 0).",
         )
-    return sample.slot_class
 
 
 class Packer:
@@ -32,63 +43,71 @@ class Packer:
 
     def __init__(self, shape: BatchShape) -> None:
         self.shape = shape
-        self._waiting: dict[int, list[GraphSample]] = {k: [] for k in SLOT_CLASSES}
-        self._arrival: list[GraphSample] = []
-
-    @property
-    def pending(self) -> list[GraphSample]:
+        self._budget = np.array([shape.structures, shape.atoms, shape.rows, shape.most_edges], dtype=np.float64)
+        self.pending: list[GraphSample] = []
         """Samples that wait, in the order in which they came."""
-        return list(self._arrival)
+        self._used: list[np.ndarray] = []
+        """What each takes of the budget, as shares of it."""
+        self._waiting = np.zeros(4)
 
     def add(self, sample: GraphSample) -> None:
         """Let a sample wait; raises StructureError if it can never fit."""
-        self._waiting[slots_needed(sample, self.shape)].append(sample)
-        self._arrival.append(sample)
+        check_fits(sample, self.shape)
+        used = np.array([1, len(sample.structure), sample.rows, sample.edges]) / self._budget
+        self.pending.append(sample)
+        self._used.append(used)
+        self._waiting += used
 
-    def pop_full(self) -> tuple[int, list[GraphSample]] | None:
-        """Return (slots per atom, samples) of a class that has enough for a batch, or None while none has.
+    def pop_full(self) -> list[GraphSample] | None:
+        """Return samples for a batch, or None while too few wait to choose from."""
+        return self._take() if self._waiting.max() >= LOOK_AHEAD else None
 
-        With too many waiting, the class of the oldest goes out part-filled, so that no structure waits for ever.
-        """
-        for slots, waiting in self._waiting.items():
-            if waiting and self._fills(slots, waiting):
-                return slots, self._take(slots)
-        if len(self._arrival) > LOOK_AHEAD_BATCHES * self.shape.structures:
-            slots = self._arrival[0].slot_class
-            return slots, self._take(slots)
-        return None
+    def pop_any(self) -> list[GraphSample] | None:
+        """Return a batch of what waits, or None when nothing waits: for the end of a finite pass."""
+        return self._take() if self.pending else None
 
-    def pop_any(self) -> tuple[int, list[GraphSample]] | None:
-        """Return whatever waits longest, full or not, or None when nothing waits: for the end of a finite pass."""
-        if not self._arrival:
-            return None
-        slots = self._arrival[0].slot_class
-        return slots, self._take(slots)
-
-    def _fills(self, slots: int, waiting: list[GraphSample]) -> bool:
-        # Twice the batch must wait before it is packed: the look-ahead that lets small structures fill the gaps.
-        atoms = sum(len(sample.structure) for sample in waiting)
-        return len(waiting) >= 2 * self.shape.structures or atoms >= 2 * self.shape.atoms_with(slots)
-
-    def _take(self, slots: int) -> list[GraphSample]:
-        """Take the oldest of a class, and after it whatever still fits, first come first served."""
-        taken: list[GraphSample] = []
-        left: list[GraphSample] = []
-        room = self.shape.atoms_with(slots)
-        for sample in self._waiting[slots]:
-            if len(taken) < self.shape.structures and len(sample.structure) <= room:
-                taken.append(sample)
-                room -= len(sample.structure)
-            else:
-                left.append(sample)
-        self._waiting[slots] = left
-        gone = {id(sample) for sample in taken}
-        self._arrival = [sample for sample in self._arrival if id(sample) not in gone]
+    def _take(self) -> list[GraphSample]:
+        chosen = choose(np.array(self._used))
+        taken = [self.pending[index] for index in chosen]
+        gone = set(chosen)
+        self.pending = [sample for index, sample in enumerate(self.pending) if index not in gone]
+        self._used = [used for index, used in enumerate(self._used) if index not in gone]
+        # Summed anew, not subtracted: rounding would make the batches depend on how long the run has been going.
+        self._waiting = np.array(self._used).sum(axis=0) if self._used else np.zeros(4)
         return taken
 
 
-def pack(samples: Iterable[GraphSample], shape: BatchShape) -> Iterator[tuple[int, list[GraphSample]]]:
-    """Pack a finite series of samples: yields (slots per atom, samples), each sample once."""
+def choose(used: np.ndarray) -> list[int]:
+    """Return which of the waiting items fill a batch, given their shares of its budgets [items, B] in order of arrival.
+
+    The first half is filled in turn, so that nothing waits for ever and the mixture stays as it came. Then whatever
+    leaves the smallest rest, in the sum of squares over the budgets, is taken as long as anything fits (the norm-based
+    greedy rule for vector bin packing of Panigrahy et al. 2011): dense structures where slots are left over, sparse
+    ones where atoms are. The first budget, the number of structures, need not be used up and does not count.
+    """
+    chosen: list[int] = []
+    left = np.ones(used.shape[1])
+    for index in range(len(used)):
+        if (left < IN_TURN).any():
+            break
+        if (used[index] <= left + 1e-9).all():
+            chosen.append(index)
+            left = left - used[index]
+    free = np.ones(len(used), dtype=bool)
+    free[chosen] = False
+    while True:
+        rest = left - used
+        possible = free & (rest >= -1e-9).all(axis=1)
+        if not possible.any():
+            return chosen
+        index = int(np.argmin(np.where(possible, (rest[:, 1:] ** 2).sum(axis=1), np.inf)))
+        chosen.append(index)
+        free[index] = False
+        left = left - used[index]
+
+
+def pack(samples: Iterable[GraphSample], shape: BatchShape) -> Iterator[list[GraphSample]]:
+    """Pack a finite series of samples: yields the samples of each batch, each sample once."""
     packer = Packer(shape)
     for sample in samples:
         packer.add(sample)

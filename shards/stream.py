@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,11 +11,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hydrazero.shards.block_reader import BlockReader
-from hydrazero.shards.errors import ConfigError, HydrazeroError, ShardError
+from hydrazero.shards.block_reader import BlockCache, BlockReader
+from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
 from hydrazero.shards.packing import Packer, pack
-from hydrazero.shards.plan import LanePlace, LanePlan, TaskPlan, mixture_repeats
+from hydrazero.shards.plan import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
+from hydrazero.shards.stream_state import (
+    LaneState,
+    StreamStart,
+    check_fingerprint,
+    rank_state,
+    saved_state,
+    start_of_stream,
+)
+
+PREFETCHED_BATCHES = 4
+"""Batches that each worker process may be ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +34,7 @@ class StreamSettings:
     """What to stream and in which form."""
 
     folders: tuple[str, ...]
-    """Shard folder of each task, in the order of the task ids."""
+    """Where each task's shards lie, in the order of the task ids: folders, web addresses, or pipes with '{}'."""
     cutoff: float
     """Å."""
     shape: BatchShape
@@ -32,6 +45,13 @@ class StreamSettings:
     """Of the mixture, see `mixture_repeats`."""
     workers: int = 1
     """Worker processes per rank; 0 reads in the training process."""
+    on_bad_shard: str = "stop"
+    """'stop' raises where a block cannot be read; 'skip' leaves its structures out and counts them."""
+
+    @property
+    def lanes_per_rank(self) -> int:
+        """Lanes of each rank: its workers, or the training process itself."""
+        return max(self.workers, 1)
 
 
 class SplitReader:
@@ -40,33 +60,51 @@ class SplitReader:
     def __init__(self, settings: StreamSettings, split: str) -> None:
         self.settings = settings
         self.readers = [BlockReader(folder, split) for folder in settings.folders]
+        self._cache = BlockCache(self.readers)
+        self.skipped: Counter[str] = Counter()
+        """Structures left out, by what was wrong with their block."""
 
-    def plans(self, temperature: float = 1.0) -> list[TaskPlan]:
-        """Plans of the tasks; raises ShardError if all are empty."""
+    def plans(self) -> list[TaskPlan]:
+        """Plans of the tasks; raises ShardError if one is empty."""
         sizes = [reader.block_sizes for reader in self.readers]
-        counts = [int(size.sum()) for size in sizes]
-        present = [count for count in counts if count]
-        if not present:
-            raise ShardError(f"no task has a structure in the split '{self.readers[0].split}'.")
-        repeats = iter(mixture_repeats(present, temperature))
+        for reader, size in zip(self.readers, sizes, strict=True):
+            if not len(size):
+                raise ShardError(f"{reader.folder} has no structures in the split '{reader.split}'.")
+        repeats = mixture_repeats([int(size.sum()) for size in sizes], self.settings.temperature)
         return [
-            TaskPlan(name=reader.manifest.task, block_sizes=size, repeats=next(repeats) if count else 0.0)
-            for reader, size, count in zip(self.readers, sizes, counts, strict=True)
+            TaskPlan(name=reader.manifest.task, block_sizes=size, repeats=repeat)
+            for reader, size, repeat in zip(self.readers, sizes, repeats, strict=True)
         ]
 
+    def fingerprint(self) -> str:
+        """Return what a place in the stream depends on, as a digest: the tasks, their blocks, seed and temperature."""
+        digest = hashlib.blake2b(digest_size=16)
+        for reader in self.readers:
+            digest.update(reader.manifest.task.encode() + b"\0" + reader.block_sizes.tobytes() + b"\0")
+        digest.update(repr((self.settings.seed, self.settings.temperature)).encode())
+        return digest.hexdigest()
+
     def sample(self, task: int, block: int, row: int) -> GraphSample:
-        """Read one structure and build its neighbours."""
-        structure = self.readers[task].cached(block).structure(row)
+        """Read one structure and find its neighbours; raises ShardError where its block cannot be read."""
+        structure = self._cache.block(task, block).structure(row)
         return graph_sample(structure, task, self.settings.cutoff, origin=(task, block, row))
+
+    def samples(self, places: Iterator[tuple[int, int, int]]) -> Iterator[GraphSample]:
+        """Read the structures at (task, block, row); those in damaged blocks are skipped if the settings say so."""
+        for place in places:
+            try:
+                yield self.sample(*place)
+            except ShardError as error:
+                if self.settings.on_bad_shard != "skip":
+                    raise
+                self.skipped[str(error)] += 1
 
 
 class _LaneStream(IterableDataset):  # type: ignore[type-arg]
     """Endless batches of the lanes of one rank; each worker of a DataLoader takes one lane."""
 
-    def __init__(
-        self, settings: StreamSettings, rank: int, ranks: int, states: list[dict[str, Any]], turn: int
-    ) -> None:
-        self.settings, self.rank, self.ranks, self.states, self.turn = settings, rank, ranks, states, turn
+    def __init__(self, settings: StreamSettings, rank: int, ranks: int, start: StreamStart) -> None:
+        self.settings, self.rank, self.ranks, self.start = settings, rank, ranks, start
 
     def __iter__(self) -> Iterator[GraphBatch | HydrazeroError]:
         # An error for the user is handed over as it is: raised here, it would arrive wrapped in a traceback's text.
@@ -77,62 +115,62 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
 
     def _batches(self) -> Iterator[GraphBatch]:
         info = torch.utils.data.get_worker_info()
-        lanes_here = max(self.settings.workers, 1)
         # The DataLoader asks its workers in turn from worker 0 on; after a resume that is the lane whose turn it is.
-        lane = ((info.id if info else 0) + self.turn) % lanes_here
+        worker = ((info.id if info else 0) + self.start.turns[self.rank]) % self.settings.lanes_per_rank
+        lane = lane_number(self.rank, worker, self.ranks)
         reader = SplitReader(self.settings, "train")
-        plan = LanePlan(
-            reader.plans(self.settings.temperature),
-            lane=self.rank * lanes_here + lane,
-            lanes=self.ranks * lanes_here,
-            seed=self.settings.seed,
-        )
-        yield from lane_batches(reader, plan, lane, self.states[lane])
+        for batch in lane_batches(reader, self.start.deal, lane, self.start.lanes[lane]):
+            batch.place["worker"] = worker
+            yield batch
 
 
-def lane_batches(reader: SplitReader, plan: LanePlan, lane: int, state: dict[str, Any]) -> Iterator[GraphBatch]:
+def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -> Iterator[GraphBatch]:
     """Yield a lane's batches without end; `batch.place` tells where the lane is after it, for a checkpoint."""
     settings = reader.settings
-    place = LanePlace(epoch=state.get("epoch", 0), delivered=list(state.get("delivered", [])))
+    place = LanePlace(epoch=state.epoch, delivered=list(state.delivered))
     packer = Packer(settings.shape)
-    for task, block, row in state.get("pending", []):
-        packer.add(reader.sample(task, block, row))
-    walk = plan.walk(place)
+    for sample in reader.samples(iter(state.pending)):
+        packer.add(sample)
+    walk = reader.samples(deal.walk(lane, place))
     while True:
         while (packed := packer.pop_full()) is None:
-            packer.add(reader.sample(*next(walk)))
-        slots, samples = packed
-        batch = collate(samples, settings.shape, slots, settings.dtype)
-        batch.place = {
-            "lane": lane,
-            "epoch": place.epoch,
-            "delivered": list(place.delivered),
-            "pending": [list(sample.origin) for sample in packer.pending],
-        }
+            packer.add(next(walk))
+        batch = collate(packed, settings.shape, settings.dtype)
+        pending = [(int(task), int(block), int(row)) for task, block, row in (s.origin for s in packer.pending)]
+        after = LaneState(epoch=place.epoch, delivered=tuple(place.delivered), pending=tuple(pending))
+        batch.place = {"state": after, "skipped": dict(reader.skipped)}
         yield batch
 
 
 class TrainStream:
     """A rank's endless training batches, with a place that can be saved and gone back to."""
 
-    def __init__(self, settings: StreamSettings, rank: int, ranks: int, state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, settings: StreamSettings, rank: int, ranks: int, saved: dict[str, Any] | None = None
+    ) -> None:
+        """`saved` is what `saved_state` made of all ranks' `state`.
+
+        On the same number of ranks and workers the stream goes on with the very next batch; on another, what is left
+        of the epoch is dealt anew. Raises ConfigError if tasks, seed or temperature are not those of the saved state,
+        ShardError if a manifest cannot be read.
+        """
         self.settings, self.rank, self.ranks = settings, rank, ranks
-        lanes_here = max(settings.workers, 1)
-        state = state or {"ranks": ranks, "turn": 0, "lanes": [{} for _ in range(lanes_here)]}
-        if state["ranks"] != ranks or len(state["lanes"]) != lanes_here:
-            raise ConfigError(
-                f"the checkpoint was written by {state['ranks']} ranks with {len(state['lanes'])} data lanes each and "
-                f"cannot go on with {ranks} ranks and {lanes_here} lanes; start with the same numbers."
-            )
-        self._lanes: list[dict[str, Any]] = [dict(lane) for lane in state["lanes"]]
-        self._turn = int(state["turn"])
-        dataset = _LaneStream(settings, rank, ranks, [dict(lane) for lane in self._lanes], self._turn)
+        reader = SplitReader(settings, "train")
+        self._fingerprint = reader.fingerprint()
+        check_fingerprint(saved, self._fingerprint)
+        self._start = start_of_stream(reader.plans(), settings.seed, ranks, settings.lanes_per_rank, saved)
+        numbers = [lane_number(rank, worker, ranks) for worker in range(settings.lanes_per_rank)]
+        self._lanes = [self._start.lanes[number] for number in numbers]
+        self._turn = self._start.turns[rank]
+        self._skipped: dict[int, dict[str, int]] = {}
+        dataset = _LaneStream(settings, rank, ranks, self._start)
         self._loader = DataLoader(
             dataset,
             batch_size=None,
             num_workers=settings.workers,
-            prefetch_factor=4 if settings.workers else None,
+            prefetch_factor=PREFETCHED_BATCHES if settings.workers else None,
             multiprocessing_context="fork" if settings.workers else None,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def __iter__(self) -> Iterator[GraphBatch]:
@@ -140,19 +178,43 @@ class TrainStream:
             if isinstance(batch, HydrazeroError):
                 batch.on_every_rank = False
                 raise batch
-            place = batch.place
-            self._lanes[place["lane"]] = {key: place[key] for key in ("epoch", "delivered", "pending")}
-            self._turn = (place["lane"] + 1) % len(self._lanes)
+            worker = batch.place["worker"]
+            self._lanes[worker] = batch.place["state"]
+            self._skipped[worker] = batch.place["skipped"]
+            self._turn = (worker + 1) % len(self._lanes)
             yield batch
 
     @property
     def epoch(self) -> int:
         """Epoch of the lane that is furthest behind."""
-        return min(int(lane.get("epoch", 0)) for lane in self._lanes)
+        return min(lane.epoch for lane in self._lanes)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Structures left out so far on this rank, by what was wrong with their blocks."""
+        total: Counter[str] = Counter()
+        for counts in self._skipped.values():
+            total.update(counts)
+        return total
 
     def state(self) -> dict[str, Any]:
-        """Return the place after the last batch that was handed out, as plain types."""
-        return {"ranks": self.ranks, "turn": self._turn, "lanes": [dict(lane) for lane in self._lanes]}
+        """Return this rank's place after the last batch that was handed out, as plain types."""
+        return rank_state(self._lanes, self._turn)
+
+    def saved_state(self, of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return what a checkpoint keeps, from the `state` of every rank."""
+        return saved_state(self._fingerprint, self._start.past, of_ranks)
+
+
+def split_places(reader: SplitReader, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, int, int]]:
+    """Yield a rank's share of one pass over a split, (task, block, row), each structure once."""
+    number = 0
+    for task, blocks in enumerate(reader.readers):
+        for block, size in enumerate(blocks.block_sizes):
+            for row in range(int(size)):
+                if number % ranks == rank:
+                    yield task, block, row
+                number += 1
 
 
 def split_samples(
@@ -162,23 +224,17 @@ def split_samples(
 
     `task_ids` are the model's ids of the reader's tasks, where they are not simply 0, 1, 2, ...
     """
-    number = 0
-    for task, blocks in enumerate(reader.readers):
-        for block, size in enumerate(blocks.block_sizes):
-            for row in range(int(size)):
-                if number % ranks == rank:
-                    sample = reader.sample(task, block, row)
-                    yield sample if task_ids is None else replace(sample, task=task_ids[task])
-                number += 1
+    for sample in reader.samples(split_places(reader, rank, ranks)):
+        yield sample if task_ids is None else replace(sample, task=task_ids[sample.task])
 
 
-def evaluation_batches(settings: StreamSettings, split: str, rank: int, ranks: int) -> Iterator[GraphBatch]:
-    """Yield batches of a rank's share of one pass over a split, in this process."""
-    samples = split_samples(SplitReader(settings, split), rank=rank, ranks=ranks)
-    for slots, packed in pack(samples, settings.shape):
-        yield collate(packed, settings.shape, slots, settings.dtype)
+def evaluation_batches(reader: SplitReader, rank: int, ranks: int) -> Iterator[GraphBatch]:
+    """Yield batches of a rank's share of one pass over a reader's split, in this process."""
+    shape, dtype = reader.settings.shape, reader.settings.dtype
+    for packed in pack(split_samples(reader, rank=rank, ranks=ranks), shape):
+        yield collate(packed, shape, dtype)
 
 
 def empty_batch(settings: StreamSettings) -> GraphBatch:
     """Return a batch of padding only, for a rank that has nothing left while others have."""
-    return collate([], settings.shape, 8, settings.dtype)
+    return collate([], settings.shape, settings.dtype)

@@ -1,54 +1,58 @@
-"""Writing of a split's shards: blocks of structures in WebDataset tars, the same bytes for the same structures."""
+"""Writing of shards: blocks of structures in WebDataset tars, the same bytes for the same structures."""
 
 from __future__ import annotations
 
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from webdataset import TarWriter
 
-from hydrazero.shards.block import BLOCK_STRUCTURES, block_from_structures, encode_block
+from hydrazero.shards.block import StructureBlock, decode_block, encode_block
 from hydrazero.shards.manifest import Shard, file_sha256
-from hydrazero.shards.structure import Structure
 
 BLOCKS_PER_SHARD = 64
 MEMBER = "block.safetensors"
 
 
-def write_split(folder: Path, split: str, structures: Sequence[Structure], float_dtype: str) -> list[Shard]:
-    """Write structures, in the given order, as `SPLIT-NNNNNN.tar`; returns what the manifest says of them."""
-    per_shard = BLOCKS_PER_SHARD * BLOCK_STRUCTURES
-    return [
-        _write_shard(folder / f"{split}-{number:06d}.tar", structures[first : first + per_shard], float_dtype)
-        for number, first in enumerate(range(0, len(structures), per_shard))
-    ]
+def write_shard(path: Path, blocks: Sequence[StructureBlock]) -> Shard:
+    """Write a tar of blocks, which has its name only when it is whole; returns what the manifest says of it."""
+    checksums = []
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as stream:
+            # Fixed time and owner: equal content gives equal bytes.
+            with TarWriter(stream, user="hydrazero", group="hydrazero", mtime=0.0, encoder=False) as tar:
+                for number, block in enumerate(blocks):
+                    data = encode_block(block)
+                    tar.write({"__key__": f"{path.stem}-{number:06d}", MEMBER: data})
+                    checksums.append(zlib.crc32(data))
+            stream.flush()
+            os.fsync(stream.fileno())
+        with tarfile.open(part) as tar_file:
+            offsets = [member.offset for member in tar_file.getmembers()]
+        shard = Shard(
+            file=path.name,
+            bytes=part.stat().st_size,
+            sha256=file_sha256(part),
+            structures=sum(len(block) for block in blocks),
+            atoms=sum(int(block.n_atoms.sum()) for block in blocks),
+            block_offsets=offsets,
+            block_structures=[len(block) for block in blocks],
+            block_crc32=checksums,
+        )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return shard
 
 
-def _write_shard(path: Path, structures: Sequence[Structure], float_dtype: str) -> Shard:
-    sizes, checksums = [], []
-    with open(path, "wb") as stream:
-        # Fixed time and owner: equal content gives equal bytes.
-        with TarWriter(stream, user="hydrazero", group="hydrazero", mtime=0.0, encoder=False) as tar:
-            for number, first in enumerate(range(0, len(structures), BLOCK_STRUCTURES)):
-                part = structures[first : first + BLOCK_STRUCTURES]
-                data = encode_block(block_from_structures(part, float_dtype=float_dtype))
-                tar.write({"__key__": f"{path.stem}-{number:06d}", MEMBER: data})
-                sizes.append(len(part))
-                checksums.append(zlib.crc32(data))
-        stream.flush()
-        os.fsync(stream.fileno())
-    with tarfile.open(path) as tar_file:
-        offsets = [member.offset for member in tar_file.getmembers()]
-    return Shard(
-        file=path.name,
-        bytes=path.stat().st_size,
-        sha256=file_sha256(path),
-        structures=len(structures),
-        atoms=sum(len(s) for s in structures),
-        block_offsets=offsets,
-        block_structures=sizes,
-        block_crc32=checksums,
-    )
+def read_blocks(path: Path, shard: Shard) -> Iterator[StructureBlock]:
+    """Yield the blocks of a shard just written, in order."""
+    with tarfile.open(path) as tar:
+        for number, member in enumerate(tar):
+            file = tar.extractfile(member)
+            if file is not None:
+                yield decode_block(file.read(), f"shard {shard.file}, block {number}")

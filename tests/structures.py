@@ -9,7 +9,8 @@ from ase.build import bulk, molecule
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings, Predictions, TaskFacts
 from hydrazero.models.encoder import EncoderSettings
-from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample
+from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.shards.neighbours import ROW_SLOTS
 from hydrazero.shards.structure import Structure
 
 CUTOFF = 4.0
@@ -48,15 +49,15 @@ def batch_of(
     extra: tuple[int, int, int] = (0, 0, 0),
     cutoff: float = CUTOFF,
 ) -> GraphBatch:
-    """A batch that just holds the structures, with `extra` structures, atoms and slot classes of padding."""
+    """A batch that just holds the structures, with `extra` structures, atoms and rows of slots of padding."""
     samples = [
         graph_sample(structure, 0 if tasks is None else tasks[n], cutoff) for n, structure in enumerate(structures)
     ]
-    slots = max(sample.slot_class for sample in samples) + extra[2]
-    atoms = sum(len(structure) for structure in structures) + extra[1]
-    return collate(
-        samples, BatchShape(structures=len(structures) + extra[0], atoms=atoms, slots=atoms * slots), slots, dtype
+    tight = shape_holding(samples)
+    shape = BatchShape(
+        structures=tight.structures + extra[0], atoms=tight.atoms + extra[1], slots=tight.slots + extra[2] * ROW_SLOTS
     )
+    return collate(samples, shape, dtype)
 
 
 def facts(name: str, **values: object) -> TaskFacts:

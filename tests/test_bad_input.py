@@ -17,6 +17,8 @@ from structures import small_model
 from hydrazero.models.model_file import save_model
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.cli import main
+from hydrazero.trainer.config import load_run_config
+from hydrazero.trainer.engine_config import deepspeed_config
 
 HEADER = 'Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 pbc="F F F"'
 
@@ -224,6 +226,18 @@ def test_bad_run_files(shards, tmp_path):
     refused(run("", "--set", "train.steps=2.5"), "train.steps must be a whole number")
     refused(run("", "--set", "train.steps=0"), "train.steps is 0")
     refused(run("", "--set", "nonsense"), "section.key=value")
+    for key, value, words in (
+        ("run.seed", -1, "must be a number of at least 0"),
+        ("data.temperature", 0.5, "must be at least 1"),
+        ("data.temperature", "nan", "must be at least 1"),
+        ("model.cutoff", "nan", "must be a number above 0"),
+        ("model.cutoff", "inf", "must be a number above 0"),
+        ("loss.forces_weight", "nan", "must be a number of at least 0"),
+    ):
+        refused(run("", "--set", f"{key}={value}"), f"{key} is {value}", words)
+    weightless = f'[[tasks]]\nname = "emt"\nshards = "{shards}"\nweight = 0.0\n'
+    refused(run(tasks=weightless), "every task has the weight 0")
+    refused(run("[loss]\nenergy_weight = 0.0\nforces_weight = 0.0\n"), "loss.energy_weight and loss.forces_weight")
     refused(run("", "--set", "model.encoder=pain"), "'pain'", "did you mean 'painn'")
     refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "did you mean")
     refused(run("[loss]\nkind = 'hubber'\n"), "hubber", "did you mean 'huber'")
@@ -238,7 +252,55 @@ def test_bad_run_files(shards, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     refused(run(), "holds a run already", "--resume")
-    refused(run("", "--resume"), "holds no checkpoint")
+    refused(run("", "--resume"), "run.json", "does not say how many ranks")
+    shutil.rmtree(tmp_path / "run")
+    refused(run("", "--resume"), "run.json", "is")
+
+
+BAD_ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "no object": ("[1, 2]", ("ds.json", "no object of settings")),
+    "no JSON": ("{", ("ds.json", "not valid JSON")),
+    "null scheduler": ('{"scheduler": null}', ("scheduler is null", "left out")),
+    "null parameters": ('{"optimizer": {"type": "Adam", "params": null}}', ("params is null",)),
+    "bf16": ('{"bf16": {"enabled": true}}', ("bf16 is not supported yet",)),
+    "fp16": ('{"fp16": {"enabled": "auto"}}', ("fp16 is not supported yet",)),
+    "autocast": (
+        '{"torch_autocast": {"enabled": true, "dtype": "bfloat16"}}',
+        ("torch_autocast is not supported yet",),
+    ),
+    "clipping": ('{"gradient_clipping": "much"}', ("gradient_clipping is 'much'",)),
+    "warm-up": (
+        '{"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}}',
+        ("warmup_num_steps is 2, but the run has 2 steps",),
+    ),
+    "unknown optimizer": ('{"optimizer": {"type": "AdamX", "params": {"lr": 1e-3}}}', ("DeepSpeed", "AdamX")),
+    "unknown parameter": ('{"optimizer": {"type": "AdamW", "params": {"lrr": 1e-3}}}', ("DeepSpeed", "'lrr'")),
+    "unknown stage": ('{"zero_optimization": {"stage": 7}}', ("DeepSpeed", "stage", "0, 1, 2, 3")),
+    "unknown ZeRO key": ('{"zero_optimization": {"stag": 1}}', ("DeepSpeed", "stag", "not permitted")),
+    "no optimizer": ('{"optimizer": {}}', ("optimizer.type is missing",)),
+    "batch size": ('{"train_batch_size": 7, "gradient_accumulation_steps": 2}', ("DeepSpeed", "train_batch_size")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ENGINES)
+def test_bad_deepspeed_configurations(shards, tmp_path, name):
+    text, words = BAD_ENGINES[name]
+    config = tmp_path / "ds.json"
+    base = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    document = json.loads(text) if text != "{" else None
+    config.write_text(json.dumps({**base, **document}) if isinstance(document, dict) else text)
+    refused(command("train", run_file(tmp_path, shards, f'[deepspeed]\nconfig = "{config}"\n')), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_up_is_cut_only_where_nobody_set_it(shards, tmp_path):
+    path = run_file(tmp_path, shards)
+    params = deepspeed_config(load_run_config(path))["scheduler"]["params"]
+    assert params["warmup_num_steps"] == 1 and params["total_num_steps"] == 3
+    changes = ["train.steps=50", "deepspeed.scheduler.params.warmup_num_steps=40"]
+    params = deepspeed_config(load_run_config(path, changes))["scheduler"]["params"]
+    assert params["warmup_num_steps"] == 40
+    refused(command("train", path, "--set", changes[1]), "warmup_num_steps is 40, but the run has 2 steps")
 
 
 def test_bad_models(shards, tmp_path):
@@ -247,6 +309,7 @@ def test_bad_models(shards, tmp_path):
     gold = write_extxyz(tmp_path / "g.xyz", [Atoms("H"), Atoms("Au2", positions=[[0, 0, 0], [0, 0, 2.5]])])
     refused(command("screen", path, gold, "--out", out), "g.xyz", "#1", "Au", "never saw")
     refused(command("screen", path, water, "--out", out, "--tasks", "taks0"), "taks0", "did you mean 'task0'")
+    refused(command("screen", path, water, "--out", out, "--tasks", " , "), "--tasks", "names no task")
     refused(command("evaluate", path, shards), "no task 'emt'")
     refused(command("evaluate", path), "name the shard folders")
     refused(command("evaluate", tmp_path, shards), "run.json")

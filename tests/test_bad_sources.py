@@ -14,10 +14,10 @@ from sources import molecules, write_extxyz
 
 from hydrazero.shards.convert import convert
 from hydrazero.shards.convert_settings import ConvertSettings, SplitSection
-from hydrazero.shards.errors import SourceError
+from hydrazero.shards.errors import ConfigError, SourceError
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.readers import ReadSettings, read_frames
-from hydrazero.shards.writer import write_split
+from hydrazero.shards.writer import write_shard
 from hydrazero.trainer.cli import main
 
 
@@ -30,7 +30,7 @@ def refused(source: Path, out: Path, *, words: tuple[str, ...], config: str = ""
     lines = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
-    assert not out.exists() and not list(out.parent.glob(f".{out.name}.part-*"))
+    assert not out.exists() and not list(out.parent.glob(f".{out.name}.part*"))
 
 
 def archive(path: Path, **changes: Any) -> Path:
@@ -137,18 +137,19 @@ def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
-def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, kind):
+def test_a_failure_while_writing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, kind):
     source = write_extxyz(tmp_path / "a.xyz", molecules(40))
 
-    def full(folder: Path, split: str, *more: Any) -> Any:
-        if split == "val":
+    def full(path: Path, *more: Any) -> Any:
+        if path.name.startswith("val"):
             raise kind(28, "No space left on device")
-        return write_split(folder, split, *more)
+        return write_shard(path, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hydrazero.shards.convert.write_split", full)
-        with pytest.raises((KeyboardInterrupt, ValueError)):
+        patch.setattr("hydrazero.shards.convert_shards.write_shard", full)
+        with pytest.raises((KeyboardInterrupt, ConfigError), match=r"No space left"):
             convert([source], "t", tmp_path / "out", ConvertSettings())
-    assert [path.name for path in tmp_path.iterdir()] == ["a.xyz"]
+    assert not (tmp_path / "out").exists()
     convert([source], "t", tmp_path / "out", ConvertSettings())
     assert read_manifest(tmp_path / "out").structures() == 40
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.xyz", "out"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from structures import rattled_crystal, rattled_molecule, to_structure
 from hydrazero.shards.errors import ConfigError, StructureError
 from hydrazero.shards.graph import BatchShape, graph_sample
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.shards.neighbours import neighbour_slots
+from hydrazero.shards.neighbours import ROW_SLOTS, half_pairs, lay_out
 from hydrazero.shards.packing import Packer, pack
-from hydrazero.shards.plan import LanePlace, LanePlan, TaskPlan, mixture_repeats
+from hydrazero.shards.plan import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
 from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, evaluation_batches
+from hydrazero.shards.stream_state import LaneState, rank_state, saved_state, start_of_stream
 
 
 def plans(sizes: list[list[int]], repeats: list[float] | None = None) -> list[TaskPlan]:
@@ -42,7 +44,7 @@ def test_each_structure_once_an_epoch_whatever_the_lanes(sizes, lanes, epoch, se
     delivered = Counter(
         item
         for lane in range(lanes)
-        for item in LanePlan(plans(sizes), lane=lane, lanes=lanes, seed=seed).walk(LanePlace(epoch=epoch), epochs=1)
+        for item in Deal(plans(sizes), lanes=lanes, seed=seed).walk(lane, LanePlace(epoch=epoch), epochs=1)
     )
     expected = {(t, b, r) for t, blocks in enumerate(sizes) for b, size in enumerate(blocks) for r in range(size)}
     assert set(delivered) == expected and set(delivered.values()) == {1}
@@ -50,14 +52,14 @@ def test_each_structure_once_an_epoch_whatever_the_lanes(sizes, lanes, epoch, se
 
 def test_order_depends_on_seed_and_epoch_only():
     def order(seed: int, epoch: int) -> list[tuple[int, int, int]]:
-        return list(LanePlan(plans([[50, 50], [7]]), lane=0, lanes=1, seed=seed).walk(LanePlace(epoch=epoch), epochs=1))
+        return list(Deal(plans([[50, 50], [7]]), lanes=1, seed=seed).walk(0, LanePlace(epoch=epoch), epochs=1))
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
 
 
 def test_tasks_are_interleaved_evenly():
-    walk = LanePlan(plans([[256] * 4, [128]]), lane=0, lanes=1, seed=0).walk(LanePlace(), epochs=1)
+    walk = Deal(plans([[256] * 4, [128]]), lanes=1, seed=0).walk(0, LanePlace(), epochs=1)
     tasks = [task for task, _, _ in walk]
     for first in range(0, len(tasks) - 90, 90):
         assert tasks[first : first + 90].count(1) == pytest.approx(10, abs=2)
@@ -66,13 +68,11 @@ def test_tasks_are_interleaved_evenly():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 400), st.integers(1, 3))
 def test_a_walk_goes_on_where_it_stopped(stop, lanes):
-    def plan() -> LanePlan:
-        return LanePlan(plans([[40, 33], [10]]), lane=0, lanes=lanes, seed=3)
-
-    whole = list(islice(plan().walk(LanePlace()), stop + 50))
+    deal = Deal(plans([[40, 33], [10]]), lanes=lanes, seed=3)
+    whole = list(islice(deal.walk(0, LanePlace()), stop + 50))
     place = LanePlace()
-    first = list(islice(plan().walk(place), stop))
-    rest = list(islice(plan().walk(LanePlace(epoch=place.epoch, delivered=list(place.delivered))), 50))
+    first = list(islice(deal.walk(0, place), stop))
+    rest = list(islice(deal.walk(0, LanePlace(epoch=place.epoch, delivered=list(place.delivered))), 50))
     assert first + rest == whole
 
 
@@ -86,7 +86,7 @@ def test_temperature_repeats_small_tasks():
     counts: Counter[int] = Counter()
     sizes = [[100], [250] * 40]
     for lane in range(2):
-        walk = LanePlan(plans(sizes, repeats), lane=lane, lanes=2, seed=0).walk(LanePlace(), epochs=3)
+        walk = Deal(plans(sizes, repeats), lanes=2, seed=0).walk(lane, LanePlace(), epochs=3)
         counts.update(task for task, _, _ in walk)
     assert counts[0] == pytest.approx(3 * repeats[0] * 100, rel=0.05)
     assert counts[1] == pytest.approx(3 * repeats[1] * 10_000, rel=0.05)
@@ -99,7 +99,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 def stream_settings(folders: tuple[str, ...], workers: int = 0, **values: object) -> StreamSettings:
-    shape = BatchShape(structures=8, atoms=48, slots=48 * 32)
+    shape = BatchShape(structures=8, atoms=48, slots=48 * 48)
     return StreamSettings(folders=folders, cutoff=4.0, shape=shape, workers=workers, **values)  # type: ignore[arg-type]
 
 
@@ -114,62 +114,125 @@ def test_a_resumed_stream_gives_the_very_same_batches(folders, workers):
     walk = iter(whole)
     for _ in range(7):
         next(walk)
-    state = whole.state()
+    saved = whole.saved_state([whole.state()])
     expected = [next(walk) for _ in range(9)]
-    again = iter(TrainStream(options, 0, 1, state))
+    again = iter(TrainStream(options, 0, 1, saved))
     for batch in expected:
         same = next(again)
         assert ids(same) == ids(batch)
-        for key in ("positions", "neighbours", "shifts", "reverse", "energy", "forces", "task"):
+        for key in ("positions", "neighbours", "row_atom", "shifts", "reverse", "energy", "forces", "task"):
             assert torch.equal(same[key], batch[key])
 
 
-def test_ranks_share_an_epoch(folders):
-    structures = sum(read_manifest(folder).structures("train") for folder in folders)
-    seen: Counter[str] = Counter()
-    for rank in range(2):
-        stream = TrainStream(stream_settings(folders), rank, 2)
-        for batch in stream:
-            # Everything handed out while the lane was in epoch 0, and what of it still waits, is the rank's share.
-            if stream.epoch > 0:
-                break
-            seen.update(ids(batch))
-            pending = stream.state()["lanes"][0]["pending"]
-        seen.update(["pending"] * len(pending))
-    named = [name for name in seen if name != "pending"]
-    assert max(seen[name] for name in named) == 1
-    assert abs(len(named) + seen["pending"] - structures) <= 2 * 8
+@pytest.mark.parametrize("numbers", [[(1, 1), (2, 1)], [(2, 2), (1, 1), (3, 1)], [(3, 1), (2, 2)], [(2, 1), (2, 1)]])
+def test_an_interrupted_epoch_on_other_ranks_gives_each_structure_once(folders, numbers):
+    """Stopped and gone on with other ranks and workers: every name is counted, in real batches from real tars."""
+    small = BatchShape(structures=2, atoms=12, slots=12 * 48)
+    seen: Counter[tuple[int, str]] = Counter()
+    saved = None
+    for ranks, workers in numbers:
+        options = replace(stream_settings(folders, workers), shape=small)
+        streams = [TrainStream(options, rank, ranks, saved) for rank in range(ranks)]
+        for rank, stream in enumerate(streams):
+            for batch in islice(stream, 6 + 2 * rank):
+                seen.update(zip(batch.task[batch.structure_mask].tolist(), ids(batch), strict=True))
+        saved = streams[0].saved_state([stream.state() for stream in streams])
+    reader = SplitReader(options, "train")
+    names = [[reader.readers[t].read(b).names for b in range(len(reader.readers[t]))] for t in range(len(folders))]
+    left = Counter(
+        (task, names[task][block][row]) for task, block, row in what_is_left(reader.plans(), numbers[-1], saved)
+    )
+    assert min(seen.values()) >= 1 and left
+    once = {(task, name) for task, blocks in enumerate(names) for block in blocks for name in block}
+    assert set(seen + left) == once and len(set((seen + left).values())) == 1
 
 
-def test_a_stream_of_other_ranks_is_refused(folders):
-    state = TrainStream(stream_settings(folders), 0, 1).state()
-    with pytest.raises(ConfigError, match="1 ranks"):
-        TrainStream(stream_settings(folders), 0, 2, state)
+def what_is_left(tasks: list[TaskPlan], number: tuple[int, int], saved: dict) -> list[tuple[int, int, int]]:
+    """What a saved place has still to deliver up to the end of its foremost lane's epoch: drawn and waiting, or not."""
+    start = start_of_stream(tasks, 0, *number, saved)
+    rest = start.deal.rest([lane.place for lane in start.lanes])
+    items = [item for lane in start.lanes for item in lane.pending]
+    for task, pieces in enumerate(rest.pieces):
+        items += [(task, int(p[1]), int(row)) for p in pieces for row in start.deal.piece_rows(task, p)]
+    return items
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    block_sizes,
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 2), st.integers(0, 120)), min_size=1, max_size=4),
+    st.integers(0, 6),
+)
+def test_each_structure_once_however_often_the_lanes_change(sizes, legs, held_back):
+    """Legs of (ranks, workers, structures); `held_back` structures are drawn and wait for a batch at each stop."""
+    tasks = plans(sizes)
+    delivered: Counter[tuple[int, int, int]] = Counter()
+    saved, foremost = None, 0
+    for ranks, workers, steps in legs:
+        start = start_of_stream(tasks, 0, ranks, workers, saved)
+        states = []
+        for lane, state in enumerate(start.lanes):
+            place, waiting = state.place, list(state.pending)
+            for item in islice(start.deal.walk(lane, place), (steps + 7 * lane) % (steps + 1)):
+                waiting.append(item)
+                if len(waiting) > held_back:
+                    delivered[waiting.pop(0)] += 1
+            states.append(LaneState(epoch=place.epoch, delivered=tuple(place.delivered), pending=tuple(waiting)))
+            foremost = max(foremost, place.epoch)
+        of_ranks = [
+            rank_state([states[lane_number(rank, worker, ranks)] for worker in range(workers)], 0)
+            for rank in range(ranks)
+        ]
+        saved = saved_state("", start.past, of_ranks)
+    delivered.update(what_is_left(tasks, (ranks, workers), saved))
+    everything = {(t, b, r) for t, blocks in enumerate(sizes) for b, size in enumerate(blocks) for r in range(size)}
+    assert set(delivered) == everything and set(delivered.values()) == {foremost + 1}
+
+
+@settings(max_examples=40, deadline=None)
+@given(block_sizes, st.integers(1, 4), st.integers(1, 3), st.floats(1.0, 8.0), st.integers(0, 3))
+def test_lanes_and_ranks_get_equally_many_pieces(sizes, ranks, workers, temperature, epoch):
+    """Within one of each other, for each task and over all of them, for lanes and for ranks."""
+    repeats = mixture_repeats([sum(blocks) for blocks in sizes], temperature)
+    deal = Deal(plans(sizes, repeats), lanes=ranks * workers, seed=1)
+    everyone = range(deal.lanes)
+    counts = np.array([[len(deal.lane_pieces(t, epoch, lane)) for lane in everyone] for t in range(len(sizes))])
+    of_ranks = counts.reshape(len(sizes), workers, ranks).sum(1)
+    for values in (*counts, counts.sum(0), *of_ranks, of_ranks.sum(0)):
+        assert np.ptp(values) <= 1
+
+
+def test_a_place_in_other_data_is_refused(folders):
+    stream = TrainStream(stream_settings(folders), 0, 1)
+    saved = stream.saved_state([stream.state()])
+    warmer = stream_settings(folders, temperature=2.0)
+    for other in (stream_settings(folders[:1]), stream_settings(folders, seed=4), warmer):
+        with pytest.raises(ConfigError, match=r"other shards, another run.seed"):
+            TrainStream(other, 0, 1, saved)
 
 
 def test_evaluation_counts_each_structure_once(folders):
-    names = [
-        n for rank in range(3) for b in evaluation_batches(stream_settings(folders), "val", rank, 3) for n in ids(b)
-    ]
+    reader = SplitReader(stream_settings(folders), "val")
+    names = [n for rank in range(3) for b in evaluation_batches(reader, rank, 3) for n in ids(b)]
     assert len(names) == len(set(names)) == sum(read_manifest(folder).structures("val") for folder in folders)
 
 
 def test_batches_have_a_fixed_size_and_true_masks(folders):
     options = stream_settings(folders)
-    sizes: dict[int, set[tuple[int, ...]]] = {}
+    sizes = set()
     for batch in islice(TrainStream(options, 0, 1), 30):
-        slots = batch.neighbours.shape[1]
-        sizes.setdefault(slots, set()).add((batch.task.shape[0], *batch.positions.shape))
-        assert batch.atom_mask.sum() == batch.n_atoms.sum() <= options.shape.atoms_with(slots)
+        sizes.add((batch.task.shape[0], *batch.positions.shape, *batch.neighbours.shape))
+        assert batch.atom_mask.sum() == batch.n_atoms.sum() <= options.shape.atoms
         assert batch.structure_mask.sum() == len(ids(batch))
-        flat = batch.slot_mask.reshape(-1)
-        assert (batch.reverse.reshape(-1)[batch.reverse.reshape(-1)] == torch.arange(flat.numel())).all()
-        receiver = torch.arange(flat.numel()) // slots
-        assert (batch.neighbours.reshape(-1)[batch.reverse.reshape(-1)] == receiver).all()
-        pair = batch.positions[batch.neighbours] + batch.shifts - batch.positions[:, None]
+        flat, reverse = batch.slot_mask.reshape(-1), batch.reverse.reshape(-1)
+        assert (reverse[reverse] == torch.arange(flat.numel())).all()
+        receiver = batch.row_atom.repeat_interleave(ROW_SLOTS)
+        assert (batch.neighbours.reshape(-1)[reverse] == receiver).all()
+        pair = batch.positions[batch.neighbours] + batch.shifts - batch.positions[batch.row_atom][:, None]
         distance = pair.norm(dim=-1)
         assert (distance[batch.slot_mask] <= 4.0 + 1e-5).all() and (distance[~batch.slot_mask] == 0).all()
-    assert all(len(shapes) == 1 for shapes in sizes.values()) and len(sizes) >= 2
+        assert (batch.structure[batch.row_atom][:, None] == batch.structure[batch.neighbours])[batch.slot_mask].all()
+    assert sizes == {(8, 48, 3, 48 * 48 // ROW_SLOTS, ROW_SLOTS)}
 
 
 @pytest.mark.parametrize("pbc", [(True, True, True), (True, True, False), (False, False, False)])
@@ -177,35 +240,56 @@ def test_neighbours_are_those_of_ase(pbc):
     atoms = rattled_crystal(1)
     atoms.pbc = pbc
     i, j, vectors = neighbor_list("ijD", atoms, 4.0)
-    ours = neighbour_slots(atoms.positions, atoms.cell[:], atoms.pbc, 4.0)
+    pairs = half_pairs(atoms.positions, atoms.cell[:], atoms.pbc, 4.0)
+    ours = lay_out([pairs])
     vector = atoms.positions[ours.sender] + ours.shift - atoms.positions[ours.receiver]
 
     def rows(*columns: np.ndarray) -> list[tuple[float, ...]]:
         return sorted(map(tuple, np.round(np.column_stack(columns), 6) + 0.0))
 
     assert rows(ours.receiver, ours.sender, vector) == rows(i, j, vectors)
-    np.testing.assert_array_equal(ours.receiver[ours.reverse], ours.sender)
-    np.testing.assert_allclose(vector[ours.reverse], -vector, atol=1e-12)
+    np.testing.assert_array_equal(pairs.degrees, np.bincount(i, minlength=len(atoms)))
+    np.testing.assert_array_equal(ours.row_atom[ours.slot // ROW_SLOTS], ours.receiver)
+    at = {int(slot): pair for pair, slot in enumerate(ours.slot)}
+    assert len(at) == len(i)
+    opposite = np.array([at[int(slot)] for slot in ours.reverse])
+    np.testing.assert_array_equal(ours.receiver[opposite], ours.sender)
+    np.testing.assert_allclose(vector[opposite], -vector, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(["H2O", "CH4", "C6H6", "H2", "crystal"]), min_size=1, max_size=60), st.integers(1, 6))
 def test_packing_loses_nothing_and_never_overfills(names, structures):
-    shape = BatchShape(structures=structures, atoms=30, slots=30 * 48)
+    shape = BatchShape(structures=structures, atoms=30, slots=30 * 48, edges=30 * 40)
     made = [
         to_structure(rattled_crystal() if n == "crystal" else rattled_molecule(n), f"{k}") for k, n in enumerate(names)
     ]
     samples = [graph_sample(structure, 0, 4.0) for structure in made]
     packed = list(pack(samples, shape))
-    assert sorted(s.structure.source_id for _, batch in packed for s in batch) == sorted(s.source_id for s in made)
-    for slots, batch in packed:
-        assert len(batch) <= structures and sum(len(s.structure) for s in batch) <= shape.atoms_with(slots)
-        assert all(s.neighbours.max_degree <= slots for s in batch)
+    assert sorted(s.structure.source_id for batch in packed for s in batch) == sorted(s.source_id for s in made)
+    for batch in packed:
+        assert len(batch) <= structures and sum(len(s.structure) for s in batch) <= shape.atoms
+        assert sum(s.rows for s in batch) <= shape.rows and sum(s.edges for s in batch) <= shape.edges
+
+
+def test_nothing_waits_for_ever():
+    """A stream of small molecules with one awkward crystal: it is in one of the next few batches."""
+    crystal = graph_sample(to_structure(rattled_crystal(), "crystal"), 0, 4.0)
+    water = graph_sample(to_structure(rattled_molecule("H2O"), "water"), 0, 4.0)
+    packer = Packer(BatchShape(structures=16, atoms=len(crystal.structure) + 4, slots=(crystal.rows + 2) * ROW_SLOTS))
+    batches_before = 0
+    for sample in [water] * 40 + [crystal] + [water] * 400:
+        packer.add(sample)
+        packed = packer.pop_full()
+        if packed and crystal in packed:
+            break
+        batches_before += packed is not None
+    assert packed and crystal in packed and batches_before < 20
 
 
 def test_a_structure_too_large_for_any_batch_is_named():
     sample = graph_sample(to_structure(rattled_crystal(), "big.xyz#4"), 0, 4.0)
-    with pytest.raises(StructureError, match=r"big.xyz#4 has 8 atoms .* batch.atoms to at least 8 and batch.slots"):
+    with pytest.raises(StructureError, match=r"big.xyz#4 has 8 atoms.* batch.atoms to at least 8, batch.slots to"):
         Packer(BatchShape(structures=4, atoms=7, slots=10_000)).add(sample)
 
 

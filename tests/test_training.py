@@ -7,15 +7,24 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sources import make_shards, metals, molecules
+from ase import Atoms
+from click.testing import CliRunner, Result
+from placed import make_split_shards
+from sources import labelled, make_shards, metals, molecules
+from structures import rattled_molecule
 
 from hydrazero.models import load_model
+from hydrazero.trainer import loop
 from hydrazero.trainer.checkpoint import latest_checkpoint, model_of_run
+from hydrazero.trainer.cli import main
 from hydrazero.trainer.distributed import free_port
 from hydrazero.trainer.run_files import read_metrics
 
@@ -72,10 +81,9 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def start(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command], env=environment(), capture_output=True, text=True, timeout=240, check=False
-    )
+def start(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    words, variables = [str(part) for part in command], environment() | variables
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> None:
@@ -103,12 +111,24 @@ def test_two_ranks_train_and_log(finished):
     rows = read_metrics(finished)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [4, 8]
-    assert rows[-1]["tasks"]["metals"]["structures"] > 0
-    assert losses(finished)[-1] < losses(finished)[0]
+    evaluations = [row["tasks"] for row in rows if row["kind"] == "evaluation"]
+    assert evaluations[-1]["metals"]["structures"] > 0
+    for key in ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom"):
+        assert evaluations[-1]["molecules"][key] < evaluations[0]["molecules"][key]
     assert latest_checkpoint(finished).name == "step-00000008"
     assert list((finished / "tensorboard").iterdir())
+    # Of a warm-up over 2 steps from 1% to 0.001, and a cosine down to 0.1% in the last step.
+    rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
+    assert rates[0] == pytest.approx(0.000505) and rates[-1] == pytest.approx(1e-6) and max(rates) == rates[1]
     record = json.loads((finished / "run.json").read_text())
     assert record["deepspeed"]["zero_optimization"]["stage"] == 1 and "torch" in record["versions"]
+    assert record["resumes"] == []
+
+
+def test_a_checkpoint_keeps_random_states_as_bytes(finished):
+    part = next(latest_checkpoint(finished).glob("mp_rank_00_model_states.pt"))
+    random = torch.load(part, map_location="cpu", weights_only=False)["random"]
+    assert random.dtype == torch.uint8 and random.shape == (2, len(torch.get_rng_state()))
 
 
 @pytest.mark.parametrize("config", ["zero1", "zero3"])
@@ -128,6 +148,107 @@ def test_resume_is_equal_to_the_bit(config, data, finished, tmp_path, tmp_path_f
     assert losses(tmp_path / "run") == losses(whole)
     for name, value in weights(whole).items():
         assert torch.equal(weights(tmp_path / "run")[name], value), name
+    (resumed,) = json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]
+    assert (resumed["step"], resumed["ranks"]) == (4, 2) and "--resume" in resumed["command"] and resumed["started"]
+
+
+def test_resume_before_the_first_checkpoint_starts_again(data, finished, tmp_path):
+    run = write_run(tmp_path, data)
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    result = start(BIN / "hydrazero", "train", run, "--ranks", 2)
+    assert result.returncode == 1 and "holds a run already; use --resume" in result.stderr
+    result = start(BIN / "hydrazero", "train", run, "--ranks", 2, "--resume")
+    succeeded(result)
+    assert (result.stdout + result.stderr).count("starts again from step 0") == 1
+    assert losses(tmp_path / "run") == losses(finished)
+    assert [resumed["step"] for resumed in json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]] == [0]
+
+
+def start_with_fault(run: Path, place: str) -> subprocess.CompletedProcess[str]:
+    launcher = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
+    return start(*launcher, Path(__file__).with_name("one_rank_faults.py"), run, place)
+
+
+@pytest.mark.parametrize("place", ["check", "validation"])
+def test_a_fault_on_another_rank_is_said_once(data, tmp_path, place):
+    result = start_with_fault(write_run(tmp_path, data), place)
+    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("Error: ")]
+    assert result.returncode != 0 and lines == ["Error: rank 1 cannot read its shard."], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_wait_for_data_is_that_of_the_slowest_rank(data, tmp_path):
+    succeeded(start_with_fault(write_run(tmp_path, data), "data"))
+    shares = [row["data_wait_share"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    assert np.median(shares) > 0.7, shares
+
+
+def test_ranks_that_do_not_find_each_other_are_refused(data, tmp_path):
+    command = (sys.executable, "-m", "hydrazero.trainer.train", write_run(tmp_path, data))
+    result = start(*command, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
+    assert result.returncode == 1 and "2 processes were started (SLURM_STEP_NUM_TASKS)" in result.stderr
+    result = start(*command, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
+    assert result.returncode == 1 and "Error" not in result.stderr and "Traceback" not in result.stderr
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("raise ImportError('libmpi.so is absent')\n")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    result = start(*command, OMPI_COMM_WORLD_SIZE="2", PYTHONPATH=path)
+    assert result.returncode == 1 and "libmpi.so is absent" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def in_process(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, ["train", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_pauses_are_no_part_of_the_throughput(data, tmp_path, monkeypatch):
+    """Three steps of at least 0.2 s make an interval, with an evaluation and a checkpoint of 2.5 s after the second."""
+    for name, seconds in (("train_step", 0.2), ("evaluate_engine", 0.5), ("save_checkpoint", 2.5)):
+        monkeypatch.setattr(loop, name, slowed(getattr(loop, name), seconds))
+    every = {"steps": 3, "log_every": 3, "evaluate_every": 2, "checkpoint_every": 2}
+    in_process(write_run(tmp_path, data), *(f"--set=train.{key}={value}" for key, value in every.items()))
+    (row,) = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
+    seconds = sum(task["structures"] for task in row["tasks"].values()) / row["structures_per_s"]
+    assert 0.6 <= seconds < 2.5
+
+
+def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return function(*arguments)
+
+    return slow
+
+
+def test_validation_leaves_unseen_elements_out(tmp_path):
+    def named(name: str, count: int) -> list[Atoms]:
+        return [labelled(rattled_molecule(name, seed)) for seed in range(count)]
+
+    values = {"train": named("H2O", 8) + named("CH4", 8), "val": named("CH3OH", 6) + named("NH3", 4)}
+    for task in ("molecules", "metals"):
+        make_split_shards(tmp_path, task, **values)
+    result = in_process(write_run(tmp_path, tmp_path), "--set", "train.steps=1")
+    (row,) = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "evaluation"]
+    assert (row["tasks"]["metals"]["structures"], row["tasks"]["metals"]["unseen"]) == (6, 4)
+    assert "metals: 4 structures left out" in result.stderr
+    succeeded(start(BIN / "hydrazero", "evaluate", tmp_path / "run", "--split", "val"))
+    again = json.loads((tmp_path / "run" / "evaluation.json").read_text())["tasks"]["metals"]
+    for key in ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom"):
+        assert again[key] == pytest.approx(row["tasks"]["metals"][key], rel=1e-4)
+
+
+def test_charges_that_the_model_does_not_see_are_told(data, tmp_path):
+    shutil.copytree(data / "metals", tmp_path / "metals")
+    ions = molecules(20)
+    for atoms in ions[:5]:
+        atoms.info["charge"] = 1
+    make_shards(tmp_path, "molecules", ions)
+    result = in_process(write_run(tmp_path, tmp_path), "--set", "train.steps=1")
+    assert "warning: task 'molecules' has 5 of 20 structures with a charge" in result.stderr
+    assert "task 'metals' has" not in result.stderr
 
 
 def test_the_deepspeed_launcher_starts_the_same_job(data, finished, tmp_path):

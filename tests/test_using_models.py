@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,14 +15,19 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 from click.testing import CliRunner
-from sources import make_shards, molecules, write_extxyz
-from structures import facts, rattled_crystal, rattled_molecule, small_model
+from placed import make_split_shards
+from sources import labelled, make_shards, molecules, write_extxyz
+from structures import facts, rattled_crystal, rattled_molecule, small_model, to_structure
 
 from hydrazero.models import Potential, load_model, save_model
 from hydrazero.models.model_file import with_tasks
+from hydrazero.models.potential import DEFAULT_SHAPE
+from hydrazero.models.screening import ScreenSettings
+from hydrazero.models.screening import screen as run_screen
 from hydrazero.shards.errors import ModelFileError, StructureError
 from hydrazero.trainer.cli import main
 
@@ -125,10 +133,14 @@ def test_neither_deepspeed_nor_webdataset_is_imported(path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def screen(*arguments: object):
-    result = CliRunner().invoke(main, ["screen", *map(str, arguments)])
+def succeeded(*arguments: object):
+    result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     return result
+
+
+def screen(*arguments: object):
+    return succeeded("screen", *arguments)
 
 
 def test_screen(tmp_path):
@@ -173,3 +185,67 @@ def test_one_atom_cells_and_large_cells_together():
     together = potential.predict(cells, tasks=["task0"])
     for cell, row in zip(cells, together, strict=True):
         assert row["energy"] == pytest.approx(potential.predict([cell], tasks=["task0"])[0]["energy"], abs=1e-9)
+
+
+def evaluation(model: Path) -> dict[str, Any]:
+    return json.loads(model.with_name(f"{model.stem}.evaluation.json").read_text())["tasks"]
+
+
+def test_structures_larger_than_a_batch(path, tmp_path):
+    large = bulk("NaCl", "rocksalt", a=5.6, cubic=True) * (6, 6, 8)
+    assert len(large) > DEFAULT_SHAPE.atoms
+    frames = [rattled_crystal(1), large, rattled_crystal(2)]
+    for atoms in frames:
+        atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.zeros((len(atoms), 3)))
+    source = write_extxyz(tmp_path / "s.extxyz", frames)
+    screen(path, source, "--out", tmp_path / "s.parquet")
+    rows = {row["atoms"]: row for row in pq.read_table(tmp_path / "s.parquet").to_pylist()}
+    expected = load_model(path).predict([large], tasks=["task0"])[0]["energy"]
+    assert rows[len(large)]["energy_task0"] == pytest.approx(expected, abs=1e-2) and len(rows) == 2
+    folder = make_split_shards(tmp_path, "task0", train=frames[:1], test=frames[1:])
+    succeeded("evaluate", path, folder)
+    assert evaluation(path)["task0"]["structures"] == 2
+
+
+def test_unseen_elements_are_counted_but_not_evaluated(path, tmp_path):
+    ammonia = [labelled(rattled_molecule("NH3", seed)) for seed in range(3)]
+    methane = [labelled(rattled_molecule("CH4", seed)) for seed in range(5)]
+    train = [labelled(rattled_molecule("H2O"))]
+    succeeded("evaluate", path, make_split_shards(tmp_path / "a", "task0", train=train, test=methane))
+    without = evaluation(path)["task0"]
+    result = succeeded(
+        "evaluate", path, make_split_shards(tmp_path / "b", "task0", train=train, test=methane + ammonia)
+    )
+    row = evaluation(path)["task0"]
+    assert (without.pop("unseen"), row.pop("unseen")) == (0, 3) and row == pytest.approx(without)
+    assert "task0: 3 structures left out" in result.output
+    assert pq.read_table(path.with_name(f"{path.stem}.predictions") / "task0.parquet").num_rows == 5
+    succeeded("evaluate", path, make_split_shards(tmp_path / "c", "task0", train=train, test=ammonia))
+    row = evaluation(path)["task0"]
+    assert row["unseen"] == 3 and row["structures"] == 0 and row["energy_mae_mev_per_atom"] is None
+
+
+def test_evaluating_a_model_leaves_the_run_around_it_alone(path, tmp_path):
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(path.read_bytes())
+    (tmp_path / "evaluation.json").write_text("the run's")
+    frames = {"train": molecules(1), "test": [labelled(rattled_molecule("H2O"))]}
+    folder = make_split_shards(tmp_path / "shards", "task0", **frames)
+    succeeded("evaluate", model, folder)
+    assert (tmp_path / "evaluation.json").read_text() == "the run's" and not (tmp_path / "predictions").exists()
+    assert evaluation(model)["task0"]["structures"] == 1
+    assert [file.name for file in (tmp_path / "model.predictions").iterdir()] == ["task0.parquet"]
+    succeeded("evaluate", model, folder, "--out", tmp_path / "e")
+    assert sorted(file.name for file in (tmp_path / "e").iterdir()) == ["evaluation.json", "predictions"]
+
+
+def test_a_screen_needs_no_labels(path, tmp_path):
+    atoms = labelled(rattled_molecule("H2O"))
+    atoms.calc.results["energy"] = np.nan
+    atoms.calc.results["forces"][1] = np.inf
+    screen(path, write_extxyz(tmp_path / "s.extxyz", [atoms]), "--out", tmp_path / "s.parquet")
+    structure = to_structure(atoms, energy=np.nan, forces=np.full((3, 3), np.nan))
+    summary = run_screen(load_model(path), [structure], tmp_path / "t.parquet", ScreenSettings(tasks=("task0",)))
+    assert summary.written == 1
+    ours, theirs = (pq.read_table(tmp_path / name)["energy_task0"][0].as_py() for name in ("s.parquet", "t.parquet"))
+    assert ours == pytest.approx(theirs, abs=1e-6)

@@ -14,6 +14,7 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.stream import TrainStream
 from hydrazero.trainer.distributed import gather_objects, quiet_deepspeed, rank, wait_for_all
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
 
@@ -21,14 +22,14 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 
 
-def save_checkpoint(engine: Any, run_dir: Path, step: int, stream_state: dict[str, Any], keep: int) -> None:
+def save_checkpoint(engine: Any, run_dir: Path, step: int, stream: TrainStream, keep: int) -> None:
     """Write a checkpoint of `step`; called on every rank. Older ones than the last `keep` are removed after it."""
     folder = run_dir / CHECKPOINTS
     tag = f"step-{step:08d}"
     client_state = {
         "step": step,
-        "stream": gather_objects(stream_state),
-        "random": gather_objects(torch.get_rng_state().tolist()),
+        "stream": stream.saved_state(gather_objects(stream.state())),
+        "random": torch.stack(gather_objects(torch.get_rng_state())),
     }
     engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     wait_for_all()
@@ -45,10 +46,15 @@ def save_checkpoint(engine: Any, run_dir: Path, step: int, stream_state: dict[st
     wait_for_all()
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether the run has written a complete checkpoint."""
+    return (run_dir / CHECKPOINTS / LATEST).is_file()
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
     """Return the folder of the last complete checkpoint; raises ConfigError if the run has none."""
     pointer = run_dir / CHECKPOINTS / LATEST
-    if not pointer.is_file():
+    if not has_checkpoint(run_dir):
         raise ConfigError(f"{run_dir} holds no checkpoint; train it first.")
     folder = pointer.parent / pointer.read_text().strip()
     if not re.fullmatch(r"step-\d{8}", folder.name) or not folder.is_dir():
@@ -57,15 +63,15 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def load_checkpoint(engine: Any, run_dir: Path) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; returns {'step', 'stream'} for this rank."""
+    """Restore weights, optimizer, schedule and random state; returns {'step', 'stream'}."""
     folder = latest_checkpoint(run_dir)
     path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
-    stream, random = client_state["stream"], client_state["random"]
-    mine = min(rank(), len(stream) - 1)  # more ranks than before: the stream itself says that it cannot go on so
-    torch.set_rng_state(torch.tensor(random[mine], dtype=torch.uint8))
-    return {"step": client_state["step"], "stream": stream[mine]}
+    random = client_state["random"]
+    # A copy: torch reads the state from where the tensor's memory begins, whatever row of it a view is, and crashes.
+    torch.set_rng_state(random[min(rank(), len(random) - 1)].clone())
+    return {"step": client_state["step"], "stream": client_state["stream"]}
 
 
 def _consolidated(folder: Path) -> dict[str, torch.Tensor]:

@@ -38,8 +38,13 @@ main.add_command(report_command)
 
 
 def task_list(text: str | None) -> list[str] | None:
-    """Split 'a,b' into names."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    """Split 'a,b' into names; raises ConfigError if there is none."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks '{text}' names no task; give names, or leave it out for all tasks.")
+    return names
 
 
 @main.command()
@@ -70,7 +75,11 @@ def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) 
 @click.argument("run_or_model", type=FOLDER)
 @click.argument("folders", metavar="[DIR]...", nargs=-1, type=FOLDER)
 @click.option("--split", default="test", show_default=True, help="train, val or test.")
-@click.option("--out", type=FOLDER, help="Folder for evaluation.json and predictions/; the run's, or the model's own.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    help="Folder for evaluation.json and predictions/. [default: the run's; MODEL.evaluation.json]",
+)
 def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Path | None) -> None:
     """Measure a run's or an exported model's errors on shards.
 
@@ -79,17 +88,18 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
     from hydrazero.shards.manifest import read_manifest
     from hydrazero.trainer.console import progress_bar
     from hydrazero.trainer.evaluate import evaluate as evaluate_potential
-    from hydrazero.trainer.evaluate import open_run_or_model
+    from hydrazero.trainer.evaluate import open_run_or_model, results_in
     from hydrazero.trainer.tables import print_evaluation
 
-    potential, own_folders, home = open_run_or_model(run_or_model)
+    potential, own_folders, files = open_run_or_model(run_or_model)
     chosen = list(folders) or own_folders
     if not chosen:
         raise ConfigError("name the shard folders to evaluate the model on: hydrazero evaluate MODEL DIR...")
     total = sum(read_manifest(folder).structures(split) for folder in chosen)
     bar, advance = progress_bar("evaluating", total)
     with bar:
-        document = evaluate_potential(potential, chosen, split, out or home, advance)
+        files = files if out is None else results_in(out)
+        document = evaluate_potential(potential, chosen, split, files, advance)
     print_evaluation(document)
 
 

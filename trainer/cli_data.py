@@ -18,6 +18,8 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--format", "format_name", metavar="NAME", help="ase, extxyz, db or npz; guessed from the suffix.")
 @click.option("--config", metavar="FILE", type=FOLDER, help="TOML: field names, units, splits, selection, method.")
 @click.option("--skip-bad", is_flag=True, help="Set bad frames aside, counted and listed, instead of stopping.")
+@click.option("--trust-pickle", is_flag=True, help="Load sources of pickles, which can run any code that is in them.")
+@click.option("--workers", default=1, metavar="N", help="Processes that share the work; under mpirun, its ranks do.")
 def convert_command(
     sources: tuple[Path, ...],
     tasks: tuple[str, ...],
@@ -25,41 +27,19 @@ def convert_command(
     format_name: str | None,
     config: Path | None,
     skip_bad: bool,
+    trust_pickle: bool,
+    workers: int,
 ) -> None:
     """Convert labelled structures into WebDataset shards of one task."""
-    from time import monotonic
-
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from hydrazero.shards.convert import convert
     from hydrazero.shards.convert_settings import load_convert_settings
+    from hydrazero.trainer.convert_console import convert_with_progress
 
     if len(tasks) > 1:
         raise ConfigError(f"--task is given {len(tasks)} times ({', '.join(tasks)}); a conversion makes one task.")
     settings = load_convert_settings(config, format_name)
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,} frames, {task.fields[rate]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=None, rate="")
-        started, done = monotonic(), 0
-
-        # Called for every frame: rich's own estimate of the speed would cost as much as the conversion.
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress.update(bar, advance=count, rate=f"{done / max(monotonic() - started, 1e-6):,.0f} frames/s")
-
-        manifest = convert(sources, tasks[0], out, settings, skip_bad=skip_bad, progress=advance)
-    counts = ", ".join(f"{split} {manifest.structures(split):,}" for split in manifest.splits)
-    click.echo(f"{out}: {manifest.structures():,} structures ({counts})")
-    if manifest.duplicate_count:
-        what = "left out" if settings.duplicates == "drop" else "kept, in the split of the first"
-        click.echo(f"duplicates: {manifest.duplicate_count:,} frames repeat an earlier geometry ({what})")
-    for reason, count in manifest.set_aside.items():
-        click.echo(f"set aside, {reason}: {count:,}")
-    untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
-    if untrained:
-        click.echo(f"warning: no training structure holds {', '.join(untrained)}; they get no reference energy")
+    convert_with_progress(
+        sources, tasks[0], out, settings, workers=workers, skip_bad=skip_bad, trust_pickle=trust_pickle
+    )
 
 
 @click.command("inspect")

@@ -6,11 +6,10 @@ single values of it in its `[deepspeed]` table.
 
 from __future__ import annotations
 
-import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ class TaskSection:
 
     name: str
     shards: str
-    """Folder that 'hydrazero convert' wrote."""
+    """Folder that 'hydrazero convert' wrote; or its web address, or 'pipe:COMMAND {}' that prints the file {} of it."""
     weight: float = 1.0
     """Of the task's loss in the sum over tasks."""
 
@@ -52,6 +51,8 @@ class DataSection:
     """Tasks are sampled in proportion to structures ** (1 / temperature)."""
     workers: int = 1
     """Worker processes per rank that read, find neighbours and pack."""
+    on_bad_shard: str = "stop"
+    """'stop' where a block of a shard cannot be read, or 'skip' its structures, counted in the log and the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,21 @@ def _check(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where} loss.kind '{config.loss.kind}' is not known{did_you_mean(config.loss.kind, list(LOSS_KINDS))}."
         )
-    positive = {
+    if not any(task.weight for task in config.tasks):
+        raise ConfigError(f"{where} every task has the weight 0; at least one must be above 0.")
+    if not config.loss.energy_weight and not config.loss.forces_weight:
+        raise ConfigError(f"{where} loss.energy_weight and loss.forces_weight are 0; one of them must be above 0.")
+    if config.data.on_bad_shard not in ("stop", "skip"):
+        known = did_you_mean(config.data.on_bad_shard, ["stop", "skip"])
+        raise ConfigError(f"{where} data.on_bad_shard '{config.data.on_bad_shard}' is not known{known}.")
+    if not config.data.temperature >= 1:
+        raise ConfigError(f"{where} data.temperature is {config.data.temperature}; it must be at least 1.")
+    _check_ranges(config, where)
+
+
+def _check_ranges(config: RunConfig, where: str) -> None:
+    """Raise ConfigError for a number that is out of range, NaN or infinite."""
+    positive: dict[str, float] = {
         "train.steps": config.train.steps,
         "train.evaluate_every": config.train.evaluate_every,
         "train.checkpoint_every": config.train.checkpoint_every,
@@ -164,48 +179,18 @@ def _check(config: RunConfig, where: str) -> None:
         "model.cutoff": config.model.cutoff,
         "loss.huber_delta": config.loss.huber_delta,
     }
+    # NaN is not above 0, and not below or equal to it either: 'value <= 0' would let it pass.
     for key, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{where} {key} is {value}; it must be above 0.")
-    not_negative = {"data.workers": config.data.workers, "loss.energy_weight": config.loss.energy_weight}
-    not_negative |= {"loss.forces_weight": config.loss.forces_weight}
-    not_negative |= {f"weight of task '{task.name}'": task.weight for task in config.tasks}
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{where} {key} is {value}; it must be a number above 0.")
+    not_negative: dict[str, float] = {
+        "run.seed": config.run.seed,
+        "data.workers": config.data.workers,
+        "batch.edges": config.batch.edges,
+        "loss.energy_weight": config.loss.energy_weight,
+        "loss.forces_weight": config.loss.forces_weight,
+        **{f"weight of task '{task.name}'": task.weight for task in config.tasks},
+    }
     for key, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{where} {key} is {value}; it must not be negative.")
-
-
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """Return the DeepSpeed JSON of a run with its overrides and the number of steps filled in; raises ConfigError."""
-    table = dict(config.deepspeed)
-    name = table.pop("config", "zero1")
-    if not isinstance(name, str):
-        raise ConfigError(f"deepspeed.config must be a name or a path, not {name!r}.")
-    folder = resources.files("hydrazero.ds_configs")
-    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
-    source: Any = folder / f"{name}.json" if name in known else Path(name)
-    if not source.is_file():
-        raise ConfigError(f"deepspeed.config '{name}' is neither a file nor a known name{did_you_mean(name, known)}.")
-    try:
-        document = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"DeepSpeed configuration {source} is not valid JSON: {error}.") from error
-    document = _merged(document, table)
-    scheduler = document.get("scheduler", {}).get("params", {})
-    if scheduler.get("total_num_steps") == "auto":
-        scheduler["total_num_steps"] = config.train.steps
-        scheduler["warmup_num_steps"] = min(scheduler.get("warmup_num_steps", 0), max(config.train.steps // 5, 1))
-    if document.get("train_micro_batch_size_per_gpu", 1) != 1:
-        raise ConfigError(
-            f"DeepSpeed configuration '{name}': train_micro_batch_size_per_gpu must be 1, since a micro-batch is one "
-            "packed batch; its size is set by [batch] in the run file."
-        )
-    return document
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{where} {key} is {value}; it must be a number of at least 0.")

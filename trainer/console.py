@@ -22,6 +22,15 @@ def shown(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def left_out(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """Say of each task how many structures an evaluation has left out, if any."""
+    return [
+        f"{name}: {row['unseen']} structures left out, with elements that no training structure of the task holds"
+        for name, row in tasks.items()
+        if row.get("unseen")
+    ]
+
+
 def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int], None]]:
     """Return a progress bar on stderr (a context manager) and the function that moves it."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -66,6 +75,11 @@ class RunLog:
             self._writer.close()
             self._progress = None
 
+    def say(self, sentence: str) -> None:
+        """Show one line above the progress bar."""
+        if self._progress is not None:
+            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
     def advance(self, step: int, loss: float) -> None:
         """Move the progress bar."""
         if self._progress is not None:
@@ -96,10 +110,12 @@ class RunLog:
             energy, force = row["energy_mae_mev_per_atom"], row["force_mae_mev_per_angstrom"]
             table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force))
         self.console.print(table)
+        for sentence in left_out(tasks):
+            self.say(sentence)
 
     def _add_tasks(self, prefix: str, step: int, tasks: dict[str, dict[str, Any]]) -> None:
         for name, row in tasks.items():
             for key, value in row.items():
-                if value is not None and key != "structures":
+                if value is not None and key not in ("structures", "unseen"):
                     self._writer.add_scalar(f"{prefix}/{key}/{name}", value, step)
         self._writer.flush()

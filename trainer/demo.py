@@ -67,7 +67,8 @@ def _make_shards(out: Path) -> dict[str, Path]:
         for task in DEMO_TASKS:
             settings = ConvertSettings(source={"method": task.fidelity, "code": "labelled by 'hydrazero demo'"})
             shards[task.name] = out / "shards" / task.name
-            convert([sources[task.name]], task.name, shards[task.name], settings, progress=advance)
+            convert([sources[task.name]], task.name, shards[task.name], settings)
+            advance(task.structures)
     return shards
 
 
@@ -86,10 +87,10 @@ def _train(out: Path, shards: dict[str, Path]) -> None:
 def _evaluate(out: Path) -> dict[str, object]:
     from hydrazero.trainer.evaluate import evaluate, open_run_or_model
 
-    potential, folders, home = open_run_or_model(out)
+    potential, folders, files = open_run_or_model(out)
     bar, advance = progress_bar("evaluating", None)
     with bar:
-        return evaluate(potential, folders, "test", home, advance)
+        return evaluate(potential, folders, "test", files, advance)
 
 
 def _export(out: Path) -> Potential:

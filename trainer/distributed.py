@@ -6,13 +6,21 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from hydrazero.shards.errors import ConfigError, HydrazeroError
+
+T = TypeVar("T")
+
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "SLURM_STEP_NUM_TASKS")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""How many processes mpirun or srun have started."""
+MPI_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK")
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def quiet_deepspeed() -> None:
@@ -30,7 +38,11 @@ def quiet_deepspeed() -> None:
 
 
 def start_ranks() -> None:
-    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one."""
+    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one.
+
+    Raises ConfigError if mpi4py is needed and missing, or if mpirun or srun have started more processes than would
+    find each other: each of them would train a copy of the run.
+    """
     quiet_deepspeed()
     import deepspeed
 
@@ -41,8 +53,43 @@ def start_ranks() -> None:
     if not launched and not by_mpi:
         with_free_port = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(with_free_port, MASTER_PORT=str(free_port()))
+    elif not launched:
+        _ask_mpi()
+    _check_started()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=not launched, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _ask_mpi() -> None:
+    """Set LAUNCHER_VARIABLES to what MPI knows; raises ConfigError if it cannot be asked."""
+    import deepspeed
+
+    try:
+        deepspeed.comm.mpi_discovery(verbose=False)
+    except (ImportError, RuntimeError) as error:  # the latter if there is mpi4py but no MPI library
+        raise ConfigError(
+            f"ranks of mpirun or srun find each other through mpi4py, which cannot be imported ({error}); install it "
+            f"for this machine's MPI, or set {', '.join(LAUNCHER_VARIABLES)} for each rank."
+        ) from error
+
+
+def _check_started() -> None:
+    """Raise ConfigError if more processes were started than find each other; more ranks than were told are fine."""
+    size = int(os.environ["WORLD_SIZE"])
+    for name in SIZE_VARIABLES:
+        told = os.environ.get(name, "")
+        if told.isdigit() and int(told) > size:
+            for wrong in LAUNCHER_VARIABLES:  # each process takes itself for rank 0, and all would print this
+                os.environ.pop(wrong)
+            raise ConfigError(
+                f"{told} processes were started ({name}), but they find only {size} in their group; start them with "
+                "the mpirun, or srun --mpi, that belongs to the MPI which mpi4py was built with."
+            )
+
+
+def launcher_rank() -> int:
+    """Rank that the launcher has given this process, known before there is a process group; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
 def free_port() -> int:
@@ -80,6 +127,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total.to(values.device)
 
 
+def max_over_ranks(value: float) -> float:
+    """Return the largest of all ranks' values, the same on each."""
+    if ranks() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Return everybody's value of plain Python types, in the order of ranks."""
     if ranks() == 1:
@@ -87,6 +143,24 @@ def gather_objects(value: Any) -> list[Any]:
     everybody: list[Any] = [None] * ranks()
     dist.all_gather_object(everybody, value)
     return everybody
+
+
+def fail_together(error: HydrazeroError | None) -> None:
+    """Raise the first error that any rank has met, on all of them, so that it is said once and nobody is waited for."""
+    met = [each for each in gather_objects(error) if each is not None]
+    if met:
+        raise met[0]
+
+
+def together(check: Callable[[], T]) -> T:
+    """Return what `check` gives on this rank, once it has passed on all; raises on all what it raises on any."""
+    error = None
+    try:
+        result = check()
+    except HydrazeroError as met:
+        error = met
+    fail_together(error)
+    return result
 
 
 def wait_for_all() -> None:
@@ -98,7 +172,9 @@ def wait_for_all() -> None:
 def stop_ranks() -> None:
     """Leave the process group."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed groups that are no more
 
 
 def exit_rank(status: int) -> None:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.distributed import gather_objects, ranks, sum_over_ranks
 from hydrazero.trainer.losses import Objective, count_labels
+
+WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 class NonFiniteLossError(HydrazeroError):
@@ -33,12 +35,31 @@ class StepResult:
 
 
 def make_engine(model: AtomisticModel, config: dict[str, Any]) -> Any:
-    """Wrap a model in a DeepSpeed engine; `config` is the content of a DeepSpeed JSON."""
+    """Wrap a model in a DeepSpeed engine; `config` is the content of a DeepSpeed JSON.
+
+    Raises ConfigError if DeepSpeed cannot use it.
+    """
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    try:
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        # What it raises depends on the key; a validation error of pydantic (a ValueError) goes over several lines.
+        reason = " ".join(line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line)
+        raise ConfigError(
+            f"DeepSpeed cannot use its configuration: {reason.rstrip('.')}; see the run file's [deepspeed]."
+        ) from error
+    _start_schedule(engine)
     return engine
+
+
+def _start_schedule(engine: Any) -> None:
+    """Let a warm-up be at its first step in the first step: DeepSpeed's would take that one with a rate of 0."""
+    scheduler = engine.lr_scheduler
+    if type(scheduler).__name__ in WARMUP_SCHEDULES and scheduler.last_batch_iteration == -1:
+        scheduler.step(1)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.atomistic import AtomisticModel, known_elements
+from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.shards.stream import StreamSettings, TrainStream, empty_batch, evaluation_batches
+from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, empty_batch, evaluation_batches
 from hydrazero.trainer.checkpoint import save_checkpoint
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
-from hydrazero.trainer.distributed import device, rank, ranks, sum_over_ranks
+from hydrazero.trainer.distributed import (
+    device,
+    fail_together,
+    gather_objects,
+    max_over_ranks,
+    rank,
+    ranks,
+    sum_over_ranks,
+)
 from hydrazero.trainer.engine import train_step
-from hydrazero.trainer.losses import COLUMNS, Objective, errors_by_task
+from hydrazero.trainer.losses import COLUMNS, Objective, errors_by_task, leave_out_unseen
 
 
 @dataclass(kw_only=True)
@@ -30,10 +40,12 @@ class Interval:
     loss: float = 0.0
     steps: int = 0
     atoms: int = 0
+    learning_rate: float = 0.0
+    """Of its last step."""
     waited: float = 0.0
     """Seconds that this rank stood still for data."""
     since: float = 0.0
-    """Clock at its start."""
+    """Clock at its start, later by every pause for an evaluation or a checkpoint."""
 
 
 def new_interval(tasks: int) -> Interval:
@@ -47,6 +59,7 @@ class Trainer:
     def __init__(self, config: RunConfig, engine: Any, stream: TrainStream, log: RunLog, start: int) -> None:
         self.config, self.engine, self.stream, self.log = config, engine, stream, log
         self.step = start
+        self.skipped = 0
         self.run_dir = Path(config.run.out)
         model: AtomisticModel = engine.module
         self.names = [task.name for task in model.tasks]
@@ -64,19 +77,24 @@ class Trainer:
         self.engine.train()
         while self.step < settings.steps:
             self._one_step(batches, interval)
-            if self.step % settings.log_every == 0 or self.step == settings.steps:
+            if self._due(settings.log_every):
                 self._log_interval(interval)
                 interval = new_interval(len(self.names))
-            if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
+            paused = time.monotonic()
+            if self._due(settings.evaluate_every):
                 self._evaluate()
-                interval.since = time.monotonic()
-            if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
-                save_checkpoint(self.engine, self.run_dir, self.step, self.stream.state(), settings.keep_checkpoints)
+            if self._due(settings.checkpoint_every):
+                save_checkpoint(self.engine, self.run_dir, self.step, self.stream, settings.keep_checkpoints)
+            interval.since += time.monotonic() - paused
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.train.steps
 
     def _one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> None:
         asked = time.monotonic()
         micro_batches = [next(batches).to(device()) for _ in range(self.engine.gradient_accumulation_steps())]
         interval.waited += time.monotonic() - asked
+        interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
         result = train_step(self.engine, self.objective, micro_batches, self.step + 1)
         self.step += 1
         interval.sums += result.sums.cpu()
@@ -88,39 +106,80 @@ class Trainer:
     def _log_interval(self, interval: Interval) -> None:
         seconds = max(time.monotonic() - interval.since, 1e-9)
         # Ranks wait for each other at every step, so the share of the slowest is what the run loses.
-        waited = float(sum_over_ranks(torch.tensor(interval.waited, dtype=torch.float64))) / ranks()
+        waited = max_over_ranks(interval.waited)
         norm = self.engine.get_global_grad_norm()
         self.log.train_row(
             {
                 "step": self.step,
                 "epoch": self.stream.epoch,
                 "loss": interval.loss / interval.steps,
-                "learning_rate": self.engine.get_lr()[0],
+                "learning_rate": interval.learning_rate,
                 "gradient_norm": None if norm is None else float(norm),
                 "structures_per_s": float(interval.sums[:, COLUMNS.index("structures")].sum()) / seconds,
                 "atoms_per_s": interval.atoms / seconds,
                 "data_wait_share": waited / seconds,
+                "skipped_structures": self._skipped(),
                 "tasks": errors_by_task(interval.sums, self.names),
             }
         )
 
+    def _skipped(self) -> int:
+        """Training structures that damaged shards have cost so far, on all ranks; what is new is said."""
+        total = int(sum_over_ranks(torch.tensor([self.stream.skipped.total()], dtype=torch.float64)))
+        if total > self.skipped:
+            self.skipped = total
+            self._say_skipped("training", self.stream.skipped)
+        return total
+
+    def _say_skipped(self, split: str, here: Counter[str]) -> None:
+        everywhere: Counter[str] = Counter()
+        for counts in gather_objects(dict(here)):
+            everywhere.update(counts)
+        for reason, count in sorted(everywhere.items()):
+            self.log.say(f"warning: {count:,} {split} structures are skipped so far: {reason}")
+
     def _evaluate(self) -> None:
-        sums = evaluate_engine(self.engine, self.objective, self.stream.settings, "val")
-        self.log.evaluation_row(self.step, "val", errors_by_task(sums, self.names))
+        reader = SplitReader(self.stream.settings, "val")
+        sums, unseen = evaluate_engine(self.engine, self.objective, reader)
+        self._say_skipped("validation", reader.skipped)
+        tasks = errors_by_task(sums, self.names)
+        for name, count in zip(self.names, unseen.tolist(), strict=True):
+            tasks[name]["unseen"] = int(count)
+        self.log.evaluation_row(self.step, "val", tasks)
 
 
-def evaluate_engine(engine: Any, objective: Objective, settings: StreamSettings, split: str) -> Tensor:
-    """Return the table of sums over a split, all ranks together; each structure is counted once."""
+def evaluate_engine(engine: Any, objective: Objective, reader: SplitReader) -> tuple[Tensor, Tensor]:
+    """Return the table of sums over a reader's split, all ranks together; each structure is counted once.
+
+    Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
+    counts them. Raises what the data raise, on every rank, whichever has met it.
+    """
+    known = known_elements(engine.module.tasks).to(device())
     sums = torch.zeros(len(objective.task_weights), len(COLUMNS), dtype=torch.float64, device=device())
-    batches = evaluation_batches(settings, split, rank(), ranks())
+    unseen = torch.zeros(len(objective.task_weights), dtype=torch.float64, device=device())
+    batches = evaluation_batches(reader, rank(), ranks())
     engine.eval()
-    while True:
-        batch = next(batches, None)
-        # A rank that has nothing left goes along with padding: under ZeRO-3 every forward needs every rank.
-        busy = sum_over_ranks(torch.tensor(float(batch is not None), device=device()))
-        if busy == 0:
-            break
-        batch = (empty_batch(settings) if batch is None else batch).to(device())
+    while (batch := _next_on_any_rank(batches, reader.settings)) is not None:
+        batch = batch.to(device())
+        unseen += leave_out_unseen(batch, known)
         sums += objective.sums(engine(batch), batch).detach()
     engine.train()
-    return sum_over_ranks(sums)
+    return sum_over_ranks(sums), sum_over_ranks(unseen)
+
+
+def _next_on_any_rank(batches: Iterator[GraphBatch], settings: StreamSettings) -> GraphBatch | None:
+    """Return this rank's next batch, padding if it has nothing left while others have, None when all are done.
+
+    Every rank goes along to the end: under ZeRO-3 every forward needs every rank.
+    """
+    batch, error = None, None
+    try:
+        batch = next(batches, None)
+    except HydrazeroError as met:
+        error = met
+    busy, failed = sum_over_ranks(torch.tensor([batch is not None, error is not None], dtype=torch.float64)).tolist()
+    if failed:
+        fail_together(error)
+    if not busy:
+        return None
+    return empty_batch(settings) if batch is None else batch

@@ -43,6 +43,21 @@ def _by_task(values: Tensor, task: Tensor, tasks: int) -> Tensor:
     return torch.zeros(tasks, dtype=torch.float64, device=values.device).index_add(0, task, values.to(torch.float64))
 
 
+def leave_out_unseen(batch: GraphBatch, known: Tensor) -> Tensor:
+    """Mask every label of structures with an element that their task has not been trained on.
+
+    `known` [tasks, 119] says which elements are; such a structure has no reference energy, so its error would be that
+    of a total energy. Returns how many they are by task, [tasks] float64.
+    """
+    strange = ~known[batch.task[batch.structure], batch.numbers] & batch.atom_mask
+    atoms = torch.zeros(len(batch.task), device=strange.device).index_add(0, batch.structure, strange.float())
+    unseen = (atoms > 0) & batch.structure_mask
+    batch.structure_mask = batch.structure_mask & ~unseen
+    batch.energy_mask = batch.energy_mask & ~unseen
+    batch.forces_mask = batch.forces_mask & ~unseen[batch.structure]
+    return _by_task(unseen, batch.task, len(known))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """The loss of a run: weights of tasks and of their parts."""

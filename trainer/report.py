@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hydrazero.trainer.console import shown
+from hydrazero.trainer.console import left_out, shown
 from hydrazero.trainer.report_data import RunData, read_run
 from hydrazero.trainer.report_plots import element_errors, loss_curves, parity_plots, throughput
 from hydrazero.trainer.run_files import REPORT_NAME
@@ -72,6 +72,7 @@ def _evaluation_parts(run: RunData, run_dir: Path) -> list[str]:
         return [f"<h2>Errors</h2><p>This run has not been evaluated; do it with <code>{escape(hint)}</code>.</p>"]
     parts = [f"<h2>Errors on the {escape(run.evaluation['split'])} split</h2>", _table(run.evaluation["tasks"])]
     parts.append("<p>Trivial: the task's reference energies alone and zero forces, on the same structures.</p>")
+    parts += [f"<p>{escape(sentence)}</p>" for sentence in left_out(run.evaluation["tasks"])]
     parts += ["<h2>Parity</h2>", _picture(parity_plots(run), "predicted against true energies and forces", wide=True)]
     if (by_element := element_errors(run)) is not None:
         parts += ["<h2>Force error by element</h2>", _picture(by_element, "force error by task and element", wide=True)]

@@ -59,15 +59,22 @@ def parity_plots(run: RunData, tasks: Sequence[str] | None = None) -> Figure:
     for column, name in enumerate(names):
         data = run.predictions[name]
         energies = figure.add_subplot(2, len(names), column + 1)
-        _parity(energies, data.energy, data.energy_predicted, "energy, eV/atom", "meV/atom")
         energies.set_title(name, fontweight="bold")
+        if np.isfinite(data.energy).any():
+            _parity(energies, data.energy, data.energy_predicted, "energy, eV/atom", "meV/atom")
+        else:
+            _nothing(energies, "no energies")
         forces = figure.add_subplot(2, len(names), len(names) + column + 1)
         if len(data.forces):
             _parity(forces, data.forces, data.forces_predicted, "force, eV/Å", "meV/Å")
         else:
-            forces.axis("off")
-            forces.text(0.5, 0.5, "no forces", ha="center", va="center", transform=forces.transAxes)
+            _nothing(forces, "no forces")
     return figure
+
+
+def _nothing(ax: Axes, text: str) -> None:
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes)
 
 
 def _parity(ax: Axes, true: NDArray[np.float64], predicted: NDArray[np.float64], what: str, unit: str) -> None:

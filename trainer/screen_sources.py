@@ -9,8 +9,11 @@ from hydrazero.shards.block_reader import BlockReader
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import read_frames
-from hydrazero.shards.readers.frames import ReadSettings
+from hydrazero.shards.readers.frames import FieldNames, ReadSettings
 from hydrazero.shards.structure import Structure
+
+GEOMETRY_ALONE = ReadSettings(fields=FieldNames(energy="", forces="", stress=""))
+"""A label that is missing or faulty does not matter to a screen."""
 
 
 def structures_of(sources: Sequence[Path]) -> Iterator[Structure]:
@@ -22,7 +25,7 @@ def structures_of(sources: Sequence[Path]) -> Iterator[Structure]:
         if source.is_dir():
             yield from _structures_of_shards(source)
             continue
-        for frame in read_frames(source, ReadSettings()):
+        for frame in read_frames(source, GEOMETRY_ALONE):
             if frame.structure is None:
                 number = frame.source_id.rpartition("#")[2]
                 raise SourceError(f"{source}, frame {number}: {frame.error}; leave it out of the screen.")

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hydrazero.trainer.console import shown
+from hydrazero.trainer.console import left_out, shown
 
 
 def print_evaluation(document: dict[str, Any]) -> None:
@@ -28,4 +28,7 @@ def print_evaluation(document: dict[str, Any]) -> None:
             shown(row["force_mae_mev_per_angstrom"]),
             shown(row["trivial_force_mae_mev_per_angstrom"]),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for sentence in left_out(document["tasks"]):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)

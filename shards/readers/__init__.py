@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hydrazero.shards.errors import SourceError, did_you_mean
@@ -19,7 +19,25 @@ READERS: dict[str, Callable[[Path, ReadSettings], Iterator[UnreadFrame]]] = {
 }
 BY_SUFFIX = {".xyz": "extxyz", ".extxyz": "extxyz", ".db": "db", ".npz": "npz"}
 
-__all__ = ["READERS", "FieldNames", "Frame", "ReadSettings", "SourceUnits", "UnreadFrame", "read_frames", "unread"]
+__all__ = [
+    "READERS",
+    "FieldNames",
+    "Frame",
+    "ReadSettings",
+    "SourceUnits",
+    "UnreadFrame",
+    "expand_sources",
+    "read_frames",
+    "unread",
+]
+
+
+def expand_sources(paths: Sequence[Path], settings: ReadSettings) -> list[Path]:
+    """Return the source files; raises SourceError for one that does not exist."""
+    for path in paths:
+        if not path.exists():
+            raise SourceError(f"source file {path} does not exist.")
+    return list(paths)
 
 
 def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:

@@ -24,7 +24,8 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     maker = FrameMaker(settings)
     number = 0
     try:
-        images: Iterator[Any] = ase.io.iread(str(path), index=":", do_not_split_by_at_sign=True)
+        # Not parallel: under mpirun ASE would wait for all ranks to read this file together.
+        images: Iterator[Any] = ase.io.iread(str(path), index=":", parallel=False, do_not_split_by_at_sign=True)
         for atoms in images:
             source_id = f"{path.name}#{number}"
             # ASE doesn't tell how far into the file it is.
@@ -57,7 +58,7 @@ def extxyz_frames(
 
 def _parse_extxyz(text: str, source_id: str, maker: FrameMaker) -> Frame:
     try:
-        atoms = cast(Atoms, ase.io.read(io.StringIO(text), format="extxyz"))
+        atoms = cast(Atoms, ase.io.read(io.StringIO(text), format="extxyz", parallel=False))
     except KeyError as error:
         return Frame(source_id=source_id, error=StructureError("unknown_element", f"{error} is no chemical element"))
     except Exception as error:  # ASE raises ValueError, XYZError, IndexError, ... for broken lines
@@ -90,7 +91,7 @@ def read_database(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     maker = FrameMaker(settings)
     number = 0
     try:
-        with ase.db.connect(str(path)) as database:
+        with ase.db.connect(str(path), serial=True) as database:
             rows = max(database.count(), 1)
             for row in database.select():
                 number += 1

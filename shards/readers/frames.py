@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from hydrazero.shards.errors import StructureError
+from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
 
 MAX_WHOLE = 32767
 """Largest charge and multiplicity; blocks hold them as int16."""
+
+ASE_STRESS_ORDER = "xx yy zz yz xz xy"
+"""In which ASE has the six numbers of a symmetric stress; VASP has xx yy zz xy yz xz."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,19 @@ class ReadSettings:
     """Name of a reader; guessed from the file's suffix if None."""
     fields: FieldNames = field(default_factory=FieldNames)
     units: SourceUnits = field(default_factory=SourceUnits)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Part of a structure -> where it is in the source: 'numbers', 'positions', 'cell', 'pbc', the labels, and for
+    ragged arrays 'ptr' or 'n_atoms'; any further name becomes a field of the frame."""
     require: tuple[str, ...] = ()
     """Labels without which a frame is bad: of 'energy', 'forces', 'stress'."""
+    absent_if_zero: tuple[str, ...] = ()
+    """Labels, of 'forces' and 'stress', that a source fills with zeros where it has none."""
+    energy_per_atom: bool = False
+    """Whether the source's energies are divided by the number of atoms."""
+    stress_order: str = ASE_STRESS_ORDER
+    """Order of six numbers of a stress or virial."""
+    trust_pickle: bool = False
+    """Whether sources of pickles may be loaded, which can run any code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +99,7 @@ class RawFrame:
     energy: Any = None
     forces: Any = None
     stress: Any = None
-    """[3, 3], [9] or Voigt [6] (xx, yy, zz, yz, xz, xy)."""
+    """[3, 3], [9] or [6] in the order of the settings."""
     virial: Any = None
     charge: Any = 0
     multiplicity: Any = 0
@@ -99,6 +113,7 @@ class FrameMaker:
         units = settings.units
         self._length, self._energy = length_factor(units.length), energy_factor(units.energy)
         self._forces, self._stress = force_factor(units.forces), stress_factor(units.stress)
+        self._places = stress_places(settings.stress_order)
 
     def make(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Frame:
         """Convert and check; a fault becomes the frame's error."""
@@ -111,27 +126,52 @@ class FrameMaker:
         return Frame(source_id=source_id, structure=structure, info=info)
 
     def _structure(self, raw: RawFrame, source_id: str) -> Structure:
+        numbers = _atomic_numbers(raw.numbers)
         cell = self._length * _array(raw.cell, "cell")
         return Structure(
-            numbers=_atomic_numbers(raw.numbers),
+            numbers=numbers,
             positions=self._length * _array(raw.positions, "positions"),
             cell=cell,
             pbc=np.broadcast_to(np.asarray(raw.pbc, dtype=bool), (3,)).copy(),
-            energy=None if raw.energy is None else self._energy * _scalar(raw.energy, "energy"),
-            forces=None if raw.forces is None else self._forces * _array(raw.forces, "forces"),
+            energy=self._energy_of(raw, len(numbers)),
+            forces=None if raw.forces is None else self._unless_zero("forces", self._forces, raw.forces),
             stress=self._stress_of(raw, cell),
             charge=_whole(raw.charge, "charge"),
             multiplicity=_whole(raw.multiplicity, "multiplicity"),
             source_id=source_id,
         )
 
+    def _energy_of(self, raw: RawFrame, atoms: int) -> float | None:
+        if raw.energy is None:
+            return None
+        energy = self._energy * _scalar(raw.energy, "energy")
+        return energy * atoms if self.settings.energy_per_atom else energy
+
     def _stress_of(self, raw: RawFrame, cell: np.ndarray) -> np.ndarray | None:
         if raw.virial is not None:
             volume = abs(np.linalg.det(cell))
             if volume < 1e-6:
                 raise StructureError("singular_cell", "a virial is given, but the cell has no volume")
-            return -self._energy * _matrix(raw.virial, "virial") / volume
-        return None if raw.stress is None else self._stress * _matrix(raw.stress, "stress")
+            return -self._energy * self._matrix(raw.virial, "virial") / volume
+        return (
+            None
+            if raw.stress is None
+            else self._unless_zero("stress", self._stress, self._matrix(raw.stress, "stress"))
+        )
+
+    def _unless_zero(self, label: str, factor: float, value: Any) -> np.ndarray | None:
+        values = factor * _array(value, label)
+        return None if label in self.settings.absent_if_zero and not values.any() else values
+
+    def _matrix(self, value: Any, name: str) -> np.ndarray:
+        """Symmetric 3 x 3 matrix from [3, 3], [9] or [6]."""
+        array = _array(value, name)
+        if array.size == 9:
+            matrix = array.reshape(3, 3)
+            return 0.5 * (matrix + matrix.T)
+        if array.shape == (6,):
+            return array[self._places]
+        raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not (3, 3), (9,) or (6,)")
 
     def _check_required(self, structure: Structure) -> None:
         for label in self.settings.require:
@@ -174,16 +214,16 @@ def _whole(value: Any, name: str) -> int:
     return round(number)
 
 
-def _matrix(value: Any, name: str) -> np.ndarray:
-    """Symmetric 3 x 3 matrix from [3, 3], [9] or Voigt [6]."""
-    array = _array(value, name)
-    if array.size == 9:
-        matrix = array.reshape(3, 3)
-        return 0.5 * (matrix + matrix.T)
-    if array.shape == (6,):
-        xx, yy, zz, yz, xz, xy = array
-        return np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
-    raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not (3, 3), (9,) or (6,)")
+def stress_places(order: str) -> np.ndarray:
+    """Return which of six numbers stands at each place of the 3 x 3 matrix; raises SourceError for another order."""
+    words = order.split()
+    names = [{word, word[::-1]} for word in words]
+    places = [[[n for n, both in enumerate(names) if row + column in both] for column in "xyz"] for row in "xyz"]
+    if len(words) != 6 or any(len(found) != 1 for row in places for found in row):
+        raise SourceError(
+            f"stress_order '{order}' must hold xx, yy, zz, yz, xz and xy once each, in the source's order."
+        )
+    return np.array(places)[:, :, 0]
 
 
 def brief(error: Exception) -> str:

@@ -9,6 +9,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -18,6 +19,17 @@ COMPRESSIONS: dict[str, Callable[[Any], Any]] = {".xz": lzma.open, ".bz2": bz2.o
 
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
 """What reading a file that is damaged, cut short or not of its kind raises."""
+
+
+def optional_module(module: str, package: str, wanted_for: str) -> Any:
+    """Import a module of an optional package; raises SourceError that says what to install if it is not there.
+
+    `wanted_for` begins the sentence: the file, or the format.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise SourceError(f"{wanted_for} needs the package {package}: pip install 'hydrazero[formats]'.") from error
 
 
 def plain_suffix(path: Path) -> str:

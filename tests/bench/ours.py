@@ -12,7 +12,7 @@ from timing import hand_over, step_seconds
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings, TaskFacts
 from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.potential import structure_from_atoms
-from hydrazero.shards.graph import BatchShape, collate, graph_sample
+from hydrazero.shards.graph import collate, graph_sample, shape_holding
 
 
 def main() -> None:
@@ -25,9 +25,7 @@ def main() -> None:
     seconds = {}
     for name, make in SYSTEMS.items():
         samples = [graph_sample(structure_from_atoms(atoms), 0, CUTOFF) for atoms in make()]
-        slots, atoms = max(s.slot_class for s in samples), sum(len(s.structure) for s in samples)
-        shape = BatchShape(structures=len(samples), atoms=atoms, slots=atoms * slots)
-        batch = collate(samples, shape, slots, torch.float32)
+        batch = collate(samples, shape_holding(samples), torch.float32)
 
         def train(batch=batch) -> None:
             model.zero_grad()

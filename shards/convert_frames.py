@@ -1,0 +1,167 @@
+"""First part of a conversion: frames of the sources into chunks on the disk, each worker every so many chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
+from hydrazero.shards.convert_work import Job, write_whole
+from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.manifest import SPLITS
+from hydrazero.shards.readers import Frame, unread
+from hydrazero.shards.splits import group_key, split_of
+from hydrazero.shards.structure import Structure
+
+CHUNK_FRAMES = 1024
+"""Frames of a source that are read in one go: what is lost when a conversion is killed."""
+
+SLICED_BYTES = 2_000_000
+"""Sources smaller than this are read by one worker."""
+
+
+@dataclass(kw_only=True)
+class Chunk:
+    """CHUNK_FRAMES frames of a source, sorted out."""
+
+    structures: list[Structure] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+    not_selected: int = 0
+    bad: list[dict[str, str]] = field(default_factory=list)
+    """source_id, reason and message of frames that were set aside."""
+
+    def add(self, frame: Frame, job: Job, source: Path) -> None:
+        """Sort a frame in; raises SourceError for a bad one unless they are to be set aside."""
+        settings = job.settings
+        # A frame that could not even be parsed has no fields to be left out by: it is bad, not unwanted.
+        parsed = frame.structure is not None or bool(frame.info)
+        if parsed and any(str(frame.info.get(key)) not in map(str, wanted) for key, wanted in settings.select.items()):
+            self.not_selected += 1
+            return
+        try:
+            if frame.structure is None:
+                raise frame.error or StructureError("unreadable", "the frame cannot be read")
+            split = split_of(group_key(frame, frame.structure, settings.split.group), settings.split)
+        except StructureError as error:
+            if not job.skip_bad:
+                number = frame.source_id.rpartition("#")[2]
+                hint = "mend it, or use --skip-bad to set bad frames aside"
+                raise SourceError(f"{source}, frame {number}: {error}; {hint}.") from error
+            self.bad.append({"source_id": frame.source_id, "reason": error.reason, "message": str(error)})
+            return
+        self.structures.append(frame.structure)
+        self.hashes.append(frame.structure.geometry_hash())
+        self.splits.append(SPLITS.index(split))
+
+    def encode(self, float_dtype: str) -> bytes:
+        """Serialise as safetensors: a block's columns, hashes and splits, and what was left out as its metadata."""
+        about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
+        columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
+        if self.structures:
+            columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
+            # Texts of one structure are wanted later without those of all others.
+            lengths = [len(s.source_id.replace("\n", " ").encode()) + 1 for s in self.structures]
+            columns["name_starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            columns["hashes"] = np.frombuffer(b"".join(self.hashes), dtype=np.uint8).reshape(-1, 16)
+            columns["atom_starts"] = np.concatenate([[0], np.cumsum(columns["n_atoms"])]).astype(np.int64)
+        return safetensors.numpy.save(columns, metadata=about)
+
+
+def chunk_path(job: Job, source: int, chunk: int) -> Path:
+    """File of a chunk."""
+    return job.frames / f"{source:06d}-{chunk:08d}.safetensors"
+
+
+def frames_path(job: Job, source: int) -> Path:
+    """File that says how many frames a source has, there once all of them are read."""
+    return job.frames / f"{source:06d}.json"
+
+
+def status_path(job: Job, source: int, part: int) -> Path:
+    """File in which a worker says how far it is: frames read by it, share of the source that is behind it."""
+    return job.frames / f"{source:06d}.{part}.status"
+
+
+def read_part(job: Job, source: int, part: int, parts: int) -> int:
+    """Read every `parts`-th chunk of a source, from chunk `part` on, and pass the others by; returns all frames in it.
+
+    Chunks that are there already are passed by as well. Raises SourceError for what is wrong in the source.
+    """
+    settings = job.settings.read_settings(trust_pickle=job.trust_pickle)
+    chunk, written, read = Chunk(), -1, 0
+    number = -1
+    mine = False
+    for number, unread_frame in enumerate(unread(job.sources[source], settings)):
+        if number % CHUNK_FRAMES == 0:
+            if mine:
+                _write(job, source, written, chunk)
+            if job.stop.exists():
+                raise SourceError("the conversion was stopped.")
+            written = number // CHUNK_FRAMES
+            mine = written % parts == part and not chunk_path(job, source, written).exists()
+            chunk = Chunk()
+            status_path(job, source, part).write_text(f"{read} {unread_frame.fraction:.6f}")
+        if mine:
+            read += 1
+            chunk.add(_named(unread_frame.read(), job.names[source]), job, job.sources[source])
+    if mine:
+        _write(job, source, written, chunk)
+    status_path(job, source, part).write_text(f"{read} 1")
+    return number + 1
+
+
+def _write(job: Job, source: int, number: int, chunk: Chunk) -> None:
+    write_whole(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype))
+
+
+def _named(frame: Frame, name: str) -> Frame:
+    """Put the source's name into the frame's source id."""
+    file, _, number = frame.source_id.rpartition("#")
+    if file == name:
+        return frame
+    source_id = f"{name}#{number}"
+    structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
+    return replace(frame, source_id=source_id, structure=structure)
+
+
+class ChunkFile:
+    """A chunk on the disk, of which only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safetensors.safe_open(str(path), framework="numpy")
+        about = self._file.metadata()
+        self.not_selected = int(about["not_selected"])
+        self.bad: list[dict[str, str]] = json.loads(about["bad"])
+        self._names = set(self._file.keys())
+
+    def column(self, name: str) -> NDArray[Any]:
+        """All of a column."""
+        return self._file.get_tensor(name)
+
+    def structures(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """Yield (row, columns of that structure alone) for the rows."""
+        atoms, names = self.column("atom_starts"), self.column("name_starts")
+        slices = {name: self._file.get_slice(name) for name in self._names & COLUMNS}
+        for row in rows.tolist():
+            ranges = {
+                "atoms": slice(int(atoms[row]), int(atoms[row + 1])),
+                "structure": slice(row, row + 1),
+                # Without the newline that parts it from the next.
+                "text": slice(int(names[row]), int(names[row + 1]) - 1),
+            }
+            yield row, {name: column[ranges[LENGTHS.get(name, "structure")]] for name, column in slices.items()}
+
+
+LENGTHS = {"numbers": "atoms", "positions": "atoms", "forces": "atoms", "source_ids": "text"}
+"""Columns that are not one row a structure."""
+
+COLUMNS = set(StructureBlock.__dataclass_fields__)

@@ -1,0 +1,134 @@
+"""Third part of a conversion: structures from the chunks into shards, each shard written and counted by one worker."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock
+from hydrazero.shards.convert_frames import LENGTHS, ChunkFile, chunk_path
+from hydrazero.shards.convert_work import Job, write_whole
+from hydrazero.shards.manifest import Outlier, Shard
+from hydrazero.shards.references import reference_table
+from hydrazero.shards.task_statistics import Moments, Statistics, compositions, strongest
+from hydrazero.shards.writer import BLOCKS_PER_SHARD, read_blocks, write_shard
+
+SHARD_STRUCTURES = BLOCKS_PER_SHARD * BLOCK_STRUCTURES
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardNote:
+    """A shard that is done, and what was counted in it."""
+
+    shard: Shard
+    statistics: Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residuals:
+    """Energies less references of one shard."""
+
+    per_atom: NDArray[np.float64]
+    """eV/atom, [structures]; NaN where there is no energy or an element has no reference."""
+    moments: Moments
+    names: list[str]
+
+
+def shard_calls(job: Job, orders: dict[str, NDArray[np.int64]]) -> list[tuple[Job, str, int, NDArray[np.int64]]]:
+    """Return the arguments of `make_shard` for each shard, in order; its part of the order with each."""
+    return [
+        (job, split, number, order[first : first + SHARD_STRUCTURES])
+        for split, order in orders.items()
+        for number, first in enumerate(range(0, len(order), SHARD_STRUCTURES))
+    ]
+
+
+def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> ShardNote:
+    """Write a shard of the structures at `places`, unless it is there and noted already."""
+    name = f"{split}-{number:06d}"
+    note_path = job.notes / f"{name}.pickle"
+    if note_path.exists():
+        note: ShardNote = pickle.loads(note_path.read_bytes())  # our own, from the locked folder we work in
+        return note
+    structures = _gather(job, np.asarray(places))
+    blocks = [
+        block_from_columns(structures[first : first + BLOCK_STRUCTURES])
+        for first in range(0, len(structures), BLOCK_STRUCTURES)
+    ]
+    shard = write_shard(job.shards / f"{name}.tar", blocks)
+    statistics = Statistics()
+    for block in blocks:
+        statistics.add(block, split, job.settings.degree_cutoffs)
+    note = ShardNote(shard=shard, statistics=statistics)
+    write_whole(note_path, pickle.dumps(note))
+    return note
+
+
+def _gather(job: Job, places: NDArray[np.int64]) -> list[Columns]:
+    """Read structures at (source, chunk, row), in that order, opening each chunk once."""
+    found: list[Columns] = [{} for _ in places]
+    by_chunk = np.lexsort((places[:, 2], places[:, 1], places[:, 0]))
+    files = places[by_chunk][:, :2]
+    starts = np.flatnonzero(np.concatenate([[True], (files[1:] != files[:-1]).any(axis=1)]))
+    for first, last in zip(starts, [*starts[1:], len(places)], strict=True):
+        members = by_chunk[first:last]
+        source, chunk = places[members[0], :2].tolist()
+        file = ChunkFile(chunk_path(job, source, chunk))
+        for member, (_, columns) in zip(members, file.structures(places[members, 2]), strict=True):
+            found[member] = columns
+    return found
+
+
+def block_from_columns(structures: Sequence[Columns]) -> StructureBlock:
+    """Join structures, each in columns of its own, into one block; labels that some lack are NaN there."""
+    names = set().union(*(columns.keys() for columns in structures))
+    joined: Columns = {}
+    for name in names - {"source_ids"}:
+        example = next(columns[name] for columns in structures if name in columns)
+        parts = []
+        for columns in structures:
+            if name in columns:
+                parts.append(columns[name])
+            else:  # forces or stress of a chunk in which no structure has any
+                rows = int(columns["n_atoms"][0]) if LENGTHS.get(name) == "atoms" else 1
+                parts.append(np.full((rows, *example.shape[1:]), np.nan, dtype=example.dtype))
+        joined[name] = np.concatenate(parts)
+    for name in ("forces", "stress"):
+        if name in joined and np.isnan(joined[name]).all():
+            del joined[name]
+    joined["source_ids"] = np.frombuffer(b"\n".join(c["source_ids"].tobytes() for c in structures), dtype=np.uint8)
+    return StructureBlock(**joined)
+
+
+def residuals_of(job: Job, shard: Shard, references: dict[str, float]) -> Residuals:
+    """Return energies less references of a shard's structures, per atom."""
+    table = reference_table(references)
+    parts, names = [], []
+    for block in read_blocks(job.shards / shard.file, shard):
+        counts = compositions(block)
+        # 0 times NaN would spoil the sums of structures that do not hold the element.
+        sums = np.where(counts > 0, counts * table, 0.0).sum(axis=1)
+        parts.append((block.energy - sums) / block.n_atoms)
+        names += block.names
+    per_atom = np.concatenate(parts)
+    moments = Moments()
+    moments.add(per_atom)
+    return Residuals(per_atom=per_atom, moments=moments, names=names)
+
+
+def energy_outliers(residuals: Residuals, mean: float) -> list[Outlier]:
+    """Structures whose residual is farthest from the mean, eV/atom from it."""
+    away = np.nan_to_num(np.abs(residuals.per_atom - mean), nan=-1.0)
+    chosen = np.argsort(-away, kind="stable")[:10]
+    return strongest(
+        Outlier(source_id=residuals.names[i], value=float(residuals.per_atom[i] - mean))
+        for i in chosen
+        if away[i] >= 0
+    )

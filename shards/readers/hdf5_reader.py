@@ -1,0 +1,147 @@
+"""HDF5 files of ragged arrays: the atoms of all structures one after the other, found by offsets or lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.readers.column_names import LABELS, column_names
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.opening import optional_module
+from hydrazero.shards.readers.symbols import numbers_of
+
+BLOCK = 256
+"""Structures that are read in one go."""
+
+PER_ATOM = ("numbers", "positions", "forces")
+
+
+def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read ragged arrays by the settings' columns: numbers [all atoms] (or symbols), positions [all atoms, 3], ...
+
+    'ptr' [structures + 1] has the first atom of each structure, or 'n_atoms' [structures] its number of atoms. A cell
+    without a pbc is periodic along the vectors that are not zero. Raises SourceError if a dataset is missing, is of
+    another length, or cannot be read.
+    """
+    h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise SourceError(f"{path} is no readable HDF5 file ({brief(error)}); copy it again if it was one.") from error
+    with file:
+        source = _Ragged(path, file, settings, h5py.Dataset)
+        yield from source.frames(FrameMaker(settings))
+
+
+class _Ragged:
+    """The datasets of one file."""
+
+    def __init__(self, path: Path, file: Any, settings: ReadSettings, dataset: type) -> None:
+        self._path = path
+        names = column_names(settings)
+        asked = {*settings.columns, "numbers", "positions"}
+        known = {part: file[name] for part, name in names.items() if isinstance(file.get(name), dataset)}
+        missing = [f"{part} ('{names[part]}')" for part in asked if part not in known]
+        if missing:
+            there = ", ".join(name for name, item in file.items() if isinstance(item, dataset)) or "no dataset"
+            raise SourceError(
+                f"{path} lacks {', '.join(sorted(missing))}; it holds {there}: name the datasets under [columns]."
+            )
+        self._lengths = next((part for part in ("ptr", "n_atoms") if part in known or part in file), "")
+        if not self._lengths:
+            raise SourceError(f"{path} has neither 'ptr' nor 'n_atoms'; name one of them under [columns].")
+        self._sizes = known.pop(self._lengths) if self._lengths in known else file[self._lengths]
+        self._columns = known
+        self._count = len(self._sizes) - (self._lengths == "ptr")
+        self._check_lengths(names)
+
+    def _check_lengths(self, names: dict[str, str]) -> None:
+        atoms = len(self._columns["positions"])
+        for part, column in self._columns.items():
+            wanted = atoms if part in PER_ATOM else self._count
+            if not column.shape or len(column) != wanted:
+                raise SourceError(
+                    f"{self._path}: '{names[part]}' has shape {column.shape}, not {wanted} rows as '{self._lengths}' "
+                    "and the positions say."
+                )
+
+    def frames(self, maker: FrameMaker) -> Iterator[UnreadFrame]:
+        """Come past all structures, a block's arrays being read when the first of its frames is."""
+        first_atom, atoms = 0, len(self._columns["positions"])
+        for first in range(0, self._count, BLOCK):
+            starts = self._starts(first, min(first + BLOCK, self._count), first_atom)
+            if (np.diff(starts) < 0).any() or starts[0] != first_atom or starts[-1] > atoms:
+                raise SourceError(
+                    f"{self._path}: '{self._lengths}' is damaged between structures {first} and "
+                    f"{first + len(starts) - 2}: atoms {starts.min()} to {starts.max()} of {atoms}."
+                )
+            first_atom = int(starts[-1])
+            block = _Block(self, first, starts)
+            for row in range(len(starts) - 1):
+                source_id = f"{self._path.name}#{first + row}"
+                read = partial(block.frame, row, source_id, maker)
+                yield UnreadFrame(source_id=source_id, read=read, fraction=(first + row + 1) / self._count)
+        if first_atom != atoms:
+            raise SourceError(f"{self._path}: '{self._lengths}' ends at atom {first_atom} of {atoms}.")
+
+    def _starts(self, first: int, last: int, first_atom: int) -> NDArray[np.int64]:
+        """First atom of each structure, and the one behind the last."""
+        if self._lengths == "ptr":
+            return self.slice(self._sizes, first, last + 1).astype(np.int64)
+        sizes = self.slice(self._sizes, first, last).astype(np.int64)
+        return first_atom + np.concatenate([[0], np.cumsum(sizes)])
+
+    def slice(self, column: Any, first: int, last: int) -> NDArray[Any]:
+        """Rows of a dataset; raises SourceError where the file is damaged."""
+        try:
+            return np.asarray(column[first:last])
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self._path}: '{column.name}' cannot be read ({brief(error)}); copy it again.") from error
+
+    def block(self, first: int, starts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """All columns of some structures."""
+        atoms, rows = (int(starts[0]), int(starts[-1])), (first, first + len(starts) - 1)
+        return {
+            part: self.slice(column, *(atoms if part in PER_ATOM else rows)) for part, column in self._columns.items()
+        }
+
+
+class _Block:
+    """Some structures in a row, read together when one of them is wanted."""
+
+    def __init__(self, source: _Ragged, first: int, starts: NDArray[np.int64]) -> None:
+        self._source, self._first, self._starts = source, first, starts
+        self._columns: dict[str, NDArray[Any]] = {}
+
+    def frame(self, row: int, source_id: str, maker: FrameMaker) -> Frame:
+        """Make a frame of a row."""
+        self._columns = self._columns or self._source.block(self._first, self._starts)
+        begin, end = self._starts[row : row + 2] - self._starts[0]
+        parts: dict[str, Any] = {
+            part: column[begin:end] if part in PER_ATOM else _plain(column[row])
+            for part, column in self._columns.items()
+        }
+        labels = {label: parts.pop(label) for label in LABELS if label in parts}
+        cell = np.reshape(parts.pop("cell", np.zeros((3, 3))), (3, 3))
+        pbc = parts.pop("pbc", cell.any(axis=1))
+        numbers, positions = parts.pop("numbers"), parts.pop("positions")
+        try:
+            if numbers.dtype.kind not in "iuf":
+                numbers = numbers_of(numbers)
+        except StructureError as error:
+            return Frame(source_id=source_id, error=error, info=parts)
+        raw = RawFrame(numbers=numbers, positions=positions, cell=cell, pbc=pbc, **labels)
+        return maker.make(raw, source_id, parts)
+
+
+def _plain(value: Any) -> Any:
+    """Turn bytes into text and NumPy's single values into Python's."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.item() if isinstance(value, np.generic) else value

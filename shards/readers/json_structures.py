@@ -1,0 +1,121 @@
+"""JSON lists of labelled structures: pymatgen's structure dicts and JARVIS's atoms dicts, read as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
+from hydrazero.shards.readers.symbols import numbers_of
+
+Geometry = dict[str, Any]
+"""numbers, positions, cell and pbc of a RawFrame."""
+
+
+def read_pymatgen(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read a list of objects with a pymatgen dict as 'structure'; labels by dotted paths such as 'outputs.energy'.
+
+    Raises SourceError if the file is no JSON list, or is cut off.
+    """
+    return _read_list(path, settings, "structure", pymatgen_geometry)
+
+
+def read_jarvis(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read a list of objects with a JARVIS dict as 'atoms'; raises SourceError as `read_pymatgen` does."""
+    return _read_list(path, settings, "atoms", jarvis_geometry)
+
+
+def _read_list(
+    path: Path, settings: ReadSettings, key: str, geometry: Callable[[Mapping[str, Any]], Geometry]
+) -> Iterator[UnreadFrame]:
+    ijson = optional_module("ijson", "ijson", f"{path}: reading JSON as a stream")
+    maker = FrameMaker(settings)
+    number = -1
+    with open_binary(path) as (file, fraction):
+        try:
+            # Floats, not decimals: these have the digits that json.load gives.
+            entries = ijson.items(file, "item", use_float=True)
+            for number, entry in enumerate(entries):
+                source_id = f"{path.name}#{number}"
+                read = partial(_frame, entry, key, geometry, source_id, maker)
+                yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
+        except (*READ_ERRORS, ijson.JSONError) as error:
+            raise SourceError(
+                f"{path}, after frame {number}, is no whole JSON file ({brief(error)}); copy it again."
+            ) from error
+    if number < 0:
+        raise SourceError(f"{path} is no JSON list of objects with '{key}', or an empty one.")
+
+
+def _frame(
+    entry: Any, key: str, geometry: Callable[[Mapping[str, Any]], Geometry], source_id: str, maker: FrameMaker
+) -> Frame:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get(key), Mapping):
+        fault = StructureError("unreadable", f"the entry is no object with an object '{key}'")
+        return Frame(source_id=source_id, error=fault)
+    info = dict(flattened({name: value for name, value in entry.items() if name != key}))
+    try:
+        parts = geometry(entry[key])
+    except StructureError as error:
+        return Frame(source_id=source_id, error=error, info=info)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        fault = StructureError("unreadable", f"'{key}' is not as it should be ({type(error).__name__}: {brief(error)})")
+        return Frame(source_id=source_id, error=fault, info=info)
+    names = maker.settings.fields
+    raw = RawFrame(
+        **parts,
+        energy=info.get(names.energy),
+        forces=info.get(names.forces),
+        stress=info.get(names.stress),
+        virial=info.get(names.virial),
+        charge=info.get(names.charge, entry[key].get("charge")),
+        multiplicity=info.get(names.multiplicity, entry[key].get("spin_multiplicity")),
+    )
+    return maker.make(raw, source_id, info)
+
+
+def flattened(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) for what is in nested objects."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def pymatgen_geometry(structure: Mapping[str, Any]) -> Geometry:
+    """Take apart the dict of a pymatgen Structure or Molecule.
+
+    Raises StructureError for a site that several elements share, and KeyError, TypeError, ... for another dict.
+    """
+    sites = structure["sites"]
+    lattice = structure.get("lattice")
+    cell = np.zeros((3, 3)) if lattice is None else np.asarray(lattice["matrix"], dtype=np.float64)
+    if lattice is None:
+        positions = np.array([site["xyz"] for site in sites], dtype=np.float64)
+    else:
+        # The fractions are what pymatgen itself goes by.
+        positions = np.array([site["abc"] for site in sites], dtype=np.float64) @ cell
+    pbc = lattice is not None if lattice is None or "pbc" not in lattice else lattice["pbc"]
+    return {"numbers": numbers_of(map(_only_element, sites)), "positions": positions, "cell": cell, "pbc": pbc}
+
+
+def _only_element(site: Mapping[str, Any]) -> str:
+    species = site["species"]
+    if len(species) != 1 or species[0].get("occu", 1) != 1:
+        raise StructureError("disordered", "a site is shared by several elements or partly empty")
+    return str(species[0]["element"])
+
+
+def jarvis_geometry(atoms: Mapping[str, Any]) -> Geometry:
+    """Take apart the dict of JARVIS Atoms; raises as `pymatgen_geometry` does."""
+    cell = np.asarray(atoms["lattice_mat"], dtype=np.float64)
+    coordinates = np.asarray(atoms["coords"], dtype=np.float64)
+    positions = coordinates if atoms["cartesian"] else coordinates @ cell
+    return {"numbers": numbers_of(atoms["elements"]), "positions": positions, "cell": cell, "pbc": True}

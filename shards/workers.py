@@ -1,0 +1,101 @@
+"""Processes that share the work of a conversion: one, several on this machine, or the ranks of mpirun and srun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError
+
+POLL_SECONDS = 0.3
+
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables in which mpirun and srun tell how many ranks there are."""
+
+
+def mpi_ranks() -> int:
+    """Ranks that mpirun or srun has started; 1 without them."""
+    return max((int(os.environ[name]) for name in MPI_SIZES if os.environ.get(name, "").isdigit()), default=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Who does the work."""
+
+    executor: Executor
+    count: int
+
+    def run_all(
+        self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], watch: Callable[[], None]
+    ) -> list[Any]:
+        """Return what the calls give, in their order; `watch` is called now and then.
+
+        The first call that raises ends it: calls that have not begun are given up, those under way are waited for.
+        """
+        futures = [self.executor.submit(function, *call) for call in calls]
+        waiting = set(futures)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+                watch()
+                for future in done:
+                    future.result()
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            raise
+        return [future.result() for future in futures]
+
+
+@contextmanager
+def one_worker() -> Iterator[Workers]:
+    """Give a worker in this process: a thread, so that the caller can watch it as it does several."""
+    with ThreadPoolExecutor(1) as executor:
+        yield Workers(executor=executor, count=1)
+
+
+@contextmanager
+def worker_processes(count: int) -> Iterator[Workers | None]:
+    """Give `count` processes; under mpirun or srun all ranks but the first, and None on those, which only serve.
+
+    Raises ConfigError for a count below 1, or where there are MPI ranks but no mpi4py.
+    """
+    if count < 1:
+        raise ConfigError(f"--workers is {count}; it must be at least 1.")
+    if mpi_ranks() > 1:
+        try:
+            from mpi4py import MPI
+            from mpi4py.futures import MPICommExecutor
+        except ImportError as error:
+            raise ConfigError(f"{mpi_ranks()} MPI ranks need mpi4py, which cannot be loaded ({error}).") from error
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+            # Its stubs tell nothing of the executor that it gives to the first rank.
+            pool: Any = executor
+            yield None if pool is None else Workers(executor=pool, count=pool.num_workers)
+    elif count == 1:
+        with one_worker() as worker:
+            yield worker
+    else:
+        # Not forked: the caller may have threads, of a progress bar for example.
+        context = get_context("forkserver")
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as executor:
+            yield Workers(executor=executor, count=count)
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it is killed, instead of waiting for work for ever."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

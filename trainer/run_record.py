@@ -1,0 +1,50 @@
+"""`run.json`: what a run was started with, and every time that it was resumed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.config import RunConfig
+from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
+
+VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
+
+
+def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Return what `run.json` holds at the start: configuration, versions, command, ranks and time."""
+    versions = {}
+    for name in VERSIONED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return {**asdict(config), "deepspeed": ds_config, "versions": versions, **_start(ranks), "resumes": []}
+
+
+def _start(ranks: int) -> dict[str, Any]:
+    return {
+        "command": " ".join(["hydrazero train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]),
+        "ranks": ranks,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """Read `run.json`; raises ConfigError if it is missing, damaged, or not what a run writes."""
+    record = read_json(run_dir / RUN_NAME)
+    if not isinstance(record, dict) or not isinstance(record.get("ranks"), int):
+        raise ConfigError(f"{run_dir / RUN_NAME} does not say how many ranks the run has; start a new run.")
+    return record
+
+
+def add_resume(run_dir: Path, step: int, ranks: int) -> None:
+    """Add to `run.json` that the run goes on from `step`."""
+    record = read_record(run_dir)
+    resumes = [*record.get("resumes", []), {"step": step, **_start(ranks)}]
+    write_json(run_dir / RUN_NAME, {**record, "resumes": resumes})
