@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
 
-.PHONY: demo test check bench real links clean
+.PHONY: demo test check bench real sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -28,6 +28,10 @@ real: .venv/.installed
 	$(BIN)/hydrazero export runs/ethanol_3bpa --out runs/ethanol_3bpa/model.safetensors
 	$(BIN)/hydrazero report runs/ethanol_3bpa
 
+# Converts sixteen real tasks from DATA, of which lips is of pickles, and checks the counts.
+sixteen: .venv/.installed
+	$(BIN)/python -m hydrazero.launch.sixteen $(DATA) runs/data/sixteen --trust-pickle
+
 # SchNetPack gets an environment of its own, since it wants an older torch; it is several gigabytes.
 bench: .venv/.installed $(SCHNETPACK)/.installed
 	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --out runs/bench.json
@@ -42,7 +46,7 @@ links:
 	$(BIN)/pip install -q --upgrade pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,formats]'
 	touch $@
 
 $(SCHNETPACK)/.installed:

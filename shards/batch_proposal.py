@@ -100,8 +100,8 @@ def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
         found = degrees_within(blocks.manifest, reader.settings.cutoff)
         if found is None:
             raise ConfigError(
-                f"{blocks.folder} has no counts of neighbours within {reader.settings.cutoff:g} Å; convert it again with "
-                f"degree_cutoffs = [{reader.settings.cutoff:g}]."
+                f"{blocks.folder} has no counts of neighbours within {reader.settings.cutoff:g} Å; convert it again "
+                f"with degree_cutoffs = [{reader.settings.cutoff:g}]."
             )
         atoms = max(atoms, blocks.manifest.max_atoms)
         slots, edges = max(slots, found[1].most_slots), max(edges, found[1].most_edges)
@@ -109,7 +109,7 @@ def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
     # In proportion to each other, however large the largest structure makes the batch.
     scale = max(structures, atoms / mean_atoms, slots / (mean_rows * ROW_SLOTS), edges / max(mean_edges, 1e-9))
     return BatchShape(
-        structures=int(np.ceil(1.6 * scale)),
+        structures=int(np.ceil(2 * scale)),
         atoms=int(np.ceil(ROOM * scale * mean_atoms)),
         slots=int(np.ceil(ROOM * scale * mean_rows)) * ROW_SLOTS,
         edges=int(np.ceil(scale * mean_edges)),
@@ -119,7 +119,7 @@ def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
 def simulate(
     demand: Demand, shape: BatchShape, generator: np.random.Generator, batches: int = SIMULATED_BATCHES
 ) -> NDArray[np.int64]:
-    """Pack drawn structures as the stream does: what each batch holds, (structures, atoms, rows, edges), [batches, 4]."""
+    """Pack drawn structures as the stream does: sums of (1, atoms, rows, edges) in each batch, [batches, 4]."""
     budget = np.array([shape.structures, shape.atoms, shape.rows, shape.most_edges], dtype=np.float64)
     pool = np.zeros((0, 4), dtype=np.int64)
     held = np.zeros((batches, 4), dtype=np.int64)

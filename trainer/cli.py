@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.cli_data import convert_command, inspect_command
+from hydrazero.trainer.cli_data import convert_command
+from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_report import report_command
 
 FOLDER = click.Path(path_type=Path)

@@ -40,26 +40,3 @@ def convert_command(
     convert_with_progress(
         sources, tasks[0], out, settings, workers=workers, skip_bad=skip_bad, trust_pickle=trust_pickle
     )
-
-
-@click.command("inspect")
-@click.argument("folder", metavar="DIR", type=FOLDER)
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON, for programs.")
-@click.option("--verify", is_flag=True, help="Also compare every shard's SHA-256 with the manifest.")
-def inspect_command(folder: Path, as_json: bool, verify: bool) -> None:
-    """Show what a shard folder holds."""
-    import json
-
-    from rich.console import Console
-
-    from hydrazero.shards.inspection import describe, manifest_facts
-    from hydrazero.shards.manifest import check_shard_files, read_manifest
-
-    manifest = read_manifest(folder)
-    check_shard_files(manifest, folder, checksums=verify)
-    if as_json:
-        click.echo(json.dumps(manifest_facts(manifest), indent=1))
-        return
-    Console().print(describe(manifest))
-    if verify:
-        click.echo("every shard has the checksum that the manifest says")

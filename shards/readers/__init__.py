@@ -7,7 +7,12 @@ from pathlib import Path
 
 from hydrazero.shards.errors import SourceError, did_you_mean
 from hydrazero.shards.readers.ase_reader import read_ase, read_database, read_extxyz
+from hydrazero.shards.readers.dpdata_reader import MARKER, read_deepmd
 from hydrazero.shards.readers.frames import FieldNames, Frame, ReadSettings, SourceUnits, UnreadFrame
+from hydrazero.shards.readers.hdf5_reader import read_hdf5
+from hydrazero.shards.readers.json_structures import read_jarvis, read_pymatgen
+from hydrazero.shards.readers.lmdb_reader import read_aselmdb, read_lmdb
+from hydrazero.shards.readers.n2p2_reader import read_n2p2
 from hydrazero.shards.readers.npz_reader import read_npz
 from hydrazero.shards.readers.opening import plain_suffix
 
@@ -16,8 +21,30 @@ READERS: dict[str, Callable[[Path, ReadSettings], Iterator[UnreadFrame]]] = {
     "extxyz": read_extxyz,
     "db": read_database,
     "npz": read_npz,
+    "hdf5": read_hdf5,
+    "pymatgen": read_pymatgen,
+    "jarvis": read_jarvis,
+    "deepmd": read_deepmd,
+    "n2p2": read_n2p2,
+    "lmdb": read_lmdb,
+    "aselmdb": read_aselmdb,
 }
-BY_SUFFIX = {".xyz": "extxyz", ".extxyz": "extxyz", ".db": "db", ".npz": "npz"}
+BY_SUFFIX = {
+    ".xyz": "extxyz",
+    ".extxyz": "extxyz",
+    ".db": "db",
+    ".npz": "npz",
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".lmdb": "lmdb",
+    ".mdb": "lmdb",
+    ".aselmdb": "aselmdb",
+}
+SUFFIXES_OF = {"pymatgen": (".json",), "jarvis": (".json",), "n2p2": (".data",)}
+"""Suffixes by which files of a format are found in a folder, beyond those that it is guessed from."""
+
+FOLDER_MARKERS = {"deepmd": MARKER}
+"""Format whose sources are folders -> file that is in each of them."""
 
 __all__ = [
     "READERS",
@@ -33,11 +60,31 @@ __all__ = [
 
 
 def expand_sources(paths: Sequence[Path], settings: ReadSettings) -> list[Path]:
-    """Return the source files; raises SourceError for one that does not exist."""
+    """Return the sources: a folder stands for those of the format that are in it or below, sorted.
+
+    Raises SourceError for a path that does not exist, or a folder with no source in it.
+    """
+    found: list[Path] = []
     for path in paths:
         if not path.exists():
             raise SourceError(f"source file {path} does not exist.")
-    return list(paths)
+        found += _sources_in(path, settings.format) if path.is_dir() else [path]
+    return found
+
+
+def _sources_in(folder: Path, name: str | None) -> list[Path]:
+    marker = FOLDER_MARKERS.get(name or "")
+    if marker is not None:
+        found = [path.parent for path in folder.rglob(marker)]
+        wanted = f"folder with a {marker}"
+    else:
+        suffixes = {suffix for suffix, guessed in BY_SUFFIX.items() if name in (None, guessed)}
+        suffixes |= set(SUFFIXES_OF.get(name or "", ()))
+        found = [path for path in folder.rglob("*") if path.is_file() and plain_suffix(path) in suffixes]
+        wanted = f"file with the suffix {' or '.join(sorted(suffixes))}" if suffixes else f"known suffix of '{name}'"
+    if not found:
+        raise SourceError(f"folder {folder} holds no {wanted}; name the files themselves.")
+    return sorted(found)
 
 
 def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
@@ -49,9 +96,10 @@ def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     name = settings.format or BY_SUFFIX.get(plain_suffix(path), "ase")
     if name not in READERS:
         raise SourceError(f"format '{name}' is not known{did_you_mean(name, list(READERS))}.")
-    if not path.is_file():
-        raise SourceError(f"source file {path} {'is no file' if path.exists() else 'does not exist'}.")
-    if path.stat().st_size == 0:
+    if not (path.is_dir() if name in FOLDER_MARKERS else path.is_file()):
+        kind = "folder" if name in FOLDER_MARKERS else "file"
+        raise SourceError(f"source {kind} {path} {f'is no {kind}' if path.exists() else 'does not exist'}.")
+    if path.is_file() and path.stat().st_size == 0:
         raise SourceError(f"source file {path} is empty.")
     count = 0
     for frame in READERS[name](path, settings):

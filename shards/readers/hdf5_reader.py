@@ -102,7 +102,9 @@ class _Ragged:
         try:
             return np.asarray(column[first:last])
         except (OSError, ValueError) as error:
-            raise SourceError(f"{self._path}: '{column.name}' cannot be read ({brief(error)}); copy it again.") from error
+            raise SourceError(
+                f"{self._path}: '{column.name}' cannot be read ({brief(error)}); copy it again."
+            ) from error
 
     def block(self, first: int, starts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """All columns of some structures."""

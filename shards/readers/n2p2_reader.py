@@ -1,0 +1,62 @@
+"""The input.data of n2p2 and RuNNer: frames of any size, parsed by ASE one by one."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import ase.io
+from ase import Atoms
+
+from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.readers.ase_reader import frame_from_atoms
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.opening import READ_ERRORS, open_text, optional_module
+
+
+def read_n2p2(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read the frames between 'begin' and 'end', in the units that the settings name; the charge is 'total_charge'.
+
+    The format has no units of its own: Hartree and Bohr are usual. Raises SourceError if the file is cut off.
+    """
+    # An older ASE lacks it.
+    units = optional_module("ase.io.runner.runneratoms", "ase>=3.29", f"{path}: reading the n2p2 format").Units
+    maker = FrameMaker(settings)
+    with open_text(path) as (file, fraction):
+        try:
+            for number, text in enumerate(_frame_texts(file, path)):
+                source_id = f"{path.name}#{number}"
+                read = partial(_parse, text, source_id, maker, units.ASE)
+                yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
+        except READ_ERRORS as error:
+            raise SourceError(f"{path} cannot be read to its end ({brief(error)}); copy it again.") from error
+
+
+def _frame_texts(file: TextIO, path: Path) -> Iterator[str]:
+    number, lines = 0, list[str]()
+    for line in file:
+        word = line.split(maxsplit=1)[0].lower() if line.strip() else ""
+        if word == "begin" and lines:
+            break
+        if word == "begin" or lines:
+            # ASE finds the first line of a frame by the small word at its very start.
+            lines.append("begin" + line.strip()[5:] + "\n" if word == "begin" else line)
+        if word == "end" and lines:
+            yield "".join(lines)
+            number, lines = number + 1, []
+    if lines:
+        raise SourceError(
+            f"{path}, frame {number}: there is no 'end' to its 'begin'; the file is truncated or damaged."
+        )
+
+
+def _parse(text: str, source_id: str, maker: FrameMaker, no_conversion: Any) -> Frame:
+    try:
+        # Told that the file is in ASE's units, ASE leaves all numbers as they are.
+        read: Any = ase.io.read(io.StringIO(text), format="runnerdata", parallel=False, input_units=no_conversion)
+    except Exception as error:  # KeyError, ValueError, IndexError, ... by the kind of damage
+        return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
+    return frame_from_atoms(cast(Atoms, read), source_id, maker)
