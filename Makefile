@@ -34,7 +34,7 @@ sixteen: .venv/.installed
 
 # SchNetPack gets an environment of its own, since it wants an older torch; it is several gigabytes.
 bench: .venv/.installed $(SCHNETPACK)/.installed
-	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --out runs/bench.json
+	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --sixteen runs/data/sixteen --out runs/bench.json
 
 links:
 	mkdir -p .links/hydrazero

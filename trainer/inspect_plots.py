@@ -37,7 +37,7 @@ def element_map(manifests: Sequence[Manifest]) -> Figure:
         y = row + (0.4 if row >= 7 else 0.0)
         symbol = chemical_symbols[number]
         count = counts.get(symbol, 0)
-        face = colours.to_rgba(count) if count else "#f4f4f4"
+        face = colours.cmap(norm(count)) if count else "#f4f4f4"
         corner = (column + 0.04, y + 0.04)
         ax.add_patch(Rectangle(corner, 0.92, 0.92, facecolor=face, edgecolor="#cccccc", linewidth=0.5))
         dark = count > 0 and norm(count) > 0.55
@@ -78,7 +78,8 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     axes = [figure.add_subplot(2, 2, number + 1) for number in range(4)]
     for number, manifest in enumerate(manifests):
-        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+        line = LINES[number // len(COLOURS) % len(LINES)]
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": line}
         _size_line(axes[0], manifest, style)
         _histogram_line(axes[1], manifest.distributions.get("energy_residual_per_atom"), style)
         _histogram_line(axes[2], manifest.distributions.get("force_norm"), style)
@@ -89,7 +90,7 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
             axes[3].step(range(most + 1), heights / heights.max(), where="mid", linewidth=1.3, **style)
     axes[0].set(title="atoms per structure", xlabel="atoms", ylabel="structures, of the most frequent", xscale="log")
     axes[1].set(title="energy less references (training)", xlabel="eV/atom", ylabel="structures")
-    axes[1].set_xscale("symlog", linthresh=0.05)
+    axes[1].set_xscale("symlog", linthresh=0.1)
     axes[2].set(title="force norm (training)", xlabel="eV/Å", ylabel="atoms", xscale="log")
     axes[3].set(title=f"neighbours within {cutoff} Å", xlabel="neighbours", ylabel="atoms")
     for ax in axes:

@@ -1,32 +1,61 @@
-"""Structures per second and core through decoding, and through the whole input pipeline with neighbours."""
+"""Rates of the data side on one core: reading, neighbours, the whole input pipeline, beside what others offer."""
 
 from __future__ import annotations
 
+import io
+import resource
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import ase.db
 import numpy as np
 import torch
+import webdataset
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.collections import g2
 from timing import hand_over
+from vesin import NeighborList
 
-from hydrazero.shards.block import block_from_structures, encode_block
+from hydrazero.shards.block import block_from_structures
 from hydrazero.shards.block_reader import BlockReader
 from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.manifest import Manifest, write_manifest
-from hydrazero.shards.references import fit_reference_energies, label_ranges
+from hydrazero.shards.neighbours import half_pairs, lay_out
 from hydrazero.shards.stream import StreamSettings, TrainStream
 from hydrazero.shards.structure import Structure
-from hydrazero.shards.writer import write_split
+from hydrazero.shards.task_statistics import Statistics
+from hydrazero.shards.writer import write_shard
 
-STRUCTURES = 64 * 256
-ATOMS = 20
+STRUCTURES = 32 * 256
+CUTOFF = 5.0
+SHAPES = {
+    "molecules": BatchShape(structures=64, atoms=1024, slots=24_576),
+    "metals": BatchShape(structures=64, atoms=1024, slots=49_152),
+}
 
 
-def made_structures() -> list[Structure]:
-    """Molecules of about ATOMS atoms: a g2 molecule in several copies side by side, rattled; made-up labels."""
+def labelled(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, number: int) -> Structure:
+    generator = np.random.default_rng(number)
+    return Structure(
+        numbers=numbers.astype(np.uint8),
+        positions=positions,
+        cell=cell,
+        pbc=np.full(3, cell.any()),
+        energy=float(generator.standard_normal()),
+        forces=generator.standard_normal(positions.shape),
+        source_id=f"made#{number}",
+    )
+
+
+def molecules() -> list[Structure]:
+    """Molecules of about 20 atoms: two g2 molecules side by side, rattled."""
     generator = np.random.default_rng(0)
     parents = [g2[name] for name in g2.names if 8 <= len(g2[name]) <= 14]
     structures = []
@@ -34,70 +63,170 @@ def made_structures() -> list[Structure]:
         one, two = (parents[int(generator.integers(len(parents)))] for _ in range(2))
         positions = np.concatenate([one.positions, two.positions + np.array([0.0, 0.0, 6.0])])
         positions += 0.05 * generator.standard_normal(positions.shape)
-        structures.append(
-            Structure(
-                numbers=np.concatenate([one.numbers, two.numbers]).astype(np.uint8),
-                positions=positions,
-                cell=np.zeros((3, 3)),
-                pbc=np.zeros(3, dtype=bool),
-                energy=float(generator.standard_normal()),
-                forces=generator.standard_normal(positions.shape),
-                source_id=f"made#{number}",
-            )
-        )
+        structures.append(labelled(np.concatenate([one.numbers, two.numbers]), positions, np.zeros((3, 3)), number))
     return structures
 
 
+def metals() -> list[Structure]:
+    """Rattled cells of 32 Cu atoms."""
+    cell = bulk("Cu", cubic=True) * (2, 2, 2)
+    generator = np.random.default_rng(1)
+    return [
+        labelled(cell.numbers, cell.positions + 0.1 * generator.standard_normal((32, 3)), cell.cell[:], number)
+        for number in range(STRUCTURES)
+    ]
+
+
 def write_shards(folder: Path, structures: list[Structure]) -> None:
-    shards = write_split(folder, "train", structures, "float32")
-    references = fit_reference_energies(structures)
+    parts = [structures[first : first + 256] for first in range(0, len(structures), 256)]
+    blocks = [block_from_structures(part) for part in parts]
+    shard = write_shard(folder / "train-000000.tar", blocks)
+    total = Statistics()
+    for block in blocks:
+        total.add(block, "train", ())
     manifest = Manifest(
         task="bench",
-        splits={"train": shards},
+        splits={"train": [shard]},
         float_dtype="float32",
         elements={},
-        trained_elements=sorted(references),
-        size_histogram={ATOMS: len(structures)},
-        labels=label_ranges(structures, references),
-        reference_energies=references,
+        trained_elements=[],
+        size_histogram=dict(total.sizes),
+        labels={name: moments.label_range() for name, moments in total.moments.items()},
+        reference_energies={},
         required_labels=["energy", "forces"],
-        periodic_structures=0,
+        periodic_structures=total.periodic,
     )
     write_manifest(manifest, folder)
 
 
-def decode_rate(folder: Path) -> float:
-    """Structures/s: tar read, checksum, columns."""
+def rate(run: Callable[[], int]) -> float:
+    """Of what `run` counts, per second."""
+    started = time.perf_counter()
+    count = run()
+    return count / (time.perf_counter() - started)
+
+
+def decode_columns(folder: Path) -> int:
+    """Tar read, checksum, columns."""
     reader = BlockReader(folder, "train")
-    started = time.perf_counter()
-    count = sum(len(reader.read(number)) for number in range(len(reader)))
-    return count / (time.perf_counter() - started)
+    return sum(len(reader.read(number)) for number in range(len(reader)))
 
 
-def pipeline_rate(folder: Path, batches: int = 60) -> float:
-    """Structures/s: read, decode, neighbours at 5 Å, packed batch, in one process."""
-    shape = BatchShape(structures=64, atoms=1024, slots=32768)
-    stream = iter(TrainStream(StreamSettings(folders=(str(folder),), cutoff=5.0, shape=shape, workers=0), 0, 1))
-    next(stream)
-    started = time.perf_counter()
-    count = sum(int(batch.structure_mask.sum()) for batch in islice(stream, batches))
-    return count / (time.perf_counter() - started)
+def decode_structures(folder: Path) -> int:
+    """The same, and each structure on its own, as the per-sample formats give it."""
+    reader = BlockReader(folder, "train")
+    blocks = (reader.read(number) for number in range(len(reader)))
+    return sum(1 for block in blocks for row in range(len(block)) if len(block.structure(row)))
+
+
+def pipeline(stream: TrainStream, batches: int) -> int:
+    """Read, decode, neighbours, pack, tensors, in this process."""
+    return sum(int(batch.structure_mask.sum()) for batch in islice(stream, batches))
+
+
+def write_npz_samples(path: Path, structures: list[Structure]) -> None:
+    """The usual webdataset layout: one sample a structure, as npz."""
+    with webdataset.TarWriter(str(path), encoder=False) as tar:
+        for number, s in enumerate(structures):
+            buffer = io.BytesIO()
+            np.savez(
+                buffer,
+                numbers=s.numbers,
+                positions=s.positions.astype(np.float32),
+                cell=s.cell,
+                pbc=s.pbc,
+                energy=np.float64(s.energy or 0.0),
+                forces=np.zeros(1) if s.forces is None else s.forces.astype(np.float32),
+            )
+            tar.write({"__key__": f"{number:08d}", "structure.npz": buffer.getvalue()})
+
+
+def read_npz_samples(path: Path) -> int:
+    dataset = webdataset.WebDataset(str(path), shardshuffle=False).decode()
+    return sum(1 for sample in dataset if dict(sample["structure.npz"])["positions"].size)
+
+
+def write_aselmdb(path: Path, structures: list[Structure]) -> None:
+    with ase.db.connect(str(path), type="aselmdb") as database:
+        for s in structures:
+            atoms = Atoms(numbers=s.numbers, positions=s.positions, cell=s.cell, pbc=s.pbc)
+            atoms.calc = SinglePointCalculator(atoms, energy=s.energy, forces=s.forces)
+            database.write(atoms)
+
+
+def read_aselmdb(path: Path) -> int:
+    with ase.db.connect(str(path), type="aselmdb", readonly=True) as database:
+        return sum(1 for row in database.select() if len(row.toatoms()))
+
+
+def edges_over_vesin(structures: list[Structure]) -> float:
+    """Seconds of our neighbours, laid out in slots for batches of 32, over bare vesin's, in turn."""
+    bare = NeighborList(cutoff=CUTOFF, full_list=True, n_threads=1)
+    ours, theirs = [], []
+    for first in range(0, 1024, 32):
+        part = structures[first : first + 32]
+        started = time.perf_counter()
+        lay_out([half_pairs(s.positions, s.cell, s.pbc, CUTOFF) for s in part])
+        middle = time.perf_counter()
+        for s in part:
+            bare.compute(points=s.positions, box=s.cell, periodic=bool(s.pbc.any()), quantities="ijS")
+        ours.append(middle - started)
+        theirs.append(time.perf_counter() - middle)
+    return float(np.median(ours) / np.median(theirs))
+
+
+def worker_memory(folders: list[str]) -> float:
+    """MB that a process of its own takes for a stream of the folders, at its peak, on top of the imports."""
+    code = f"import data_rates; data_rates.print_worker_memory({folders!r})"
+    here = Path(__file__).parent
+    return float(subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, check=True).stdout)
+
+
+def print_worker_memory(folders: list[str]) -> None:
+    """What `worker_memory` runs."""
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+    before = peak()
+    settings = StreamSettings(folders=tuple(folders), cutoff=CUTOFF, shape=SHAPES["metals"], workers=0)
+    pipeline(TrainStream(settings, 0, 1), 200)
+    sys.stdout.write(f"{peak() - before}\n")
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    measured: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        measured.setdefault(name, []).append(value)
+
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        structures = made_structures()
-        write_shards(folder, structures)
-        assert len(encode_block(block_from_structures(structures[:256]))) > 0
-        decode_rate(folder)
-        hand_over(
-            {
-                "decode": [decode_rate(folder) for _ in range(7)],
-                "pipeline": [pipeline_rate(folder) for _ in range(3)],
-            }
-        )
+        root = Path(name)
+        made = {"molecules": molecules(), "metals": metals()}
+        streams = {}
+        for kind, structures in made.items():
+            (root / kind).mkdir()
+            write_shards(root / kind, structures)
+            settings = StreamSettings(folders=(str(root / kind),), cutoff=CUTOFF, shape=SHAPES[kind], workers=0)
+            streams[kind] = iter(TrainStream(settings, 0, 1))
+            next(streams[kind])
+        few = made["molecules"][:2048]
+        (root / "few").mkdir()
+        write_shards(root / "few", few)
+        write_npz_samples(root / "npz.tar", few)
+        write_aselmdb(root / "few.aselmdb", few)
+        for _ in range(5):
+            note("decode_columns", rate(lambda: decode_columns(root / "molecules")))
+            note("pipeline_molecules", rate(lambda: pipeline(streams["molecules"], 40)))
+            note("pipeline_metals", rate(lambda: pipeline(streams["metals"], 30)))
+            note("edges_molecules", edges_over_vesin(made["molecules"]))
+            note("edges_metals", edges_over_vesin(made["metals"]))
+            note("structures", rate(lambda: decode_structures(root / "few")))
+            note("npz", rate(lambda: read_npz_samples(root / "npz.tar")))
+            note("aselmdb", rate(lambda: read_aselmdb(root / "few.aselmdb")))
+        note("worker_memory", worker_memory([str(root / "molecules"), str(root / "metals")]))
+    hand_over(measured)
 
 
 if __name__ == "__main__":

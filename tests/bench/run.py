@@ -25,9 +25,9 @@ HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
 
 
-def run_worker(python: str, script: str, *arguments: str) -> dict[str, list[float]]:
+def run_worker(python: str, script: str, *arguments: str, threads: int = THREADS) -> dict[str, list[float]]:
     """Run a worker and return what it hands over."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [python, str(HERE / script), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("SECONDS ")]
@@ -62,19 +62,46 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
     return rows
 
 
+def data_rows(sixteen: Path | None) -> list[dict[str, Any]]:
+    """The data side, on one core."""
+    handed = run_worker(sys.executable, "data_rates.py", threads=1)
+    value = {name: statistics.median(values) for name, values in handed.items()}
+    per_s = "structures/s/core"
+    rows = [
+        row("decode_columns_per_s", value["decode_columns"], per_s),
+        row("edges_over_vesin_molecules", value["edges_molecules"], "times bare vesin"),
+        row("edges_over_vesin_metals", value["edges_metals"], "times bare vesin"),
+        row("edges_over_vesin", max(value["edges_molecules"], value["edges_metals"]), "times bare vesin"),
+        row("pipeline_molecules_per_s", value["pipeline_molecules"], per_s),
+        row("pipeline_metals_per_s", value["pipeline_metals"], per_s),
+        row("over_webdataset_npz", value["structures"], per_s, "webdataset, npz samples", value["npz"]),
+        row("over_aselmdb", value["structures"], per_s, "ase-db-backends, aselmdb", value["aselmdb"]),
+        row("worker_memory", value["worker_memory"], "MB"),
+    ]
+    if sixteen is None or not sixteen.is_dir():
+        sys.stderr.write("packing is left out: the sixteen real tasks are not there (make sixteen)\n")
+        return rows
+    packed = {name: values[0] for name, values in run_worker(sys.executable, "packing_fill.py", str(sixteen)).items()}
+    units = {
+        "packing_fill": f"of the atoms, {packed.pop('tasks'):.0f} real tasks",
+        "slot_fill": "of the slots",
+        "edges_spread": "fullest batch over mean, edges",
+        "simulated_imbalance": "fullest of 16,384 ranks over mean, edges",
+    }
+    return rows + [row(name, packed[name], unit) for name, unit in units.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--peer-python", help="of an environment with SchNetPack; without it, only the data side")
+    parser.add_argument("--sixteen", type=Path, help="folder of the sixteen real tasks, for the packing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    rates = run_worker(sys.executable, "data_rates.py")
-    rows = [
-        row("decode_structures_per_s", statistics.median(rates["decode"]), "structures/s/core"),
-        row("pipeline_structures_per_s", statistics.median(rates["pipeline"]), "structures/s/core"),
-        *step_rows(options.peer_python, options.rounds, options.repeats),
-    ]
+    rows = data_rows(options.sixteen)
+    if options.peer_python:
+        rows += step_rows(options.peer_python, options.rounds, options.repeats)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -83,7 +110,8 @@ def main() -> None:
     for r in rows:
         peer = "" if r["peer_value"] is None else f"{r['peer_value']:,.1f}"
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        table.add_row(r["name"], f"{r['value']:,.1f}", r["unit"], peer, ratio)
+        value = f"{r['value']:,.1f}" if r["value"] >= 20 else f"{r['value']:.3f}"
+        table.add_row(r["name"], value, r["unit"], peer, ratio)
     Console().print(table)
 
 
