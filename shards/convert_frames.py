@@ -112,7 +112,8 @@ def read_part(job: Job, source: int, part: int, parts: int) -> int:
             status_path(job, source, part).write_text(f"{read} {unread_frame.fraction:.6f}")
         if mine:
             read += 1
-            chunk.add(_named(unread_frame.read(), job.names[source]), job, job.sources[source])
+            frame = _named(unread_frame.read(), job.sources[source].name, job.names[source])
+            chunk.add(frame, job, job.sources[source])
     if mine:
         _write(job, source, written, chunk)
     status_path(job, source, part).write_text(f"{read} 1")
@@ -123,12 +124,11 @@ def _write(job: Job, source: int, number: int, chunk: Chunk) -> None:
     write_whole(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype))
 
 
-def _named(frame: Frame, name: str) -> Frame:
-    """Put the source's name into the frame's source id."""
-    file, _, number = frame.source_id.rpartition("#")
+def _named(frame: Frame, file: str, name: str) -> Frame:
+    """Put the source's distinct name in the place of its file's name, with which source ids begin."""
     if file == name:
         return frame
-    source_id = f"{name}#{number}"
+    source_id = name + frame.source_id.removeprefix(file)
     structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
     return replace(frame, source_id=source_id, structure=structure)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydrazero.shards.dataset_presets import load_preset
 from hydrazero.shards.errors import ConfigError, SourceError, did_you_mean
 from hydrazero.shards.readers.frames import ASE_STRESS_ORDER, FieldNames, ReadSettings, SourceUnits, stress_places
 from hydrazero.shards.settings_parser import parse_settings
@@ -80,22 +81,40 @@ class ConvertSettings:
         )
 
 
-def load_convert_settings(path: Path | None, format_name: str | None = None) -> ConvertSettings:
-    """Read a settings file (or take the defaults); `format_name` wins over the file's. Raises ConfigError."""
-    table: dict[str, Any] = {}
+def load_convert_settings(
+    path: Path | None, format_name: str | None = None, *, preset: str | None = None
+) -> ConvertSettings:
+    """Read a settings file (or take the defaults), on top of a preset's values if one is named.
+
+    `format_name` wins over both. Raises ConfigError.
+    """
     where = "convert settings:" if path is None else f"{path}:"
+    table: dict[str, Any] = {} if preset is None else dict(load_preset(preset).table)
     if path is not None:
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"settings file {path} cannot be read ({error.strerror}).") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"settings file {path} is not valid TOML: {error}.") from error
+        table = _merged(table, _read_table(path))
     if format_name is not None:
         table["format"] = format_name
     settings = parse_settings(ConvertSettings, table, where)
     _check(settings, where)
     return settings
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"settings file {path} cannot be read ({error.strerror}).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path} is not valid TOML: {error}.") from error
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Values of the changes over those of the base, table by table."""
+    both = {**base, **changes}
+    for key in base.keys() & changes.keys():
+        if isinstance(base[key], dict) and isinstance(changes[key], dict):
+            both[key] = _merged(base[key], changes[key])
+    return both
 
 
 def _check(settings: ConvertSettings, where: str) -> None:

@@ -109,10 +109,10 @@ def test_settings_that_leave_nothing(tmp_path):
     refused(source, tmp_path / "out", config="[split]\nseed = -1\n", words=("split.seed is -1",))
 
 
-def test_a_folder_is_no_source(tmp_path):
+def test_an_empty_folder_is_no_source(tmp_path):
     folder = tmp_path / "frames.xyz"
     folder.mkdir()
-    refused(folder, tmp_path / "out", words=("frames.xyz is no file",))
+    refused(folder, tmp_path / "out", words=("frames.xyz holds no file",))
 
 
 def test_an_at_sign_in_a_file_name_is_no_selection(tmp_path):

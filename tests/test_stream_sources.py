@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hydrazero.shards.block_reader import BlockCache, BlockReader
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream
+from hydrazero.shards.stream import StreamSettings, TrainStream
 from hydrazero.trainer.config import load_run_config
 from hydrazero.trainer.run_tasks import task_manifest
 
@@ -43,7 +44,7 @@ class Handler(SimpleHTTPRequestHandler):
     """A web server that knows ranges, and whose answers break off as often as it is told."""
 
     broken = 0
-    ranges: list[str] = []
+    ranges: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")

@@ -1,8 +1,9 @@
-"""Commands on data: convert and inspect."""
+"""The command `convert`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,11 +12,29 @@ from hydrazero.shards.errors import ConfigError
 FOLDER = click.Path(path_type=Path)
 
 
+def _list_presets(context: click.Context, _: Any, wanted: bool) -> None:
+    """Print the presets and end."""
+    if not wanted:
+        return
+    from hydrazero.shards.dataset_presets import load_preset, preset_names
+
+    for name in preset_names():
+        about = load_preset(name).about
+        click.secho(name, bold=True)
+        for fact in (about.title, f"{about.theory}; {about.elements}", about.layout, about.download):
+            click.echo(f"    {fact}")
+    context.exit()
+
+
 @click.command("convert")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
-@click.option("--task", "tasks", multiple=True, required=True, metavar="NAME", help="Name of the task.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Name of the task; the preset's if not given.")
 @click.option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder for the shards.")
-@click.option("--format", "format_name", metavar="NAME", help="ase, extxyz, db or npz; guessed from the suffix.")
+@click.option("--preset", metavar="NAME", help="Settings of a known dataset.")
+@click.option(
+    "--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_list_presets, help="Show the presets."
+)
+@click.option("--format", "format_name", metavar="NAME", help="Of the sources; guessed from their suffixes.")
 @click.option("--config", metavar="FILE", type=FOLDER, help="TOML: field names, units, splits, selection, method.")
 @click.option("--skip-bad", is_flag=True, help="Set bad frames aside, counted and listed, instead of stopping.")
 @click.option("--trust-pickle", is_flag=True, help="Load sources of pickles, which can run any code that is in them.")
@@ -24,6 +43,7 @@ def convert_command(
     sources: tuple[Path, ...],
     tasks: tuple[str, ...],
     out: Path,
+    preset: str | None,
     format_name: str | None,
     config: Path | None,
     skip_bad: bool,
@@ -36,7 +56,15 @@ def convert_command(
 
     if len(tasks) > 1:
         raise ConfigError(f"--task is given {len(tasks)} times ({', '.join(tasks)}); a conversion makes one task.")
-    settings = load_convert_settings(config, format_name)
+    if not tasks and preset is None:
+        raise ConfigError("neither --task nor --preset is given; name the task.")
+    settings = load_convert_settings(config, format_name, preset=preset)
     convert_with_progress(
-        sources, tasks[0], out, settings, workers=workers, skip_bad=skip_bad, trust_pickle=trust_pickle
+        sources,
+        tasks[0] if tasks else str(preset),
+        out,
+        settings,
+        workers=workers,
+        skip_bad=skip_bad,
+        trust_pickle=trust_pickle,
     )

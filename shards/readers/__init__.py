@@ -8,13 +8,17 @@ from pathlib import Path
 from hydrazero.shards.errors import SourceError, did_you_mean
 from hydrazero.shards.readers.ase_reader import read_ase, read_database, read_extxyz
 from hydrazero.shards.readers.dpdata_reader import MARKER, read_deepmd
+from hydrazero.shards.readers.extxyz_tar import read_extxyz_tar
 from hydrazero.shards.readers.frames import FieldNames, Frame, ReadSettings, SourceUnits, UnreadFrame
+from hydrazero.shards.readers.hdf5_groups import read_hdf5_groups
 from hydrazero.shards.readers.hdf5_reader import read_hdf5
+from hydrazero.shards.readers.json_datasets import read_alexandria, read_mptrj
 from hydrazero.shards.readers.json_structures import read_jarvis, read_pymatgen
 from hydrazero.shards.readers.lmdb_reader import read_aselmdb, read_lmdb
 from hydrazero.shards.readers.n2p2_reader import read_n2p2
 from hydrazero.shards.readers.npz_reader import read_npz
 from hydrazero.shards.readers.opening import plain_suffix
+from hydrazero.shards.readers.table_reader import read_parquet
 
 READERS: dict[str, Callable[[Path, ReadSettings], Iterator[UnreadFrame]]] = {
     "ase": read_ase,
@@ -28,6 +32,11 @@ READERS: dict[str, Callable[[Path, ReadSettings], Iterator[UnreadFrame]]] = {
     "n2p2": read_n2p2,
     "lmdb": read_lmdb,
     "aselmdb": read_aselmdb,
+    "hdf5_groups": read_hdf5_groups,
+    "mptrj": read_mptrj,
+    "alexandria": read_alexandria,
+    "extxyz_tar": read_extxyz_tar,
+    "parquet": read_parquet,
 }
 BY_SUFFIX = {
     ".xyz": "extxyz",
@@ -39,8 +48,18 @@ BY_SUFFIX = {
     ".lmdb": "lmdb",
     ".mdb": "lmdb",
     ".aselmdb": "aselmdb",
+    ".tar": "extxyz_tar",
+    ".tgz": "extxyz_tar",
+    ".parquet": "parquet",
 }
-SUFFIXES_OF = {"pymatgen": (".json",), "jarvis": (".json",), "n2p2": (".data",)}
+SUFFIXES_OF = {
+    "hdf5_groups": (".h5", ".hdf5"),
+    "mptrj": (".json",),
+    "alexandria": (".json",),
+    "pymatgen": (".json",),
+    "jarvis": (".json",),
+    "n2p2": (".data",),
+}
 """Suffixes by which files of a format are found in a folder, beyond those that it is guessed from."""
 
 FOLDER_MARKERS = {"deepmd": MARKER}

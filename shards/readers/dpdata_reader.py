@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,8 +28,7 @@ def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     if any(path.glob("set.*/real_atom_types.npy")):
         raise SourceError(f"{path} is of mixed type; convert it with dpdata into plain deepmd/npy systems first.")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            system = dpdata.LabeledSystem(str(path), fmt="deepmd/npy")
+        system = dpdata.LabeledSystem(str(path), fmt="deepmd/npy")
     except Exception as error:  # what dpdata and NumPy raise by the kind of damage
         raise SourceError(f"{path} cannot be read by dpdata ({brief(error)}).") from error
     data = system.data

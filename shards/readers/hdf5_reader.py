@@ -19,6 +19,9 @@ from hydrazero.shards.readers.symbols import numbers_of
 BLOCK = 256
 """Structures that are read in one go."""
 
+H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
+"""What h5py raises, by the kind of damage."""
+
 PER_ATOM = ("numbers", "positions", "forces")
 
 
@@ -35,12 +38,17 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     except OSError as error:
         raise SourceError(f"{path} is no readable HDF5 file ({brief(error)}); copy it again if it was one.") from error
     with file:
-        source = _Ragged(path, file, settings, h5py.Dataset)
+        try:
+            source = RaggedArrays(path, file, settings, h5py.Dataset)
+        except SourceError:
+            raise
+        except H5_ERRORS as error:
+            raise SourceError(f"{path} is damaged ({brief(error)}); copy it again.") from error
         yield from source.frames(FrameMaker(settings))
 
 
-class _Ragged:
-    """The datasets of one file."""
+class RaggedArrays:
+    """The arrays of one file, of HDF5 or npz."""
 
     def __init__(self, path: Path, file: Any, settings: ReadSettings, dataset: type) -> None:
         self._path = path
@@ -70,6 +78,9 @@ class _Ragged:
                     f"{self._path}: '{names[part]}' has shape {column.shape}, not {wanted} rows as '{self._lengths}' "
                     "and the positions say."
                 )
+        cell = self._columns.get("cell")
+        if cell is not None and int(np.prod(cell.shape[1:])) != 9:
+            raise SourceError(f"{self._path}: '{names['cell']}' has shape {cell.shape}, not (structures, 3, 3).")
 
     def frames(self, maker: FrameMaker) -> Iterator[UnreadFrame]:
         """Come past all structures, a block's arrays being read when the first of its frames is."""
@@ -101,7 +112,7 @@ class _Ragged:
         """Rows of a dataset; raises SourceError where the file is damaged."""
         try:
             return np.asarray(column[first:last])
-        except (OSError, ValueError) as error:
+        except H5_ERRORS as error:
             raise SourceError(
                 f"{self._path}: '{column.name}' cannot be read ({brief(error)}); copy it again."
             ) from error
@@ -117,7 +128,7 @@ class _Ragged:
 class _Block:
     """Some structures in a row, read together when one of them is wanted."""
 
-    def __init__(self, source: _Ragged, first: int, starts: NDArray[np.int64]) -> None:
+    def __init__(self, source: RaggedArrays, first: int, starts: NDArray[np.int64]) -> None:
         self._source, self._first, self._starts = source, first, starts
         self._columns: dict[str, NDArray[Any]] = {}
 

@@ -43,7 +43,7 @@ def _read_list(
             entries = ijson.items(file, "item", use_float=True)
             for number, entry in enumerate(entries):
                 source_id = f"{path.name}#{number}"
-                read = partial(_frame, entry, key, geometry, source_id, maker)
+                read = partial(entry_frame, entry, key, geometry, source_id, maker)
                 yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
         except (*READ_ERRORS, ijson.JSONError) as error:
             raise SourceError(
@@ -53,9 +53,10 @@ def _read_list(
         raise SourceError(f"{path} is no JSON list of objects with '{key}', or an empty one.")
 
 
-def _frame(
+def entry_frame(
     entry: Any, key: str, geometry: Callable[[Mapping[str, Any]], Geometry], source_id: str, maker: FrameMaker
 ) -> Frame:
+    """Make a frame of an entry with a structure under `key`, which `geometry` takes apart; labels by dotted paths."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get(key), Mapping):
         fault = StructureError("unreadable", f"the entry is no object with an object '{key}'")
         return Frame(source_id=source_id, error=fault)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame
+from hydrazero.shards.readers.hdf5_reader import RaggedArrays
 
 LAYOUTS = (
     {"numbers": "z", "positions": "R", "energy": "E", "forces": "F"},
@@ -21,8 +22,14 @@ LAYOUTS = (
 
 
 def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read the frames of an archive; raises SourceError if its keys or shapes do not fit."""
+    """Read the frames of an archive, one molecule in many geometries, or ragged arrays if the settings have columns.
+
+    Raises SourceError if its keys or shapes do not fit.
+    """
     maker = FrameMaker(settings)
+    if settings.columns:
+        yield from RaggedArrays(path, _arrays(path), settings, np.ndarray).frames(maker)
+        return
     columns = _columns(path)
     frames = len(columns["positions"])
 
@@ -42,17 +49,25 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         yield UnreadFrame(source_id=source_id, read=partial(read, number), fraction=(number + 1) / frames)
 
 
-def _columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the arrays of either layout by the names that we use; raises SourceError."""
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read all arrays; raises SourceError."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            keys = list(archive.files)
-            layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(keys)), None)
-            columns = {name: archive[key] for name, key in (layout or {}).items() if key in keys}
+            return {name: archive[name] for name in archive.files}
     except Exception as error:  # OSError, BadZipFile, zlib.error, ValueError, EOFError, ... by the kind of damage
         raise SourceError(f"{path} is no readable npz archive ({error}).") from error
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of either layout by the names that we use; raises SourceError."""
+    arrays = _arrays(path)
+    layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(arrays)), None)
     if layout is None:
-        raise SourceError(f"{path} has the keys {', '.join(keys)}: neither the sGDML nor rMD17 layout.")
+        raise SourceError(
+            f"{path} has the keys {', '.join(arrays)}: neither the sGDML nor rMD17 layout; name its arrays under "
+            "[columns]."
+        )
+    columns = {name: arrays[key] for name, key in layout.items() if key in arrays}
     shape = columns["positions"].shape
     if len(shape) != 3:
         raise SourceError(f"{path}: '{layout['positions']}' has shape {shape}, not (frames, atoms, 3).")

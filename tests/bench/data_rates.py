@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from vesin import NeighborList
 
 from hydrazero.shards.block import block_from_structures
 from hydrazero.shards.block_reader import BlockReader
-from hydrazero.shards.graph import BatchShape
+from hydrazero.shards.graph import BatchShape, GraphBatch
 from hydrazero.shards.manifest import Manifest, write_manifest
 from hydrazero.shards.neighbours import half_pairs, lay_out
 from hydrazero.shards.stream import StreamSettings, TrainStream
@@ -119,7 +118,7 @@ def decode_structures(folder: Path) -> int:
     return sum(1 for block in blocks for row in range(len(block)) if len(block.structure(row)))
 
 
-def pipeline(stream: TrainStream, batches: int) -> int:
+def pipeline(stream: Iterator[GraphBatch], batches: int) -> int:
     """Read, decode, neighbours, pack, tensors, in this process."""
     return sum(int(batch.structure_mask.sum()) for batch in islice(stream, batches))
 
@@ -182,16 +181,19 @@ def worker_memory(folders: list[str]) -> float:
     return float(subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, check=True).stdout)
 
 
+def resident(kind: str) -> float:
+    """MB of this process: 'VmRSS' now, 'VmHWM' at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(kind + ":"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
 def print_worker_memory(folders: list[str]) -> None:
     """What `worker_memory` runs."""
-
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-    before = peak()
+    before = resident("VmRSS")
     settings = StreamSettings(folders=tuple(folders), cutoff=CUTOFF, shape=SHAPES["metals"], workers=0)
-    pipeline(TrainStream(settings, 0, 1), 200)
-    sys.stdout.write(f"{peak() - before}\n")
+    pipeline(iter(TrainStream(settings, 0, 1)), 200)
+    sys.stdout.write(f"{resident('VmHWM') - before}\n")
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def main() -> None:
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
         value = f"{r['value']:,.1f}" if r["value"] >= 20 else f"{r['value']:.3f}"
         table.add_row(r["name"], value, r["unit"], peer, ratio)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

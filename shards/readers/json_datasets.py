@@ -1,0 +1,96 @@
+"""The JSON of two large collections of crystals, MPtrj and Alexandria, read as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.errors import SourceError
+from hydrazero.shards.readers.frames import FrameMaker, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.json_structures import entry_frame, pymatgen_geometry
+from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
+
+Entries = Iterator[tuple[str, Any]]
+"""(name in the file, entry with a 'structure')."""
+
+
+def read_mptrj(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read MPtrj (Deng et al. 2023): material id -> frame id -> entry with a pymatgen structure.
+
+    The frame's field 'material_id' has the first of them. Raises SourceError if the file is laid out otherwise or
+    breaks off.
+    """
+    return _read(path, settings, _by_material)
+
+
+def read_alexandria(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Read Alexandria (Schmidt et al. 2023): 'entries' of ComputedStructureEntry, or relaxation paths by material.
+
+    An entry's `data` are looked through as if they were its own; a path is a list of calculations with 'steps', and its
+    frames have the field 'material_id'. Raises SourceError as `read_mptrj` does.
+    """
+    return _read(path, settings, _alexandria)
+
+
+def _read(path: Path, settings: ReadSettings, entries: Callable[[Any, Any, Path], Entries]) -> Iterator[UnreadFrame]:
+    ijson = optional_module("ijson", "ijson", f"{path}: reading JSON as a stream")
+    maker = FrameMaker(settings)
+    name = "its start"
+    with open_binary(path) as (file, fraction):
+        try:
+            for name, entry in entries(ijson, file, path):
+                source_id = f"{path.name}#{name}"
+                read = partial(entry_frame, entry, "structure", pymatgen_geometry, source_id, maker)
+                yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
+        except (*READ_ERRORS, ijson.JSONError) as error:
+            raise SourceError(
+                f"{path}, after {name}, is no whole JSON file ({brief(error)}); copy it again."
+            ) from error
+
+
+def _by_material(ijson: Any, file: Any, path: Path) -> Entries:
+    for material, frames in ijson.kvitems(file, "", use_float=True):
+        if not isinstance(frames, Mapping):
+            raise SourceError(f"{path}: '{material}' is no object of frames: the file is not laid out as MPtrj is.")
+        for frame, entry in frames.items():
+            yield f"{material}/{frame}", _with_material(entry, material)
+
+
+def _alexandria(ijson: Any, file: Any, path: Path) -> Entries:
+    for key, number, value in _values(ijson, file):
+        if key == "entries":
+            data = value.get("data") if isinstance(value, Mapping) else None
+            yield str(number), {**data, **value} if isinstance(data, Mapping) else value
+            continue
+        for place, calculation in enumerate(value if isinstance(value, list) else [value]):
+            steps = calculation.get("steps") if isinstance(calculation, Mapping) else None
+            if not isinstance(steps, list):
+                raise SourceError(f"{path}: '{key}' has no 'steps': the file is not laid out as Alexandria's are.")
+            for step, entry in enumerate(steps):
+                yield f"{key}/{place}/{step}", _with_material(entry, key)
+
+
+def _with_material(entry: Any, material: str) -> Any:
+    return {**entry, "material_id": material} if isinstance(entry, Mapping) else entry
+
+
+def _values(ijson: Any, file: Any) -> Iterator[tuple[str, int, Any]]:
+    """Yield (key, 0, value) of the outermost object, and ('entries', n, item) for each item of its list `entries`.
+
+    A list of a million entries must not be built before the first is looked at, as reading by keys alone would do.
+    """
+    key, number, depth, builder = "", 0, 0, None
+    for prefix, event, value in ijson.parse(file, use_float=True):
+        if builder is None:
+            if prefix == "" and event == "map_key":
+                key = value
+            if prefix == "" or (prefix == "entries" and event in ("start_array", "end_array")):
+                continue
+            builder, depth = ijson.ObjectBuilder(), 0
+        builder.event(event, value)
+        depth += {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}.get(event, 0)
+        if depth == 0:
+            yield key, number, builder.value
+            number, builder = number + 1, None
