@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ def read_part(job: Job, source: int, part: int, parts: int) -> int:
 
 
 def _write(job: Job, source: int, number: int, chunk: Chunk) -> None:
+    check_one_unit(chunk.structures, job.sources[source])
     write_whole(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype))
 
 
@@ -131,6 +132,47 @@ def _named(frame: Frame, file: str, name: str) -> Frame:
     source_id = name + frame.source_id.removeprefix(file)
     structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
     return replace(frame, source_id=source_id, structure=structure)
+
+
+UNIT_RATIOS = {
+    "eV and Hartree": 27.211386,
+    "eV and Rydberg": 13.605693,
+    "eV and kcal/mol": 23.060548,
+    "eV and kJ/mol": 96.485332,
+    "Hartree and kcal/mol": 627.509474,
+    "Hartree and kJ/mol": 2625.499639,
+    "eV and meV": 1000.0,
+}
+"""Of energies that only differ in their unit."""
+
+SAME_ENERGY = 0.005
+"""Relative difference of total energies of the same atoms that is no more than a change of geometry."""
+
+
+def check_one_unit(structures: Sequence[Structure], source: Path) -> None:
+    """Raise SourceError if structures of the same atoms have energies that differ by the ratio of two units.
+
+    Only where they fall into two groups, each of nearly one energy and of two structures or more: small energies, of
+    which geometry makes most, may differ by any factor.
+    """
+    by_atoms: dict[bytes, list[Structure]] = {}
+    for structure in structures:
+        if structure.energy:
+            by_atoms.setdefault(np.sort(structure.numbers).tobytes(), []).append(structure)
+    for members in by_atoms.values():
+        energies = np.abs([structure.energy for structure in members])
+        high = energies >= np.sqrt(energies.min() * energies.max())
+        groups = energies[high], energies[~high]
+        if min(map(len, groups)) < 2 or any(np.ptp(group) > SAME_ENERGY * group.max() for group in groups):
+            continue
+        ratio = float(np.median(groups[0]) / np.median(groups[1]))
+        for units, expected in UNIT_RATIOS.items():
+            if abs(ratio / expected - 1) < SAME_ENERGY:
+                one, other = members[int(np.argmax(high))], members[int(np.argmin(high))]
+                raise SourceError(
+                    f"{source}: {one.source_id} and {other.source_id} hold the same atoms, and their energies differ by "
+                    f"a factor of {ratio:.5g}, that of {units}: part the source by units and convert each on its own."
+                )
 
 
 class ChunkFile:

@@ -136,6 +136,22 @@ def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
     assert "element11/data.xyz" in read_manifest(tmp_path / "out").source["files"]
 
 
+def test_mixed_units_in_one_source(tmp_path):
+    frames = molecules(40)
+    for number, atoms in enumerate(frames):
+        atoms.info["total"] = -2040.0 - 0.01 * number  # the size of total energies, in eV
+        if number >= 24:
+            atoms.info["total"] /= 27.211386
+    source = write_extxyz(tmp_path / "mixed.xyz", frames)
+    config = '[fields]\nenergy = "total"\n'
+    refused(source, tmp_path / "out", config=config, words=("mixed.xyz#0", "mixed.xyz#24", "eV and Hartree"))
+    refused(source, tmp_path / "out", config=config + "[split]\nval = 0.3\n", words=("add up to 1",))
+    write_extxyz(source, frames[:24])
+    (tmp_path / "settings.toml").write_text(config)
+    options = ["--task", "t", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "settings.toml")]
+    assert CliRunner().invoke(main, ["convert", str(source), *options]).exit_code == 0
+
+
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 def test_a_failure_while_writing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch, kind):
     source = write_extxyz(tmp_path / "a.xyz", molecules(40))

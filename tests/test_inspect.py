@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.data import chemical_symbols
+from ase.neighborlist import neighbor_list
 from click.testing import CliRunner
 from rich.console import Console
 from sources import make_shards, metals, molecules
 
+from hydrazero.shards.block_reader import BlockReader
+from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.inspection import describe, size_bins
-from hydrazero.shards.manifest import read_manifest
+from hydrazero.shards.manifest import SPLITS, read_manifest
+from hydrazero.shards.periodic_table import place_of
+from hydrazero.shards.stream import StreamSettings, TrainStream
 from hydrazero.trainer.cli import main
 
 
@@ -69,3 +78,94 @@ def test_size_bins_lose_nothing():
         histogram = {int(size): int(size) + 1 for size in generator.integers(1, largest + 1, 20)}
         bins = size_bins(histogram)
         assert len(bins) <= 12 and sum(count for _, count in bins) == sum(histogram.values())
+
+
+def test_outliers_and_neighbours_are_true(shards):
+    """Against the structures themselves, with ASE's neighbour list."""
+    manifest = read_manifest(shards)
+    reader = {split: BlockReader(shards, split) for split in SPLITS}
+    blocks = [block for one in reader.values() for block in (one.read(n) for n in range(len(one)))]
+    structures = [block.structure(row) for block in blocks for row in range(len(block))]
+    largest = max((s for s in structures), key=lambda s: np.linalg.norm(s.forces, axis=1).max())
+    (first, *_) = manifest.outliers["force_norm"]
+    assert first.source_id == largest.source_id
+    assert first.value == pytest.approx(np.linalg.norm(largest.forces, axis=1).max(), rel=1e-6)
+    degrees: Counter[int] = Counter()
+    for s in structures:
+        atoms = Atoms(numbers=s.numbers, positions=s.positions, cell=s.cell, pbc=s.pbc)
+        degrees.update(np.bincount(neighbor_list("i", atoms, 5.0), minlength=len(atoms)).tolist())
+    assert manifest.degrees["5"].histogram == degrees
+    training = [
+        s
+        for block in (reader["train"].read(n) for n in range(len(reader["train"])))
+        for s in (block.structure(row) for row in range(len(block)))
+    ]
+    residual = np.array(
+        [
+            (s.energy - sum(manifest.reference_energies[chemical_symbols[z]] for z in s.numbers)) / len(s)
+            for s in training
+        ]
+    )
+    label = manifest.labels["energy_residual_per_atom"]
+    assert label.rms == pytest.approx(np.sqrt((residual**2).mean()), rel=1e-9)
+    assert sum(manifest.distributions["energy_residual_per_atom"].counts) == len(training)
+
+
+def test_several_tasks_side_by_side(shards, tmp_path):
+    other = make_shards(tmp_path, "metals", metals(40))
+    result = CliRunner().invoke(main, ["inspect", str(shards), str(other)])
+    assert result.exit_code == 0 and "2 tasks, 123 structures" in result.stdout
+    assert any(
+        line.split()[:2] == ["metals", str(read_manifest(other).structures("train"))]
+        for line in result.stdout.splitlines()
+        if line.strip()
+    )
+    facts = json.loads(CliRunner().invoke(main, ["inspect", str(shards), str(other), "--json"]).stdout)
+    assert [one["task"] for one in facts] == ["emt", "metals"]
+    page = tmp_path / "tasks.html"
+    assert CliRunner().invoke(main, ["inspect", str(shards), str(other), "--html", str(page)]).exit_code == 0
+    text = page.read_text()
+    assert (
+        text.count("data:image/png;base64,") == 3
+        and "<td>metals</td>" in text
+        and "http" not in text.split("<body>")[0]
+    )
+    twice = CliRunner().invoke(main, ["inspect", str(shards), str(shards)])
+    assert twice.exit_code == 1 and "hold a task 'emt'" in twice.stderr
+
+
+def test_a_proposed_batch_holds_what_it_says(shards, tmp_path):
+    other = make_shards(tmp_path, "metals", metals(60))
+    arguments = ["inspect", str(shards), str(other), "--propose-batch", "--structures", "24"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    shape = BatchShape(**tomllib.loads(result.stdout)["batch"])
+    settings = StreamSettings(folders=(str(shards), str(other)), cutoff=5.0, shape=shape, workers=0)
+    batches = [batch for _, batch in zip(range(40), TrainStream(settings, 0, 1), strict=False)]
+    filled = np.mean([int(batch.atom_mask.sum()) for batch in batches]) / shape.atoms
+    claimed = float(result.stdout.split("# fills ")[1].split("%")[0]) / 100
+    assert filled == pytest.approx(claimed, abs=0.05) and filled > 0.85
+    assert np.mean([len(batch.names) for batch in batches]) == pytest.approx(24, rel=0.25)
+    small = CliRunner().invoke(main, [*arguments, "--memory", "0.01"])
+    assert small.exit_code == 1 and "ask for fewer --structures" in small.stderr
+    off = CliRunner().invoke(main, [*arguments, "--cutoff", "7"])
+    assert off.exit_code == 1 and "degree_cutoffs = [7]" in off.stderr
+
+
+def test_elements_stand_where_they_should():
+    assert [place_of(z) for z in (1, 2, 3, 5, 13, 21, 29, 57, 71, 72, 103, 104, 118)] == [
+        (0, 0),
+        (0, 17),
+        (1, 0),
+        (1, 12),
+        (2, 12),
+        (3, 2),
+        (3, 10),
+        (7, 2),
+        (7, 16),
+        (5, 3),
+        (8, 16),
+        (6, 3),
+        (6, 17),
+    ]
+    assert len({place_of(z) for z in range(1, 119)}) == 118
