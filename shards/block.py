@@ -7,7 +7,7 @@ Energies and cells are always float64, positions, forces and stress float32 or f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -92,6 +92,7 @@ class StructureBlock:
 def block_from_structures(structures: Sequence[Structure], *, float_dtype: str = "float32") -> StructureBlock:
     """Put structures into columns; `float_dtype` ('float32' or 'float64') holds positions, forces and stress."""
     dtype = np.dtype(float_dtype)
+    structures = structures if dtype == np.float64 else [_near_origin(s) for s in structures]
     nan_stress = np.full((3, 3), np.nan)
     forces = stress = None
     if any(s.forces is not None for s in structures):
@@ -113,6 +114,27 @@ def block_from_structures(structures: Sequence[Structure], *, float_dtype: str =
         stress=stress,
         source_ids=np.frombuffer(names.encode(), dtype=np.uint8),
     )
+
+
+FAR = 100.0
+"""Å; float32 holds coordinates beyond it to no more than 1e-5 Å."""
+
+
+def _near_origin(structure: Structure) -> Structure:
+    """Move a structure that is far out, as unwrapped trajectories are, by whole cells and, where open, to its mean."""
+    if np.abs(structure.positions).max(initial=0.0) <= FAR:
+        return structure
+    positions = structure.positions.copy()
+    if structure.pbc.any():
+        vectors = structure.cell[structure.pbc]
+        positions -= np.floor(positions @ np.linalg.pinv(vectors)) @ vectors
+    if not structure.pbc.all():
+        open_part = np.eye(3)
+        if structure.pbc.any():
+            vectors = structure.cell[structure.pbc]
+            open_part -= np.linalg.pinv(vectors) @ vectors
+        positions -= positions.mean(axis=0) @ open_part
+    return replace(structure, positions=positions)
 
 
 def columns_of(block: StructureBlock) -> dict[str, NDArray[Any]]:

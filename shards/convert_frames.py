@@ -160,7 +160,7 @@ def check_one_unit(structures: Sequence[Structure], source: Path) -> None:
         if structure.energy:
             by_atoms.setdefault(np.sort(structure.numbers).tobytes(), []).append(structure)
     for members in by_atoms.values():
-        energies = np.abs([structure.energy for structure in members])
+        energies = np.abs([structure.energy or 0.0 for structure in members])
         high = energies >= np.sqrt(energies.min() * energies.max())
         groups = energies[high], energies[~high]
         if min(map(len, groups)) < 2 or any(np.ptp(group) > SAME_ENERGY * group.max() for group in groups):
@@ -170,8 +170,8 @@ def check_one_unit(structures: Sequence[Structure], source: Path) -> None:
             if abs(ratio / expected - 1) < SAME_ENERGY:
                 one, other = members[int(np.argmax(high))], members[int(np.argmin(high))]
                 raise SourceError(
-                    f"{source}: {one.source_id} and {other.source_id} hold the same atoms, and their energies differ by "
-                    f"a factor of {ratio:.5g}, that of {units}: part the source by units and convert each on its own."
+                    f"{source}: {one.source_id} and {other.source_id} hold the same atoms, with energies a "
+                    f"factor of {ratio:.5g} apart, that of {units}: part the source by units, convert each alone."
                 )
 
 

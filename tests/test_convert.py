@@ -196,3 +196,18 @@ def test_manifest_facts_are_true(tmp_path):
     training = np.concatenate([s.forces.reshape(-1) for s in all_structures(folder)["train"]])
     assert manifest.labels["forces"].rms == pytest.approx(float(np.sqrt((training**2).mean())), rel=1e-6)
     assert json.loads((folder / "manifest.json").read_text())["units"]["energy"] == "eV"
+
+
+@pytest.mark.parametrize("pbc", [(True, True, True), (True, True, False), (False, False, False)])
+def test_coordinates_far_out_keep_their_digits(pbc):
+    """An unwrapped trajectory, 10,000 Å out, in float32: distances within a structure to 1e-4 Å."""
+    generator = np.random.default_rng(2)
+    cell = np.array([[8.0, 0.0, 0.0], [1.0, 9.0, 0.0], [0.0, 2.0, 10.0]])
+    near = generator.uniform(0.2, 7.0, (5, 3))
+    moved = near + np.array([10_000.0, -20_000.0, 30_000.0])
+    moved[2] += 1000 * cell[0] if pbc[0] else 0.0
+    made = Structure(numbers=np.full(5, 6, dtype=np.uint8), positions=moved, cell=cell, pbc=np.array(pbc))
+    stored = block_from_structures([made]).structure(0)
+    ours = Atoms("C5", positions=stored.positions, cell=cell, pbc=pbc).get_all_distances(mic=any(pbc))
+    true = Atoms("C5", positions=near, cell=cell, pbc=pbc).get_all_distances(mic=any(pbc))
+    np.testing.assert_allclose(ours, true, atol=1e-4)
