@@ -21,6 +21,7 @@ from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.io.trajectory import Trajectory
 from click.testing import CliRunner, Result
 
 from hydrazero.shards.block_reader import BlockReader
@@ -217,18 +218,28 @@ def test_mptrj(tmp_path):
 
 
 def write_alexandria(folder: Path) -> list[Path]:
-    """Entries of relaxed crystals, and a path of steps; one entry is no crystal, one step's site is shared."""
+    """Entries of relaxed crystals, with forces at the sites, and a path of steps.
+
+    Entry 5 has no forces, 7 has them at some of its sites, the last is no crystal; one site of a step is shared.
+    """
     entries: list[Any] = [
         {
             "@class": "ComputedStructureEntry",
             "energy": energy_of(number),
             "composition": {"Cu": 4.0},
             "correction": 0.0,
-            "data": {"mat_id": f"agm{number:09d}", "spg": 225},
+            "data": {"mat_id": f"agm{number:09d}", "spg": 225, "stress": VASP_STRESS.tolist(), "energy_corrected": 0.0},
             "structure": pymatgen_dict(atoms),
         }
         for number, atoms in enumerate(crystals())
     ]
+    for number, entry in enumerate(entries):
+        sites = entry["structure"]["sites"]
+        if number == 5:
+            continue
+        for site, force in zip(sites, forces_of(len(sites), number).tolist(), strict=True):
+            site["properties"] = {"magmom": 0.0, "charge": 0.1, "forces": force}
+    del entries[7]["structure"]["sites"][2]["properties"]["forces"]
     entries.append({"energy": 1.0, "structure": "lost"})
     first = folder / "alexandria_000.json.bz2"
     first.write_bytes(bz2.compress(json.dumps({"entries": entries}).encode()))
@@ -252,10 +263,13 @@ def write_alexandria(folder: Path) -> list[Path]:
 
 def test_alexandria(tmp_path):
     found = converted("alexandria", tmp_path / "out", *write_alexandria(tmp_path))
-    assert read_manifest(tmp_path / "out").set_aside == {"disordered": 1, "unreadable": 1}
-    assert len(found) == COUNT + 3
-    entry = found["alexandria_000.json.bz2#5"]
-    assert entry.energy == energy_of(5) and entry.forces is None
+    assert read_manifest(tmp_path / "out").set_aside == {"disordered": 1, "forces_shape": 1, "unreadable": 1}
+    assert len(found) == COUNT - 1 + 3
+    assert found["alexandria_000.json.bz2#5"].forces is None
+    entry = found["alexandria_000.json.bz2#4"]
+    assert entry.energy == energy_of(4)
+    np.testing.assert_allclose(entry.forces, forces_of(len(entry), 4), rtol=1e-6)
+    np.testing.assert_allclose(entry.stress, ASE_STRESS, rtol=1e-6)
     step = found["alexandria_geo_opt_000.json.bz2#agm000000001/0/1"]
     assert step.energy == energy_of(101)
     np.testing.assert_allclose(step.stress, ASE_STRESS, rtol=1e-6)
@@ -476,36 +490,64 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "qcml": write_qcml_parquet,
 }
 
-OTHER_FILES = {
-    "ani1x": "mptrj",
-    "qm7x": "ani1x",
-    "transition1x": "qm7x",
-    "mptrj": "alexandria",
-    "alexandria": "mptrj",
-    "oc20": "nabla2dft",
-    "oc22": "ani1x",
-    "odac23": "qm7x",
-    "oc25": "nabla2dft",
-    "omat24": "mptrj",
-    "omol25-neutral": "oc20",
-    "omol25-charged": "ani1x",
-    "opoly26": "qcml",
-    "nabla2dft": "transition1x",
-    "qcml": "ani1x",
-}
-"""Preset -> dataset whose file it is pointed at by mistake."""
+LIKE = {"oc22": {"oc20"}, "odac23": {"oc20"}}
+"""Preset -> datasets whose files are laid out as its own."""
 
 
-def test_every_preset_is_tried_on_another_datasets_file():
-    assert sorted(OTHER_FILES) == preset_names()
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_preset_on_another_datasets_file(tmp_path, preset):
+    for other in WRITERS.keys() - {preset} - LIKE.get(preset, set()):
+        folder = tmp_path / other
+        folder.mkdir()
+        result = convert(preset, tmp_path / "out", WRITERS[other](folder), options=())
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (other, result.exception)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("Error")]
+        assert len(lines) == 1 and "b'" not in lines[0] and "\\x" not in lines[0], (other, lines)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.part*")), other
 
 
-@pytest.mark.parametrize(("preset", "other"), OTHER_FILES.items())
-def test_a_preset_on_another_datasets_file(tmp_path, preset, other):
-    result = convert(preset, tmp_path / "out", WRITERS[other](tmp_path), options=())
-    lines = [line for line in result.stderr.splitlines() if line.startswith("Error")]
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
-    assert len(lines) == 1 and not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.part*")), lines
+@pytest.mark.parametrize(
+    ("preset", "other", "missing"),
+    [
+        ("ani1x", "qm7x", "no group with 'atomic_numbers' and 'coordinates'"),
+        ("qm7x", "transition1x", "no group with 'atNUM' and 'atXYZ'"),
+        ("transition1x", "ani1x", "no group with 'atomic_numbers' and 'positions'"),
+        ("mptrj", "alexandria", "'entries' is no object of frames"),
+        ("alexandria", "mptrj", "'mp-0' has no 'steps'"),
+    ],
+)
+def test_a_like_format_of_another_dataset_is_told_by_its_keys(tmp_path, preset, other, missing):
+    result = convert(preset, tmp_path / "out", WRITERS[other](tmp_path))
+    assert result.exit_code == 1 and missing in result.stderr, result.stderr
+
+
+def test_frames_of_molecules_are_no_omat24(tmp_path):
+    frames = []
+    for number, atoms in enumerate(waters()):
+        atoms.calc = SinglePointCalculator(atoms, energy=energy_of(number), forces=forces_of(3, number))
+        frames.append((atoms, {"charge": 0, "spin": 1}))
+    result = convert("omat24", tmp_path / "out", write_aselmdb(tmp_path / "train", frames), options=())
+    assert result.exit_code == 1 and "the frame has no stress (field 'stress')" in result.stderr
+
+
+def test_folders_of_files_with_unlike_suffixes(tmp_path):
+    """QM7-X's 1000.xz, beside a text; OC22's trajectories, whose fixed atoms keep their forces."""
+    qm7x = tmp_path / "qm7x"
+    qm7x.mkdir()
+    (qm7x / "README.txt").write_text("no HDF5")
+    packed = write_qm7x(qm7x)
+    packed.with_suffix(".h5").unlink()
+    assert len(converted("qm7x", tmp_path / "out", qm7x)) == COUNT - 1
+    oc22 = tmp_path / "raw_trajs"
+    oc22.mkdir()
+    for part in range(4):
+        with Trajectory(oc22 / f"{part}.traj", "w") as file:
+            for atoms in slabs()[3 * part : 3 * part + 3]:
+                atoms.set_constraint(FixAtoms([0]))
+                file.write(atoms)
+    found = converted("oc22", tmp_path / "out22", oc22)
+    assert len(found) == COUNT
+    np.testing.assert_allclose(found["2.traj#1"].forces, forces_of(3, 7), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", WRITERS)

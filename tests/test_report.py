@@ -32,7 +32,7 @@ def made_run(folder: Path, *, evaluated: bool = True) -> Path:
     lines = []
     for step in range(1, 21):
         task = {"energy_loss": 1 / step, "forces_loss": None if step % 2 else 1 / step, "structures": 3}
-        rates = {"structures_per_s": 10.0, "atoms_per_s": 99.0, "data_wait_share": 0.1}
+        rates = {"structures_per_s": 10.0, "atoms_per_s": 99.0, "data_wait_share": 0.1, "skipped_structures": 1207}
         lines.append({"kind": "train", "step": step, "loss": 1.0, "tasks": {"a<b>": task, "plain": task}, **rates})
     error = {"energy_mae_mev_per_atom": 3.0, "force_mae_mev_per_angstrom": None, "structures": 4}
     lines.append({"kind": "evaluation", "split": "val", "step": 20, "tasks": {"plain": error}})
@@ -117,3 +117,7 @@ def test_truncate_leaves_what_came_before(tmp_path):
     run = made_run(tmp_path / "run")
     truncate_metrics(run, 7)
     assert [row["step"] for row in read_metrics(run)] == list(range(1, 8))
+
+
+def test_skipped_structures_are_told(tmp_path):
+    assert "1,207 training structures were skipped" in write_report(made_run(tmp_path)).read_text()

@@ -22,10 +22,12 @@ from sources import labelled, make_shards, metals, molecules
 from structures import rattled_molecule
 
 from hydrazero.models import load_model
+from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer import loop
 from hydrazero.trainer.checkpoint import latest_checkpoint, model_of_run
 from hydrazero.trainer.cli import main
 from hydrazero.trainer.distributed import free_port
+from hydrazero.trainer.report import write_report
 from hydrazero.trainer.run_files import read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -251,6 +253,26 @@ def test_charges_that_the_model_does_not_see_are_told(data, tmp_path):
     assert "task 'metals' has" not in result.stderr
 
 
+def test_damaged_blocks_stop_the_run_or_are_skipped_and_counted(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("hydrazero.shards.block_reader.RETRY_AFTER", ())
+    for task in ("molecules", "metals"):
+        shutil.copytree(data / task, tmp_path / task)
+    shard = read_manifest(tmp_path / "metals").splits["train"][0]
+    content = bytearray((tmp_path / "metals" / shard.file).read_bytes())
+    content[shard.block_offsets[0] + 3000] ^= 0xFF
+    (tmp_path / "metals" / shard.file).write_bytes(content)
+    run = write_run(tmp_path, tmp_path)
+    result = CliRunner().invoke(main, ["train", str(run), "--set", "data.workers=0", "--set", "train.steps=2"])
+    assert result.exit_code != 0 and "metals/train-000000.tar, block 0" in result.stderr
+    skip = ("--set", "data.on_bad_shard=skip", "--set", "data.workers=0", "--set", f"run.out={tmp_path / 'skipping'}")
+    result = in_process(run, *skip)
+    rows = [row for row in read_metrics(tmp_path / "skipping") if row["kind"] == "train"]
+    assert rows[-1]["skipped_structures"] >= shard.block_structures[0]
+    assert "training structures are skipped so far: shard" in result.stderr
+    assert {row["tasks"].get("metals", {}).get("structures", 0) for row in rows} == {0}
+    assert "structures were skipped" in write_report(tmp_path / "skipping").read_text()
+
+
 def test_the_deepspeed_launcher_starts_the_same_job(data, finished, tmp_path):
     run = write_run(tmp_path, data)
     launcher = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
@@ -272,7 +294,7 @@ def test_one_rank_without_a_launcher_accumulating_twice_equals_two_ranks(data, f
     run = write_run(tmp_path, data)
     changes = ("--set", "data.workers=2", "--set", "deepspeed.gradient_accumulation_steps=2")
     succeeded(start(BIN / "hydrazero", "train", run, *changes))
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_structures(data, tmp_path):

@@ -102,7 +102,10 @@ def _table(tasks: dict[str, Any]) -> str:
 def _training_parts(run: RunData) -> list[str]:
     if not run.rows("train"):
         return ["<h2>Training</h2><p>No step has been logged yet.</p>"]
+    skipped = max(row.get("skipped_structures", 0) for row in run.rows("train"))
+    note = f"<p>{skipped:,} training structures were skipped: blocks of shards that could not be read.</p>"
     return [
+        *([note] if skipped else []),
         "<h2>Losses</h2>",
         _picture(loss_curves(run), "losses and validation errors over steps", wide=True),
         "<h2>Throughput</h2>",

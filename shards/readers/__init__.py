@@ -51,9 +51,11 @@ BY_SUFFIX = {
     ".tar": "extxyz_tar",
     ".tgz": "extxyz_tar",
     ".parquet": "parquet",
+    ".traj": "ase",
 }
 SUFFIXES_OF = {
-    "hdf5_groups": (".h5", ".hdf5"),
+    # QM7-X packs its files as '1000.xz'.
+    "hdf5_groups": (".h5", ".hdf5", ".xz"),
     "mptrj": (".json",),
     "alexandria": (".json",),
     "pymatgen": (".json",),
@@ -99,7 +101,8 @@ def _sources_in(folder: Path, name: str | None) -> list[Path]:
     else:
         suffixes = {suffix for suffix, guessed in BY_SUFFIX.items() if name in (None, guessed)}
         suffixes |= set(SUFFIXES_OF.get(name or "", ()))
-        found = [path for path in folder.rglob("*") if path.is_file() and plain_suffix(path) in suffixes]
+        files = (path for path in folder.rglob("*") if path.is_file())
+        found = [path for path in files if {plain_suffix(path), path.suffix.lower()} & suffixes]
         wanted = f"file with the suffix {' or '.join(sorted(suffixes))}" if suffixes else f"known suffix of '{name}'"
     if not found:
         raise SourceError(f"folder {folder} holds no {wanted}; name the files themselves.")

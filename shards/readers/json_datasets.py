@@ -28,8 +28,9 @@ def read_mptrj(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 def read_alexandria(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read Alexandria (Schmidt et al. 2023): 'entries' of ComputedStructureEntry, or relaxation paths by material.
 
-    An entry's `data` are looked through as if they were its own; a path is a list of calculations with 'steps', and its
-    frames have the field 'material_id'. Raises SourceError as `read_mptrj` does.
+    An entry's `data` are looked through as if they were its own, and its forces are those of the structure's sites; a
+    path is a list of calculations with 'steps', and its frames have the field 'material_id'. Raises SourceError as
+    `read_mptrj` does.
     """
     return _read(path, settings, _alexandria)
 
@@ -46,8 +47,14 @@ def _read(path: Path, settings: ReadSettings, entries: Callable[[Any, Any, Path]
                 yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
         except (*READ_ERRORS, ijson.JSONError) as error:
             raise SourceError(
-                f"{path}, after {name}, is no whole JSON file ({brief(error)}); copy it again."
+                f"{path}, after {name}, is no JSON or breaks off ({_cause(error)}); copy it again if it was whole."
             ) from error
+
+
+def _cause(error: Exception) -> str:
+    """First line of an error's text; the parser gives bytes, of the file too, where these are no text."""
+    text = error.args[0] if error.args else ""
+    return text.decode("ascii", "replace").splitlines()[0] if isinstance(text, bytes) and text else brief(error)
 
 
 def _by_material(ijson: Any, file: Any, path: Path) -> Entries:
@@ -61,8 +68,7 @@ def _by_material(ijson: Any, file: Any, path: Path) -> Entries:
 def _alexandria(ijson: Any, file: Any, path: Path) -> Entries:
     for key, number, value in _values(ijson, file):
         if key == "entries":
-            data = value.get("data") if isinstance(value, Mapping) else None
-            yield str(number), {**data, **value} if isinstance(data, Mapping) else value
+            yield str(number), _relaxed(value)
             continue
         for place, calculation in enumerate(value if isinstance(value, list) else [value]):
             steps = calculation.get("steps") if isinstance(calculation, Mapping) else None
@@ -70,6 +76,19 @@ def _alexandria(ijson: Any, file: Any, path: Path) -> Entries:
                 raise SourceError(f"{path}: '{key}' has no 'steps': the file is not laid out as Alexandria's are.")
             for step, entry in enumerate(steps):
                 yield f"{key}/{place}/{step}", _with_material(entry, key)
+
+
+def _relaxed(entry: Any) -> Any:
+    """A ComputedStructureEntry with its `data` as its own, and as 'forces' what the sites' properties have."""
+    if not isinstance(entry, Mapping):
+        return entry
+    data, structure = entry.get("data"), entry.get("structure")
+    sites = structure.get("sites") if isinstance(structure, Mapping) else None
+    properties = [site.get("properties") for site in sites or () if isinstance(site, Mapping)]
+    forces = [each.get("forces") if isinstance(each, Mapping) else None for each in properties]
+    # Where some sites have forces and others none, the list stays as it is: the frame is bad.
+    labels = {"forces": forces} if any(force is not None for force in forces) else {}
+    return {**labels, **(data if isinstance(data, Mapping) else {}), **entry}
 
 
 def _with_material(entry: Any, material: str) -> Any:
