@@ -13,7 +13,7 @@ from hydrazero.shards.readers.frames import ASE_STRESS_ORDER, FieldNames, ReadSe
 from hydrazero.shards.settings_parser import parse_settings
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
 
-LABELS = ("energy", "forces", "stress")
+LABELS = ("energy", "forces", "stress", "charge", "multiplicity")
 GROUPS = ("geometry", "composition", "file")
 
 

@@ -530,6 +530,15 @@ def test_frames_of_molecules_are_no_omat24(tmp_path):
     assert result.exit_code == 1 and "the frame has no stress (field 'stress')" in result.stderr
 
 
+def test_crystals_are_no_opoly26(tmp_path):
+    frames = []
+    for number, atoms in enumerate(crystals()):
+        atoms.calc = SinglePointCalculator(atoms, energy=energy_of(number), forces=forces_of(len(atoms), number))
+        frames.append((atoms, {"sid": f"agm{number}"}))
+    result = convert("opoly26", tmp_path / "out", write_aselmdb(tmp_path / "train", frames), options=())
+    assert result.exit_code == 1 and "the frame has no charge (field 'charge')" in result.stderr
+
+
 def test_folders_of_files_with_unlike_suffixes(tmp_path):
     """QM7-X's 1000.xz, beside a text; OC22's trajectories, whose fixed atoms keep their forces."""
     qm7x = tmp_path / "qm7x"

@@ -54,7 +54,7 @@ class ReadSettings:
     """Part of a structure -> where it is in the source: 'numbers', 'positions', 'cell', 'pbc', the labels, and for
     ragged arrays 'ptr' or 'n_atoms'; any further name becomes a field of the frame."""
     require: tuple[str, ...] = ()
-    """Labels without which a frame is bad: of 'energy', 'forces', 'stress'."""
+    """Labels without which a frame is bad: of 'energy', 'forces', 'stress', 'charge', 'multiplicity'."""
     absent_if_zero: tuple[str, ...] = ()
     """Labels, of 'forces' and 'stress', that a source fills with zeros where it has none."""
     energy_per_atom: bool = False
@@ -101,8 +101,9 @@ class RawFrame:
     stress: Any = None
     """[3, 3], [9] or [6] in the order of the settings."""
     virial: Any = None
-    charge: Any = 0
-    multiplicity: Any = 0
+    charge: Any = None
+    """Counts as 0 where it is None, unless it is required; likewise the multiplicity."""
+    multiplicity: Any = None
 
 
 class FrameMaker:
@@ -120,7 +121,7 @@ class FrameMaker:
         try:
             structure = self._structure(raw, source_id)
             check_structure(structure)
-            self._check_required(structure)
+            self._check_required(raw, structure)
         except StructureError as error:
             return Frame(source_id=source_id, error=error, info=info)
         return Frame(source_id=source_id, structure=structure, info=info)
@@ -173,9 +174,10 @@ class FrameMaker:
             return array[self._places]
         raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not (3, 3), (9,) or (6,)")
 
-    def _check_required(self, structure: Structure) -> None:
+    def _check_required(self, raw: RawFrame, structure: Structure) -> None:
         for label in self.settings.require:
-            if getattr(structure, label) is None:
+            # A structure has a charge and a multiplicity whether its source says them or not.
+            if getattr(raw if label in ("charge", "multiplicity") else structure, label) is None:
                 name = getattr(self.settings.fields, label)
                 raise StructureError(f"no_{label}", f"the frame has no {label} (field '{name}')")
 
