@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hydrazero.shards.block_reader import BlockCache, BlockReader
 from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
+from hydrazero.shards.handover import HandedBatch, from_buffer, to_buffer
 from hydrazero.shards.packing import Packer, pack
 from hydrazero.shards.plan import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
 from hydrazero.shards.stream_state import (
@@ -106,14 +107,14 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
     def __init__(self, settings: StreamSettings, rank: int, ranks: int, start: StreamStart) -> None:
         self.settings, self.rank, self.ranks, self.start = settings, rank, ranks, start
 
-    def __iter__(self) -> Iterator[GraphBatch | HydrazeroError]:
+    def __iter__(self) -> Iterator[HandedBatch | HydrazeroError]:
         # An error for the user is handed over as it is: raised here, it would arrive wrapped in a traceback's text.
         try:
             yield from self._batches()
         except HydrazeroError as error:
             yield error
 
-    def _batches(self) -> Iterator[GraphBatch]:
+    def _batches(self) -> Iterator[HandedBatch]:
         info = torch.utils.data.get_worker_info()
         # The DataLoader asks its workers in turn from worker 0 on; after a resume that is the lane whose turn it is.
         worker = ((info.id if info else 0) + self.start.turns[self.rank]) % self.settings.lanes_per_rank
@@ -121,7 +122,7 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
         reader = SplitReader(self.settings, "train")
         for batch in lane_batches(reader, self.start.deal, lane, self.start.lanes[lane]):
             batch.place["worker"] = worker
-            yield batch
+            yield to_buffer(batch)
 
 
 def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -> Iterator[GraphBatch]:
@@ -174,10 +175,11 @@ class TrainStream:
         )
 
     def __iter__(self) -> Iterator[GraphBatch]:
-        for batch in self._loader:
-            if isinstance(batch, HydrazeroError):
-                batch.on_every_rank = False
-                raise batch
+        for handed in self._loader:
+            if isinstance(handed, HydrazeroError):
+                handed.on_every_rank = False
+                raise handed
+            batch = from_buffer(handed)
             worker = batch.place["worker"]
             self._lanes[worker] = batch.place["state"]
             self._skipped[worker] = batch.place["skipped"]
