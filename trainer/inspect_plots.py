@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
@@ -18,7 +17,6 @@ from hydrazero.shards.manifest import Histogram, Manifest
 from hydrazero.shards.periodic_table import COLUMNS, ROWS, place_of
 
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#447799", "#998822", "#884444")
-LINES = ("-", "--", ":", "-.")
 
 
 def element_map(manifests: Sequence[Manifest]) -> Figure:
@@ -74,41 +72,44 @@ def elements_of_tasks(manifests: Sequence[Manifest]) -> Figure:
 
 
 def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
-    """Sizes, energies less references, force norms, neighbours: a line per task, each of area or height one."""
-    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    """Sizes, energies less references, force norms, neighbours: a row per task, each of height one."""
+    height = 2.2 + 0.3 * len(manifests)
+    figure = Figure(figsize=(11, 2 * height), layout="constrained")
     axes = [figure.add_subplot(2, 2, number + 1) for number in range(4)]
     for number, manifest in enumerate(manifests):
-        line = LINES[number // len(COLOURS) % len(LINES)]
-        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linestyle": line}
-        _size_line(axes[0], manifest, style)
-        _histogram_line(axes[1], manifest.distributions.get("energy_residual_per_atom"), style)
-        _histogram_line(axes[2], manifest.distributions.get("force_norm"), style)
+        row = len(manifests) - 1 - number
+        colour = COLOURS[number % len(COLOURS)]
+        sizes = sorted(manifest.size_histogram)
+        heights = np.array([manifest.size_histogram[size] for size in sizes], dtype=float)
+        axes[0].vlines(sizes, row, row + 0.9 * heights / heights.max(), color=colour, linewidth=1.6)
+        _ridge(axes[1], manifest.distributions.get("energy_residual_per_atom"), row, colour)
+        _ridge(axes[2], manifest.distributions.get("force_norm"), row, colour)
         degrees = manifest.degrees.get(cutoff)
         if degrees is not None:
-            most = max(degrees.histogram, default=0)
-            heights = np.array([degrees.histogram.get(degree, 0) for degree in range(most + 1)], dtype=float)
-            axes[3].step(range(most + 1), heights / heights.max(), where="mid", linewidth=1.3, **style)
-    axes[0].set(title="atoms per structure", xlabel="atoms", ylabel="structures, of the most frequent", xscale="log")
-    axes[1].set(title="energy less references (training)", xlabel="eV/atom", ylabel="structures")
+            edges = np.arange(max(degrees.histogram, default=0) + 2) - 0.5
+            counts = [degrees.histogram.get(degree, 0) for degree in range(len(edges) - 1)]
+            _ridge(axes[3], Histogram(edges=edges.tolist(), counts=counts), row, colour)
+    axes[0].set(title="atoms per structure", xlabel="atoms", xscale="log")
+    axes[1].set(title="energy less references (training)", xlabel="eV/atom")
     axes[1].set_xscale("symlog", linthresh=0.1)
-    axes[2].set(title="force norm (training)", xlabel="eV/Å", ylabel="atoms", xscale="log")
-    axes[3].set(title=f"neighbours within {cutoff} Å", xlabel="neighbours", ylabel="atoms")
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.5)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=8)
+    axes[2].set(title="force norm (training)", xlabel="eV/Å", xscale="log")
+    axes[3].set(title=f"neighbours within {cutoff} Å", xlabel="neighbours")
+    axes[3].set_xscale("symlog", linthresh=50)
+    for place, ax in enumerate(axes):
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.grid(axis="x", alpha=0.25, linewidth=0.5)
+        names = [manifest.task for manifest in manifests] if place % 2 == 0 else [""] * len(manifests)
+        ax.set_yticks(range(len(manifests)), names[::-1], fontsize=8)
+        ax.tick_params(axis="y", length=0)
+        ax.set_ylim(-0.1, len(manifests))
     return figure
 
 
-def _size_line(ax: Axes, manifest: Manifest, style: dict[str, Any]) -> None:
-    sizes = sorted(manifest.size_histogram)
-    heights = np.array([manifest.size_histogram[size] for size in sizes], dtype=float)
-    ax.plot(sizes, heights / heights.max(), marker=".", markersize=4, linewidth=0.9, label=manifest.task, **style)
-
-
-def _histogram_line(ax: Axes, histogram: Histogram | None, style: dict[str, Any]) -> None:
+def _ridge(ax: Axes, histogram: Histogram | None, row: int, colour: str) -> None:
+    """A filled histogram that stands on `row`."""
     if histogram is None or not any(histogram.counts):
         return
     counts = np.array(histogram.counts, dtype=float)
-    ax.stairs(counts / counts.max(), histogram.edges, linewidth=1.3, **style)
+    heights = row + 0.9 * counts / counts.max()
+    ax.stairs(heights, histogram.edges, baseline=row, fill=True, color=colour, alpha=0.55)
+    ax.stairs(heights, histogram.edges, baseline=row, color=colour, linewidth=0.8)
