@@ -10,7 +10,9 @@ import torch
 from ase.data import atomic_numbers
 from torch import Tensor, nn
 
-from hydrazero.models.encoder import EncoderSettings, PairGeometry, make_encoder
+from hydrazero.models.embedding import AtomEmbedding
+from hydrazero.models.encoder import AtomInputs, EncoderSettings
+from hydrazero.models.encoders import make_encoder
 from hydrazero.models.heads import StackedEnergyHead
 from hydrazero.models.slots import Slots
 from hydrazero.shards.errors import ConfigError
@@ -74,6 +76,7 @@ class AtomisticModel(nn.Module):
     def __init__(self, settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
         super().__init__()
         self.settings, self.tasks = settings, list(tasks)
+        self.embedding = AtomEmbedding(settings.encoder.features)
         self.encoder = make_encoder(settings.encoder)
         self.energy_head = StackedEnergyHead(len(self.tasks), settings.encoder.features, settings.head_features)
         references, scales = reference_table(self.tasks), torch.tensor([t.scale for t in self.tasks])
@@ -108,7 +111,8 @@ class AtomisticModel(nn.Module):
         )
         vectors = slots.pair_vectors(positions, batch.shifts)
         vectors = vectors + torch.bmm(vectors, slots.spread(strain[batch.structure]))
-        return self.encoder(batch.numbers, vectors, PairGeometry(slots=slots)).scalars
+        inputs = AtomInputs(numbers=batch.numbers, scalars=self.embedding(batch.numbers))
+        return self.encoder(inputs, self.encoder.measure(slots, vectors)).scalars
 
     def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
         """Atomic energies [A, ...] -> structures [S, ...], padding left out."""

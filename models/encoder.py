@@ -1,13 +1,13 @@
-"""What every encoder shares: its settings, the geometry of pairs in slots, and the features that it gives."""
+"""What every encoder shares: settings, what it is told of atoms and pairs, and the features that it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hydrazero.models.radial import BASES, CUTOFFS
 from hydrazero.models.slots import Slots
 from hydrazero.shards.errors import ConfigError, did_you_mean
 
@@ -28,6 +28,37 @@ class EncoderSettings:
     """'sinc' or 'gaussian'."""
     cutoff_function: str = "cosine"
     """'cosine' or 'polynomial'."""
+    max_degree: int = 3
+    """Highest degree of the spherical harmonics of pair directions (dimenetpp, mace)."""
+    node_degree: int = 1
+    """Highest degree of the node features (mace)."""
+    correlation: int = 3
+    """Most neighbours that one message sees at once, the body order less one (mace)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtomInputs:
+    """What an encoder is told of A atoms."""
+
+    numbers: Tensor
+    """[A] int64; 0 where padded."""
+    scalars: Tensor
+    """First node features, [A, F]: embeddings of the element and of whatever else conditions the atom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairGeometry:
+    """Slots of a batch (R rows of K), and what is measured in them."""
+
+    slots: Slots
+    distances: Tensor
+    """Å, [R, K]; the cutoff in empty slots, so that nothing divides by zero."""
+    directions: Tensor
+    """Unit vectors from the row's atom to the neighbour, [R, K, 3]; zero in empty slots."""
+    inside: Tensor
+    """Cutoff function, [R, K, 1]: 0 at the cutoff and in empty slots. Whatever is summed over slots must carry it."""
+    radial: Tensor
+    """Radial functions times the cutoff function, and then the cutoff function itself, [R, K, N + 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,45 +71,47 @@ class NodeFeatures:
     """[A, 3, F], where the encoder has them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairGeometry:
-    """Slots of a batch, and what is measured in them."""
+class Encoder(nn.Module):
+    """Base of all encoders: radial functions, the measuring of pairs, and how far an atom sees."""
 
-    slots: Slots
-    directions: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Unit vectors from receiver to neighbour, [R, K, 3]; zero in empty slots."""
-    radial: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Radial functions times the cutoff function, and the cutoff function itself: [R, K, N + 1]; zero if empty."""
+    has_vectors = False
+    """Whether the node features hold vectors."""
 
-    def measured(
-        self,
-        vectors: Tensor,
-        cutoff: float,
-        basis: Callable[[Tensor], Tensor],
-        cutoff_function: Callable[[Tensor, float], Tensor],
-    ) -> PairGeometry:
-        """Return a copy with directions and radial functions of the pair vectors [R, K, 3] in Å."""
+    def __init__(self, settings: EncoderSettings) -> None:
+        """Raise ConfigError for an unknown radial basis or cutoff function."""
+        super().__init__()
+        check_known("radial_basis", settings.radial_basis, list(BASES))
+        check_known("cutoff_function", settings.cutoff_function, list(CUTOFFS))
+        self.settings = settings
+        self.basis = BASES[settings.radial_basis](settings.radial_functions, settings.cutoff)
+        self.cutoff_function = CUTOFFS[settings.cutoff_function]
+
+    @property
+    def receptive_radius(self) -> float:
+        """Å; atoms farther away than this have no influence on a node's features."""
+        return self.settings.cutoff * self.settings.layers
+
+    def measure(self, slots: Slots, vectors: Tensor) -> PairGeometry:
+        """Measure pair vectors [R, K, 3] in Å, from each row's atom to its neighbours."""
+        cutoff, mask = self.settings.cutoff, slots.mask.unsqueeze(-1)
         # An empty slot gets a vector of the cutoff's length: no root of zero, and the cutoff function makes it 0.
-        away = vectors.new_tensor([cutoff, 0.0, 0.0])
-        safe = torch.where(self.slots.mask.unsqueeze(-1), vectors, away)
-        distance = torch.sqrt((safe * safe).sum(-1))
-        inside = (cutoff_function(distance, cutoff) * self.slots.mask).unsqueeze(-1)
-        radial = torch.cat([basis(distance) * inside, inside], dim=-1)
-        directions = safe / distance.unsqueeze(-1) * self.slots.mask.unsqueeze(-1)
-        return replace(self, directions=directions, radial=radial)
+        safe = torch.where(mask, vectors, vectors.new_tensor([cutoff, 0.0, 0.0]))
+        distances = torch.sqrt((safe * safe).sum(-1))
+        inside = self.cutoff_function(distances, cutoff).unsqueeze(-1) * mask
+        return PairGeometry(
+            slots=slots,
+            distances=distances,
+            directions=safe / distances.unsqueeze(-1) * mask,
+            inside=inside,
+            radial=torch.cat([self.basis(distances) * inside, inside], dim=-1),
+        )
+
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Encode atoms."""
+        raise NotImplementedError
 
 
-def make_encoder(settings: EncoderSettings) -> torch.nn.Module:
-    """Build an encoder by its name; raises ConfigError for an unknown encoder, basis or cutoff function."""
-    from hydrazero.models.painn import PaiNN
-    from hydrazero.models.radial import BASES, CUTOFFS
-
-    encoders = {"painn": PaiNN}
-    for kind, name, known in (
-        ("encoder", settings.encoder, list(encoders)),
-        ("radial_basis", settings.radial_basis, list(BASES)),
-        ("cutoff_function", settings.cutoff_function, list(CUTOFFS)),
-    ):
-        if name not in known:
-            raise ConfigError(f"model.{kind} '{name}' is not known{did_you_mean(name, known)}.")
-    return encoders[settings.encoder](settings)
+def check_known(key: str, name: str, known: list[str]) -> None:
+    """Raise ConfigError, with what was probably meant, unless the name is known."""
+    if name not in known:
+        raise ConfigError(f"model.{key} '{name}' is not known{did_you_mean(name, known)}.")

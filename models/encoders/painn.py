@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hydrazero.models.encoder import EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.radial import BASES, CUTOFFS
-from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
+from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 
 NORM_EPSILON = 1e-8
 """Under the root of vector norms, so that their slope at zero is finite."""
@@ -23,14 +21,14 @@ class PaiNNMessage(nn.Module):
         # One more input than radial functions: the cutoff function itself, which carries the bias of the filter.
         self.filter = nn.Linear(radial_functions + 1, 3 * features, bias=False)
 
-    def forward(self, scalars: Tensor, vectors: Tensor, geometry: PairGeometry) -> tuple[Tensor, Tensor]:
+    def forward(self, scalars: Tensor, vectors: Tensor, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
         """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
-        slots = geometry.slots
-        context = self.filter(geometry.radial) * slots.gather(self.context(scalars))
+        slots = pairs.slots
+        context = self.filter(pairs.radial) * slots.gather(self.context(scalars))
         from_scalars, gates, from_directions = context.split(self.features, dim=-1)
         turned = (slots.gather(vectors) * gates.unsqueeze(2)).sum(1)
         # Directions [R, 3, K] times messages [R, K, F]: summed over the slots without a [R, K, 3, F] in between.
-        pointed = torch.bmm(geometry.directions.transpose(1, 2), from_directions)
+        pointed = torch.bmm(pairs.directions.transpose(1, 2), from_directions)
         return slots.sum_rows(from_scalars.sum(1)), slots.sum_rows(turned + pointed)
 
 
@@ -53,31 +51,24 @@ class PaiNNUpdate(nn.Module):
         return for_scalars + for_product * (u * v).sum(1), for_vectors.unsqueeze(1) * u
 
 
-class PaiNN(nn.Module):
-    """PaiNN encoder: element embedding, then L blocks of message and update."""
+class PaiNN(Encoder):
+    """PaiNN encoder: L blocks of message and update on scalars and vectors."""
+
+    has_vectors = True
 
     def __init__(self, settings: EncoderSettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         f = settings.features
-        self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, f, padding_idx=0)
-        self.basis = BASES[settings.radial_basis](settings.radial_functions, settings.cutoff)
-        self.cutoff_function = CUTOFFS[settings.cutoff_function]
         self.messages = nn.ModuleList(PaiNNMessage(f, settings.radial_functions) for _ in range(settings.layers))
         self.updates = nn.ModuleList(PaiNNUpdate(f) for _ in range(settings.layers))
 
-    @property
-    def receptive_radius(self) -> float:
-        """Å; atoms farther away than this have no influence on a node's features."""
-        return self.settings.cutoff * self.settings.layers
-
-    def forward(self, numbers: Tensor, vectors: Tensor, geometry: PairGeometry) -> NodeFeatures:
-        """Encode atoms: numbers [A], pair vectors [R, K, 3] Å, and the slots of `geometry`."""
-        geometry = geometry.measured(vectors, self.settings.cutoff, self.basis, self.cutoff_function)
-        scalars = self.embedding(numbers)
-        equivariant = scalars.new_zeros(scalars.shape[0], 3, scalars.shape[1])
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Encode atoms."""
+        scalars = atoms.scalars
+        vectors = scalars.new_zeros(scalars.shape[0], 3, scalars.shape[1])
         for message, update in zip(self.messages, self.updates, strict=True):
-            for block in (lambda s, v, m=message: m(s, v, geometry), update):
-                change, turn = block(scalars, equivariant)
-                scalars, equivariant = scalars + change, equivariant + turn
-        return NodeFeatures(scalars=scalars, vectors=equivariant)
+            change, turn = message(scalars, vectors, pairs)
+            scalars, vectors = scalars + change, vectors + turn
+            change, turn = update(scalars, vectors)
+            scalars, vectors = scalars + change, vectors + turn
+        return NodeFeatures(scalars=scalars, vectors=vectors)
