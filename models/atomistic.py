@@ -76,6 +76,7 @@ class AtomisticModel(nn.Module):
     def __init__(self, settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
         super().__init__()
         self.settings, self.tasks = settings, list(tasks)
+        self.kernels = False
         self.embedding = AtomEmbedding(settings.encoder.features)
         self.encoder = make_encoder(settings.encoder)
         self.energy_head = StackedEnergyHead(len(self.tasks), settings.encoder.features, settings.head_features)
@@ -108,6 +109,7 @@ class AtomisticModel(nn.Module):
             neighbours=batch.neighbours,
             reverse=batch.reverse,
             mask=batch.slot_mask,
+            kernels=self.kernels,
         )
         vectors = slots.pair_vectors(positions, batch.shifts)
         vectors = vectors + torch.bmm(vectors, slots.spread(strain[batch.structure]))

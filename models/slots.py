@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -28,6 +29,8 @@ class Slots:
     """Flat slot of the opposite pair, [R, K] int64."""
     mask: Tensor
     """False where a slot is empty, [R, K]."""
+    kernels: bool = False
+    """Whether sums over slots are those of `hydrazero.models.kernels`, which must be loaded, or plain PyTorch's."""
 
     def gather(self, x: Tensor) -> Tensor:
         """Return each slot's neighbour's row of x: [A, ...] -> [R, K, ...]."""
@@ -35,15 +38,25 @@ class Slots:
 
     def spread(self, x: Tensor) -> Tensor:
         """Return each row's own atom's row of x: [A, ...] -> [R, ...]."""
-        return x.index_select(0, self.row_atom)
+        return _Spread.apply(x, self)
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum what rows hold over the rows of each atom: [R, ...] -> [A, ...]."""
-        return values.new_zeros(self.atoms, *values.shape[1:]).index_add(0, self.row_atom, values)
+        return _SumRows.apply(values, self)
 
     def pair_vectors(self, positions: Tensor, shifts: Tensor) -> Tensor:
         """Return the vectors from each row's atom to its neighbours, Å, [R, K, 3]; zero in empty slots."""
         return self.gather(positions) - self.spread(positions).unsqueeze(1) + shifts
+
+
+def _segment_sum(slots: Slots, values: Tensor, opposite: Tensor | None) -> Tensor:
+    """Sum rows [R, C], or the slots [R * K, C] that `opposite` names, over the rows of each atom: [A, C]."""
+    if slots.kernels:
+        out: Tensor = torch.ops.hydrazero.segment_sum(slots.row_atom, values, opposite, slots.atoms)
+        return out
+    if opposite is not None:
+        values = values.index_select(0, opposite.reshape(-1)).view(*opposite.shape, -1).sum(1)
+    return values.new_zeros(slots.atoms, values.shape[1]).index_add(0, slots.row_atom, values)
 
 
 class _Gather(Function):
@@ -62,10 +75,32 @@ class _SumBySender(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
         ctx.slots = slots
-        r, k = slots.neighbours.shape
-        flat = values.reshape(r * k, -1).index_select(0, slots.reverse.reshape(-1))
-        return slots.sum_rows(flat.view(r, k, -1).sum(1)).view(slots.atoms, *values.shape[2:])
+        flat = values.reshape(slots.neighbours.numel(), -1)
+        return _segment_sum(slots, flat, slots.reverse).view(slots.atoms, *values.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _Gather.apply(grads[0], ctx.slots), None
+
+
+class _Spread(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        return x.index_select(0, slots.row_atom)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _SumRows.apply(grads[0], ctx.slots), None
+
+
+class _SumRows(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        flat = values.reshape(values.shape[0], -1)
+        return _segment_sum(slots, flat, None).view(slots.atoms, *values.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Spread.apply(grads[0], ctx.slots), None

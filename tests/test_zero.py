@@ -43,7 +43,7 @@ def by_stage(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3", "1 compiled", "2 compiled"])
 def test_equal_to_plain_pytorch(stage, by_stage, plain):
     assert by_stage[stage]["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert len(set(plain["losses"])) == zero_ranks.STEPS  # the steps did something

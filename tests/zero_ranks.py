@@ -14,6 +14,7 @@ from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import Objective
+from hydrazero.trainer.trained_model import TrainedModel
 
 STEPS = 4
 TASKS = 3
@@ -64,24 +65,27 @@ def ds_config(stage: int) -> dict:
     }
 
 
-def train_under(stage: int) -> dict:
+def train_under(stage: int, compiled: bool = False) -> dict:
     import deepspeed
 
     from hydrazero.trainer.engine import make_engine, train_step
 
     model = small_model(tasks=TASKS, dtype=torch.float32).train()
-    engine = make_engine(model, ds_config(stage))
-    goal = objective(model)
+    trained = TrainedModel(model, objective(model))
+    if compiled:
+        trained.compile_steps()
+    engine = make_engine(trained, ds_config(stage))
     batches = micro_batches(distributed.rank(), torch.float32)
-    losses = [train_step(engine, goal, batches, step).loss for step in range(STEPS)]
+    losses = [train_step(engine, batches, step).loss for step in range(STEPS)]
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-        weights = {name: p.detach().float().flatten().tolist() for name, p in engine.module.named_parameters()}
+        weights = {name: p.detach().float().flatten().tolist() for name, p in model.named_parameters()}
     return {"losses": losses, "weights": weights}
 
 
 def main() -> None:
     distributed.start_ranks()
     results = {str(stage): train_under(stage) for stage in (0, 1, 2, 3)}
+    results |= {f"{stage} compiled": train_under(stage, compiled=True) for stage in (1, 2)}
     if distributed.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     distributed.wait_for_all()

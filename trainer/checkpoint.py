@@ -17,6 +17,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.stream import TrainStream
 from hydrazero.trainer.distributed import gather_objects, quiet_deepspeed, rank, wait_for_all
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
+from hydrazero.trainer.trained_model import PREFIX
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -93,5 +94,5 @@ def model_of_run(run_dir: Path) -> AtomisticModel:
     else:
         weights = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
     model = model_from_facts(facts)
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict({name.removeprefix(PREFIX): value for name, value in weights.items()}, strict=True)
     return model.eval()

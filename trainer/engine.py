@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.distributed import gather_objects, ranks, sum_over_ranks
-from hydrazero.trainer.losses import Objective, count_labels
+from hydrazero.trainer.losses import count_labels
+from hydrazero.trainer.trained_model import TrainedModel
 
 WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
@@ -34,7 +34,7 @@ class StepResult:
     atoms: int
 
 
-def make_engine(model: AtomisticModel, config: dict[str, Any]) -> Any:
+def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
     """Wrap a model in a DeepSpeed engine; `config` is the content of a DeepSpeed JSON.
 
     Raises ConfigError if DeepSpeed cannot use it.
@@ -74,12 +74,12 @@ def whole_parameters(engine: Any) -> Iterator[None]:
         yield
 
 
-def train_step(engine: Any, objective: Objective, batches: Sequence[GraphBatch], step: int) -> StepResult:
+def train_step(engine: Any, batches: Sequence[GraphBatch], step: int) -> StepResult:
     """Do one optimizer step on as many micro-batches as the engine accumulates.
 
     Raises NonFiniteLossError on every rank, before any weight changes, if the loss is not finite on one of them.
     """
-    tasks = len(objective.task_weights)
+    tasks = len(engine.module.model.tasks)
     counts = sum_over_ranks(torch.stack([count_labels(batch, tasks) for batch in batches]).sum(0))
     # DeepSpeed averages gradients over ranks and micro-batches; the loss is a sum over both.
     share = ranks() * len(batches)
@@ -87,10 +87,9 @@ def train_step(engine: Any, objective: Objective, batches: Sequence[GraphBatch],
     table: Tensor | None = None
     atoms = torch.stack([batch.atom_mask.sum() for batch in batches]).sum().to(torch.float64)
     for number, batch in enumerate(batches):
-        sums = objective.sums(engine(batch), batch)
-        loss = objective.total(sums, counts)
+        loss, sums = engine(batch, counts)
         total = total + loss.detach()
-        table = sums.detach() if table is None else table + sums.detach()
+        table = sums if table is None else table + sums
         if number == len(batches) - 1:
             everything = sum_over_ranks(torch.cat([table.reshape(-1), total.view(1), atoms.view(1)]))
             _stop_unless_finite(everything, batches, total, step)

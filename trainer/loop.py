@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.models.atomistic import AtomisticModel, known_elements
+from hydrazero.models.atomistic import known_elements
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, empty_batch, evaluation_batches
@@ -29,7 +29,7 @@ from hydrazero.trainer.distributed import (
     sum_over_ranks,
 )
 from hydrazero.trainer.engine import train_step
-from hydrazero.trainer.losses import COLUMNS, Objective, errors_by_task, leave_out_unseen
+from hydrazero.trainer.losses import COLUMNS, errors_by_task, leave_out_unseen
 
 
 @dataclass(kw_only=True)
@@ -61,13 +61,7 @@ class Trainer:
         self.step = start
         self.skipped = 0
         self.run_dir = Path(config.run.out)
-        model: AtomisticModel = engine.module
-        self.names = [task.name for task in model.tasks]
-        self.objective = Objective(
-            settings=config.loss,
-            task_weights=torch.tensor([t.weight for t in config.tasks], dtype=torch.float64, device=device()),
-            scales=model.scales.to(device()),
-        )
+        self.names = [task.name for task in engine.module.model.tasks]
 
     def train(self) -> None:
         """Train up to the configured number of steps, with a checkpoint at the end."""
@@ -95,7 +89,7 @@ class Trainer:
         micro_batches = [next(batches).to(device()) for _ in range(self.engine.gradient_accumulation_steps())]
         interval.waited += time.monotonic() - asked
         interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
-        result = train_step(self.engine, self.objective, micro_batches, self.step + 1)
+        result = train_step(self.engine, micro_batches, self.step + 1)
         self.step += 1
         interval.sums += result.sums.cpu()
         interval.loss += result.loss
@@ -140,7 +134,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         reader = SplitReader(self.stream.settings, "val")
-        sums, unseen = evaluate_engine(self.engine, self.objective, reader)
+        sums, unseen = evaluate_engine(self.engine, reader)
         self._say_skipped("validation", reader.skipped)
         tasks = errors_by_task(sums, self.names)
         for name, count in zip(self.names, unseen.tolist(), strict=True):
@@ -148,21 +142,22 @@ class Trainer:
         self.log.evaluation_row(self.step, "val", tasks)
 
 
-def evaluate_engine(engine: Any, objective: Objective, reader: SplitReader) -> tuple[Tensor, Tensor]:
+def evaluate_engine(engine: Any, reader: SplitReader) -> tuple[Tensor, Tensor]:
     """Return the table of sums over a reader's split, all ranks together; each structure is counted once.
 
     Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
     counts them. Raises what the data raise, on every rank, whichever has met it.
     """
-    known = known_elements(engine.module.tasks).to(device())
-    sums = torch.zeros(len(objective.task_weights), len(COLUMNS), dtype=torch.float64, device=device())
-    unseen = torch.zeros(len(objective.task_weights), dtype=torch.float64, device=device())
+    tasks = engine.module.model.tasks
+    known = known_elements(tasks).to(device())
+    sums = torch.zeros(len(tasks), len(COLUMNS), dtype=torch.float64, device=device())
+    unseen = torch.zeros(len(tasks), dtype=torch.float64, device=device())
     batches = evaluation_batches(reader, rank(), ranks())
     engine.eval()
     while (batch := _next_on_any_rank(batches, reader.settings)) is not None:
         batch = batch.to(device())
         unseen += leave_out_unseen(batch, known)
-        sums += objective.sums(engine(batch), batch).detach()
+        sums += engine.module.evaluate(batch)
     engine.train()
     return sum_over_ranks(sums), sum_over_ranks(unseen)
 

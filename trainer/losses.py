@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hydrazero.models.atomistic import Predictions
+from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.trainer.config import LossSection
+from hydrazero.trainer.config import LossSection, RunConfig
 
 COLUMNS = ("energy_loss", "energy_count", "forces_loss", "forces_count", "energy_error", "forces_error", "structures")
 """Of a table of sums [tasks, columns]: losses of scaled errors, counts, absolute errors (eV per atom, eV/Å)."""
@@ -99,6 +99,12 @@ class Objective:
         forces = sums[:, 2] / counts[:, 1].clamp(min=1)
         by_task = self.settings.energy_weight * energy + self.settings.forces_weight * forces
         return (self.task_weights * by_task).sum() / self.task_weights.sum()
+
+
+def run_objective(config: RunConfig, model: AtomisticModel) -> Objective:
+    """Return the objective of a run, with the weights that its tasks are given."""
+    weights = torch.tensor([task.weight for task in config.tasks], dtype=torch.float64, device=model.scales.device)
+    return Objective(settings=config.loss, task_weights=weights, scales=model.scales)
 
 
 def errors_by_task(sums: Tensor, names: list[str]) -> dict[str, dict[str, float | int | None]]:

@@ -83,11 +83,14 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     from hydrazero.trainer.console import RunLog
     from hydrazero.trainer.engine import make_engine
     from hydrazero.trainer.loop import Trainer
+    from hydrazero.trainer.losses import run_objective
+    from hydrazero.trainer.trained_model import TrainedModel
 
     torch.manual_seed(config.run.seed)
     model = AtomisticModel(config.model.settings(), checked.facts)
     described, run_dir = model.facts(), Path(config.run.out)
-    engine = make_engine(model.to(distributed.device()), checked.ds_config)
+    trained = TrainedModel(model.to(distributed.device()), run_objective(config, model))
+    engine = make_engine(trained, checked.ds_config)
     place: dict[str, Any] = {"step": 0, "stream": None}
     if resume:
         check_same_model(run_dir, described)
@@ -117,7 +120,19 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
             log.say(sentence)
         if resume and place["step"] == 0:
             log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
+        if config.train.compile:
+            log.say(compile_steps(engine))
         Trainer(config, engine, stream, log, place["step"]).train()
+
+
+def compile_steps(engine: Any) -> str:
+    """Let the engine's steps be compiled where that is possible; returns a sentence on it for the log."""
+    if engine.zero_optimization_stage() == 3:
+        return "compile: not under ZeRO stage 3, which takes parameters away between layers; steps run eagerly."
+    reason = engine.module.compile_steps()
+    if reason is None:
+        return "compile: each step is one graph, compiled when its first batch comes."
+    return f"compile: each step is one graph, but without the CPU kernels: {reason}."
 
 
 def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.pair_sums import pair_sum
 
 NORM_EPSILON = 1e-8
 """Under the root of vector norms, so that their slope at zero is finite."""
@@ -17,19 +19,23 @@ class PaiNNMessage(nn.Module):
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
         self.features = features
-        self.context = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, 3 * features))
+        self.context_in = nn.Linear(features, features)
+        self.context_out = nn.Linear(features, 3 * features)
         # One more input than radial functions: the cutoff function itself, which carries the bias of the filter.
         self.filter = nn.Linear(radial_functions + 1, 3 * features, bias=False)
 
-    def forward(self, scalars: Tensor, vectors: Tensor, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
-        """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
-        slots = pairs.slots
-        context = self.filter(pairs.radial) * slots.gather(self.context(scalars))
-        from_scalars, gates, from_directions = context.split(self.features, dim=-1)
-        turned = (slots.gather(vectors) * gates.unsqueeze(2)).sum(1)
-        # Directions [R, 3, K] times messages [R, K, F]: summed over the slots without a [R, K, 3, F] in between.
-        pointed = torch.bmm(pairs.directions.transpose(1, 2), from_directions)
-        return slots.sum_rows(from_scalars.sum(1)), slots.sum_rows(turned + pointed)
+    def forward(self, scalars: Tensor, vectors: Tensor | None, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
+        """Scalars [A, F], vectors [A, 3, F] (None: zero) -> their changes, of the same shapes."""
+        f, weight, bias = self.features, self.context_out.weight, self.context_out.bias
+        hidden = functional.silu(self.context_in(scalars))
+        gated = None
+        if vectors is not None:
+            # A neighbour's gates and vectors are its own: multiplied before they are gathered.
+            gated = functional.linear(hidden, weight[2 * f :], bias[2 * f :]).unsqueeze(1) * vectors
+        from_scalars, from_directions = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
+        return pair_sum(
+            pairs.slots, pairs.radial, pairs.directions, self.filter.weight.t(), (from_scalars, gated, from_directions)
+        )
 
 
 class PaiNNUpdate(nn.Module):
@@ -39,15 +45,18 @@ class PaiNNUpdate(nn.Module):
         super().__init__()
         self.features = features
         self.mix = nn.Linear(features, 2 * features, bias=False)
-        self.gates = nn.Sequential(nn.Linear(2 * features, features), nn.SiLU(), nn.Linear(features, 3 * features))
+        self.gates_in = nn.Linear(2 * features, features)
+        self.gates_out = nn.Linear(features, 3 * features)
 
     def forward(self, scalars: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
-        u, v = self.mix(vectors).split(self.features, dim=-1)
+        f, weight, bias = self.features, self.gates_out.weight, self.gates_out.bias
+        u, v = self.mix(vectors).split(f, dim=-1)
         norm = torch.sqrt((v * v).sum(1) + NORM_EPSILON)
-        for_vectors, for_product, for_scalars = self.gates(torch.cat([scalars, norm], dim=-1)).split(
-            self.features, dim=-1
-        )
+        hidden = functional.silu(self.gates_in(torch.cat([scalars, norm], dim=-1)))
+        for_product, for_scalars = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
+        # A product of its own, which a compiled step leaves out where nobody asks for the last vectors.
+        for_vectors = functional.linear(hidden, weight[2 * f :], bias[2 * f :])
         return for_scalars + for_product * (u * v).sum(1), for_vectors.unsqueeze(1) * u
 
 
@@ -64,11 +73,10 @@ class PaiNN(Encoder):
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Encode atoms."""
-        scalars = atoms.scalars
-        vectors = scalars.new_zeros(scalars.shape[0], 3, scalars.shape[1])
+        scalars, vectors = atoms.scalars, None
         for message, update in zip(self.messages, self.updates, strict=True):
             change, turn = message(scalars, vectors, pairs)
-            scalars, vectors = scalars + change, vectors + turn
+            scalars, vectors = scalars + change, turn if vectors is None else vectors + turn
             change, turn = update(scalars, vectors)
             scalars, vectors = scalars + change, vectors + turn
         return NodeFeatures(scalars=scalars, vectors=vectors)

@@ -1,0 +1,116 @@
+"""Graphs of whole computations, derivatives and all: traced once for the shapes of a batch, then compiled.
+
+Derivatives are part of the trace. To compile energies and forces alone and differentiate the result would give wrong
+gradients of parameters and no error: what autograd saves is detached in the trace, which cuts second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hydrazero.models.atomistic import AtomisticModel, Predictions
+from hydrazero.models.kernels import KernelsUnavailable, load_kernels
+from hydrazero.shards.graph import GraphBatch
+
+Function = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+
+def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
+    """Trace a function of tensors, without running it, at the shapes of `inputs`, and compile the graph.
+
+    The function may differentiate; the compiled one takes tensors of the same shapes and cannot be differentiated.
+    """
+    plain = [tensor.detach() for tensor in inputs]
+    with torch.enable_grad():
+        graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(plain)
+    # What autograd would have needed for inputs that nobody differentiates goes, kernels among it.
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+
+    def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            out: tuple[Tensor, ...] = compiled([tensor.detach() for tensor in tensors])
+        return out
+
+    return run
+
+
+def use_kernels(model: AtomisticModel) -> str | None:
+    """Let a model on the CPU sum over neighbours with the C++ kernels; returns why not, if they cannot be had."""
+    if model.references.device.type != "cpu":
+        return None  # on a GPU the compiler makes the kernels
+    try:
+        load_kernels()
+    except KernelsUnavailable as reason:
+        return str(reason)
+    model.kernels = True
+    return None
+
+
+class BatchTensors:
+    """A batch as a flat list of tensors and back; all batches that a compiled graph is given have the same layout."""
+
+    def __init__(self, batch: GraphBatch) -> None:
+        self.names = [name for name, value in batch.to_dict().items() if isinstance(value, Tensor)]
+
+    def flat(self, batch: GraphBatch) -> list[Tensor]:
+        """Return the tensors of a batch in order."""
+        return [batch[name] for name in self.names]
+
+    def batch(self, tensors: Sequence[Tensor]) -> GraphBatch:
+        """Return a batch of tensors in order."""
+        return GraphBatch(**dict(zip(self.names, tensors, strict=True)))
+
+
+def layout_key(batch: GraphBatch) -> tuple[Any, ...]:
+    """Return what a compiled graph depends on: names, shapes and types of a batch's tensors."""
+    return tuple(
+        (name, tuple(value.shape), value.dtype) for name, value in batch.to_dict().items() if isinstance(value, Tensor)
+    )
+
+
+class CompiledModel:
+    """Predictions of a model by compiled graphs, one for each shape of batch and kind of prediction."""
+
+    def __init__(self, model: AtomisticModel) -> None:
+        self.model = model
+        self._graphs: dict[tuple[Any, ...], tuple[BatchTensors, Function]] = {}
+
+    def __call__(self, batch: GraphBatch) -> Predictions:
+        """Return what the model in evaluation mode gives."""
+
+        def forces(model: Callable[..., Any], batch: GraphBatch) -> tuple[Tensor, ...]:
+            out = model(batch)
+            return out.interaction, out.reference, out.forces, out.stress
+
+        interaction, reference, found, stress = self._run("forces", forces, batch)
+        return Predictions(interaction=interaction, reference=reference, forces=found, stress=stress)
+
+    def _run(
+        self, kind: str, call: Callable[[Callable[..., Any], GraphBatch], tuple[Tensor, ...]], batch: GraphBatch
+    ) -> tuple[Tensor, ...]:
+        key = (kind, layout_key(batch))
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        if key not in self._graphs:
+            names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
+            layout = BatchTensors(batch)
+
+            def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+                state = dict(zip(names, tensors, strict=False))
+                return call(
+                    lambda given: functional_call(self.model, state, (given,)), layout.batch(tensors[len(names) :])
+                )
+
+            training = self.model.training
+            self.model.eval()
+            self._graphs[key] = layout, compile_traced(function, [*weights, *layout.flat(batch)])
+            self.model.train(training)
+        layout, graph = self._graphs[key]
+        return graph([*weights, *layout.flat(batch)])

@@ -1,0 +1,143 @@
+"""Kernels for the CPU in C++: compiled once per machine, with the compiler at hand, and kept in a cache."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("pair_sums.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+SLOTS_PER_ROW = 8
+FEATURE_TILE = 16
+"""The kernels take multiples of it as number of features."""
+
+
+class KernelsUnavailable(RuntimeError):
+    """The kernels cannot be compiled or loaded here; the message says why."""
+
+
+@functools.cache
+def load_kernels() -> None:
+    """Make `torch.ops.hydrazero` known, compiling it if this machine has not done so; raises KernelsUnavailable."""
+    library = cached_library()
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise KernelsUnavailable(f"{library} cannot be loaded ({error})") from error
+    _describe_to_the_compiler()
+
+
+def cached_library() -> Path:
+    """Return the compiled library; another process that compiles it at the same time is waited for."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise KernelsUnavailable("no C++ compiler was found (c++, g++, clang++, or $CXX)")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydrazero"
+    library = folder / f"kernels-{_key(compiler)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
+            if not library.exists():
+                _compile(compiler, library)
+    except OSError as error:
+        raise KernelsUnavailable(f"{library} cannot be written ({error.strerror or error})") from error
+    return library
+
+
+def _key(compiler: str) -> str:
+    """What a library depends on; a home may be shared by machines with other processors."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    parts = (SOURCE.read_text(), torch.__version__, compiler, *FLAGS, platform.machine(), flags)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, library: Path) -> None:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    part = library.with_suffix(f".part-{os.getpid()}")
+    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    folders = [flag for path in library_paths() for flag in ("-L", path)]
+    command = [compiler, *FLAGS, *includes, str(SOURCE), "-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise KernelsUnavailable(f"{compiler} could not compile them: {' '.join(lines[:1])}")
+        os.replace(part, library)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _describe_to_the_compiler() -> None:
+    """Tell what shapes the operators give, so that a graph with them can be traced and compiled."""
+    fake = torch.library.register_fake
+
+    @fake("hydrazero::segment_sum")
+    def _(row_atom: Tensor, values: Tensor, opposite: Tensor | None, atoms: int) -> Tensor:
+        return values.new_empty(atoms, values.shape[1])
+
+    @fake("hydrazero::pair_sum")
+    def _(
+        row_atom: Tensor,
+        neighbours: Tensor,
+        mask: Tensor,
+        radial: Tensor,
+        directions: Tensor,
+        weight: Tensor,
+        s: Tensor | None,
+        y: Tensor | None,
+        d: Tensor | None,
+        atoms: int,
+    ) -> tuple[Tensor, Tensor]:
+        features = weight.shape[1] // 3
+        return weight.new_empty(atoms, features), weight.new_empty(atoms, 3, features)
+
+    @fake("hydrazero::pair_sum_transposed")
+    def _(
+        row_atom: Tensor,
+        neighbours: Tensor,
+        mask: Tensor,
+        radial: Tensor,
+        directions: Tensor,
+        weight: Tensor,
+        gs: Tensor | None,
+        gv: Tensor,
+        with_vectors: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        atoms, _, features = gv.shape
+        scalars = weight.new_empty(0 if gs is None else atoms, features)
+        return scalars, weight.new_empty(atoms if with_vectors else 0, 3, features), weight.new_empty(atoms, features)
+
+    @fake("hydrazero::pair_gradient")
+    def _(
+        row_atom: Tensor, neighbours: Tensor, mask: Tensor, radial: Tensor, directions: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return radial.new_empty(radial.shape), directions.new_empty(directions.shape)
+
+    @fake("hydrazero::pair_weight_gradient")
+    def _(
+        row_atom: Tensor,
+        neighbours: Tensor,
+        mask: Tensor,
+        radial: Tensor,
+        directions: Tensor,
+        s: Tensor | None,
+        y: Tensor | None,
+        d: Tensor,
+        gs: Tensor | None,
+        gv: Tensor,
+    ) -> Tensor:
+        return gv.new_empty(radial.shape[2], 3 * gv.shape[2])

@@ -1,0 +1,168 @@
+"""Compiled graphs against eager mode, in float64: predictions, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
+
+from hydrazero.models.compiled import CompiledModel, use_kernels
+from hydrazero.models.encoders import ENCODERS
+from hydrazero.shards.graph import GraphBatch
+from hydrazero.trainer.config import LossSection
+from hydrazero.trainer.losses import Objective, count_labels
+from hydrazero.trainer.trained_model import TrainedModel
+
+TASKS = 2
+
+
+def labelled_batch() -> GraphBatch:
+    generator = torch.Generator().manual_seed(3)
+    structures = []
+    for number, atoms in enumerate((rattled_molecule(), rattled_crystal(), rattled_molecule("H2O"))):
+        forces = torch.randn(len(atoms), 3, generator=generator, dtype=torch.float64).numpy()
+        structures.append(to_structure(atoms, f"made#{number}", energy=-1000.0 * number, forces=forces))
+    return batch_of(structures, [0, 1, 0], extra=(2, 5, 3))
+
+
+def trained_model(encoder: str, **settings: object) -> TrainedModel:
+    model = small_model(encoder, tasks=TASKS, **settings).train()
+    goal = Objective(
+        settings=LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3),
+        task_weights=torch.tensor([1.0, 0.4], dtype=torch.float64),
+        scales=model.scales,
+    )
+    return TrainedModel(model, goal)
+
+
+def gradients(trained: TrainedModel, batch: GraphBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    trained.zero_grad()
+    loss, _ = trained(batch, count_labels(batch, TASKS))
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_every_gradient_of_a_compiled_step_equals_eager(encoder):
+    batch = labelled_batch()
+    trained = trained_model(encoder)
+    loss, expected = gradients(trained, batch)
+    assert trained.compile_steps() is None
+    compiled_loss, found = gradients(trained, batch)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-10, atol=1e-10)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_compiled_predictions_equal_eager(encoder):
+    batch = labelled_batch()
+    model = small_model(encoder, tasks=TASKS)
+    expected = model(batch)
+    assert use_kernels(model) is None
+    found = CompiledModel(model)(batch)
+    for name in ("interaction", "reference", "forces", "stress"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
+
+
+def test_a_compiled_step_sees_new_weights_and_new_task_weights():
+    batch, trained = labelled_batch(), trained_model("painn")
+    trained.compile_steps()
+    before, _ = gradients(trained, batch)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.05)
+    trained.objective.task_weights.copy_(torch.tensor([0.2, 2.0]))
+    after, found = gradients(trained, batch)
+    eager = trained_model("painn")
+    eager.load_state_dict(trained.state_dict())
+    eager.objective.task_weights.copy_(trained.objective.task_weights)
+    loss, expected = gradients(eager, batch)
+    assert abs(float(after - before)) > 1e-6
+    torch.testing.assert_close(after, loss, rtol=1e-10, atol=1e-10)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("features", [16, 48])
+def test_parameter_gradients_of_kernels_equal_those_of_plain_pytorch(features):
+    from hydrazero.models.kernels import load_kernels
+
+    load_kernels()
+    batch, results = labelled_batch(), []
+    for kernels in (False, True):
+        model = small_model("painn", features=features).train()
+        model.kernels = kernels
+        out = model(batch)
+        loss = (out.forces**2).sum() + (out.stress**2).sum() + (out.interaction**2).sum()
+        results.append(torch.autograd.grad(loss, list(model.parameters())))
+    for name, plain, kernel in zip(dict(model.named_parameters()), *results, strict=True):
+        assert torch.allclose(kernel, plain, rtol=1e-9, atol=1e-9), name
+
+
+def test_operators_are_each_others_derivatives():
+    """Every derivative of the kernels, to second order and with every path left out, by finite differences."""
+    from hydrazero.models.kernels import load_kernels
+    from hydrazero.models.pair_sums import pair_sum
+    from hydrazero.models.slots import Slots
+
+    load_kernels()
+    batch = batch_of([to_structure(rattled_molecule("H2O"))], extra=(0, 2, 1))
+    slots = Slots(
+        atoms=len(batch.numbers),
+        row_atom=batch.row_atom,
+        neighbours=batch.neighbours,
+        reverse=batch.reverse,
+        mask=batch.slot_mask,
+        kernels=True,
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # Both slots of a pair must agree, as they do in a model.
+    pair = torch.minimum(torch.arange(slots.mask.numel()).view_as(slots.reverse), slots.reverse)
+    sign = torch.where(torch.arange(slots.mask.numel()).view_as(pair) == pair, 1.0, -1.0).double()
+    holds = slots.mask.unsqueeze(-1)
+
+    def both(seed_radial: torch.Tensor, seed_directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        radial = seed_radial[pair] * holds
+        return radial, seed_directions[pair] * sign.unsqueeze(-1) * holds
+
+    def with_vectors(radial, directions, weight, s, y, d):
+        return pair_sum(slots, *both(radial, directions), weight, (s, y, d))
+
+    def without_vectors(radial, directions, weight, s, d):
+        return pair_sum(slots, *both(radial, directions), weight, (s, None, d))
+
+    atoms, functions, features = slots.atoms, 3, 16
+    inputs = [
+        x.requires_grad_()
+        for x in (
+            random(slots.mask.numel(), functions),
+            random(slots.mask.numel(), 3),
+            random(functions, 3 * features),
+            random(atoms, features),
+            random(atoms, 3, features),
+            random(atoms, features),
+        )
+    ]
+    for function, given in ((with_vectors, inputs), (without_vectors, [*inputs[:4], inputs[5]])):
+        assert torch.autograd.gradcheck(function, given, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path):
+    script = "from hydrazero.models.kernels import *\ntry: load_kernels()\nexcept KernelsUnavailable as e: print(e)"
+    environment = {"PATH": "", "CXX": "", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "no C++ compiler" in done.stdout
+    environment["CXX"] = "/bin/false"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "could not compile" in done.stdout
