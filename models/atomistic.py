@@ -14,7 +14,7 @@ from hydrazero.models.embedding import AtomEmbedding
 from hydrazero.models.encoder import AtomInputs, EncoderSettings
 from hydrazero.models.encoders import make_encoder
 from hydrazero.models.heads import StackedEnergyHead
-from hydrazero.models.slots import Slots
+from hydrazero.models.slots import Segments, Slots
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
@@ -99,8 +99,7 @@ class AtomisticModel(nn.Module):
 
     def reference_energy(self, batch: GraphBatch, task: Tensor) -> Tensor:
         """Sum of the reference energies of each structure's atoms for its task [S]: eV, [S] float64."""
-        per_atom = self.references[task[batch.structure], batch.numbers]
-        return per_atom.new_zeros(task.shape[0]).index_add(0, batch.structure, per_atom)
+        return self._structures(batch).sum(self.references[task[batch.structure], batch.numbers])
 
     def _node_scalars(self, batch: GraphBatch, positions: Tensor, strain: Tensor) -> Tensor:
         slots = Slots(
@@ -112,15 +111,17 @@ class AtomisticModel(nn.Module):
             kernels=self.kernels,
         )
         vectors = slots.pair_vectors(positions, batch.shifts)
-        vectors = vectors + torch.bmm(vectors, slots.spread(strain[batch.structure]))
+        vectors = vectors + torch.bmm(vectors, slots.spread(self._structures(batch).spread(strain)))
         inputs = AtomInputs(numbers=batch.numbers, scalars=self.embedding(batch.numbers))
         return self.encoder(inputs, self.encoder.measure(slots, vectors)).scalars
+
+    def _structures(self, batch: GraphBatch) -> Segments:
+        return Segments(owner=batch.structure, count=batch.task.shape[0], kernels=self.kernels)
 
     def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
         """Atomic energies [A, ...] -> structures [S, ...], padding left out."""
         mask = batch.atom_mask.view(-1, *[1] * (atomic.dim() - 1))
-        size = (batch.task.shape[0], *atomic.shape[1:])
-        return atomic.new_zeros(size).index_add(0, batch.structure, atomic * mask)
+        return self._structures(batch).sum(atomic * mask)
 
     def forward(self, batch: GraphBatch) -> Predictions:
         """Energies, forces and stress of each structure by the head of its own task."""

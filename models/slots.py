@@ -17,6 +17,26 @@ from torch.autograd import Function
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segments:
+    """N items in the order of what owns them: rows of slots of atoms, or atoms of structures."""
+
+    owner: Tensor
+    """[N] int64, ascending."""
+    count: int
+    """Owners."""
+    kernels: bool = False
+    """Whether sums are those of `hydrazero.models.kernels`, which must be loaded, or plain PyTorch's."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum what items hold over those of each owner: [N, ...] -> [count, ...]."""
+        return _Sum.apply(values, self)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return each item's owner's row of x: [count, ...] -> [N, ...]."""
+        return _Spread.apply(x, self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slots:
     """Which pairs the slots hold: A atoms, R rows of K slots."""
 
@@ -32,31 +52,36 @@ class Slots:
     kernels: bool = False
     """Whether sums over slots are those of `hydrazero.models.kernels`, which must be loaded, or plain PyTorch's."""
 
+    @property
+    def rows(self) -> Segments:
+        """Rows as the parts of their atoms."""
+        return Segments(owner=self.row_atom, count=self.atoms, kernels=self.kernels)
+
     def gather(self, x: Tensor) -> Tensor:
         """Return each slot's neighbour's row of x: [A, ...] -> [R, K, ...]."""
         return _Gather.apply(x, self)
 
     def spread(self, x: Tensor) -> Tensor:
         """Return each row's own atom's row of x: [A, ...] -> [R, ...]."""
-        return _Spread.apply(x, self)
+        return self.rows.spread(x)
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum what rows hold over the rows of each atom: [R, ...] -> [A, ...]."""
-        return _SumRows.apply(values, self)
+        return self.rows.sum(values)
 
     def pair_vectors(self, positions: Tensor, shifts: Tensor) -> Tensor:
         """Return the vectors from each row's atom to its neighbours, Å, [R, K, 3]; zero in empty slots."""
         return self.gather(positions) - self.spread(positions).unsqueeze(1) + shifts
 
 
-def _segment_sum(slots: Slots, values: Tensor, opposite: Tensor | None) -> Tensor:
-    """Sum rows [R, C], or the slots [R * K, C] that `opposite` names, over the rows of each atom: [A, C]."""
-    if slots.kernels:
-        out: Tensor = torch.ops.hydrazero.segment_sum(slots.row_atom, values, opposite, slots.atoms)
+def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None) -> Tensor:
+    """Sum [N, C] over the items of each owner, or [N * K, C] over the K slots [N, K] that each item names."""
+    if segments.kernels:
+        out: Tensor = torch.ops.hydrazero.segment_sum(segments.owner, values, slots, segments.count)
         return out
-    if opposite is not None:
-        values = values.index_select(0, opposite.reshape(-1)).view(*opposite.shape, -1).sum(1)
-    return values.new_zeros(slots.atoms, values.shape[1]).index_add(0, slots.row_atom, values)
+    if slots is not None:
+        values = values.index_select(0, slots.reshape(-1)).view(*slots.shape, -1).sum(1)
+    return values.new_zeros(segments.count, values.shape[1]).index_add(0, segments.owner, values)
 
 
 class _Gather(Function):
@@ -76,7 +101,7 @@ class _SumBySender(Function):
     def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
         ctx.slots = slots
         flat = values.reshape(slots.neighbours.numel(), -1)
-        return _segment_sum(slots, flat, slots.reverse).view(slots.atoms, *values.shape[2:])
+        return _segment_sum(slots.rows, flat, slots.reverse).view(slots.atoms, *values.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,22 +110,22 @@ class _SumBySender(Function):
 
 class _Spread(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
-        ctx.slots = slots
-        return x.index_select(0, slots.row_atom)
+    def forward(ctx: Any, x: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
+        return x.index_select(0, segments.owner)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _SumRows.apply(grads[0], ctx.slots), None
+        return _Sum.apply(grads[0], ctx.segments), None
 
 
-class _SumRows(Function):
+class _Sum(Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
-        ctx.slots = slots
+    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
+        ctx.segments = segments
         flat = values.reshape(values.shape[0], -1)
-        return _segment_sum(slots, flat, None).view(slots.atoms, *values.shape[1:])
+        return _segment_sum(segments, flat).view(segments.count, *values.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(grads[0], ctx.slots), None
+        return _Spread.apply(grads[0], ctx.segments), None

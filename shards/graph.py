@@ -96,7 +96,7 @@ def collate(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtyp
     # torch fills and casts faster than numpy, and what it fills it can hand over without another copy.
     tensors = {
         **_structure_columns(samples, structures, sizes, shape.structures, dtype),
-        **_atom_columns(structures, sizes, shape.atoms, dtype),
+        **_atom_columns(structures, sizes, shape, dtype),
         **_slot_columns(samples, shape, dtype),
     }
     batch = GraphBatch(**tensors)
@@ -147,8 +147,9 @@ def _structure_columns(
 
 
 def _atom_columns(
-    structures: Sequence[Structure], sizes: NDArray[np.int64], count: int, dtype: torch.dtype
+    structures: Sequence[Structure], sizes: NDArray[np.int64], shape: BatchShape, dtype: torch.dtype
 ) -> dict[str, Tensor]:
+    count = shape.atoms
     owner = np.repeat(np.arange(len(structures)), sizes)
     n = len(owner)
     if n:
@@ -164,11 +165,14 @@ def _atom_columns(
     forces = torch.zeros((count, 3), dtype=dtype)
     if labelled:
         forces[:n][torch.from_numpy(has_forces)] = torch.from_numpy(np.concatenate(labelled)).to(dtype)
+    # Padding belongs to the last structure, so that the atoms of each are in one piece.
+    structure = torch.full((count,), shape.structures - 1, dtype=torch.int64)
+    structure[:n] = torch.from_numpy(owner)
     return {
         "numbers": _padded(numbers, count, torch.int64),
         "positions": _padded(positions, count, dtype, (3,)),
         "atom_mask": torch.arange(count) < n,
-        "structure": _padded(owner, count, torch.int64),
+        "structure": structure,
         "forces": forces,
         "forces_mask": _padded(has_forces, count, torch.bool),
     }
