@@ -71,16 +71,19 @@ class Slots:
 
     def pair_vectors(self, positions: Tensor, shifts: Tensor) -> Tensor:
         """Return the vectors from each row's atom to its neighbours, Å, [R, K, 3]; zero in empty slots."""
-        return self.gather(positions) - self.spread(positions).unsqueeze(1) + shifts
+        return self.gather(positions) - _Own.apply(positions, self) + shifts
 
 
 def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Sum [N, C] over the items of each owner, or [N * K, C] over the K slots [N, K] that each item names."""
+    """Sum over each owner's items: [N, C], or their K slots [N * K, C], or the slots [N, K] that they name."""
     if segments.kernels:
         out: Tensor = torch.ops.hydrazero.segment_sum(segments.owner, values, slots, segments.count)
         return out
     if slots is not None:
-        values = values.index_select(0, slots.reshape(-1)).view(*slots.shape, -1).sum(1)
+        values = values.index_select(0, slots.reshape(-1))
+    items = len(segments.owner)
+    if len(values) != items:
+        values = values.view(items, -1, values.shape[1]).sum(1)
     return values.new_zeros(segments.count, values.shape[1]).index_add(0, segments.owner, values)
 
 
@@ -106,6 +109,32 @@ class _SumBySender(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _Gather.apply(grads[0], ctx.slots), None
+
+
+class _Own(Function):
+    """Each slot's own atom's row of x: [A, ...] -> [R, K, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        r, k = slots.neighbours.shape
+        return x.index_select(0, slots.row_atom).unsqueeze(1).expand(r, k, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _SumOwn.apply(grads[0], ctx.slots), None
+
+
+class _SumOwn(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        flat = values.reshape(slots.neighbours.numel(), -1)
+        return _segment_sum(slots.rows, flat).view(slots.atoms, *values.shape[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Own.apply(grads[0], ctx.slots), None
 
 
 class _Spread(Function):

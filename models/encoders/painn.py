@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,8 +23,9 @@ class PaiNNMessage(nn.Module):
         self.features = features
         self.context_in = nn.Linear(features, features)
         self.context_out = nn.Linear(features, 3 * features)
-        # One more input than radial functions: the cutoff function itself, which carries the bias of the filter.
-        self.filter = nn.Linear(radial_functions + 1, 3 * features, bias=False)
+        # One more row than radial functions: the cutoff function itself, which carries the bias of the filter.
+        self.filter = nn.Parameter(torch.empty(radial_functions + 1, 3 * features))
+        nn.init.uniform_(self.filter, -1.0 / math.sqrt(radial_functions + 1), 1.0 / math.sqrt(radial_functions + 1))
 
     def forward(self, scalars: Tensor, vectors: Tensor | None, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
         """Scalars [A, F], vectors [A, 3, F] (None: zero) -> their changes, of the same shapes."""
@@ -34,7 +37,7 @@ class PaiNNMessage(nn.Module):
             gated = functional.linear(hidden, weight[2 * f :], bias[2 * f :]).unsqueeze(1) * vectors
         from_scalars, from_directions = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
         return pair_sum(
-            pairs.slots, pairs.radial, pairs.directions, self.filter.weight.t(), (from_scalars, gated, from_directions)
+            pairs.slots, pairs.radial, pairs.directions, self.filter, (from_scalars, gated, from_directions)
         )
 
 

@@ -248,20 +248,32 @@ template <typename T> struct Products {
   Rows<T> s, y, d, gs, gv;
   int64_t features;
 
-  template <int K> void fill(int64_t n, const int64_t *j, const T *u, T *out) const {
+  template <int K>
+  inline void tile(int path, int64_t n, const int64_t *j, const T *u, int64_t f, typename Lanes<T>::Tile *out) const {
     using Tile = typename Lanes<T>::Tile;
     const int64_t F = features;
-    for (int64_t f = 0; f < F; f += kTile) {
-      const Tile v0 = load<Tile>(gv.at(n) + f), v1 = load<Tile>(gv.at(n) + F + f), v2 = load<Tile>(gv.at(n) + 2 * F + f);
-      for (int k = 0; k < K; ++k) {
-        if (s) store(out + k * F + f, load<Tile>(gs.at(n) + f) * load<Tile>(s.at(j[k]) + f));
-        if (y) {
-          const T *row = y.at(j[k]) + f;
-          store(out + (kSlots + k) * F + f, v0 * load<Tile>(row) + v1 * load<Tile>(row + F) + v2 * load<Tile>(row + 2 * F));
-        }
-        const Tile along = v0 * u[k * 3] + v1 * u[k * 3 + 1] + v2 * u[k * 3 + 2];
-        store(out + (2 * kSlots + k) * F + f, along * load<Tile>(d.at(j[k]) + f));
+    if (path == 0) {
+      const Tile own = load<Tile>(gs.at(n) + f);
+      for (int k = 0; k < K; ++k) out[k] = own * load<Tile>(s.at(j[k]) + f);
+      return;
+    }
+    const T *own = gv.at(n) + f;
+    const Tile v0 = load<Tile>(own), v1 = load<Tile>(own + F), v2 = load<Tile>(own + 2 * F);
+    for (int k = 0; k < K; ++k) {
+      if (path == 1) {
+        const T *row = y.at(j[k]) + f;
+        out[k] = v0 * load<Tile>(row) + v1 * load<Tile>(row + F) + v2 * load<Tile>(row + 2 * F);
+      } else {
+        out[k] = (v0 * u[k * 3] + v1 * u[k * 3 + 1] + v2 * u[k * 3 + 2]) * load<Tile>(d.at(j[k]) + f);
       }
+    }
+  }
+
+  template <int K> void fill(int path, int64_t n, const int64_t *j, const T *u, T *out) const {
+    for (int64_t f = 0; f < features; f += kTile) {
+      typename Lanes<T>::Tile held[K];
+      tile<K>(path, n, j, u, f, held);
+      for (int k = 0; k < K; ++k) store(out + k * features + f, held[k]);
     }
   }
 };
@@ -322,12 +334,14 @@ inline void row_gradient(const Pairs<T> &pairs, const Products<T> &products, con
                          const int64_t *neighbours, int64_t n, int64_t r, T *buffer, T *for_radial, T *for_directions) {
   const int64_t F = pairs.features, B = pairs.functions;
   const int64_t *j = neighbours + r * kSlots;
-  products.template fill<K>(n, j, pairs.directions + r * kSlots * 3, buffer);
-  T *sums = buffer + 3 * kSlots * F;
+  T *sums = buffer + kSlots * F;
   std::fill(sums, sums + kSlots * width, T(0));
   const bool has[3] = {bool(products.s), bool(products.y), true};
-  for (int p = 0; p < 3; ++p)
-    if (has[p]) contract_all<T, K>(buffer + p * kSlots * F, transposed + p * F * width, F, width, sums);
+  for (int p = 0; p < 3; ++p) {
+    if (!has[p]) continue;
+    products.template fill<K>(p, n, j, pairs.directions + r * kSlots * 3, buffer);
+    contract_all<T, K>(buffer, transposed + p * F * width, F, width, sums);
+  }
   for (int k = 0; k < K; ++k) std::copy_n(sums + k * width, B, for_radial + (r * kSlots + k) * B);
   turn<T, K>(pairs, r, j, n, products.d, products.gv, for_directions + r * kSlots * 3);
 }
@@ -349,7 +363,7 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor &row_atom, const Tensor &n
     const scalar_t *turned = transposed.const_data_ptr<scalar_t>();
     scalar_t *radial_out = for_radial.data_ptr<scalar_t>(), *directions_out = for_directions.data_ptr<scalar_t>();
     each_part(layout, [&](int64_t, int64_t begin, int64_t end) {
-      std::vector<scalar_t> buffer(kSlots * (3 * F + width));
+      std::vector<scalar_t> buffer(kSlots * (F + width));
       for (int64_t n = begin; n < end; ++n)
         for (int64_t r = layout.first_row[n]; r < layout.first_row[n + 1]; ++r) {
           if (layout.filled[r] > 4)
@@ -364,21 +378,20 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor &row_atom, const Tensor &n
   return {for_radial, for_directions};
 }
 
-// out[b][f] += sum_k radial[k][b] * products[k][f]
+// sum[b] += sum_k radial[k][b] * product[k] for one path and tile of features of a row.
 template <typename T, int K>
-inline void outer(const T *radial, const T *products, int64_t functions, int64_t features, T *out, int64_t stride) {
+inline void add_outer(const Products<T> &products, int path, int64_t n, const int64_t *j, const T *u, int64_t f,
+                      const T *radial, int64_t functions, typename Lanes<T>::Tile *sum) {
   using Tile = typename Lanes<T>::Tile;
-  for (int64_t f = 0; f < features; f += kTile) {
-    Tile held[K];
-    for (int k = 0; k < K; ++k) held[k] = load<Tile>(products + k * features + f);
-    for (int64_t b = 0; b < functions; ++b) {
-      Tile low = load<Tile>(out + b * stride + f), high = Tile{};
-      for (int k = 0; k < K; k += 2) {
-        low += held[k] * radial[k * functions + b];
-        high += held[k + 1] * radial[(k + 1) * functions + b];
-      }
-      store(out + b * stride + f, low + high);
+  Tile held[K];
+  products.template tile<K>(path, n, j, u, f, held);
+  for (int64_t b = 0; b < functions; ++b) {
+    Tile low = sum[b], high = Tile{};
+    for (int k = 0; k < K; k += 2) {
+      low += held[k] * radial[k * functions + b];
+      high += held[k + 1] * radial[(k + 1) * functions + b];
     }
+    sum[b] = low + high;
   }
 }
 
@@ -398,31 +411,31 @@ Tensor pair_weight_gradient(const Tensor &row_atom, const Tensor &neighbours, co
     const scalar_t *functions = radial.const_data_ptr<scalar_t>(), *u = directions.const_data_ptr<scalar_t>();
     scalar_t *all = sums.data_ptr<scalar_t>();
     each_part(layout, [&](int64_t part, int64_t begin, int64_t end) {
-      std::vector<scalar_t> buffer(3 * kSlots * F);
+      std::vector<typename Lanes<scalar_t>::Tile> sum(B);
       scalar_t *out = all + part * B * 3 * F;
-      for (int64_t n = begin; n < end; ++n)
-        for (int64_t r = layout.first_row[n]; r < layout.first_row[n + 1]; ++r) {
-          if (layout.filled[r] == 0) continue;
-          const bool full = layout.filled[r] > 4;
-          const int64_t *j = layout.neighbours + r * kSlots;
-          if (full) products.template fill<8>(n, j, u + r * kSlots * 3, buffer.data());
-          else products.template fill<4>(n, j, u + r * kSlots * 3, buffer.data());
-          for (int p = 0; p < 3; ++p) {
-            if (!has[p]) continue;
-            const scalar_t *held = buffer.data() + p * kSlots * F, *values = functions + r * kSlots * B;
-            if (full) outer<scalar_t, 8>(values, held, B, F, out + p * F, 3 * F);
-            else outer<scalar_t, 4>(values, held, B, F, out + p * F, 3 * F);
+      for (int64_t block = begin; block < end; block += kAtomBlock)
+        for (int p = 0; p < 3; ++p)
+          for (int64_t f = 0; has[p] && f < F; f += kTile) {
+            scalar_t *place = out + p * F + f;
+            for (int64_t b = 0; b < B; ++b) sum[b] = load<typename Lanes<scalar_t>::Tile>(place + b * 3 * F);
+            for (int64_t n = block; n < std::min(end, block + kAtomBlock); ++n)
+              for (int64_t r = layout.first_row[n]; r < layout.first_row[n + 1]; ++r) {
+                const int64_t *j = layout.neighbours + r * kSlots;
+                const scalar_t *row = u + r * kSlots * 3, *values = functions + r * kSlots * B;
+                if (layout.filled[r] > 4) add_outer<scalar_t, 8>(products, p, n, j, row, f, values, B, sum.data());
+                else if (layout.filled[r] > 0) add_outer<scalar_t, 4>(products, p, n, j, row, f, values, B, sum.data());
+              }
+            for (int64_t b = 0; b < B; ++b) store(place + b * 3 * F, sum[b]);
           }
-        }
     });
   });
   return sums.sum(0); // in the order of the parts: the same sum at every run with as many threads
 }
 
-// Sums [rows, C] over the rows of each atom, or [rows * 8, C] over the slots whose opposites the rows hold.
-Tensor segment_sum(const Tensor &row_atom, const Tensor &values_, const std::optional<Tensor> &opposite, int64_t atoms) {
+// Sums over the rows of each atom: rows [rows, C], slots [rows * K, C], or the slots that each row's slots name.
+Tensor segment_sum(const Tensor &row_atom, const Tensor &values_, const MaybeTensor &opposite, int64_t atoms) {
   const Tensor values = values_.contiguous();
-  const int64_t rows = row_atom.size(0), columns = values.size(1), slots = opposite.has_value() ? kSlots : 1;
+  const int64_t rows = row_atom.size(0), columns = values.size(1), slots = rows ? values.size(0) / rows : 1;
   Tensor out = at::zeros({atoms, columns}, values.options());
   const int64_t *owner = row_atom.const_data_ptr<int64_t>();
   const int64_t *from = opposite.has_value() ? opposite->const_data_ptr<int64_t>() : nullptr;
@@ -439,7 +452,7 @@ Tensor segment_sum(const Tensor &row_atom, const Tensor &values_, const std::opt
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = cut(begin); r < cut(end); ++r)
         for (int64_t k = 0; k < slots; ++k) {
-          const scalar_t *row = held + (from ? from[r * slots + k] : r) * columns;
+          const scalar_t *row = held + (from ? from[r * slots + k] : r * slots + k) * columns;
           scalar_t *sum = sums + owner[r] * columns;
           for (int64_t c = 0; c < columns; ++c) sum[c] += row[c];
         }
