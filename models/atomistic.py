@@ -1,4 +1,4 @@
-"""The model: shared encoder, stacked heads, forces and stress from the energy, references and scales per task."""
+"""The model: shared encoder, stacked heads, forces and stress from the energy or directly, references per task."""
 
 from __future__ import annotations
 
@@ -7,34 +7,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from ase.data import atomic_numbers
 from torch import Tensor, nn
 
-from hydrazero.models.embedding import AtomEmbedding
-from hydrazero.models.encoder import AtomInputs, EncoderSettings
-from hydrazero.models.encoders import make_encoder
-from hydrazero.models.heads import StackedEnergyHead
+from hydrazero.models.embedding import AtomConditions, AtomEmbedding
+from hydrazero.models.encoder import AtomInputs, EncoderSettings, NodeFeatures, PairGeometry, check_encoder
+from hydrazero.models.encoders import encoder_class, make_encoder
+from hydrazero.models.heads import ScalarHead, VectorHead, VirialHead
+from hydrazero.models.repulsion import ZieglerBiersackLittmark
 from hydrazero.models.slots import Segments, Slots
-from hydrazero.shards.errors import ConfigError
+from hydrazero.models.target_heads import TargetHeads, check_attention
+from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, targets_of, task_facts_from
+from hydrazero.models.task_linear import TaskRows
+from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
-
-@dataclass(frozen=True, kw_only=True)
-class TaskFacts:
-    """What the model and its users need to know of a task."""
-
-    name: str
-    reference_energies: dict[str, float]
-    """eV per atom of each element."""
-    scale: float
-    """Unit of the head's output: typical force in eV/Å, or residual energy per atom in eV for a task without forces."""
-    elements: list[str]
-    """Elements that the training split holds."""
-    fidelity: str = ""
-    """Method, as the manifest tells it."""
-    has_forces: bool = True
-    """Whether the training labels hold forces."""
+REPULSIONS = ("none", "zbl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +31,14 @@ class ModelSettings:
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     head_features: int = 64
     """Width of the hidden layer of each head."""
+    ensemble: int = 1
+    """Energies that each head gives; with more than one, their mean is the prediction, their spread its uncertainty."""
+    repulsion: str = "none"
+    """'none', or 'zbl' for the screened repulsion of nuclei at short range in every energy."""
+    task_embedding: bool = False
+    """Whether atoms are told their task from the first layer, not in the heads alone."""
+    attention_targets: tuple[str, ...] = ()
+    """Intensive targets whose mean over atoms is weighted by attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +50,13 @@ class Predictions:
     reference: Tensor
     """eV, [S] float64: sum of the task's reference energies."""
     forces: Tensor
-    """eV/Å, [A, 3]: minus the exact gradient of the energy."""
+    """eV/Å, [A, 3]: minus the exact gradient of the energy, or from the direct head where the task has one."""
     stress: Tensor
     """eV/Å³, [S, 3, 3]; zero where a structure is not periodic in three directions."""
+    spread: Tensor
+    """eV, [S]: standard deviation of the energies of the ensemble; 0 without one."""
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    """Other quantities, [S], [S, 3], [A] or [A, 3]; of no meaning for tasks without the label."""
 
     @property
     def energy(self) -> Tensor:
@@ -71,37 +70,67 @@ class AtomisticModel(nn.Module):
     references: Tensor
     """eV, [tasks, 119] float64."""
     scales: Tensor
-    """Unit of each head's output, [tasks] float64."""
+    """Unit of each energy head's output, [tasks] float64."""
 
     def __init__(self, settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
+        """Raise ConfigError for settings or tasks that do not go together."""
         super().__init__()
+        check_model(settings, tasks)
         self.settings, self.tasks = settings, list(tasks)
         self.kernels = False
-        self.embedding = AtomEmbedding(settings.encoder.features)
+        """Whether sums over neighbours use the C++ kernels; see `models.compiled.use_kernels`."""
+        features, hidden, count = settings.encoder.features, settings.head_features, len(self.tasks)
+        self.embedding = AtomEmbedding(
+            features, [task.charge_spin for task in self.tasks], of_tasks=settings.task_embedding
+        )
         self.encoder = make_encoder(settings.encoder)
-        self.energy_head = StackedEnergyHead(len(self.tasks), settings.encoder.features, settings.head_features)
-        references, scales = reference_table(self.tasks), torch.tensor([t.scale for t in self.tasks])
+        self.energy_head = ScalarHead(count, features, hidden, settings.ensemble)
+        self.forces_head = VectorHead(count, features, hidden) if self._any("forces", DIRECT) else None
+        self.stress_head = VirialHead(count, features, hidden) if self._any("stress", DIRECT) else None
+        self.targets = TargetHeads(self.tasks, features, hidden, settings.attention_targets)
+        self.repulsion = ZieglerBiersackLittmark(settings.encoder.cutoff) if settings.repulsion == "zbl" else None
+        self.register_buffer("references", torch.empty(0), persistent=False)
+        self.register_buffer("scales", torch.empty(0), persistent=False)
+        self._fill_tables(None)
+
+    def _fill_tables(self, device: torch.device | None) -> None:
         # Not persistent: their one home is the list of facts, which checkpoints and exports carry.
-        self.register_buffer("references", references, persistent=False)
-        self.register_buffer("scales", scales.to(torch.float64), persistent=False)
+        self.references = reference_table(self.tasks).to(device)
+        self.scales = torch.tensor([task.scale for task in self.tasks], dtype=torch.float64, device=device)
+
+    def _any(self, way: str, value: str) -> bool:
+        return any(getattr(task, way) == value for task in self.tasks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AtomisticModel:
         """Move with the model, but never let references and scales leave float64."""
         super()._apply(fn, recurse)
-        self.references = reference_table(self.tasks).to(self.references.device)
-        self.scales = torch.tensor([t.scale for t in self.tasks], dtype=torch.float64).to(self.scales.device)
+        self._fill_tables(self.scales.device)
         return self
 
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights."""
-        return self.energy_head.bias_out.dtype
+        return self.energy_head.first.weight.dtype
 
     def reference_energy(self, batch: GraphBatch, task: Tensor) -> Tensor:
         """Sum of the reference energies of each structure's atoms for its task [S]: eV, [S] float64."""
         return self._structures(batch).sum(self.references[task[batch.structure], batch.numbers])
 
-    def _node_scalars(self, batch: GraphBatch, positions: Tensor, strain: Tensor) -> Tensor:
+    def _structures(self, batch: GraphBatch) -> Segments:
+        return Segments(owner=batch.structure, count=batch.task.shape[0], kernels=self.kernels)
+
+    def _rows(self, task: Tensor, batch: GraphBatch) -> TaskRows:
+        return TaskRows(task=task[batch.structure], count=len(self.tasks), kernels=self.kernels)
+
+    def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
+        """What atoms hold [A, ...] -> structures [S, ...], padding left out."""
+        mask = batch.atom_mask.view(-1, *[1] * (atomic.dim() - 1))
+        return self._structures(batch).sum(atomic * mask)
+
+    def _encode(
+        self, batch: GraphBatch, task: Tensor, positions: Tensor, strain: Tensor
+    ) -> tuple[NodeFeatures, PairGeometry]:
+        """Encode atoms, each structure for a task [S]."""
         slots = Slots(
             atoms=batch.numbers.shape[0],
             row_atom=batch.row_atom,
@@ -112,68 +141,136 @@ class AtomisticModel(nn.Module):
         )
         vectors = slots.pair_vectors(positions, batch.shifts)
         vectors = vectors + torch.bmm(vectors, slots.spread(self._structures(batch).spread(strain)))
-        inputs = AtomInputs(numbers=batch.numbers, scalars=self.embedding(batch.numbers))
-        return self.encoder(inputs, self.encoder.measure(slots, vectors)).scalars
-
-    def _structures(self, batch: GraphBatch) -> Segments:
-        return Segments(owner=batch.structure, count=batch.task.shape[0], kernels=self.kernels)
-
-    def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
-        """Atomic energies [A, ...] -> structures [S, ...], padding left out."""
-        mask = batch.atom_mask.view(-1, *[1] * (atomic.dim() - 1))
-        return self._structures(batch).sum(atomic * mask)
+        conditions = AtomConditions(
+            rows=self._rows(task, batch),
+            charge=batch.charge[batch.structure],
+            multiplicity=batch.multiplicity[batch.structure],
+        )
+        inputs = AtomInputs(numbers=batch.numbers, scalars=self.embedding(batch.numbers, conditions))
+        pairs = self.encoder.measure(slots, vectors)
+        return self.encoder(inputs, pairs), pairs
 
     def forward(self, batch: GraphBatch) -> Predictions:
-        """Energies, forces and stress of each structure by the head of its own task."""
-        with torch.enable_grad():
-            positions = batch.positions.detach().requires_grad_(True)
-            strain = positions.new_zeros(batch.task.shape[0], 3, 3).requires_grad_(True)
-            scalars = self._node_scalars(batch, positions, strain)
-            atomic = self.energy_head(scalars, batch.task[batch.structure])
-            interaction = self._sum_atoms(batch, atomic) * self.scales.to(atomic.dtype)[batch.task]
-            gradient, virial = torch.autograd.grad(
-                interaction.sum(), (positions, strain), create_graph=self.training, retain_graph=self.training
+        """Energies, forces, stress and targets of each structure by the heads of its own task."""
+        conservative = self._any("forces", CONSERVATIVE) or self._any("stress", CONSERVATIVE)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or conservative):
+            positions = batch.positions.detach().requires_grad_(conservative)
+            strain = positions.new_zeros(batch.task.shape[0], 3, 3).requires_grad_(conservative)
+            features, pairs = self._encode(batch, batch.task, positions, strain)
+            rows = self._rows(batch.task, batch)
+            members = self._member_energies(batch, features.scalars, rows)
+            interaction = members.mean(1)
+            if self.repulsion is not None:
+                interaction = interaction + self._sum_atoms(batch, self.repulsion(batch.numbers, pairs))
+            forces, virial = torch.zeros_like(positions), torch.zeros_like(strain)
+            if conservative:
+                gradient, virial = torch.autograd.grad(
+                    interaction.sum(), (positions, strain), create_graph=self.training, retain_graph=self.training
+                )
+                forces = -gradient
+            spread = torch.zeros_like(interaction)
+            if self.settings.ensemble > 1:
+                # What the ensemble learns about its own spread must not move the encoder.
+                spread = self._member_energies(batch, features.scalars.detach(), rows).std(1)
+        if not self.training:
+            features = NodeFeatures(
+                scalars=features.scalars.detach(),
+                vectors=None if features.vectors is None else features.vectors.detach(),
             )
-        stress = 0.5 * (virial + virial.transpose(1, 2)) / batch.volume.view(-1, 1, 1)
-        interaction = interaction if self.training else interaction.detach()
+        forces, virial = self._direct(batch, features, rows, forces, 0.5 * (virial + virial.transpose(1, 2)))
         return Predictions(
-            interaction=interaction,
+            interaction=interaction if self.training else interaction.detach(),
             reference=self.reference_energy(batch, batch.task),
-            forces=-gradient,
-            stress=stress * batch.periodic.view(-1, 1, 1),
+            forces=forces,
+            stress=virial / batch.volume.view(-1, 1, 1) * batch.periodic.view(-1, 1, 1),
+            spread=spread if self.training else spread.detach(),
+            targets=self.targets(features, rows, self._structures(batch), batch.atom_mask),
         )
+
+    def _member_energies(self, batch: GraphBatch, scalars: Tensor, rows: TaskRows) -> Tensor:
+        """Node scalars [A, F] -> energies of each member of the ensemble, eV, [S, M]."""
+        atomic = self.energy_head(scalars, rows)
+        return self._sum_atoms(batch, atomic) * self.scales.to(atomic.dtype)[batch.task].unsqueeze(1)
+
+    def _direct(
+        self, batch: GraphBatch, features: NodeFeatures, rows: TaskRows, forces: Tensor, virial: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put what direct heads give in the place of gradients, for the tasks that want it so."""
+        if features.vectors is None:
+            return forces, virial
+        if self.forces_head is not None:
+            scale = rows.pick(self.scales.to(forces.dtype)).unsqueeze(1)
+            given = self.forces_head(features.scalars, features.vectors, rows) * scale
+            given = given * batch.atom_mask.unsqueeze(1)
+            forces = torch.where(self._by_way("forces", rows.task).unsqueeze(1), given, forces)
+        if self.stress_head is not None:
+            given = self._sum_atoms(batch, self.stress_head(features.scalars, features.vectors, rows))
+            given = given * self.scales.to(virial.dtype)[batch.task].view(-1, 1, 1)
+            virial = torch.where(self._by_way("stress", batch.task).view(-1, 1, 1), given, virial)
+        return forces, virial
+
+    def _by_way(self, way: str, task: Tensor) -> Tensor:
+        """Whether a task [N] has a direct head for 'forces' or 'stress': [N] bool."""
+        direct = torch.tensor([getattr(facts, way) == DIRECT for facts in self.tasks], device=task.device)
+        return direct[task]
 
     @torch.no_grad()
     def energies_of_all_tasks(self, batch: GraphBatch) -> Tensor:
-        """Energies of each structure by every task's head, in one pass of the encoder: eV, [S, T] float64."""
+        """Energies of each structure by every task's head, in one pass of the encoder: eV, [S, T] float64.
+
+        Where tasks differ in what the encoder is told, it passes once for each.
+        """
+        count = len(self.tasks)
         strain = batch.positions.new_zeros(batch.task.shape[0], 3, 3)
-        atomic = self.energy_head.all_tasks(self._node_scalars(batch, batch.positions, strain))
-        interaction = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales
-        references = [
-            self.reference_energy(batch, torch.full_like(batch.task, index)) for index in range(len(self.tasks))
-        ]
-        return interaction + torch.stack(references, dim=1)
+        columns = []
+        for index in range(count if self.embedding.by_task else 1):
+            task = torch.full_like(batch.task, index)
+            features, pairs = self._encode(batch, task, batch.positions, strain)
+            atomic = self.energy_head.all_tasks(features.scalars).mean(2)
+            column = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales
+            if self.repulsion is not None:
+                column = column + self._sum_atoms(batch, self.repulsion(batch.numbers, pairs)).unsqueeze(1)
+            columns.append(column[:, index : index + 1] if self.embedding.by_task else column)
+        references = [self.reference_energy(batch, torch.full_like(batch.task, index)) for index in range(count)]
+        return torch.cat(columns, dim=1) + torch.stack(references, dim=1)
 
     def facts(self) -> dict[str, Any]:
         """Return settings and task facts as plain types, from which `model_from_facts` builds the model again."""
         return {"settings": asdict(self.settings), "tasks": [asdict(task) for task in self.tasks]}
 
 
-def reference_table(tasks: Sequence[TaskFacts]) -> Tensor:
-    """Reference energies [tasks, 119] float64, eV; 0 for elements that a task does not know."""
-    table = torch.zeros(len(tasks), MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
-    for row, task in enumerate(tasks):
-        for symbol, energy in task.reference_energies.items():
-            table[row, atomic_numbers[symbol]] = energy
-    return table
-
-
-def known_elements(tasks: Sequence[TaskFacts]) -> Tensor:
-    """Whether the task's training split holds the element: [tasks, 119] bool."""
-    table = torch.zeros(len(tasks), MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
-    for row, task in enumerate(tasks):
-        table[row, [atomic_numbers[symbol] for symbol in task.elements]] = True
-    return table
+def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
+    """Raise ConfigError for an encoder that is not known, or for heads that it or a task cannot carry."""
+    check_encoder(settings.encoder)
+    check_attention(targets_of(tasks), settings.attention_targets)
+    if settings.repulsion not in REPULSIONS:
+        known = did_you_mean(settings.repulsion, list(REPULSIONS))
+        raise ConfigError(f"model.repulsion '{settings.repulsion}' is not known{known}.")
+    encoder = settings.encoder.encoder
+    has_vectors = encoder_class(encoder).has_vectors
+    for task in tasks:
+        if {task.forces, task.stress} == {CONSERVATIVE, DIRECT}:
+            raise ConfigError(
+                f"task '{task.name}' mixes {task.forces} forces with {task.stress} stress, of which one would not "
+                "belong to the energy of the other; choose one way for both."
+            )
+        if CONSERVATIVE in (task.forces, task.stress) and not task.has_energy:
+            raise ConfigError(
+                f"task '{task.name}' has no energies, so its forces cannot be their gradient; set forces = 'direct' "
+                "or 'none' for it."
+            )
+        wants = [way for way in ("forces", "stress") if getattr(task, way) == DIRECT]
+        wants += [name for name, facts in task.targets.items() if facts.kind == "vector"]
+        if wants and not has_vectors:
+            raise ConfigError(
+                f"task '{task.name}' needs vectors for {', '.join(wants)}, and encoder '{encoder}' has none; choose "
+                "painn, egnn, pna_eq or mace."
+            )
+        if settings.repulsion != "none" and DIRECT in (task.forces, task.stress):
+            raise ConfigError(
+                f"task '{task.name}' has direct forces, which model.repulsion = '{settings.repulsion}' cannot reach; "
+                "make them conservative, or leave the repulsion out."
+            )
 
 
 def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
@@ -181,7 +278,8 @@ def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
     try:
         settings = dict(facts["settings"])
         encoder = EncoderSettings(**settings.pop("encoder"))
-        tasks = [TaskFacts(**task) for task in facts["tasks"]]
+        settings["attention_targets"] = tuple(settings.get("attention_targets", ()))
+        tasks = [task_facts_from(task) for task in facts["tasks"]]
         return AtomisticModel(ModelSettings(encoder=encoder, **settings), tasks)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"the model's description lacks or misuses a field ({error}).") from error

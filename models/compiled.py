@@ -18,6 +18,9 @@ from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.kernels import KernelsUnavailable, load_kernels
 from hydrazero.shards.graph import GraphBatch
 
+PLAIN = ("interaction", "reference", "forces", "stress", "spread")
+"""Predictions that every model gives."""
+
 Function = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
@@ -77,7 +80,7 @@ def layout_key(batch: GraphBatch) -> tuple[Any, ...]:
 
 
 class CompiledModel:
-    """Predictions of a model by compiled graphs, one for each shape of batch and kind of prediction."""
+    """Predictions of a model by compiled graphs, one for each shape of batch."""
 
     def __init__(self, model: AtomisticModel) -> None:
         self.model = model
@@ -86,17 +89,7 @@ class CompiledModel:
     def __call__(self, batch: GraphBatch) -> Predictions:
         """Return what the model in evaluation mode gives."""
 
-        def forces(model: Callable[..., Any], batch: GraphBatch) -> tuple[Tensor, ...]:
-            out = model(batch)
-            return out.interaction, out.reference, out.forces, out.stress
-
-        interaction, reference, found, stress = self._run("forces", forces, batch)
-        return Predictions(interaction=interaction, reference=reference, forces=found, stress=stress)
-
-    def _run(
-        self, kind: str, call: Callable[[Callable[..., Any], GraphBatch], tuple[Tensor, ...]], batch: GraphBatch
-    ) -> tuple[Tensor, ...]:
-        key = (kind, layout_key(batch))
+        key = layout_key(batch)
         weights = [*self.model.parameters(), *self.model.buffers()]
         if key not in self._graphs:
             names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
@@ -104,13 +97,14 @@ class CompiledModel:
 
             def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
                 state = dict(zip(names, tensors, strict=False))
-                return call(
-                    lambda given: functional_call(self.model, state, (given,)), layout.batch(tensors[len(names) :])
-                )
+                out: Predictions = functional_call(self.model, state, (layout.batch(tensors[len(names) :]),))
+                return *(getattr(out, name) for name in PLAIN), *out.targets.values()
 
             training = self.model.training
             self.model.eval()
             self._graphs[key] = layout, compile_traced(function, [*weights, *layout.flat(batch)])
             self.model.train(training)
         layout, graph = self._graphs[key]
-        return graph([*weights, *layout.flat(batch)])
+        found = graph([*weights, *layout.flat(batch)])
+        targets = dict(zip(self.model.targets.facts, found[len(PLAIN) :], strict=True))
+        return Predictions(**dict(zip(PLAIN, found, strict=False)), targets=targets)

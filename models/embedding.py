@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hydrazero.models.task_linear import TaskRows
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 
+@dataclass(frozen=True, kw_only=True)
+class AtomConditions:
+    """What conditions each of A atoms, apart from its element."""
+
+    rows: TaskRows
+    """Task of each atom."""
+    charge: Tensor
+    """Total charge of its structure, e, [A]."""
+    multiplicity: Tensor
+    """2S+1 of its structure, 0 where unknown, [A]."""
+
+
 class AtomEmbedding(nn.Module):
-    """A learned vector per element."""
+    """A learned vector per element; where asked for, another one of total charge and spin, and one of the task."""
 
-    def __init__(self, features: int) -> None:
+    charged: Tensor
+    """1 for tasks whose atoms are told charge and spin, [T]."""
+
+    def __init__(self, features: int, charged: list[bool], *, of_tasks: bool) -> None:
         super().__init__()
-        self.elements = nn.Embedding(MAX_ATOMIC_NUMBER + 1, features, padding_idx=0)
+        self.elements = nn.Parameter(torch.randn(MAX_ATOMIC_NUMBER, features))
+        self.register_buffer("charged", torch.tensor(charged, dtype=torch.get_default_dtype()), persistent=False)
+        self.charge_spin: nn.Sequential | None = None
+        if any(charged):
+            self.charge_spin = nn.Sequential(nn.Linear(3, features), nn.SiLU(), nn.Linear(features, features))
+        self.tasks = nn.Parameter(0.1 * torch.randn(len(charged), features)) if of_tasks else None
+        self.by_task = of_tasks or len(set(charged)) > 1
+        """Whether one structure gets other features for another task."""
 
-    def forward(self, numbers: Tensor) -> Tensor:
+    def forward(self, numbers: Tensor, conditions: AtomConditions) -> Tensor:
         """Atomic numbers [A] -> first node scalars [A, F]."""
-        embedded: Tensor = self.elements(numbers)
+        # A product with ones and zeros, whose derivative needs no scatter; padding, number 0, gets zeros.
+        member = functional.one_hot(numbers, MAX_ATOMIC_NUMBER + 1)[:, 1:].to(self.elements.dtype)
+        embedded = member @ self.elements
+        if self.charge_spin is not None:
+            known = (conditions.multiplicity > 0).to(embedded.dtype)
+            unpaired = (conditions.multiplicity - 1).clamp(min=0).to(embedded.dtype)
+            told = torch.stack([conditions.charge.to(embedded.dtype), unpaired, known], dim=-1)
+            embedded = embedded + self.charge_spin(told) * conditions.rows.pick(self.charged).unsqueeze(-1)
+        if self.tasks is not None:
+            embedded = embedded + conditions.rows.pick(self.tasks)
         return embedded

@@ -78,10 +78,7 @@ class Encoder(nn.Module):
     """Whether the node features hold vectors."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        """Raise ConfigError for an unknown radial basis or cutoff function."""
         super().__init__()
-        check_known("radial_basis", settings.radial_basis, list(BASES))
-        check_known("cutoff_function", settings.cutoff_function, list(CUTOFFS))
         self.settings = settings
         self.basis = BASES[settings.radial_basis](settings.radial_functions, settings.cutoff)
         self.cutoff_function = CUTOFFS[settings.cutoff_function]
@@ -109,6 +106,12 @@ class Encoder(nn.Module):
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Encode atoms."""
         raise NotImplementedError
+
+
+def check_encoder(settings: EncoderSettings) -> None:
+    """Raise ConfigError for an unknown radial basis or cutoff function."""
+    check_known("radial_basis", settings.radial_basis, list(BASES))
+    check_known("cutoff_function", settings.cutoff_function, list(CUTOFFS))
 
 
 def check_known(key: str, name: str, known: list[str]) -> None:

@@ -1,41 +1,87 @@
-"""Heads: one set of parameters with a leading task dimension, so that every rank does the same work (ZeRO needs it)."""
+"""Heads: from node features to quantities, with weights of their own for every task."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hydrazero.models.slots import Segments
+from hydrazero.models.task_linear import TaskLinear, TaskRows
 
-class StackedEnergyHead(nn.Module):
-    """A two-layer perceptron per task, from node scalars to an atomic energy in units of the task's scale.
+ATTENTION_RANGE = 5.0
+"""Attention logits stay within it, so that their exponentials need no maximum to be subtracted."""
 
-    All tasks' first layers are one matrix product; an atom then keeps the slice of its structure's task.
-    """
+
+class ScalarHead(nn.Module):
+    """A two-layer perceptron per task, from node scalars to M numbers per atom."""
+
+    def __init__(self, tasks: int, features: int, hidden: int, outputs: int = 1) -> None:
+        super().__init__()
+        self.first = TaskLinear(tasks, features, hidden)
+        self.second = TaskLinear(tasks, hidden, outputs)
+
+    def forward(self, scalars: Tensor, rows: TaskRows) -> Tensor:
+        """Node scalars [A, F] -> [A, M], each atom by its own task."""
+        return self.second(functional.silu(self.first(scalars, rows)), rows)
+
+    def all_tasks(self, scalars: Tensor) -> Tensor:
+        """Node scalars [A, F] -> [A, T, M], every atom by every task."""
+        hidden = functional.silu(self.first.all_tasks(scalars))
+        # One sum over the hidden features for each of the few outputs: no [A, T, M, H] in between.
+        outputs = [(hidden * weight).sum(-1) for weight in self.second.weight.unbind(1)]
+        bias = 0.0 if self.second.bias is None else self.second.bias
+        return torch.stack(outputs, dim=-1) + bias
+
+
+class VectorHead(nn.Module):
+    """A vector per atom: vector features mixed per task, gated by the scalars (Schütt et al. 2021, PaiNN, sec. 3.4)."""
 
     def __init__(self, tasks: int, features: int, hidden: int) -> None:
         super().__init__()
-        self.tasks, self.hidden = tasks, hidden
-        self.weight_in = nn.Parameter(torch.empty(tasks, hidden, features))
-        self.bias_in = nn.Parameter(torch.zeros(tasks, hidden))
-        self.weight_out = nn.Parameter(torch.empty(tasks, hidden))
-        self.bias_out = nn.Parameter(torch.zeros(tasks))
-        bound = 1.0 / math.sqrt(features)
-        nn.init.uniform_(self.weight_in, -bound, bound)
-        nn.init.uniform_(self.weight_out, -1.0 / math.sqrt(hidden), 1.0 / math.sqrt(hidden))
+        self.gates = ScalarHead(tasks, features, hidden, hidden)
+        self.mix = TaskLinear(tasks, features, hidden, bias=False)
 
-    def _hidden(self, scalars: Tensor) -> Tensor:
-        """Scalars [A, F] -> activations of every task [A, T, H]."""
-        flat = self.weight_in.reshape(self.tasks * self.hidden, -1)
-        pre = functional.linear(scalars, flat, self.bias_in.reshape(-1))
-        return functional.silu(pre).view(-1, self.tasks, self.hidden)
+    def mixed(self, vectors: Tensor, rows: TaskRows) -> Tensor:
+        """Node vectors [A, 3, F] -> [A, 3, H]."""
+        atoms, _, features = vectors.shape
+        three = TaskRows(task=rows.task.repeat_interleave(3), count=rows.count, kernels=rows.kernels)
+        return self.mix(vectors.reshape(3 * atoms, features), three).view(atoms, 3, -1)
 
-    def all_tasks(self, scalars: Tensor) -> Tensor:
-        """Node scalars [A, F] -> scaled atomic energies of every task [A, T]."""
-        return (self._hidden(scalars) * self.weight_out).sum(-1) + self.bias_out
+    def forward(self, scalars: Tensor, vectors: Tensor, rows: TaskRows) -> Tensor:
+        """Node scalars [A, F] and vectors [A, 3, F] -> [A, 3]."""
+        return (self.mixed(vectors, rows) * self.gates(scalars, rows).unsqueeze(1)).sum(-1)
 
-    def forward(self, scalars: Tensor, atom_task: Tensor) -> Tensor:
-        """Node scalars [A, F], task of each atom [A] -> scaled atomic energies [A]."""
-        return self.all_tasks(scalars).gather(1, atom_task.unsqueeze(1)).squeeze(1)
+
+class VirialHead(VectorHead):
+    """A symmetric matrix per atom: a multiple of the identity, and gated products of the mixed vectors."""
+
+    def __init__(self, tasks: int, features: int, hidden: int) -> None:
+        super().__init__(tasks, features, hidden)
+        self.pressure = ScalarHead(tasks, features, hidden)
+
+    def forward(self, scalars: Tensor, vectors: Tensor, rows: TaskRows) -> Tensor:
+        """Node scalars [A, F] and vectors [A, 3, F] -> [A, 3, 3]."""
+        mixed = self.mixed(vectors, rows)
+        products = torch.bmm(mixed * self.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
+        identity = torch.eye(3, dtype=scalars.dtype, device=scalars.device)
+        return products + self.pressure(scalars, rows).unsqueeze(-1) * identity
+
+
+class PooledHead(nn.Module):
+    """An intensive number per structure: a mean over its atoms, weighted by attention or not."""
+
+    def __init__(self, tasks: int, features: int, hidden: int, *, attention: bool) -> None:
+        super().__init__()
+        self.values = ScalarHead(tasks, features, hidden)
+        self.logits = ScalarHead(tasks, features, hidden) if attention else None
+
+    def forward(self, scalars: Tensor, rows: TaskRows, structures: Segments, atom_mask: Tensor) -> Tensor:
+        """Node scalars [A, F] -> [S]; a structure without atoms gets 0."""
+        weight = atom_mask.to(scalars.dtype)
+        if self.logits is not None:
+            logits = ATTENTION_RANGE * torch.tanh(self.logits(scalars, rows).squeeze(-1) / ATTENTION_RANGE)
+            weight = weight * torch.exp(logits)
+        total = structures.sum(weight)
+        pooled = structures.sum(weight * self.values(scalars, rows).squeeze(-1))
+        return pooled / torch.where(total > 0, total, torch.ones_like(total))

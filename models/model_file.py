@@ -20,9 +20,8 @@ from hydrazero.shards.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
 FORMAT = "hydrazero-model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-HEAD_PREFIX = "energy_head."
 
 
 def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
@@ -35,7 +34,13 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
             raise ModelFileError(f"task '{name}' is named twice.")
     rows = [known.index(name) for name in names]
     smaller = AtomisticModel(model.settings, [model.tasks[row] for row in rows])
-    weights = {key: value[rows] if key.startswith(HEAD_PREFIX) else value for key, value in model.state_dict().items()}
+    stacked = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
+    wanted = smaller.state_dict().keys()
+    weights = {
+        key: value[rows] if key.startswith(stacked) else value
+        for key, value in model.state_dict().items()
+        if key in wanted  # a head that none of these tasks uses is left behind
+    }
     smaller.load_state_dict(weights, strict=True)
     return smaller.to(model.dtype).eval()
 

@@ -12,8 +12,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from hydrazero.models.atomistic import AtomisticModel, TaskFacts
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.model_file import read_model
+from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
 from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.packing import Packer, fits

@@ -36,6 +36,8 @@ def _path(where: str, key: object) -> str:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:
+        return value
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -51,7 +53,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a table, not {_shown(value)}.")
-        return dict(value)
+        return {key: _convert(get_args(kind)[1], item, _path(where, key)) for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

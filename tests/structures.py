@@ -7,8 +7,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings, Predictions, TaskFacts
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings, Predictions
 from hydrazero.models.encoder import EncoderSettings
+from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.shards.neighbours import ROW_SLOTS
 from hydrazero.shards.structure import Structure

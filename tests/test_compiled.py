@@ -13,7 +13,7 @@ from hydrazero.models.compiled import CompiledModel, use_kernels
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import Objective, count_labels
+from hydrazero.trainer.losses import Objective
 from hydrazero.trainer.trained_model import TrainedModel
 
 TASKS = 2
@@ -33,14 +33,15 @@ def trained_model(encoder: str, **settings: object) -> TrainedModel:
     goal = Objective(
         settings=LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3),
         task_weights=torch.tensor([1.0, 0.4], dtype=torch.float64),
-        scales=model.scales,
+        quantities=("energy", "forces"),
+        scales=model.scales.unsqueeze(1).expand(-1, 2),
     )
     return TrainedModel(model, goal)
 
 
 def gradients(trained: TrainedModel, batch: GraphBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     trained.zero_grad()
-    loss, _ = trained(batch, count_labels(batch, TASKS))
+    loss, _ = trained(batch, trained.objective.counts(batch))
     loss.backward()
     found = {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
     return loss.detach(), found

@@ -115,8 +115,8 @@ def test_two_ranks_train_and_log(finished):
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [4, 8]
     evaluations = [row["tasks"] for row in rows if row["kind"] == "evaluation"]
     assert evaluations[-1]["metals"]["structures"] > 0
-    for key in ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom"):
-        assert evaluations[-1]["molecules"][key] < evaluations[0]["molecules"][key]
+    first, last = ([row["energy_loss"] + row["forces_loss"] for row in tasks.values()] for tasks in evaluations)
+    assert sum(last) < sum(first)
     assert latest_checkpoint(finished).name == "step-00000008"
     assert list((finished / "tensorboard").iterdir())
     # Of a warm-up over 2 steps from 1% to 0.001, and a cosine down to 0.1% in the last step.
@@ -242,13 +242,20 @@ def test_validation_leaves_unseen_elements_out(tmp_path):
         assert again[key] == pytest.approx(row["tasks"]["metals"][key], rel=1e-4)
 
 
-def test_charges_that_the_model_does_not_see_are_told(data, tmp_path):
+def test_a_task_with_charges_is_conditioned_on_them_or_the_run_says_that_it_is_not(data, tmp_path):
     shutil.copytree(data / "metals", tmp_path / "metals")
     ions = molecules(20)
     for atoms in ions[:5]:
         atoms.info["charge"] = 1
     make_shards(tmp_path, "molecules", ions)
-    result = in_process(write_run(tmp_path, tmp_path), "--set", "train.steps=1")
+    run = write_run(tmp_path, tmp_path)
+    result = in_process(run, "--set", "train.steps=1")
+    assert "structures with a charge" not in result.stderr
+    described = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert [task["charge_spin"] for task in described["tasks"]] == [True, False]
+    blind = run.with_name("blind.toml")
+    blind.write_text(run.read_text().replace('name = "molecules"', 'name = "molecules"\ncharge_spin = false'))
+    result = in_process(blind, "--set", "train.steps=1", "--set", f"run.out={tmp_path / 'blind'}")
     assert "warning: task 'molecules' has 5 of 20 structures with a charge" in result.stderr
     assert "task 'metals' has" not in result.stderr
 

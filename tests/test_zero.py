@@ -10,8 +10,6 @@ import zero_ranks
 from rank_processes import run_ranks
 from structures import small_model
 
-from hydrazero.trainer.losses import count_labels
-
 pytestmark = pytest.mark.ranks
 
 
@@ -23,7 +21,7 @@ def plain() -> dict:
     settings = dict(zero_ranks.OPTIMIZER)
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     batches = [batch for rank in (0, 1) for batch in zero_ranks.micro_batches(rank, torch.float32)]
-    counts = torch.stack([count_labels(batch, zero_ranks.TASKS) for batch in batches]).sum(0)
+    counts = torch.stack([goal.counts(batch) for batch in batches]).sum(0)
     losses = []
     for _ in range(zero_ranks.STEPS):
         optimizer.zero_grad()

@@ -49,7 +49,8 @@ def objective(model: AtomisticModel) -> Objective:
     return Objective(
         settings=LossSection(kind="huber", energy_weight=2.0, forces_weight=1.0),
         task_weights=torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64),
-        scales=model.scales,
+        quantities=("energy", "forces"),
+        scales=model.scales.unsqueeze(1).expand(-1, 2),
     )
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings, TaskFacts
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.encoder import EncoderSettings
+from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.batch_proposal import demand_of, fill_of, propose, simulate
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample

@@ -41,6 +41,16 @@ class TaskSection:
     """Folder that 'hydrazero convert' wrote; or its web address, or 'pipe:COMMAND {}' that prints the file {} of it."""
     weight: float = 1.0
     """Of the task's loss in the sum over tasks."""
+    forces: str | None = None
+    """'conservative' (the gradient of the energy), 'direct' (a head of their own) or 'none'; conservative if there are
+    energies."""
+    stress: str | None = None
+    """As forces, which it follows if it is not set."""
+    charge_spin: bool | None = None
+    """Whether the encoder is told total charge and spin; if not set, it is where the shards hold charged or open-shell
+    structures."""
+    targets: tuple[str, ...] | None = None
+    """Of the targets in the shards, those that are trained; all if not set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +67,29 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection(EncoderSettings):
-    """The encoder's settings, and the size of the heads."""
+    """The encoder's settings, and those of the heads (see `ModelSettings`)."""
 
     head_features: int = ModelSettings.head_features
     """Width of the hidden layer of each head."""
+    ensemble: int = ModelSettings.ensemble
+    """Energies that each head gives; their mean is the prediction, their spread its uncertainty."""
+    repulsion: str = ModelSettings.repulsion
+    """'none', or 'zbl' for the screened repulsion of nuclei at short range."""
+    task_embedding: bool = ModelSettings.task_embedding
+    """Whether atoms are told their task from the first layer."""
+    attention_targets: tuple[str, ...] = ()
+    """Intensive targets whose mean over atoms is weighted by attention."""
 
     def settings(self) -> ModelSettings:
         """Return them in the form that the model takes."""
         encoder = EncoderSettings(**{item.name: getattr(self, item.name) for item in fields(EncoderSettings)})
-        return ModelSettings(encoder=encoder, head_features=self.head_features)
+        heads = {item.name: getattr(self, item.name) for item in fields(ModelSettings) if item.name != "encoder"}
+        return ModelSettings(encoder=encoder, **heads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
-    """Per-task loss: energy_weight * L(energy per atom / scale) + forces_weight * L(force component / scale)."""
+    """Per-task loss: weights times L(energy per atom / scale), L(force component / scale), and so on."""
 
     kind: str = "huber"
     """'l1', 'l2' or 'huber'."""
@@ -78,6 +97,19 @@ class LossSection:
     """Where the Huber loss turns from square to linear, in units of the task's scale."""
     energy_weight: float = 1.0
     forces_weight: float = 1.0
+    stress_weight: float = 0.1
+    """Of stress components over the typical stress of the task; 0 leaves stress untrained."""
+    spread_weight: float = 1.0
+    """Of the likelihood by which an ensemble learns its spread; it moves the heads alone."""
+    target_weights: dict[str, float] = field(default_factory=dict)
+    """Target -> weight of its loss; 1 for those that are not named."""
+
+    def weight(self, quantity: str) -> float:
+        """Return the weight of 'energy', 'forces', 'stress', 'spread' or a target."""
+        if quantity in ("energy", "forces", "stress", "spread"):
+            weight: float = getattr(self, f"{quantity}_weight")
+            return weight
+        return self.target_weights.get(quantity, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +210,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "model.layers": config.model.layers,
         "model.radial_functions": config.model.radial_functions,
         "model.head_features": config.model.head_features,
+        "model.ensemble": config.model.ensemble,
         "model.cutoff": config.model.cutoff,
         "loss.huber_delta": config.loss.huber_delta,
     }
@@ -191,6 +224,9 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "batch.edges": config.batch.edges,
         "loss.energy_weight": config.loss.energy_weight,
         "loss.forces_weight": config.loss.forces_weight,
+        "loss.stress_weight": config.loss.stress_weight,
+        "loss.spread_weight": config.loss.spread_weight,
+        **{f"loss.target_weights.{name}": weight for name, weight in config.loss.target_weights.items()},
         **{f"weight of task '{task.name}'": task.weight for task in config.tasks},
     }
     for key, value in not_negative.items():

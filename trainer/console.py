@@ -104,18 +104,24 @@ class RunLog:
         append_metrics(self.run_dir, {"kind": "evaluation", "split": split, "step": step, "tasks": tasks})
         self._add_tasks(split, step, tasks)
         table = Table(title=f"step {step}, {split}", title_justify="left")
-        for heading in ("task", "structures", "energy MAE meV/atom", "force MAE meV/Å"):
+        targets = sorted({target for row in tasks.values() for target in row["target_mae"]})
+        stress = any(row["stress_mae_mev_per_angstrom3"] is not None for row in tasks.values())
+        headings = ["task", "structures", "energy MAE meV/atom", "force MAE meV/Å"]
+        for heading in [*headings, *(["stress MAE meV/Å³"] if stress else []), *(f"{name} MAE" for name in targets)]:
             table.add_column(heading, justify="left" if heading == "task" else "right")
         for name, row in tasks.items():
             energy, force = row["energy_mae_mev_per_atom"], row["force_mae_mev_per_angstrom"]
-            table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force))
+            rest = [shown(row["stress_mae_mev_per_angstrom3"], 3)] if stress else []
+            rest += [shown(row["target_mae"].get(target), 4) for target in targets]
+            table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force), *rest)
         self.console.print(table)
         for sentence in left_out(tasks):
             self.say(sentence)
 
     def _add_tasks(self, prefix: str, step: int, tasks: dict[str, dict[str, Any]]) -> None:
         for name, row in tasks.items():
-            for key, value in row.items():
-                if value is not None and key not in ("structures", "unseen"):
+            targets = {f"{target}_mae": value for target, value in row["target_mae"].items()}
+            for key, value in {**row, **targets}.items():
+                if value is not None and key not in ("structures", "unseen", "target_mae"):
                     self._writer.add_scalar(f"{prefix}/{key}/{name}", value, step)
         self._writer.flush()

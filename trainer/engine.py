@@ -14,7 +14,6 @@ from torch import Tensor
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.distributed import gather_objects, ranks, sum_over_ranks
-from hydrazero.trainer.losses import count_labels
 from hydrazero.trainer.trained_model import TrainedModel
 
 WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
@@ -30,7 +29,7 @@ class StepResult:
 
     loss: float
     sums: Tensor
-    """[tasks, len(losses.COLUMNS)] float64."""
+    """Of the objective, [tasks, columns] float64."""
     atoms: int
 
 
@@ -80,7 +79,8 @@ def train_step(engine: Any, batches: Sequence[GraphBatch], step: int) -> StepRes
     Raises NonFiniteLossError on every rank, before any weight changes, if the loss is not finite on one of them.
     """
     tasks = len(engine.module.model.tasks)
-    counts = sum_over_ranks(torch.stack([count_labels(batch, tasks) for batch in batches]).sum(0))
+    objective = engine.module.objective
+    counts = sum_over_ranks(torch.stack([objective.counts(batch) for batch in batches]).sum(0))
     # DeepSpeed averages gradients over ranks and micro-batches; the loss is a sum over both.
     share = ranks() * len(batches)
     total = torch.zeros((), dtype=torch.float64, device=counts.device)

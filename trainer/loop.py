@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.models.atomistic import known_elements
+from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, empty_batch, evaluation_batches
@@ -29,7 +29,7 @@ from hydrazero.trainer.distributed import (
     sum_over_ranks,
 )
 from hydrazero.trainer.engine import train_step
-from hydrazero.trainer.losses import COLUMNS, errors_by_task, leave_out_unseen
+from hydrazero.trainer.losses import errors_by_task, leave_out_unseen
 
 
 @dataclass(kw_only=True)
@@ -48,9 +48,9 @@ class Interval:
     """Clock at its start, later by every pause for an evaluation or a checkpoint."""
 
 
-def new_interval(tasks: int) -> Interval:
+def new_interval() -> Interval:
     """Return an empty interval that starts now."""
-    return Interval(sums=torch.zeros(tasks, len(COLUMNS), dtype=torch.float64), since=time.monotonic())
+    return Interval(sums=torch.zeros((), dtype=torch.float64), since=time.monotonic())
 
 
 class Trainer:
@@ -67,13 +67,13 @@ class Trainer:
         """Train up to the configured number of steps, with a checkpoint at the end."""
         settings = self.config.train
         batches = iter(self.stream)
-        interval = new_interval(len(self.names))
+        interval = new_interval()
         self.engine.train()
         while self.step < settings.steps:
             self._one_step(batches, interval)
             if self._due(settings.log_every):
                 self._log_interval(interval)
-                interval = new_interval(len(self.names))
+                interval = new_interval()
             paused = time.monotonic()
             if self._due(settings.evaluate_every):
                 self._evaluate()
@@ -91,7 +91,7 @@ class Trainer:
         interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
         result = train_step(self.engine, micro_batches, self.step + 1)
         self.step += 1
-        interval.sums += result.sums.cpu()
+        interval.sums = interval.sums + result.sums.cpu()
         interval.loss += result.loss
         interval.steps += 1
         interval.atoms += result.atoms
@@ -109,11 +109,11 @@ class Trainer:
                 "loss": interval.loss / interval.steps,
                 "learning_rate": interval.learning_rate,
                 "gradient_norm": None if norm is None else float(norm),
-                "structures_per_s": float(interval.sums[:, COLUMNS.index("structures")].sum()) / seconds,
+                "structures_per_s": float(interval.sums[:, -1].sum()) / seconds,
                 "atoms_per_s": interval.atoms / seconds,
                 "data_wait_share": waited / seconds,
                 "skipped_structures": self._skipped(),
-                "tasks": errors_by_task(interval.sums, self.names),
+                "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
             }
         )
 
@@ -136,7 +136,7 @@ class Trainer:
         reader = SplitReader(self.stream.settings, "val")
         sums, unseen = evaluate_engine(self.engine, reader)
         self._say_skipped("validation", reader.skipped)
-        tasks = errors_by_task(sums, self.names)
+        tasks = errors_by_task(sums, self.names, self.engine.module.objective)
         for name, count in zip(self.names, unseen.tolist(), strict=True):
             tasks[name]["unseen"] = int(count)
         self.log.evaluation_row(self.step, "val", tasks)
@@ -148,15 +148,15 @@ def evaluate_engine(engine: Any, reader: SplitReader) -> tuple[Tensor, Tensor]:
     Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
     counts them. Raises what the data raise, on every rank, whichever has met it.
     """
-    tasks = engine.module.model.tasks
-    known = known_elements(tasks).to(device())
-    sums = torch.zeros(len(tasks), len(COLUMNS), dtype=torch.float64, device=device())
-    unseen = torch.zeros(len(tasks), dtype=torch.float64, device=device())
+    model = engine.module.model
+    known = known_elements(model.tasks).to(device())
+    sums = torch.zeros(len(model.tasks), engine.module.objective.columns, dtype=torch.float64, device=device())
+    unseen = torch.zeros(len(model.tasks), dtype=torch.float64, device=device())
     batches = evaluation_batches(reader, rank(), ranks())
     engine.eval()
     while (batch := _next_on_any_rank(batches, reader.settings)) is not None:
         batch = batch.to(device())
-        unseen += leave_out_unseen(batch, known)
+        unseen += leave_out_unseen(batch, model, known)
         sums += engine.module.evaluate(batch)
     engine.train()
     return sum_over_ranks(sums), sum_over_ranks(unseen)

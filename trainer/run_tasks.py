@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hydrazero.models.atomistic import TaskFacts
+from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, NONE, TargetFacts, TaskFacts
 from hydrazero.shards.budget import check_budget, degrees_within
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.trainer.config import RunConfig, TaskSection
 
 SMALLEST_SCALE = 1e-3
 """eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
+
+SMALLEST_STRESS = 1e-6
+"""eV/Å³; the same for stress."""
+
+WAYS = (CONSERVATIVE, DIRECT, NONE)
 
 
 def task_manifest(task: TaskSection, config: RunConfig) -> Manifest:
@@ -38,28 +43,74 @@ def budget_warning(name: str, manifest: Manifest, cutoff: float) -> str | None:
     )
 
 
-def task_facts(name: str, manifest: Manifest) -> TaskFacts:
-    """Return what the model and its users need to know of a task."""
+def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
+    """Return what the model and its users need to know of a task; raises ConfigError for what its shards don't hold."""
     scales = [
         manifest.labels[label].rms for label in ("forces", "energy_residual_per_atom") if label in manifest.labels
     ]
+    has_energy, has_forces = "energy" in manifest.labels, "forces" in manifest.labels
+    forces = task.forces or (CONSERVATIVE if has_energy else NONE)
+    stress = task.stress or forces
+    for key, way in (("forces", forces), ("stress", stress)):
+        if way not in WAYS:
+            raise ConfigError(f"task '{task.name}': {key} = '{way}' is not known{did_you_mean(way, list(WAYS))}.")
+    if task.forces == DIRECT and not has_forces:
+        raise ConfigError(f"task '{task.name}': forces = 'direct', but {task.shards} holds no forces to learn from.")
+    if task.stress is None and stress == DIRECT and "stress" not in manifest.labels:
+        stress = NONE
+    if task.stress == DIRECT and "stress" not in manifest.labels:
+        raise ConfigError(f"task '{task.name}': stress = 'direct', but {task.shards} holds no stress to learn from.")
     return TaskFacts(
-        name=name,
+        name=task.name,
         reference_energies=manifest.reference_energies,
         # Labels that vanish by symmetry are no scale; with none left, eV and Å do.
         scale=next((scale for scale in scales if scale > SMALLEST_SCALE), 1.0),
         elements=manifest.trained_elements,
         fidelity=manifest.source.get("method", ""),
-        has_forces="forces" in manifest.labels,
+        has_energy=has_energy,
+        has_forces=has_forces,
+        forces=forces,
+        stress=stress,
+        stress_scale=_stress_scale(manifest),
+        charge_spin=bool(manifest.charged_structures) if task.charge_spin is None else task.charge_spin,
+        targets=_targets(task, manifest),
     )
 
 
-def charge_warning(name: str, manifest: Manifest) -> str | None:
+def _stress_scale(manifest: Manifest) -> float:
+    rms = manifest.labels["stress"].rms if "stress" in manifest.labels else 0.0
+    return rms if rms > SMALLEST_STRESS else 1.0
+
+
+def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
+    """Return the targets of a task that are trained; raises ConfigError for one that no structure has."""
+    held = {name: facts for name, facts in getattr(manifest, "targets", {}).items() if facts.count}
+    wanted = list(held) if task.targets is None else task.targets
+    for name in wanted:
+        if name not in held:
+            raise ConfigError(
+                f"task '{task.name}': no training structure in {task.shards} has the target "
+                f"'{name}'{did_you_mean(name, list(held))}; name it in [targets] when converting, or leave it out."
+            )
+    return {
+        name: TargetFacts(
+            of=held[name].of,
+            kind=held[name].kind,
+            unit=held[name].unit,
+            extensive=held[name].extensive,
+            mean=held[name].mean,
+            scale=held[name].deviation if held[name].deviation > 0 else 1.0,
+        )
+        for name in wanted
+    }
+
+
+def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:
     """Say that the model cannot tell a task's charged or open-shell structures from others, if it has any."""
     charged, total = manifest.charged_structures, manifest.structures()
-    if not charged:
+    if not charged or facts.charge_spin:
         return None
     return (
-        f"warning: task '{name}' has {charged:,} of {total:,} structures with a charge or an open shell; the model "
-        "sees neither, so one geometry in two such states gets one energy."
+        f"warning: task '{facts.name}' has {charged:,} of {total:,} structures with a charge or an open shell; with "
+        "charge_spin = false the model sees neither, so one geometry in two such states gets one energy."
     )

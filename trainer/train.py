@@ -17,7 +17,7 @@ from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, t
 from hydrazero.trainer.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
-    from hydrazero.models.atomistic import TaskFacts
+    from hydrazero.models.task_facts import TaskFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class CheckedRun:
 
 def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError."""
+    from hydrazero.models.atomistic import check_model
     from hydrazero.trainer.checkpoint import has_checkpoint, latest_checkpoint
     from hydrazero.trainer.run_tasks import budget_warning, charge_warning, task_facts, task_manifest
 
@@ -47,13 +48,18 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
             latest_checkpoint(run_dir)
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
+    facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
+    check_model(config.model.settings(), facts)
     return CheckedRun(
         ds_config=ds_config,
-        facts=[task_facts(name, manifest) for name, manifest in manifests.items()],
+        facts=facts,
         warnings=[
             text
-            for name, manifest in manifests.items()
-            for text in (charge_warning(name, manifest), budget_warning(name, manifest, config.model.cutoff))
+            for task in facts
+            for text in (
+                charge_warning(task, manifests[task.name]),
+                budget_warning(task.name, manifests[task.name], config.model.cutoff),
+            )
             if text
         ],
     )

@@ -40,9 +40,9 @@ class TrainedModel(nn.Module):
         return reason
 
     def forward(self, batch: GraphBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch, with gradients, given all ranks' counts of labels [tasks, 3], and its sums.
+        """Return the loss of a batch, with gradients, given all ranks' counts of labels, and its sums.
 
-        The sums, [tasks, len(losses.COLUMNS)], carry no gradient.
+        The counts are [tasks, quantities]; the sums, [tasks, columns], carry no gradient.
         """
         if self._compiled is not None:
             return self._compiled(batch, counts, self.objective)
@@ -91,7 +91,7 @@ class CompiledLoss:
             others = tensors[len(trained) + 2 : len(trained) + 2 + len(fixed)]
             now = layout.batch(tensors[len(trained) + 2 + len(fixed) :])
             state = dict(zip([*trained, *fixed], [*weights, *others], strict=True))
-            weighted = replace(objective, task_weights=task_weights, scales=state["scales"])
+            weighted = replace(objective, task_weights=task_weights)
             sums = weighted.sums(functional_call(self.model, state, (now,)), now)
             loss = weighted.total(sums, given)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)

@@ -89,6 +89,14 @@ def _describe_to_the_compiler() -> None:
     def _(row_atom: Tensor, values: Tensor, opposite: Tensor | None, atoms: int) -> Tensor:
         return values.new_empty(atoms, values.shape[1])
 
+    @fake("hydrazero::task_linear")
+    def _(x: Tensor, weight: Tensor, task: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[1])
+
+    @fake("hydrazero::task_outer")
+    def _(g: Tensor, x: Tensor, task: Tensor, tasks: int) -> Tensor:
+        return x.new_empty(tasks, g.shape[1], x.shape[1])
+
     @fake("hydrazero::pair_sum")
     def _(
         row_atom: Tensor,

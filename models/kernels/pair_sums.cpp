@@ -461,10 +461,40 @@ Tensor segment_sum(const Tensor &row_atom, const Tensor &values_, const MaybeTen
   return out;
 }
 
+// Calls work(task, first, count) for each run of rows of one task; rows come structure by structure, so runs are long.
+template <typename F> void each_run(const Tensor &task, const F &work) {
+  const int64_t *of = task.const_data_ptr<int64_t>(), rows = task.size(0);
+  for (int64_t first = 0, next; first < rows; first = next) {
+    for (next = first + 1; next < rows && of[next] == of[first];) ++next;
+    work(of[first], first, next - first);
+  }
+}
+
+// Each row times the matrix of its task: x [N, I], weight [T, O, I], task [N] -> [N, O].
+Tensor task_linear(const Tensor &x, const Tensor &weight, const Tensor &task) {
+  Tensor out = at::empty({x.size(0), weight.size(1)}, x.options());
+  each_run(task, [&](int64_t t, int64_t first, int64_t count) {
+    Tensor rows = out.narrow(0, first, count);
+    at::mm_out(rows, x.narrow(0, first, count), weight.select(0, t).t());
+  });
+  return out;
+}
+
+// Sum of outer products by task: g [N, O], x [N, I], task [N] -> [T, O, I].
+Tensor task_outer(const Tensor &g, const Tensor &x, const Tensor &task, int64_t tasks) {
+  Tensor out = at::zeros({tasks, g.size(1), x.size(1)}, x.options());
+  each_run(task, [&](int64_t t, int64_t first, int64_t count) {
+    out.select(0, t).addmm_(g.narrow(0, first, count).t(), x.narrow(0, first, count));
+  });
+  return out;
+}
+
 } // namespace
 
 TORCH_LIBRARY(hydrazero, library) {
   library.def("segment_sum(Tensor row_atom, Tensor values, Tensor? opposite, int atoms) -> Tensor");
+  library.def("task_linear(Tensor x, Tensor weight, Tensor task) -> Tensor");
+  library.def("task_outer(Tensor g, Tensor x, Tensor task, int tasks) -> Tensor");
   library.def("pair_sum(Tensor row_atom, Tensor neighbours, Tensor mask, Tensor radial, Tensor directions, "
               "Tensor weight, Tensor? s, Tensor? y, Tensor? d, int atoms) -> (Tensor, Tensor)");
   library.def("pair_sum_transposed(Tensor row_atom, Tensor neighbours, Tensor mask, Tensor radial, "
@@ -477,6 +507,8 @@ TORCH_LIBRARY(hydrazero, library) {
 
 TORCH_LIBRARY_IMPL(hydrazero, CPU, library) {
   library.impl("segment_sum", &segment_sum);
+  library.impl("task_linear", &task_linear);
+  library.impl("task_outer", &task_outer);
   library.impl("pair_sum", &pair_sum);
   library.impl("pair_sum_transposed", &pair_sum_transposed);
   library.impl("pair_gradient", &pair_gradient);

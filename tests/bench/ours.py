@@ -9,9 +9,10 @@ import torch
 from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SYSTEMS, THREADS
 from timing import hand_over, step_seconds
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings, TaskFacts
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.potential import structure_from_atoms
+from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graph import collate, graph_sample, shape_holding
 
 
