@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
         if list(names).count(name) > 1:
             raise ModelFileError(f"task '{name}' is named twice.")
     rows = [known.index(name) for name in names]
-    smaller = AtomisticModel(model.settings, [model.tasks[row] for row in rows])
+    tasks = [model.tasks[row] for row in rows]
+    attention = tuple(name for name in model.settings.attention_targets if any(name in t.targets for t in tasks))
+    smaller = AtomisticModel(replace(model.settings, attention_targets=attention), tasks)
     stacked = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
     wanted = smaller.state_dict().keys()
     weights = {
@@ -81,7 +84,9 @@ def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path
         sample = graph_sample(probe, task, model.settings.encoder.cutoff)
         batch = collate([sample], shape_holding([sample]), expected.dtype)
         ours, theirs = expected(batch), loaded(batch)
-        if not (torch.equal(ours.energy, theirs.energy) and torch.equal(ours.forces, theirs.forces)):
+        pairs = [(ours.energy, theirs.energy), (ours.forces, theirs.forces), (ours.stress, theirs.stress)]
+        pairs += [(value, theirs.targets[name]) for name, value in ours.targets.items()]
+        if not all(torch.equal(a, b) for a, b in pairs):
             raise ModelFileError(
                 f"the exported file does not reproduce the model for task '{facts.name}'; nothing was written."
             )

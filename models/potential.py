@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.model_file import read_model
-from hydrazero.models.task_facts import TaskFacts
+from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
 from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.packing import Packer, fits
@@ -60,6 +60,11 @@ class Potential:
         """Å."""
         return self.model.settings.encoder.cutoff
 
+    @property
+    def has_spread(self) -> bool:
+        """Whether heads are ensembles, whose spread tells how sure an energy is."""
+        return self.model.settings.ensemble > 1
+
     def task_index(self, name: str) -> int:
         """Place of a task; raises ModelFileError if the model has no such head."""
         if name not in self.tasks:
@@ -99,9 +104,11 @@ class Potential:
     def predict(self, structures: Sequence[Atoms], tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Predict with each of the tasks' heads (all by default): a row per structure and task, in their order.
 
-        A row holds 'structure' (index), 'task', 'energy' eV, 'forces' eV/Å [atoms, 3] and 'stress' eV/Å³ [3, 3] (None
-        unless periodic in three directions). Raises StructureError for a structure that cannot be used or an element
-        that the task has not seen, ModelFileError for a task that the model does not have.
+        A row holds 'structure' (index), 'task', 'energy' eV, 'energy_spread' eV (the standard deviation of an ensemble
+        of heads), 'forces' eV/Å [atoms, 3], 'stress' eV/Å³ [3, 3] (for cells periodic in three directions), each None
+        where the task has none, and 'targets', the task's other quantities by name. Raises StructureError for a
+        structure that cannot be used or an element that the task has not seen, ModelFileError for a task that the model
+        does not have.
         """
         names = self.tasks if tasks is None else list(tasks)
         indices = [self.task_index(name) for name in names]
@@ -122,17 +129,25 @@ class Potential:
     def _rows(self, packed: list[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
         predictions = self.model(batch)
         energy = predictions.energy.detach().cpu().numpy()
+        spread = predictions.spread.detach().cpu().numpy().astype(np.float64)
         forces = predictions.forces.detach().cpu().numpy().astype(np.float64)
         stress = predictions.stress.detach().cpu().numpy().astype(np.float64)
+        targets = {name: value.detach().cpu().numpy() for name, value in predictions.targets.items()}
         first = 0
         for number, sample in enumerate(packed):
             atoms = slice(first, first + len(sample.structure))
             first = atoms.stop
+            facts = self.model.tasks[sample.task]
             periodic = bool(sample.structure.pbc.all())
             yield {
-                "energy": float(energy[number]),
-                "forces": forces[atoms].copy(),
-                "stress": stress[number].copy() if periodic else None,
+                "energy": float(energy[number]) if facts.has_energy else None,
+                "energy_spread": float(spread[number]) if facts.has_energy and self.has_spread else None,
+                "forces": forces[atoms].copy() if facts.forces != NONE else None,
+                "stress": stress[number].copy() if periodic and facts.stress != NONE else None,
+                "targets": {
+                    name: targets[name][atoms].copy() if target.of == "atom" else targets[name][number].copy()
+                    for name, target in facts.targets.items()
+                },
             }
 
     def _refuse_unseen(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
