@@ -11,6 +11,9 @@ from hydrazero.models.radial import BASES, CUTOFFS
 from hydrazero.models.slots import Slots
 from hydrazero.shards.errors import ConfigError, did_you_mean
 
+MAX_DEGREE = 6
+MAX_CORRELATION = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
@@ -109,7 +112,14 @@ class Encoder(nn.Module):
 
 
 def check_encoder(settings: EncoderSettings) -> None:
-    """Raise ConfigError for an unknown radial basis or cutoff function."""
+    """Raise ConfigError for an unknown radial basis or cutoff function, or degrees out of range."""
+    if not 1 <= settings.node_degree <= settings.max_degree <= MAX_DEGREE:
+        raise ConfigError(
+            f"model.node_degree = {settings.node_degree} and model.max_degree = {settings.max_degree} must obey "
+            f"1 <= node_degree <= max_degree <= {MAX_DEGREE}."
+        )
+    if not 1 <= settings.correlation <= MAX_CORRELATION:
+        raise ConfigError(f"model.correlation is {settings.correlation}; it must be from 1 to {MAX_CORRELATION}.")
     check_known("radial_basis", settings.radial_basis, list(BASES))
     check_known("cutoff_function", settings.cutoff_function, list(CUTOFFS))
 

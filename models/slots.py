@@ -61,6 +61,10 @@ class Slots:
         """Return each slot's neighbour's row of x: [A, ...] -> [R, K, ...]."""
         return _Gather.apply(x, self)
 
+    def opposite(self, values: Tensor) -> Tensor:
+        """Return what each slot's opposite pair holds: [R, K, ...] -> [R, K, ...]."""
+        return _Opposite.apply(values, self)
+
     def spread(self, x: Tensor) -> Tensor:
         """Return each row's own atom's row of x: [A, ...] -> [R, ...]."""
         return self.rows.spread(x)
@@ -109,6 +113,20 @@ class _SumBySender(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _Gather.apply(grads[0], ctx.slots), None
+
+
+class _Opposite(Function):
+    """To the opposite pair and back is nowhere: its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
+        ctx.slots = slots
+        flat = values.reshape(slots.reverse.numel(), -1).index_select(0, slots.reverse.reshape(-1))
+        return flat.view(values.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Opposite.apply(grads[0], ctx.slots), None
 
 
 class _Own(Function):

@@ -10,7 +10,8 @@ from ase.build import bulk, molecule
 from scipy.spatial.transform import Rotation
 from structures import CUTOFF, batch_of, predict, rattled_crystal, rattled_molecule, small_model, to_structure
 
-ENCODERS = ["painn"]
+from hydrazero.models.encoders import ENCODERS
+
 VARIANTS = [
     (encoder, cutoff, basis)
     for encoder in ENCODERS

@@ -8,6 +8,11 @@ from hydrazero.models.encoder import Encoder, EncoderSettings, check_known
 
 ENCODERS = {
     "painn": ("painn", "PaiNN"),
+    "schnet": ("schnet", "SchNet"),
+    "egnn": ("egnn", "EGNN"),
+    "pna_eq": ("pna_eq", "PNAEquivariant"),
+    "dimenetpp": ("dimenetpp", "DimeNetPlusPlus"),
+    "mace": ("mace", "MACE"),
 }
 """Name in a run file -> module and class."""
 

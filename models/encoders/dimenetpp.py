@@ -1,0 +1,116 @@
+"""DimeNet++: directional messages (Gasteiger et al. 2020, arXiv 2003.03123 and 2011.14115), without lists of triplets.
+
+A message from j to i takes in those from k to j, weighted by the distance r_kj and the angle between j-k and j-i.
+With the addition theorem, P_l(cos) = sum_m Y_lm(j-k) Y_lm(j-i), so that the sum over k of a weight g_l(r_kj) P_l(cos)
+x_kj is a density B_lm = sum_k Y_lm g_l x_kj around j, evaluated in the direction of i: exact, and linear in the
+number of pairs. The term k = i, which the papers leave out, has cos = 1 and is subtracted. The radial functions are
+the same for each l, where the papers have Bessel functions of order l.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.harmonics import degree_slice, solid_harmonics
+
+
+class Residual(nn.Module):
+    """x + silu(W silu(V x))."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        return x + functional.silu(self.second(functional.silu(self.first(x))))
+
+
+class DirectionalInteraction(nn.Module):
+    """Messages take in those that end where they begin (2011.14115, fig. 1)."""
+
+    def __init__(self, features: int, radial_functions: int, degree: int) -> None:
+        super().__init__()
+        self.degree, self.inner = degree, max(features // 2, 1)
+        self.own = nn.Linear(features, features)
+        self.incoming = nn.Linear(features, features)
+        self.distance = nn.Linear(radial_functions + 1, features, bias=False)
+        self.down = nn.Linear(features, self.inner, bias=False)
+        self.angular = nn.Linear(radial_functions + 1, (degree + 1) * self.inner, bias=False)
+        self.up = nn.Linear(self.inner, features, bias=False)
+        self.before = Residual(features)
+        self.skip = nn.Linear(features, features)
+        self.after = nn.ModuleList(Residual(features) for _ in range(2))
+
+    def forward(self, messages: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
+        """Messages [R, K, F] in the slots of where they end, harmonics [R, K, (L + 1)^2] -> new messages."""
+        incoming = functional.silu(self.incoming(messages)) * self.distance(pairs.radial)
+        incoming = functional.silu(self.down(incoming))
+        found = self.up(pairs.slots.opposite(self.around(incoming, harmonics, pairs)))
+        changed = functional.silu(self.own(messages)) + functional.silu(found)
+        messages = messages + functional.silu(self.skip(self.before(changed)))
+        for residual in self.after:
+            messages = residual(messages)
+        return messages
+
+    def around(self, incoming: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
+        """Sum, for each slot of j, over the other slots k: sum_l g_l(r_jk) P_l(cos) x_k, x [R, K, I] -> [R, K, I]."""
+        slots = pairs.slots
+        weights = self.angular(pairs.radial).unflatten(-1, (self.degree + 1, self.inner))
+        densities = [
+            torch.bmm(harmonics[..., degree_slice(l)].transpose(1, 2), weights[:, :, l] * incoming)
+            for l in range(self.degree + 1)  # noqa: E741
+        ]
+        density = slots.spread(slots.sum_rows(torch.cat(densities, dim=1)))
+        return torch.bmm(harmonics, density) - weights.sum(2) * incoming
+
+
+class DirectionalOutput(nn.Module):
+    """Messages that end at an atom, weighted by distance, to node scalars."""
+
+    def __init__(self, features: int, radial_functions: int) -> None:
+        super().__init__()
+        self.distance = nn.Linear(radial_functions + 1, features, bias=False)
+        self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
+
+    def forward(self, messages: Tensor, pairs: PairGeometry) -> Tensor:
+        """Messages [R, K, F] -> [A, F]."""
+        summed = pairs.slots.sum_rows((messages * self.distance(pairs.radial)).sum(1))
+        out: Tensor = self.second(functional.silu(self.first(summed)))
+        return out
+
+
+class DimeNetPlusPlus(Encoder):
+    """DimeNet++ encoder: scalars that are sums over the outputs of all blocks."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        f, n = settings.features, settings.radial_functions
+        self.distance = nn.Linear(n + 1, f, bias=False)
+        self.own, self.other = nn.Linear(f, f), nn.Linear(f, f, bias=False)
+        self.third = nn.Linear(f, f, bias=False)
+        self.interactions = nn.ModuleList(
+            DirectionalInteraction(f, n, settings.max_degree) for _ in range(settings.layers)
+        )
+        self.outputs = nn.ModuleList(DirectionalOutput(f, n) for _ in range(settings.layers + 1))
+
+    @property
+    def receptive_radius(self) -> float:
+        """Å; a message begins one neighbour farther away than it has been passed on."""
+        return self.settings.cutoff * (self.settings.layers + 1)
+
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Encode atoms."""
+        slots = pairs.slots
+        harmonics = solid_harmonics(pairs.directions, self.settings.max_degree)
+        # The embedding of both atoms and the distance, taken apart: what belongs to an atom is computed for the atom.
+        messages = slots.gather(self.other(atoms.scalars)) + slots.spread(self.own(atoms.scalars)).unsqueeze(1)
+        messages = functional.silu(messages + self.third(functional.silu(self.distance(pairs.radial))))
+        scalars = atoms.scalars + self.outputs[0](messages, pairs)
+        for interaction, output in zip(self.interactions, list(self.outputs)[1:], strict=True):
+            messages = interaction(messages, harmonics, pairs)
+            scalars = scalars + output(messages, pairs)
+        return NodeFeatures(scalars=scalars)

@@ -1,0 +1,64 @@
+"""EGNN: equivariant graph network (Satorras, Hoogeboom, Welling 2021, arXiv 2102.09844).
+
+The paper moves coordinates from layer to layer; here the atoms stay where they are, as forces and periodic cells want
+it, and what would have moved them is kept as vector features, whose lengths enter the next layer in place of new
+distances.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+
+NORM_EPSILON = 1e-8
+"""Under the root of vector norms, so that their slope at zero is finite."""
+
+
+class EGNNLayer(nn.Module):
+    """Messages of pairs, and what they change in scalars and vectors (paper, eqs. 3 to 6)."""
+
+    def __init__(self, features: int, radial_functions: int) -> None:
+        super().__init__()
+        # phi_e of the concatenated inputs, taken apart: what belongs to an atom is computed for the atom.
+        self.own = nn.Linear(features, features)
+        self.other = nn.Linear(features, features, bias=False)
+        self.distance = nn.Linear(radial_functions + 1, features, bias=False)
+        self.message = nn.Linear(features, features)
+        # phi_x, linear: it commutes with the sum over neighbours.
+        self.turn = nn.Linear(features, features, bias=False)
+        self.update_in = nn.Linear(3 * features, features)
+        self.update_out = nn.Linear(features, features)
+
+    def forward(self, scalars: Tensor, vectors: Tensor | None, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
+        """Scalars [A, F], vectors [A, 3, F] (None: zero) -> new ones of the same shapes."""
+        slots = pairs.slots
+        inner = slots.gather(self.other(scalars)) + slots.spread(self.own(scalars)).unsqueeze(1)
+        inner = functional.silu(inner + self.distance(pairs.radial))
+        messages = functional.silu(self.message(inner)) * pairs.inside
+        pushed = self.turn(slots.sum_rows(torch.bmm(pairs.directions.transpose(1, 2), messages)))
+        vectors = pushed if vectors is None else vectors + pushed
+        norm = torch.sqrt((vectors * vectors).sum(1) + NORM_EPSILON)
+        known = torch.cat([scalars, slots.sum_rows(messages.sum(1)), norm], dim=-1)
+        return scalars + self.update_out(functional.silu(self.update_in(known))), vectors
+
+
+class EGNN(Encoder):
+    """EGNN encoder: scalars, and vectors that are sums of pair directions."""
+
+    has_vectors = True
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        self.layers = nn.ModuleList(
+            EGNNLayer(settings.features, settings.radial_functions) for _ in range(settings.layers)
+        )
+
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Encode atoms."""
+        scalars, vectors = atoms.scalars, None
+        for layer in self.layers:
+            scalars, vectors = layer(scalars, vectors, pairs)
+        return NodeFeatures(scalars=scalars, vectors=vectors)

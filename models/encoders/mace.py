@@ -1,0 +1,140 @@
+"""MACE: higher-order equivariant messages (Batatia et al. 2022, arXiv 2206.07697).
+
+Features of an atom are functions on the sphere, [A, (l + 1)^2, F] in harmonics of natural parity. A layer makes a
+density of the neighbours (eq. 8), and products of up to `correlation` densities (eq. 10, 11). The products are taken
+on points of the sphere, which couples all degrees at once and exactly (Luo, Chen, Krishnapriyan 2024, arXiv
+2401.10216): weights of couplings are products of weights of the degrees, and what belongs to an element in the paper
+comes from the first node features, so that charge and spin enter too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.harmonics import CARTESIAN, Constants, coupling, degree_slice, solid_harmonics, sphere_tables
+
+TYPICAL_NEIGHBOURS = 10.0
+"""Densities are divided by it; a constant keeps them smooth and the energy extensive."""
+RADIAL_HIDDEN = 64
+
+
+class DegreeLinear(nn.Module):
+    """Mix channels, each degree with a matrix of its own."""
+
+    def __init__(self, degree: int, features: int) -> None:
+        super().__init__()
+        self.degree = degree
+        self.weight = nn.Parameter(torch.randn(degree + 1, features, features) / features**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[A, (l + 1)^2, F] -> the same."""
+        parts = [x[:, degree_slice(l)] @ self.weight[l] for l in range(self.degree + 1)]  # noqa: E741
+        return torch.cat(parts, dim=1)
+
+
+class NeighbourDensity(nn.Module):
+    """Neighbours' features times harmonics of their direction and functions of their distance (eq. 8)."""
+
+    def __init__(self, settings: EncoderSettings, node_degree: int) -> None:
+        super().__init__()
+        self.features, self.degree = settings.features, settings.max_degree
+        self.paths = [
+            (pair, node, out)
+            for node in range(node_degree + 1)
+            for pair in range(self.degree + 1)
+            for out in range(abs(pair - node), min(pair + node, self.degree) + 1)
+            if (pair + node + out) % 2 == 0
+        ]
+        self.couplings = Constants(**{f"{a} {b} {c}": coupling(a, b, c) for a, b, c in self.paths})
+        self.up = DegreeLinear(node_degree, settings.features)
+        self.radial = nn.Sequential(
+            nn.Linear(settings.radial_functions + 1, RADIAL_HIDDEN, bias=False),
+            nn.SiLU(),
+            nn.Linear(RADIAL_HIDDEN, RADIAL_HIDDEN, bias=False),
+            nn.SiLU(),
+        )
+        self.weights = nn.Linear(RADIAL_HIDDEN, len(self.paths) * settings.features, bias=False)
+        self.down = DegreeLinear(self.degree, settings.features)
+
+    def forward(self, nodes: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
+        """Nodes [A, (l + 1)^2, F], harmonics of pairs [R, K, (L + 1)^2] -> densities [A, (L + 1)^2, F]."""
+        rows, slots = harmonics.shape[:2]
+        gathered = pairs.slots.gather(self.up(nodes))
+        weights = (self.weights(self.radial(pairs.radial)) * pairs.inside).split(self.features, dim=-1)
+        parts: list[list[Tensor]] = [[] for _ in range(self.degree + 1)]
+        for (pair, node, out), weight in zip(self.paths, weights, strict=True):
+            mix = torch.einsum(
+                "rka,abc->rckb",
+                harmonics[..., degree_slice(pair)],
+                self.couplings.get(f"{pair} {node} {out}", harmonics),
+            )
+            messages = gathered[:, :, degree_slice(node)] * weight.unsqueeze(2)
+            flat = slots * (2 * node + 1)
+            parts[out].append(torch.bmm(mix.reshape(rows, -1, flat), messages.reshape(rows, flat, -1)))
+        summed = torch.cat([torch.stack(part).sum(0) for part in parts], dim=1)
+        return self.down(pairs.slots.sum_rows(summed) / TYPICAL_NEIGHBOURS)
+
+
+class DensityProducts(nn.Module):
+    """Products of 1 ... `correlation` densities, weighted by the kind of atom (eqs. 10 and 11)."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.order, self.out_degree, self.features = settings.correlation, settings.node_degree, settings.features
+        evaluate, expand = sphere_tables(settings.max_degree, settings.correlation, settings.node_degree)
+        self.tables = Constants(evaluate=evaluate, expand=expand)
+        self.factors = nn.ModuleList(DegreeLinear(settings.max_degree, self.features) for _ in range(self.order))
+        self.weights = nn.Linear(self.features, self.order * (self.out_degree + 1) * self.features)
+        self.out = DegreeLinear(self.out_degree, self.features)
+
+    def forward(self, densities: Tensor, kinds: Tensor) -> Tensor:
+        """Densities [A, (L + 1)^2, F], kinds of atoms [A, F] -> [A, (l + 1)^2, F]."""
+        atoms = densities.shape[0]
+        evaluate, expand = self.tables.get("evaluate", densities), self.tables.get("expand", densities)
+        weights = self.weights(kinds).view(atoms, self.order, self.out_degree + 1, self.features)
+        total: Tensor | None = None
+        product: Tensor | None = None
+        for order, factor in enumerate(self.factors):
+            # [P, L] times [A, L, F]: values of the functions on the points, [A, P, F].
+            values = torch.matmul(evaluate.t(), factor(densities))
+            product = values if product is None else product * values
+            expanded = torch.matmul(expand.t(), product)
+            parts = [
+                expanded[:, degree_slice(l)] * weights[:, order, l].unsqueeze(1)
+                for l in range(self.out_degree + 1)  # noqa: E741
+            ]
+            term = torch.cat(parts, dim=1)
+            total = term if total is None else total + term
+        if total is None:
+            raise ValueError("correlation must be at least 1.")
+        return self.out(total)
+
+
+class MACE(Encoder):
+    """MACE encoder: scalars that are sums of readouts of all layers, vectors of the last."""
+
+    has_vectors = True
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        f, degrees = settings.features, [0, *[settings.node_degree] * (settings.layers - 1)]
+        self.densities = nn.ModuleList(NeighbourDensity(settings, degree) for degree in degrees)
+        self.products = nn.ModuleList(DensityProducts(settings) for _ in degrees)
+        self.skips = nn.ModuleList(DegreeLinear(degree, f) for degree in degrees)
+        self.skip_gates = nn.ModuleList(nn.Linear(f, f) for _ in degrees)
+        self.readouts = nn.ModuleList(nn.Linear(f, f) for _ in degrees)
+
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Encode atoms."""
+        harmonics = solid_harmonics(pairs.directions, self.settings.max_degree)
+        nodes, scalars = atoms.scalars.unsqueeze(1), torch.zeros_like(atoms.scalars)
+        parts = zip(self.densities, self.products, self.skips, self.skip_gates, self.readouts, strict=True)
+        for density, products, skip, gate, readout in parts:
+            kept = skip(nodes) * gate(atoms.scalars).unsqueeze(1)
+            nodes = products(density(nodes, harmonics, pairs), atoms.scalars)
+            nodes = torch.cat([nodes[:, : kept.shape[1]] + kept, nodes[:, kept.shape[1] :]], dim=1)
+            scalars = scalars + functional.silu(readout(nodes[:, 0]))
+        return NodeFeatures(scalars=scalars, vectors=nodes[:, 1:4][:, list(CARTESIAN)])

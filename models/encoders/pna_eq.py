@@ -1,0 +1,97 @@
+"""Equivariant principal neighbourhood aggregation: several aggregators of one message, scaled by the degree.
+
+Principal neighbourhood aggregation (Corso et al. 2020, arXiv 2004.05718) on the scalars and vectors of PaiNN (Schütt et
+al. 2021). Energies must not jump where a neighbour leaves the cutoff, so a neighbour counts by its cutoff function: the
+degree is the sum of those, moments are weighted with them, and the maximum is a soft one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.painn import PaiNNUpdate
+from hydrazero.models.pair_sums import pair_sum
+from hydrazero.models.slots import Slots
+
+AGGREGATES = 4
+SCALERS = 3
+TYPICAL_DEGREE = 10.0
+"""Neighbours, counted by their cutoff functions, at which scalers are one."""
+SOFT_RANGE = 5.0
+"""Logits of the soft maximum stay within it, so that exponentials are finite."""
+SPREAD_EPSILON = 1e-6
+"""Under the root of the standard deviation, so that its slope is finite where neighbours agree."""
+
+
+def aggregates(slots: Slots, messages: Tensor, inside: Tensor) -> Tensor:
+    """Sum, mean, deviation and soft maximum of messages [R, K, F] with weights [R, K, 1]: [A, 4 F].
+
+    One neighbour of weight 0 and message 0 is counted in, so that all of them are 0 without neighbours, and smooth.
+    """
+    features = messages.shape[-1]
+    weighted = messages * inside
+    soft = inside * torch.exp(SOFT_RANGE * torch.tanh(messages / SOFT_RANGE))
+    columns = torch.cat([weighted, weighted * messages, soft, soft * messages], dim=-1).sum(1)
+    sums = slots.sum_rows(torch.cat([columns, inside.sum(1)], dim=-1))
+    total, squares, soft_weight, soft_total = sums[:, :-1].split(features, dim=-1)
+    count = 1.0 + sums[:, -1:]
+    mean = total / count
+    deviation = torch.sqrt(squares / count - mean * mean + SPREAD_EPSILON) - math.sqrt(SPREAD_EPSILON)
+    return torch.cat([total, mean, deviation, soft_total / (1.0 + soft_weight)], dim=-1)
+
+
+class PNAMessage(nn.Module):
+    """Messages as in PaiNN; the scalar ones are aggregated in several ways."""
+
+    def __init__(self, features: int, radial_functions: int) -> None:
+        super().__init__()
+        self.features = features
+        self.context_in = nn.Linear(features, features)
+        self.context_out = nn.Linear(features, 3 * features)
+        self.scalar_filter = nn.Linear(radial_functions, features)
+        self.vector_filter = nn.Parameter(torch.empty(radial_functions + 1, 2 * features))
+        nn.init.uniform_(self.vector_filter, -1.0 / math.sqrt(radial_functions), 1.0 / math.sqrt(radial_functions))
+        self.mix = nn.Linear(AGGREGATES * SCALERS * features, features)
+
+    def forward(
+        self, scalars: Tensor, vectors: Tensor | None, functions: Tensor, pairs: PairGeometry
+    ) -> tuple[Tensor, Tensor]:
+        """Scalars [A, F], vectors [A, 3, F] (None: zero), radial functions [R, K, N] -> changes of both."""
+        slots = pairs.slots
+        context = self.context_out(functional.silu(self.context_in(scalars)))
+        for_scalars, gates, for_directions = context.split(self.features, dim=-1)
+        gated = None if vectors is None else gates.unsqueeze(1) * vectors
+        # The first path of the sum is left out; its filters are too.
+        weight = torch.cat([torch.zeros_like(self.vector_filter[:, : self.features]), self.vector_filter], dim=1)
+        _, turned = pair_sum(slots, pairs.radial, pairs.directions, weight, (None, gated, for_directions))
+        messages = self.scalar_filter(functions) * slots.gather(for_scalars)
+        found = aggregates(slots, messages, pairs.inside)
+        degree = torch.log1p(slots.sum_rows(pairs.inside.sum(1))) / math.log1p(TYPICAL_DEGREE)
+        return self.mix(torch.cat([found, found * degree, found * (2.0 / (1.0 + degree))], dim=-1)), turned
+
+
+class PNAEquivariant(Encoder):
+    """Blocks of message and update on scalars and vectors."""
+
+    has_vectors = True
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__(settings)
+        f = settings.features
+        self.messages = nn.ModuleList(PNAMessage(f, settings.radial_functions) for _ in range(settings.layers))
+        self.updates = nn.ModuleList(PaiNNUpdate(f) for _ in range(settings.layers))
+
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Encode atoms."""
+        scalars, vectors, functions = atoms.scalars, None, self.basis(pairs.distances)
+        for message, update in zip(self.messages, self.updates, strict=True):
+            change, turn = message(scalars, vectors, functions, pairs)
+            scalars, vectors = scalars + change, turn if vectors is None else vectors + turn
+            change, turn = update(scalars, vectors)
+            scalars, vectors = scalars + change, vectors + turn
+        return NodeFeatures(scalars=scalars, vectors=vectors)

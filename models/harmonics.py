@@ -1,0 +1,118 @@
+"""Real spherical harmonics as polynomials, and products of functions on the sphere.
+
+Normalised so that the harmonics of a degree l of two unit vectors multiply to the Legendre polynomial of their angle,
+sum_m Y_lm(a) Y_lm(b) = P_l(a b) (addition theorem). Order: l = 0, 1, 2, ...; m = -l ... l; degree 1 is (y, z, x).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CARTESIAN = (2, 0, 1)
+"""Places of x, y, z among the three harmonics of degree 1."""
+
+
+def degree_slice(degree: int) -> slice:
+    """Places of the harmonics of a degree."""
+    return slice(degree * degree, (degree + 1) * (degree + 1))
+
+
+def solid_harmonics(vectors: Tensor, degree: int) -> Tensor:
+    """Return r^l Y_lm of vectors [..., 3] for all l up to a degree: [..., (degree + 1)^2].
+
+    Polynomials: smooth everywhere, and zero, but for l = 0, at the origin. By the recursion of the associated Legendre
+    functions in l, and that of the powers of x + i y in m (Helgaker, Jørgensen, Olsen 2000, sec. 6.4).
+    """
+    x, y, z = vectors.unbind(-1)
+    square = x * x + y * y + z * z
+    cosines, sines = [torch.ones_like(x)], [torch.zeros_like(x)]
+    for _ in range(degree):
+        cosines, sines = [*cosines, x * cosines[-1] - y * sines[-1]], [*sines, x * sines[-1] + y * cosines[-1]]
+    columns: dict[tuple[int, int], Tensor] = {}
+    for m in range(degree + 1):
+        legendre = [torch.full_like(z, float(math.prod(range(1, 2 * m, 2))))]
+        for l in range(m + 1, degree + 1):  # noqa: E741
+            step = (2 * l - 1) * z * legendre[-1]
+            if l > m + 1:
+                step = step - (l + m - 1) * square * legendre[-2]
+            legendre.append(step / (l - m))
+        for l, value in enumerate(legendre, start=m):  # noqa: E741
+            norm = math.sqrt((1 if m == 0 else 2) * math.factorial(l - m) / math.factorial(l + m))
+            columns[l, m] = norm * value * cosines[m]
+            if m:
+                columns[l, -m] = norm * value * sines[m]
+    return torch.stack([columns[l, m] for l in range(degree + 1) for m in range(-l, l + 1)], dim=-1)  # noqa: E741
+
+
+@lru_cache
+def sphere_points(exact: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return points [P, 3] and weights [P] that average polynomials up to the degree `exact` over the sphere exactly.
+
+    Gauss-Legendre points along z times evenly spaced angles around it.
+    """
+    heights, weights = np.polynomial.legendre.leggauss(exact // 2 + 1)
+    angles = 2.0 * np.pi * np.arange(exact + 1) / (exact + 1)
+    around = np.sqrt(1.0 - heights**2)
+    grid = np.stack(
+        [
+            np.outer(around, np.cos(angles)),
+            np.outer(around, np.sin(angles)),
+            np.broadcast_to(heights[:, None], (len(heights), len(angles))),
+        ],
+        axis=-1,
+    )
+    return grid.reshape(-1, 3), np.repeat(weights / 2.0, len(angles)) / len(angles)
+
+
+@lru_cache
+def sphere_tables(degree: int, product: int, out_degree: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return matrices that evaluate functions of a degree on the sphere, and expand products of them again.
+
+    The first is [(degree + 1)^2, P], the second [P, (out_degree + 1)^2], exact for products of `product` functions.
+    """
+    points, weights = sphere_points(degree * product + out_degree)
+    values = solid_harmonics(torch.from_numpy(points), max(degree, out_degree)).numpy()
+    # The average of Y_lm^2 over the sphere is 1 / (2 l + 1).
+    lengths = np.concatenate([np.full(2 * l + 1, 2 * l + 1.0) for l in range(out_degree + 1)])  # noqa: E741
+    expand = weights[:, None] * values[:, : (out_degree + 1) ** 2] * lengths
+    return np.ascontiguousarray(values[:, : (degree + 1) ** 2].T), expand
+
+
+@lru_cache
+def coupling(first: int, second: int, out: int) -> NDArray[np.float64]:
+    """Return C with sum C[a, b, c] Y_a Y_b = the part of degree `out` of a product of two harmonics, scaled.
+
+    [2 first + 1, 2 second + 1, 2 out + 1], of unit norm; zero unless first + second + out is even and they can form a
+    triangle. These integrals of three harmonics (Gaunt's) are the Clebsch-Gordan coefficients, up to a factor, wherever
+    parities are those of harmonics.
+    """
+    points, weights = sphere_points(first + second + out)
+    values = solid_harmonics(torch.from_numpy(points), max(first, second, out)).numpy()
+    one, two, three = (values[:, degree_slice(degree)] for degree in (first, second, out))
+    found = np.einsum("p,pa,pb,pc->abc", weights, one, two, three)
+    size = np.linalg.norm(found)
+    return found / size if size > 1e-12 else np.zeros_like(found)
+
+
+class Constants:
+    """Exact numpy arrays as tensors of whatever precision and device is asked for, made once for each."""
+
+    def __init__(self, **arrays: NDArray[np.float64]) -> None:
+        self._arrays = arrays
+        self._made: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def get(self, name: str, like: Tensor) -> Tensor:
+        """Return an array in the precision and on the device of a tensor."""
+        key = (name, like.dtype, like.device)
+        if key in self._made:
+            return self._made[key]
+        made = torch.tensor(self._arrays[name].tolist(), dtype=like.dtype, device=like.device)
+        if type(made) is Tensor:  # and not one that only stands for a tensor while a graph is traced
+            self._made[key] = made
+        return made
