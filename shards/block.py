@@ -7,7 +7,7 @@ Energies and cells are always float64, positions, forces and stress float32 or f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.structure import Structure
+from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
 BLOCK_STRUCTURES = 256
 
@@ -47,6 +48,10 @@ class StructureBlock:
     """eV/Å³, [S, 3, 3]; NaN where absent."""
     source_ids: NDArray[np.uint8] | None = None
     """UTF-8 bytes of all source ids, joined by newlines."""
+    targets: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Name -> other quantities of structures, [S] or [S, 3]; NaN where absent."""
+    atom_targets: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Name -> other quantities of atoms, [A] or [A, 3]; NaN where absent."""
 
     def __len__(self) -> int:
         return len(self.n_atoms)
@@ -54,8 +59,7 @@ class StructureBlock:
     @property
     def nbytes(self) -> int:
         """Bytes in the columns."""
-        columns = (getattr(self, item.name) for item in fields(self))
-        return sum(column.nbytes for column in columns if column is not None)
+        return sum(column.nbytes for column in columns_of(self).values())
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -85,8 +89,16 @@ class StructureBlock:
             stress=None if stress is None or np.isnan(stress).any() else stress,
             charge=int(self.charge[index]),
             multiplicity=int(self.multiplicity[index]),
+            targets=_present({name: values[index] for name, values in self.targets.items()}),
+            atom_targets=_present({name: values[atoms] for name, values in self.atom_targets.items()}),
             source_id=self.names[index],
         )
+
+
+def _present(values: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """Copy what is not NaN altogether."""
+    arrays = {name: np.array(value, dtype=np.float64) for name, value in values.items()}
+    return {name: array for name, array in arrays.items() if not np.isnan(array).all()}
 
 
 def block_from_structures(structures: Sequence[Structure], *, float_dtype: str = "float32") -> StructureBlock:
@@ -113,7 +125,22 @@ def block_from_structures(structures: Sequence[Structure], *, float_dtype: str =
         forces=forces,
         stress=stress,
         source_ids=np.frombuffer(names.encode(), dtype=np.uint8),
+        targets=_joined([s.targets for s in structures], [()] * len(structures)),
+        atom_targets=_joined([s.atom_targets for s in structures], [(len(s),) for s in structures]),
     )
+
+
+def _joined(
+    targets: Sequence[dict[str, NDArray[np.float64]]], owners: Sequence[tuple[int, ...]]
+) -> dict[str, NDArray[np.float64]]:
+    """Put targets of structures (owner ()) or atoms (owner (n,)) into columns, NaN where a structure lacks one."""
+    joined = {}
+    for name in sorted({name for own in targets for name in own}):
+        example = next(own[name] for own in targets if name in own)
+        tail = example.shape[len(owners[0]) :]
+        rows = [own.get(name, np.full((*owner, *tail), np.nan)) for own, owner in zip(targets, owners, strict=True)]
+        joined[name] = np.concatenate([row.reshape(-1, *tail) for row in rows])
+    return joined
 
 
 FAR = 100.0
@@ -139,8 +166,20 @@ def _near_origin(structure: Structure) -> Structure:
 
 def columns_of(block: StructureBlock) -> dict[str, NDArray[Any]]:
     """Return the columns that a block has, by name."""
-    columns = {field.name: getattr(block, field.name) for field in fields(block)}
+    columns = {item.name: getattr(block, item.name) for item in fields(block) if not item.name.endswith("targets")}
+    columns |= {STRUCTURE_PREFIX + name: value for name, value in block.targets.items()}
+    columns |= {ATOM_PREFIX + name: value for name, value in block.atom_targets.items()}
     return {name: np.ascontiguousarray(value) for name, value in columns.items() if value is not None}
+
+
+def block_from(columns: dict[str, NDArray[Any]]) -> StructureBlock:
+    """Return the block of columns by name; raises TypeError if one is missing or unknown."""
+
+    def under(prefix: str) -> dict[str, NDArray[Any]]:
+        return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
+
+    plain = {name: value for name, value in columns.items() if not name.startswith((ATOM_PREFIX, STRUCTURE_PREFIX))}
+    return StructureBlock(**plain, targets=under(STRUCTURE_PREFIX), atom_targets=under(ATOM_PREFIX))
 
 
 def encode_block(block: StructureBlock) -> bytes:
@@ -151,7 +190,6 @@ def encode_block(block: StructureBlock) -> bytes:
 def decode_block(data: bytes, where: str) -> StructureBlock:
     """Read a block; raises ShardError, naming `where`, if the bytes are not one."""
     try:
-        columns = safetensors.numpy.load(data)
-        return StructureBlock(**columns)
+        return block_from(safetensors.numpy.load(data))
     except Exception as error:  # safetensors raises its own type; missing columns a TypeError
         raise ShardError(f"{where} is not a readable block of structures ({error}); convert the task again.") from error

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from ase.data import chemical_symbols
 
 from hydrazero.shards.convert_frames import SLICED_BYTES, frames_path, read_part, status_path
@@ -33,7 +34,9 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.manifest import SPLITS, Histogram, LabelRange, Manifest, Outlier, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.references import reference_energies
+from hydrazero.shards.targets import TargetFacts
 from hydrazero.shards.task_statistics import FORCE_EDGES, Moments, Statistics, histogram_of, strongest
+from hydrazero.shards.units import target_unit
 from hydrazero.shards.workers import Workers, one_worker
 
 
@@ -173,32 +176,61 @@ def _manifest(
 ) -> Manifest:
     references = reference_energies(total.triangle)
     labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
-    residuals, distribution, outliers = _residuals(job, splits, references, workers)
-    distributions = {"energy_residual_per_atom": distribution}
+    targets = {name: _target_facts(job, name, total) for name in job.settings.targets}
+    distributions, outliers = {}, {"force_norm": total.strongest}
+    if references:
+        residuals, distribution, found = _residuals(job, splits, references, workers)
+        labels["energy_residual_per_atom"] = residuals
+        distributions["energy_residual_per_atom"] = distribution
+        outliers["energy_residual_per_atom"] = found
     if total.forces.any():
         distributions["force_norm"] = Histogram(edges=FORCE_EDGES.tolist(), counts=total.forces.tolist())
     order = ("energy_per_atom", "energy_residual_per_atom", "forces", "stress")
-    labels["energy_residual_per_atom"] = residuals
     texts = {key: str(value) for key, value in job.settings.source.items()}
     return Manifest(
         task=job.task,
         splits=splits,
         float_dtype=job.settings.float_dtype,
         elements={chemical_symbols[z]: count for z, count in sorted(total.elements.items())},
-        trained_elements=sorted(references),
+        trained_elements=sorted(references or (chemical_symbols[z] for z in total.trained)),
         size_histogram=dict(sorted(total.sizes.items())),
         labels={name: labels[name] for name in order if name in labels},
         reference_energies=references,
         required_labels=list(job.settings.labels.require),
         periodic_structures=total.periodic,
+        targets=targets,
         charged_structures=total.charged,
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
         distributions=distributions,
-        outliers={"energy_residual_per_atom": outliers, "force_norm": total.strongest},
+        outliers=dict(sorted(outliers.items())),
         duplicates=index.duplicates,
         duplicate_count=index.duplicate_count,
         set_aside=dict(sorted(index.set_aside.items())),
         source={**texts, "files": ", ".join(job.names)},
+    )
+
+
+def _target_facts(job: Job, name: str, total: Statistics) -> TargetFacts:
+    """Return what the manifest tells of a target; raises SourceError if no training structure has it."""
+    target = job.settings.targets[name]
+    moments = total.targets.get(name)
+    if moments is None or not moments.count:
+        raise SourceError(
+            f"task '{job.task}': no training structure has the target '{name}' (field '{target.field}'); name the "
+            "field that the sources have under [targets], or leave it out."
+        )
+    # A mean of vectors would depend on how the frames are turned.
+    mean = 0.0 if target.kind == "vector" else moments.total / moments.count
+    return TargetFacts(
+        of=target.of,
+        kind=target.kind,
+        unit=target_unit(target.unit)[1],
+        extensive=target.extensive,
+        count=moments.count,
+        minimum=moments.minimum,
+        maximum=moments.maximum,
+        mean=mean,
+        deviation=float(np.sqrt(max(moments.squares / moments.count - mean**2, 0.0))),
     )
 
 

@@ -20,6 +20,7 @@ from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
 from hydrazero.shards.splits import group_key, split_of
 from hydrazero.shards.structure import Structure
+from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
 CHUNK_FRAMES = 1024
 """Frames of a source that are read in one go: what is lost when a conversion is killed."""
@@ -192,7 +193,7 @@ class ChunkFile:
     def structures(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
         """Yield (row, columns of that structure alone) for the rows."""
         atoms, names = self.column("atom_starts"), self.column("name_starts")
-        slices = {name: self._file.get_slice(name) for name in self._names & COLUMNS}
+        slices = {name: self._file.get_slice(name) for name in self._names if is_column(name)}
         for row in rows.tolist():
             ranges = {
                 "atoms": slice(int(atoms[row]), int(atoms[row + 1])),
@@ -200,10 +201,20 @@ class ChunkFile:
                 # Without the newline that parts it from the next.
                 "text": slice(int(names[row]), int(names[row + 1]) - 1),
             }
-            yield row, {name: column[ranges[LENGTHS.get(name, "structure")]] for name, column in slices.items()}
+            yield row, {name: column[ranges[length_of(name)]] for name, column in slices.items()}
 
 
 LENGTHS = {"numbers": "atoms", "positions": "atoms", "forces": "atoms", "source_ids": "text"}
 """Columns that are not one row a structure."""
 
 COLUMNS = set(StructureBlock.__dataclass_fields__)
+
+
+def is_column(name: str) -> bool:
+    """Whether an array of a chunk is a column of a block."""
+    return name in COLUMNS or name.startswith((STRUCTURE_PREFIX, ATOM_PREFIX))
+
+
+def length_of(name: str) -> str:
+    """What a column has a row for: 'structure', 'atoms' or bytes of 'text'."""
+    return "atoms" if name.startswith(ATOM_PREFIX) else LENGTHS.get(name, "structure")

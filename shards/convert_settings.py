@@ -11,6 +11,7 @@ from hydrazero.shards.dataset_presets import load_preset
 from hydrazero.shards.errors import ConfigError, SourceError, did_you_mean
 from hydrazero.shards.readers.frames import ASE_STRESS_ORDER, FieldNames, ReadSettings, SourceUnits, stress_places
 from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.shards.targets import TargetSection, check_targets
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
 
 LABELS = ("energy", "forces", "stress", "charge", "multiplicity")
@@ -60,6 +61,8 @@ class ConvertSettings:
     n_atoms for ragged arrays; any further name becomes a field of the frame."""
     units: SourceUnits = field(default_factory=SourceUnits)
     labels: LabelSection = field(default_factory=LabelSection)
+    targets: dict[str, TargetSection] = field(default_factory=dict)
+    """Name -> further quantity to take over from the source."""
     split: SplitSection = field(default_factory=SplitSection)
     select: dict[str, Any] = field(default_factory=dict)
     """Field of a frame -> values of it that are wanted; other frames are left out and counted."""
@@ -74,6 +77,7 @@ class ConvertSettings:
             units=self.units,
             columns=self.columns,
             require=self.labels.require,
+            targets=self.targets,
             absent_if_zero=self.labels.absent_if_zero,
             energy_per_atom=self.energy_per_atom,
             stress_order=self.stress_order,
@@ -125,11 +129,13 @@ def _check(settings: ConvertSettings, where: str) -> None:
     for key, (value, known) in choices.items():
         if value not in known:
             raise ConfigError(f"{where} {key} '{value}' is not known{did_you_mean(value, list(known))}.")
+    check_targets(settings.targets, where)
+    known_labels = [*LABELS, *settings.targets]
     for label in settings.labels.require:
-        if label not in LABELS:
-            raise ConfigError(f"{where} labels.require: '{label}' is no label{did_you_mean(label, list(LABELS))}.")
-    if "energy" not in settings.labels.require:
-        raise ConfigError(f"{where} labels.require must hold 'energy': every task is fitted on energies.")
+        if label not in known_labels:
+            raise ConfigError(f"{where} labels.require: '{label}' is no label{did_you_mean(label, known_labels)}.")
+    if "energy" not in settings.labels.require and not settings.targets:
+        raise ConfigError(f"{where} labels.require must hold 'energy', unless there are [targets] to learn.")
     split = settings.split
     if split.group not in GROUPS and not split.group.startswith("info:"):
         known_groups = [*GROUPS, "info:KEY"]

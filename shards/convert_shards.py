@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock
-from hydrazero.shards.convert_frames import LENGTHS, ChunkFile, chunk_path
+from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from
+from hydrazero.shards.convert_frames import ChunkFile, chunk_path, length_of
 from hydrazero.shards.convert_work import Job, write_whole
 from hydrazero.shards.manifest import Outlier, Shard
 from hydrazero.shards.references import reference_table
@@ -65,7 +65,8 @@ def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> 
     shard = write_shard(job.shards / f"{name}.tar", blocks)
     statistics = Statistics()
     for block in blocks:
-        statistics.add(block, split, job.settings.degree_cutoffs)
+        extensive = [name for name, target in job.settings.targets.items() if target.extensive]
+        statistics.add(block, split, job.settings.degree_cutoffs, extensive)
     note = ShardNote(shard=shard, statistics=statistics)
     write_whole(note_path, pickle.dumps(note))
     return note
@@ -97,14 +98,14 @@ def block_from_columns(structures: Sequence[Columns]) -> StructureBlock:
             if name in columns:
                 parts.append(columns[name])
             else:  # forces or stress of a chunk in which no structure has any
-                rows = int(columns["n_atoms"][0]) if LENGTHS.get(name) == "atoms" else 1
+                rows = int(columns["n_atoms"][0]) if length_of(name) == "atoms" else 1
                 parts.append(np.full((rows, *example.shape[1:]), np.nan, dtype=example.dtype))
         joined[name] = np.concatenate(parts)
-    for name in ("forces", "stress"):
-        if name in joined and np.isnan(joined[name]).all():
+    for name in [name for name in joined if name in ("forces", "stress") or "target." in name]:
+        if np.isnan(joined[name]).all():
             del joined[name]
     joined["source_ids"] = np.frombuffer(b"\n".join(c["source_ids"].tobytes() for c in structures), dtype=np.uint8)
-    return StructureBlock(**joined)
+    return block_from(joined)
 
 
 def residuals_of(job: Job, shard: Shard, references: dict[str, float]) -> Residuals:

@@ -14,6 +14,7 @@ from torch_geometric.data import Data
 
 from hydrazero.shards.neighbours import ROW_SLOTS, HalfPairs, half_pairs, lay_out
 from hydrazero.shards.structure import Structure
+from hydrazero.shards.targets import KINDS, TargetColumn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class GraphBatch(Data):
     slot_mask [R, K], atom_mask [A], structure [A] int64 (index of the atom's structure), task [S] int64,
     structure_mask [S], n_atoms [S] int64, cell [S, 3, 3] Å, volume [S] Å³ (1 where not periodic in 3 directions),
     periodic [S], charge [S], multiplicity [S]; labels: energy [S] eV float64 with energy_mask [S], forces [A, 3] eV/Å
-    with forces_mask [A], stress [S, 3, 3] eV/Å³ with stress_mask [S].
+    with forces_mask [A], stress [S, 3, 3] eV/Å³ with stress_mask [S], and for each target of the stream target_NAME
+    ([S], [S, 3], [A] or [A, 3]) with target_NAME_mask ([S] or [A]).
     """
 
     def source_ids(self) -> list[str]:
@@ -86,10 +88,13 @@ def shape_holding(samples: Sequence[GraphSample]) -> BatchShape:
     )
 
 
-def collate(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype) -> GraphBatch:
-    """Lay samples out in one batch of the given shape.
+def collate(
+    samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype, targets: Sequence[TargetColumn] = ()
+) -> GraphBatch:
+    """Lay samples out in one batch of the given shape, with the given targets.
 
-    `dtype` is that of positions, shifts, cells, forces and stress; energies stay float64. The samples must fit.
+    `dtype` is that of positions, shifts, cells, forces, stress and targets; energies stay float64. The samples must
+    fit.
     """
     structures = [sample.structure for sample in samples]
     sizes = np.array([len(structure) for structure in structures], dtype=np.int64)
@@ -99,6 +104,8 @@ def collate(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtyp
         **_atom_columns(structures, sizes, shape, dtype),
         **_slot_columns(samples, shape, dtype),
     }
+    for target in targets:
+        tensors |= _target_columns(target, structures, shape, dtype)
     batch = GraphBatch(**tensors)
     batch.names = [structure.source_id for structure in structures]
     return batch
@@ -176,6 +183,24 @@ def _atom_columns(
         "forces": forces,
         "forces_mask": _padded(has_forces, count, torch.bool),
     }
+
+
+def _target_columns(
+    target: TargetColumn, structures: Sequence[Structure], shape: BatchShape, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A target and where it is known."""
+    of_atoms, tail = target.of == "atom", KINDS[target.kind]
+    parts = []
+    for structure in structures:
+        held = structure.atom_targets if of_atoms else structure.targets
+        rows = len(structure) if of_atoms else 1
+        parts.append(held.get(target.name, np.full((rows, *tail), np.nan)).reshape(rows, *tail))
+    values = np.concatenate(parts) if parts else np.zeros((0, *tail))
+    known = ~np.isnan(values).reshape(len(values), -1).any(axis=1)
+    values = np.where(known.reshape(-1, *[1] * len(tail)), values, 0.0)
+    count = shape.atoms if of_atoms else shape.structures
+    name = f"target_{target.name}"
+    return {name: _padded(values, count, dtype, tail), f"{name}_mask": _padded(known, count, torch.bool)}
 
 
 def _slot_columns(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.location import address, is_remote, read_whole
+from hydrazero.shards.targets import TargetFacts
 from hydrazero.shards.units import INTERNAL_UNITS
 
 FORMAT = "hydrazero-shards"
@@ -131,6 +132,8 @@ class Manifest:
     required_labels: list[str]
     """Labels that every structure has."""
     periodic_structures: int
+    targets: dict[str, TargetFacts] = field(default_factory=dict)
+    """Other quantities that structures of the training split have."""
     charged_structures: int = 0
     """Structures with a charge, or a spin multiplicity other than 1."""
     degrees: dict[str, Degrees] = field(default_factory=dict)
@@ -219,6 +222,7 @@ def _manifest_from_document(document: dict[str, Any]) -> Manifest:
     }
     values["distributions"] = {name: Histogram(**value) for name, value in document["distributions"].items()}
     values["outliers"] = {name: [Outlier(**one) for one in value] for name, value in document["outliers"].items()}
+    values["targets"] = {name: TargetFacts(**value) for name, value in document.get("targets", {}).items()}
     values["size_histogram"] = {int(size): count for size, count in document["size_histogram"].items()}
     return Manifest(**values)
 

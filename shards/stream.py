@@ -25,6 +25,7 @@ from hydrazero.shards.stream_state import (
     saved_state,
     start_of_stream,
 )
+from hydrazero.shards.targets import TargetColumn
 
 PREFETCHED_BATCHES = 4
 """Batches that each worker process may be ahead."""
@@ -44,6 +45,8 @@ class StreamSettings:
     seed: int = 0
     temperature: float = 1.0
     """Of the mixture, see `mixture_repeats`."""
+    targets: tuple[TargetColumn, ...] = ()
+    """Quantities beside energy, forces and stress that batches shall hold."""
     workers: int = 1
     """Worker processes per rank; 0 reads in the training process."""
     on_bad_shard: str = "stop"
@@ -136,7 +139,7 @@ def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -
     while True:
         while (packed := packer.pop_full()) is None:
             packer.add(next(walk))
-        batch = collate(packed, settings.shape, settings.dtype)
+        batch = collate(packed, settings.shape, settings.dtype, settings.targets)
         pending = [(int(task), int(block), int(row)) for task, block, row in (s.origin for s in packer.pending)]
         after = LaneState(epoch=place.epoch, delivered=tuple(place.delivered), pending=tuple(pending))
         batch.place = {"state": after, "skipped": dict(reader.skipped)}
@@ -232,11 +235,11 @@ def split_samples(
 
 def evaluation_batches(reader: SplitReader, rank: int, ranks: int) -> Iterator[GraphBatch]:
     """Yield batches of a rank's share of one pass over a reader's split, in this process."""
-    shape, dtype = reader.settings.shape, reader.settings.dtype
-    for packed in pack(split_samples(reader, rank=rank, ranks=ranks), shape):
-        yield collate(packed, shape, dtype)
+    settings = reader.settings
+    for packed in pack(split_samples(reader, rank=rank, ranks=ranks), settings.shape):
+        yield collate(packed, settings.shape, settings.dtype, settings.targets)
 
 
 def empty_batch(settings: StreamSettings) -> GraphBatch:
     """Return a batch of padding only, for a rank that has nothing left while others have."""
-    return collate([], settings.shape, settings.dtype)
+    return collate([], settings.shape, settings.dtype, settings.targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,10 @@ class Structure:
     """Total charge, e."""
     multiplicity: int = 0
     """Spin multiplicity 2S+1; 0 where the source does not say."""
+    targets: dict[str, FloatArray] = field(default_factory=dict)
+    """Other quantities of the whole, of shape () or (3,)."""
+    atom_targets: dict[str, FloatArray] = field(default_factory=dict)
+    """Other quantities of atoms, [atoms] or [atoms, 3]; NaN where an atom lacks one."""
     source_id: str = ""
     """Where it came from: 'file#frame'."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,8 @@ class Statistics:
 
     elements: Counter[int] = field(default_factory=Counter)
     """Atomic number -> atoms."""
+    trained: set[int] = field(default_factory=set)
+    """Atomic numbers in the training split."""
     sizes: Counter[int] = field(default_factory=Counter)
     """Atoms per structure -> structures."""
     periodic: int = 0
@@ -69,6 +71,8 @@ class Statistics:
     """Structures with a charge, or a multiplicity other than 1."""
     moments: dict[str, Moments] = field(default_factory=dict)
     """Of the training split: 'energy_per_atom', 'forces', 'stress'."""
+    targets: dict[str, Moments] = field(default_factory=dict)
+    """Of the training split: targets, extensive ones per atom."""
     triangle: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 120)))
     """Triangular factor of the training split's rows (atoms of each element 0 to 118, energy): all that least squares
     needs of them."""
@@ -79,14 +83,20 @@ class Statistics:
     degrees: dict[float, Degrees] = field(default_factory=dict)
     """Cutoff, Å -> neighbours within it."""
 
-    def add(self, block: StructureBlock, split: str, cutoffs: Sequence[float]) -> None:
-        """Count the structures of a block."""
+    def add(
+        self, block: StructureBlock, split: str, cutoffs: Sequence[float], extensive: Collection[str] = ()
+    ) -> None:
+        """Count the structures of a block; `extensive` targets are divided by the number of atoms."""
         self.elements.update(Counter(block.numbers.tolist()))
         self.sizes.update(Counter(block.n_atoms.tolist()))
         self.periodic += int(block.pbc.any(axis=1).sum())
         self.charged += int(((block.charge != 0) | (block.multiplicity > 1)).sum())
         if split == "train":
+            self.trained.update(np.unique(block.numbers).tolist())
             self._add_labels(block)
+            for name, values in {**block.targets, **block.atom_targets}.items():
+                per = block.n_atoms if name in extensive else 1.0
+                self.targets.setdefault(name, Moments()).add(values / per)
         if block.forces is not None:
             norms = np.linalg.norm(block.forces.astype(np.float64), axis=1)
             if split == "train":
@@ -128,11 +138,14 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Count what another has counted."""
         self.elements.update(other.elements)
+        self.trained.update(other.trained)
         self.sizes.update(other.sizes)
         self.periodic += other.periodic
         self.charged += other.charged
         for name, moments in other.moments.items():
             self.moments.setdefault(name, Moments()).merge(moments)
+        for name, moments in other.targets.items():
+            self.targets.setdefault(name, Moments()).merge(moments)
         self._add_rows(other.triangle)
         self.forces = self.forces + other.forces
         self.strongest = strongest([*self.strongest, *other.strongest])

@@ -32,6 +32,31 @@ STRESS = {
 }
 
 
+# Of other quantities: unit -> internal unit and the factor to it.
+TARGETS = {
+    "": ("", 1.0),
+    **{name: ("eV", factor) for name, factor in ENERGY.items()},
+    "e": ("e", 1.0),
+    "muB": ("µB", 1.0),
+    "µB": ("µB", 1.0),
+    "eÅ": ("eÅ", 1.0),
+    "e*Angstrom": ("eÅ", 1.0),
+    "e*Bohr": ("eÅ", _ase.Bohr),
+    "Debye": ("eÅ", _ase.Debye),
+    "Å^3": ("Å³", 1.0),
+    "Angstrom^3": ("Å³", 1.0),
+    "Bohr^3": ("Å³", _ase.Bohr**3),
+}
+
+
+def target_unit(unit: str) -> tuple[float, str]:
+    """Return the factor to the internal unit of a quantity, and that unit; raises SourceError for an unknown unit."""
+    if unit not in TARGETS:
+        raise SourceError(f"unit '{unit}' of a target is not known{did_you_mean(unit, list(TARGETS))}.")
+    internal, factor = TARGETS[unit]
+    return factor, internal
+
+
 def _lookup(kind: str, table: dict[str, float], unit: str) -> float:
     if unit not in table:
         raise SourceError(f"{kind} unit '{unit}' is not known{did_you_mean(unit, list(table))}.")

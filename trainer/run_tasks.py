@@ -48,7 +48,7 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
     scales = [
         manifest.labels[label].rms for label in ("forces", "energy_residual_per_atom") if label in manifest.labels
     ]
-    has_energy, has_forces = "energy" in manifest.labels, "forces" in manifest.labels
+    has_energy, has_forces = "energy_per_atom" in manifest.labels, "forces" in manifest.labels
     forces = task.forces or (CONSERVATIVE if has_energy else NONE)
     stress = task.stress or forces
     for key, way in (("forces", forces), ("stress", stress)):
@@ -84,7 +84,7 @@ def _stress_scale(manifest: Manifest) -> float:
 
 def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
     """Return the targets of a task that are trained; raises ConfigError for one that no structure has."""
-    held = {name: facts for name, facts in getattr(manifest, "targets", {}).items() if facts.count}
+    held = manifest.targets
     wanted = list(held) if task.targets is None else task.targets
     for name in wanted:
         if name not in held:

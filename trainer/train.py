@@ -84,6 +84,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
 
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.shards.stream import StreamSettings, TrainStream
+    from hydrazero.shards.targets import TargetColumn
     from hydrazero.trainer import distributed
     from hydrazero.trainer.checkpoint import has_checkpoint, load_checkpoint
     from hydrazero.trainer.console import RunLog
@@ -110,6 +111,9 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
         temperature=config.data.temperature,
         workers=config.data.workers,
         on_bad_shard=config.data.on_bad_shard,
+        targets=tuple(
+            TargetColumn(name=name, of=facts.of, kind=facts.kind) for name, facts in model.targets.facts.items()
+        ),
     )
     stream = TrainStream(settings, distributed.rank(), distributed.ranks(), place["stream"])
     if distributed.rank() == 0:

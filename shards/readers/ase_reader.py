@@ -138,5 +138,6 @@ def frame_from_atoms(atoms: Atoms, source_id: str, maker: FrameMaker) -> Frame:
         virial=label(names.virial),
         charge=label(names.charge),
         multiplicity=label(names.multiplicity),
+        other={**atoms.arrays, **results},
     )
     return maker.make(raw, source_id, atoms.info)

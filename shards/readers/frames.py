@@ -10,6 +10,7 @@ import numpy as np
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
+from hydrazero.shards.targets import TargetSection, target_value
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
 
 MAX_WHOLE = 32767
@@ -61,6 +62,8 @@ class ReadSettings:
     """Whether the source's energies are divided by the number of atoms."""
     stress_order: str = ASE_STRESS_ORDER
     """Order of six numbers of a stress or virial."""
+    targets: Mapping[str, TargetSection] = field(default_factory=dict)
+    """Further quantities, by the names that they get."""
     trust_pickle: bool = False
     """Whether sources of pickles may be loaded, which can run any code."""
 
@@ -104,6 +107,8 @@ class RawFrame:
     charge: Any = None
     """Counts as 0 where it is None, unless it is required; likewise the multiplicity."""
     multiplicity: Any = None
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """What else the source has of the frame, by its names there; targets are looked for in it and in the info."""
 
 
 class FrameMaker:
@@ -119,14 +124,14 @@ class FrameMaker:
     def make(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Frame:
         """Convert and check; a fault becomes the frame's error."""
         try:
-            structure = self._structure(raw, source_id)
+            structure = self._structure(raw, source_id, info)
             check_structure(structure)
             self._check_required(raw, structure)
         except StructureError as error:
             return Frame(source_id=source_id, error=error, info=info)
         return Frame(source_id=source_id, structure=structure, info=info)
 
-    def _structure(self, raw: RawFrame, source_id: str) -> Structure:
+    def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
         numbers = _atomic_numbers(raw.numbers)
         cell = self._length * _array(raw.cell, "cell")
         return Structure(
@@ -139,8 +144,18 @@ class FrameMaker:
             stress=self._stress_of(raw, cell),
             charge=_whole(raw.charge, "charge"),
             multiplicity=_whole(raw.multiplicity, "multiplicity"),
+            targets=self._targets("structure", raw, info, len(numbers)),
+            atom_targets=self._targets("atom", raw, info, len(numbers)),
             source_id=source_id,
         )
+
+    def _targets(self, of: str, raw: RawFrame, info: Mapping[str, Any], atoms: int) -> dict[str, np.ndarray]:
+        found = {
+            name: target_value(name, target, raw.other.get(target.field, info.get(target.field)), atoms)
+            for name, target in self.settings.targets.items()
+            if target.of == of
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def _energy_of(self, raw: RawFrame, atoms: int) -> float | None:
         if raw.energy is None:
@@ -177,8 +192,13 @@ class FrameMaker:
     def _check_required(self, raw: RawFrame, structure: Structure) -> None:
         for label in self.settings.require:
             # A structure has a charge and a multiplicity whether its source says them or not.
-            if getattr(raw if label in ("charge", "multiplicity") else structure, label) is None:
+            if label in self.settings.targets:
+                held = {**structure.targets, **structure.atom_targets}.get(label)
+                name = self.settings.targets[label].field
+            else:
+                held = getattr(raw if label in ("charge", "multiplicity") else structure, label)
                 name = getattr(self.settings.fields, label)
+            if held is None:
                 raise StructureError(f"no_{label}", f"the frame has no {label} (field '{name}')")
 
 

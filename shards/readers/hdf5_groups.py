@@ -123,6 +123,7 @@ def _frames(group: Any, path: Path, fraction: float, names: dict[str, str], make
             cell=cell,
             pbc=rows.get("pbc", cell.any(axis=1)),
             **labels,
+            other=rows,
         )
         return maker.make(raw, source_id, info)
 

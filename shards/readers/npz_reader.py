@@ -32,6 +32,8 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         return
     columns = _columns(path)
     frames = len(columns["positions"])
+    # Any other array with a row for each frame may be a target.
+    others = {name: array for name, array in _arrays(path).items() if array.shape[:1] == (frames,)}
 
     def read(number: int) -> Frame:
         raw = RawFrame(
@@ -41,6 +43,7 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             pbc=False,
             energy=columns["energy"][number] if "energy" in columns else None,
             forces=columns["forces"][number] if "forces" in columns else None,
+            other={name: others[name][number] for name in others},
         )
         return maker.make(raw, f"{path.name}#{number}", {})
 

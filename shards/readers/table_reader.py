@@ -63,6 +63,7 @@ def frame_from_row(row: dict[str, Any], names: dict[str, str], source_id: str, m
         cell=cell,
         pbc=parts.get("pbc", cell.any(axis=1)),
         **{label: parts[label] for label in LABELS if label in parts},
+        other=row,
     )
     info = {key: value for key, value in row.items() if isinstance(value, str | bytes | int | float)}
     return maker.make(raw, source_id, info)
