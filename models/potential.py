@@ -121,17 +121,19 @@ class Potential:
             for position, task in enumerate(indices)
         ]
         for packed, batch in self.batches(samples, shape_for(samples)):
-            for sample, row in zip(packed, self._rows(packed, batch), strict=True):
+            for sample, row in zip(packed, self.rows(packed, batch), strict=True):
                 n, position = sample.origin
                 rows[n * len(names) + position] = {"structure": n, "task": names[position], **row}
         return rows
 
-    def _rows(self, packed: list[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
+    def rows(self, packed: list[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
+        """Predict a batch, each sample by the head of its task: rows as those of `predict`, with 'reference_energy'."""
         predictions = self.model(batch)
         energy = predictions.energy.detach().cpu().numpy()
         spread = predictions.spread.detach().cpu().numpy().astype(np.float64)
         forces = predictions.forces.detach().cpu().numpy().astype(np.float64)
         stress = predictions.stress.detach().cpu().numpy().astype(np.float64)
+        reference = predictions.reference.cpu().numpy()
         targets = {name: value.detach().cpu().numpy() for name, value in predictions.targets.items()}
         first = 0
         for number, sample in enumerate(packed):
@@ -141,6 +143,7 @@ class Potential:
             periodic = bool(sample.structure.pbc.all())
             yield {
                 "energy": float(energy[number]) if facts.has_energy else None,
+                "reference_energy": float(reference[number]),
                 "energy_spread": float(spread[number]) if facts.has_energy and self.has_spread else None,
                 "forces": forces[atoms].copy() if facts.forces != NONE else None,
                 "stress": stress[number].copy() if periodic and facts.stress != NONE else None,

@@ -58,6 +58,7 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
         "size_histogram": {str(size): count for size, count in manifest.size_histogram.items()},
         "periodic_structures": manifest.periodic_structures,
         "labels": {name: vars(label) for name, label in manifest.labels.items()},
+        "targets": {name: vars(facts) for name, facts in manifest.targets.items()},
         "required_labels": manifest.required_labels,
         "reference_energies": manifest.reference_energies,
         "charged_structures": manifest.charged_structures,
@@ -112,7 +113,7 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
         symbols = sorted(manifest.elements, key=lambda symbol: atomic_numbers[symbol])
         labels, degrees = manifest.labels, manifest.degrees.get(cutoff)
         facts = None if degrees is None else _degree_facts(degrees)
-        forces = labels.get("forces")
+        forces, energy = labels.get("forces"), labels.get("energy_residual_per_atom")
         rows.append(
             [
                 manifest.task,
@@ -121,7 +122,7 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
                 " ".join(symbols) if len(symbols) <= 5 else f"{len(symbols)}: {symbols[0]} to {symbols[-1]}",
                 f"{100 * manifest.periodic_structures / manifest.structures():.0f}%",
                 f"{100 * manifest.charged_structures / manifest.structures():.0f}%",
-                f"{1000 * labels['energy_residual_per_atom'].rms:,.0f}",
+                "-" if energy is None else f"{1000 * energy.rms:,.0f}",
                 "-" if forces is None else f"{forces.rms:.2f}",
                 "-" if facts is None else f"{facts['mean']:.0f}, {facts['most']}",
                 f"{manifest.duplicate_count:,}",
@@ -198,7 +199,10 @@ def describe(manifest: Manifest) -> RenderableType:
     """Return tables of counts, elements, sizes and labels for a terminal."""
     parts: list[RenderableType] = [Text(f"task {manifest.task}: {manifest.structures():,} structures", style="bold")]
     parts += [_splits_table(manifest), _elements_table(manifest), element_map([manifest]), _sizes_table(manifest)]
-    parts += [_labels_table(manifest), _degrees_table(manifest), _outliers_table(manifest)]
+    parts.append(_labels_table(manifest))
+    if manifest.targets:
+        parts.append(_targets_table(manifest))
+    parts += [_degrees_table(manifest), _outliers_table(manifest)]
     facts = [f"{key}: {value}" for key, value in manifest.source.items()]
     periodic = f"{manifest.periodic_structures:,} of {manifest.structures():,} structures are periodic"
     notes = [periodic, f"positions, forces and stress are {manifest.float_dtype}, energies float64"]
@@ -216,6 +220,16 @@ def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _targets_table(manifest: Manifest) -> Table:
+    table = _table("targets of the training split", "target", "of", "unit", "values", "mean", "deviation")
+    for name, facts in manifest.targets.items():
+        kind = f"{facts.of}{', vector' if facts.kind == 'vector' else ''}"
+        unit = f"{facts.unit}{'/atom' if facts.extensive else ''}"
+        numbers = (facts.mean, facts.deviation)
+        table.add_row(name, kind, unit, f"{facts.count:,}", *(f"{number:.4g}" for number in numbers))
     return table
 
 

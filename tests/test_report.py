@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from structures import facts
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.evaluate import SCHEMA
+from hydrazero.trainer.evaluation_errors import schema_of
 from hydrazero.trainer.report import parity_picture, write_report
 from hydrazero.trainer.report_data import read_predictions
 from hydrazero.trainer.run_files import read_metrics, truncate_metrics
@@ -42,6 +43,10 @@ def made_run(folder: Path, *, evaluated: bool = True) -> Path:
             "structures": 5,
             "energy_mae_mev_per_atom": 1.5,
             "trivial_energy_mae_mev_per_atom": 30.0,
+            "stress_mae_mev_per_angstrom3": None,
+            "trivial_stress_mae_mev_per_angstrom3": None,
+            "energy_spread": None,
+            "targets": {},
             "fidelity": "<PBE>",
         }
         forces = {"force_mae_mev_per_angstrom": 40.0, "trivial_force_mae_mev_per_angstrom": 800.0}
@@ -69,7 +74,7 @@ def write_predictions(path: Path, *, forces: bool) -> None:
                 "forces_predicted": None if labels is None else labels + np.array([1, 1, 1, 3, 3, 3]),
             }
         )
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema_of(facts("x"))), path)
 
 
 def test_report_holds_everything_and_nothing_from_outside(tmp_path):

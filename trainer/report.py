@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from hydrazero.trainer.console import left_out, shown
 from hydrazero.trainer.report_data import RunData, read_run
-from hydrazero.trainer.report_plots import element_errors, loss_curves, parity_plots, throughput
+from hydrazero.trainer.report_plots import calibration_plots, element_errors, loss_curves, parity_plots, throughput
 from hydrazero.trainer.run_files import REPORT_NAME
+from hydrazero.trainer.tables import OTHER_HEADINGS, other_rows
 
 STYLE = """
 :root { color-scheme: light; }
@@ -72,11 +73,49 @@ def _evaluation_parts(run: RunData, run_dir: Path) -> list[str]:
         return [f"<h2>Errors</h2><p>This run has not been evaluated; do it with <code>{escape(hint)}</code>.</p>"]
     parts = [f"<h2>Errors on the {escape(run.evaluation['split'])} split</h2>", _table(run.evaluation["tasks"])]
     parts.append("<p>Trivial: the task's reference energies alone and zero forces, on the same structures.</p>")
+    parts += _other_parts(run.evaluation["tasks"])
     parts += [f"<p>{escape(sentence)}</p>" for sentence in left_out(run.evaluation["tasks"])]
     parts += ["<h2>Parity</h2>", _picture(parity_plots(run), "predicted against true energies and forces", wide=True)]
     if (by_element := element_errors(run)) is not None:
         parts += ["<h2>Force error by element</h2>", _picture(by_element, "force error by task and element", wide=True)]
+    parts += _spread_parts(run)
     return parts
+
+
+def _other_parts(tasks: dict[str, Any]) -> list[str]:
+    """Stress and targets, if any task has them."""
+    rows = other_rows(tasks)
+    if not rows:
+        return []
+    lines = [[f"<td{_side(place)}>{escape(cell)}</td>" for place, cell in enumerate(row)] for row in rows]
+    headings = "".join(f"<th{_side(place)}>{heading}</th>" for place, heading in enumerate(OTHER_HEADINGS))
+    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+    note = "<p>Trivial: zero stress, and the mean of the training labels.</p>"
+    return [f'<h3>Other quantities</h3><div class="scroll"><table><tr>{headings}</tr>{body}</table></div>', note]
+
+
+def _side(place: int) -> str:
+    return ' class="text"' if place < 3 else ""
+
+
+def _spread_parts(run: RunData) -> list[str]:
+    """How well the spread of ensembles tells their errors."""
+    figure = calibration_plots(run)
+    if figure is None or run.evaluation is None:
+        return []
+    sentences = []
+    for name, row in run.evaluation["tasks"].items():
+        if found := row["energy_spread"]:
+            sentences.append(
+                f"<p>{escape(name)}: errors are {found['error_over_spread']:.2f} times the spread in the root mean "
+                f"square; {100 * found['within_one']:.0f}% lie within one spread (68% if normal), "
+                f"{100 * found['within_two']:.0f}% within two (95%).</p>"
+            )
+    return [
+        "<h2>Uncertainty: calibration of the ensembles' spread</h2>",
+        _picture(figure, "errors of energies against the spread of the ensemble", wide=True),
+        *sentences,
+    ]
 
 
 def _table(tasks: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.evaluation_errors import spreads
 from hydrazero.trainer.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, read_metrics
 
 
@@ -26,6 +27,10 @@ class TaskPredictions:
     forces: NDArray[np.float64]
     """eV/Å, [components]; empty where the task has none."""
     forces_predicted: NDArray[np.float64]
+    energy_error: NDArray[np.float64]
+    """eV per atom, of structures whose energy and spread are known."""
+    energy_spread: NDArray[np.float64]
+    """eV per atom, of the same; empty without an ensemble."""
     force_error_by_element: dict[str, float]
     """Mean absolute error of force components on atoms of an element, meV/Å."""
 
@@ -81,12 +86,15 @@ def read_predictions(path: Path) -> TaskPredictions:
     forces_predicted = _joined([columns["forces_predicted"][row] for row in labelled])
     numbers = np.repeat(_joined([columns["numbers"][row] for row in labelled]).astype(int), 3)
     errors = np.abs(forces_predicted - forces)
+    errors_and_spreads = spreads(table.select(["numbers", "energy", "energy_predicted", "energy_spread"]).to_pylist())
     by_element = {chemical_symbols[z]: float(1000 * errors[numbers == z].mean()) for z in np.unique(numbers)}
     return TaskPredictions(
         energy=energy,
         energy_predicted=predicted,
         forces=forces,
         forces_predicted=forces_predicted,
+        energy_error=errors_and_spreads[0],
+        energy_spread=errors_and_spreads[1],
         force_error_by_element=by_element,
     )
 

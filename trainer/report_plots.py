@@ -135,6 +135,37 @@ def element_errors(run: RunData) -> Figure | None:
     return figure
 
 
+SPREAD_BINS = 10
+
+
+def calibration_plots(run: RunData) -> Figure | None:
+    """Root mean square error against the spread of the ensemble, in bins of equally many structures, by task.
+
+    None where no task has an ensemble. On the diagonal, the spread is what the error is.
+    """
+    names = [name for name, data in run.predictions.items() if (data.energy_spread > 0).any()]
+    if not names:
+        return None
+    figure, axes = _grid(len(names), columns=3, size=(3.4, 3.2))
+    for ax, name in zip(axes, names, strict=True):
+        data = run.predictions[name]
+        known = data.energy_spread > 0
+        spread, error = 1000 * data.energy_spread[known], 1000 * np.abs(data.energy_error[known])
+        order = np.argsort(spread)
+        bins = [part for part in np.array_split(order, min(SPREAD_BINS, len(order))) if len(part)]
+        across = [float(np.sqrt((spread[part] ** 2).mean())) for part in bins]
+        upward = [float(np.sqrt((error[part] ** 2).mean())) for part in bins]
+        ax.scatter(spread, error, s=6, color="#bbbbbb", linewidths=0, label="structures")
+        ax.plot(across, upward, "o-", color=COLOURS[0], markersize=4, label="bins")
+        positive = [value for value in (*across, *upward) if value > 0] or [1.0]
+        ends = [0.5 * min(positive), 2 * max(positive)]
+        ax.plot(ends, ends, color="#888888", linewidth=0.8)
+        ax.set(xscale="log", yscale="log", xlabel="spread, meV/atom", ylabel="error, meV/atom", title=name)
+        ax.set_ylim(bottom=0.1 * min(positive))
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def throughput(run: RunData) -> Figure:
     """Structures and atoms per second, and the share of time spent waiting for data, over steps."""
     rows = run.rows("train")

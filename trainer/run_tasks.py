@@ -105,6 +105,14 @@ def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
     }
 
 
+def check_target_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
+    """Raise ConfigError for a weight of a target that no task is trained on."""
+    known = sorted({name for task in facts for name in task.targets})
+    for name in config.loss.target_weights:
+        if name not in known:
+            raise ConfigError(f"loss.target_weights: '{name}' is no target of any task{did_you_mean(name, known)}.")
+
+
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:
     """Say that the model cannot tell a task's charged or open-shell structures from others, if it has any."""
     charged, total = manifest.charged_structures, manifest.structures()

@@ -10,6 +10,20 @@ from rich.table import Table
 
 from hydrazero.trainer.console import left_out, shown
 
+OTHER_HEADINGS = ("task", "quantity", "unit", "MAE", "trivial")
+
+
+def other_rows(tasks: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Return a row of texts for the stress and for every target of each task, in the columns OTHER_HEADINGS."""
+    rows = []
+    for name, row in tasks.items():
+        stress, trivial = row["stress_mae_mev_per_angstrom3"], row["trivial_stress_mae_mev_per_angstrom3"]
+        if stress is not None:
+            rows.append((name, "stress", "meV/Å³", shown(stress, 3), shown(trivial, 3)))
+        for target, errors in row["targets"].items():
+            rows.append((name, target, errors["unit"], shown(errors["mae"], 4), shown(errors["trivial_mae"], 4)))
+    return rows
+
 
 def print_evaluation(document: dict[str, Any]) -> None:
     """Print an evaluation: a row per task, with the trivial predictor (references only, zero forces) beside it."""
@@ -30,5 +44,13 @@ def print_evaluation(document: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
+    if rows := other_rows(document["tasks"]):
+        other = Table(title="other quantities", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in OTHER_HEADINGS:
+            left = heading in ("task", "quantity", "unit")
+            other.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        for row in rows:
+            other.add_row(*row)
+        console.print(other)
     for sentence in left_out(document["tasks"]):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -35,7 +35,13 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError."""
     from hydrazero.models.atomistic import check_model
     from hydrazero.trainer.checkpoint import has_checkpoint, latest_checkpoint
-    from hydrazero.trainer.run_tasks import budget_warning, charge_warning, task_facts, task_manifest
+    from hydrazero.trainer.run_tasks import (
+        budget_warning,
+        charge_warning,
+        check_target_weights,
+        task_facts,
+        task_manifest,
+    )
 
     ds_config = deepspeed_config(config)
     manifests = {task.name: task_manifest(task, config) for task in config.tasks}
@@ -50,6 +56,7 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
     facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
     check_model(config.model.settings(), facts)
+    check_target_weights(config, facts)
     return CheckedRun(
         ds_config=ds_config,
         facts=facts,

@@ -1,0 +1,169 @@
+"""Errors of an evaluated split, summed structure by structure, and the rows of predictions behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from hydrazero.models.task_facts import TargetFacts, TaskFacts
+from hydrazero.shards.structure import Structure
+
+
+@dataclass(kw_only=True)
+class Mean:
+    """Running mean of absolute errors, and of those of the trivial predictor."""
+
+    count: int = 0
+    """Components."""
+    error: float = 0.0
+    trivial: float = 0.0
+
+    def add(self, predicted: Any, true: Any, trivial: Any) -> None:
+        """Count components that are known (not NaN)."""
+        label = np.asarray(true, dtype=np.float64)
+        known = ~np.isnan(label)
+        self.count += int(known.sum())
+        self.error += float(np.abs(np.asarray(predicted, dtype=np.float64) - label)[known].sum())
+        self.trivial += float(np.abs(np.asarray(trivial, dtype=np.float64) - label)[known].sum())
+
+    def values(self, factor: float = 1.0) -> tuple[float | None, float | None]:
+        """Return both means, times a factor; None where nothing was counted."""
+        if not self.count:
+            return None, None
+        return factor * self.error / self.count, factor * self.trivial / self.count
+
+
+def schema_of(facts: TaskFacts) -> pa.Schema:
+    """Return the columns of a task's predictions; forces, stress and targets are flat lists."""
+    columns = [
+        ("source_id", pa.string()),
+        ("numbers", pa.list_(pa.uint8())),
+        ("energy", pa.float64()),
+        ("energy_predicted", pa.float64()),
+        ("energy_spread", pa.float64()),
+        ("reference_energy", pa.float64()),
+        ("forces", pa.list_(pa.float32())),
+        ("forces_predicted", pa.list_(pa.float32())),
+        ("stress", pa.list_(pa.float32())),
+        ("stress_predicted", pa.list_(pa.float32())),
+    ]
+    for name in facts.targets:
+        columns += [(f"target_{name}", pa.list_(pa.float64())), (f"target_{name}_predicted", pa.list_(pa.float64()))]
+    return pa.schema(columns)
+
+
+@dataclass(kw_only=True)
+class AbsoluteErrors:
+    """Running absolute errors of one task: eV per atom, eV/Å and eV/Å³ per component, targets in their units."""
+
+    facts: TaskFacts
+    structures: int = 0
+    unseen: int = 0
+    """Left out, since they hold elements that no training structure of the task does."""
+    energy: Mean = field(default_factory=Mean)
+    forces: Mean = field(default_factory=Mean)
+    stress: Mean = field(default_factory=Mean)
+    targets: dict[str, Mean] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, structure: Structure, predicted: Mapping[str, Any]) -> None:
+        """Count one structure; `predicted` is a row of `Potential.rows`, with 'reference_energy'."""
+        self.structures += 1
+        n = len(structure)
+        row: dict[str, Any] = {
+            "source_id": structure.source_id,
+            "numbers": structure.numbers,
+            "reference_energy": predicted["reference_energy"],
+            "energy": structure.energy,
+            "energy_predicted": predicted["energy"],
+            "energy_spread": predicted["energy_spread"],
+        }
+        if structure.energy is not None and predicted["energy"] is not None:
+            self.energy.add(predicted["energy"] / n, structure.energy / n, predicted["reference_energy"] / n)
+        for name, mean, true in (
+            ("forces", self.forces, structure.forces),
+            ("stress", self.stress, structure.stress),
+        ):
+            if true is None or predicted[name] is None:
+                continue
+            # Labels have no more digits than shards have, predictions no more than the file shall have.
+            row[name], row[f"{name}_predicted"] = flat32(true), flat32(predicted[name])
+            mean.add(row[f"{name}_predicted"], row[name], 0.0)
+        for name, facts in self.facts.targets.items():
+            true = (structure.atom_targets if facts.of == "atom" else structure.targets).get(name)
+            if true is None:
+                continue
+            found = np.asarray(predicted["targets"][name], dtype=np.float64)
+            self.targets.setdefault(name, Mean()).add(found, true, trivial_target(facts, n))
+            row[f"target_{name}"], row[f"target_{name}_predicted"] = np.ravel(true), np.ravel(found)
+        self.rows.append(row)
+
+    def table(self) -> pa.Table:
+        """Return the rows of predictions."""
+        return pa.Table.from_pylist(self.rows, schema=schema_of(self.facts))
+
+    def summary(self) -> dict[str, Any]:
+        """Mean absolute errors in meV/atom, meV/Å, meV/Å³ and the targets' units; None where there is no label."""
+        energy, forces, stress = (mean.values(1000.0) for mean in (self.energy, self.forces, self.stress))
+        return {
+            "structures": self.structures,
+            "unseen": self.unseen,
+            "energy_mae_mev_per_atom": energy[0],
+            "force_mae_mev_per_angstrom": forces[0],
+            "trivial_energy_mae_mev_per_atom": energy[1],
+            "trivial_force_mae_mev_per_angstrom": forces[1],
+            "stress_mae_mev_per_angstrom3": stress[0],
+            "trivial_stress_mae_mev_per_angstrom3": stress[1],
+            "energy_spread": spread_summary(*spreads(self.rows)),
+            "targets": {
+                name: {
+                    "unit": self.facts.targets[name].unit,
+                    "count": mean.count,
+                    "mae": mean.values()[0],
+                    "trivial_mae": mean.values()[1],
+                }
+                for name, mean in self.targets.items()
+            },
+        }
+
+
+def flat32(values: Any) -> NDArray[np.float32]:
+    """Return numbers as a flat float32 array."""
+    return np.asarray(values, dtype=np.float32).reshape(-1)
+
+
+def trivial_target(facts: TargetFacts, atoms: int) -> float:
+    """Predict a target by the mean of the training labels."""
+    return facts.mean * atoms if facts.extensive and facts.of == "structure" else facts.mean
+
+
+def spreads(rows: list[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return errors and spreads of energies per atom, eV, where both are known."""
+    known = [row for row in rows if row.get("energy") is not None and row.get("energy_spread") is not None]
+    atoms = np.array([len(row["numbers"]) for row in known], dtype=np.float64)
+    errors = np.array([row["energy_predicted"] - row["energy"] for row in known], dtype=np.float64) / atoms
+    return errors, np.array([row["energy_spread"] for row in known], dtype=np.float64) / atoms
+
+
+def spread_summary(errors: NDArray[np.float64], spread: NDArray[np.float64]) -> dict[str, float | int] | None:
+    """Say how well the spread of an ensemble tells its errors; None without an ensemble.
+
+    Errors of a normal distribution as wide as the spread would be 1 in the root mean square of error over spread, 68%
+    within one spread and 95% within two.
+    """
+    known = spread > 0
+    if not known.any():
+        return None
+    ratio = np.abs(errors[known]) / spread[known]
+    return {
+        "count": int(known.sum()),
+        "mean_mev_per_atom": 1000.0 * float(spread[known].mean()),
+        "error_over_spread": float(np.sqrt((ratio**2).mean())),
+        "within_one": float((ratio <= 1).mean()),
+        "within_two": float((ratio <= 2).mean()),
+    }
