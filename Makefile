@@ -4,14 +4,18 @@ BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
 
-.PHONY: demo test check bench real sixteen links clean
+.PHONY: demo test test-compiled check bench real sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
 	$(BIN)/hydrazero demo --out runs/demo
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler"
+
+# Every encoder through the compiler; some seven minutes.
+test-compiled: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compiler
 
 check: .venv/.installed links
 	$(BIN)/ruff check .

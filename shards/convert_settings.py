@@ -37,6 +37,10 @@ class SplitSection:
     val: float = 0.1
     test: float = 0.1
     seed: int = 0
+    val_files: tuple[str, ...] = ()
+    """Patterns of paths of sources, such as "*/test.json", whose frames all go to the validation split, or (next) to
+    the test split; the shares above are for the others."""
+    test_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

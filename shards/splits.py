@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from fnmatch import fnmatch
+from pathlib import Path
 
 from ase.symbols import Symbols
 
@@ -24,6 +26,14 @@ def group_key(frame: Frame, structure: Structure, group: str) -> bytes:
     if name not in frame.info:
         raise StructureError("no_group", f"the frame has no field '{name}', which split.group asks for")
     return str(frame.info[name]).encode()
+
+
+def split_of_file(source: Path, settings: SplitSection) -> str | None:
+    """Return the split that the settings give to all frames of a source, if they do."""
+    for split, patterns in (("val", settings.val_files), ("test", settings.test_files)):
+        if any(fnmatch(str(source), pattern) for pattern in patterns):
+            return split
+    return None
 
 
 def split_of(key: bytes, settings: SplitSection) -> str:

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
+from structures import CUTOFF, rattled_crystal, rattled_molecule, small_model, to_structure
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.shards.graph import GraphBatch
+from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample
+from hydrazero.shards.structure import Structure
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import Objective
@@ -35,14 +36,15 @@ def micro_batches(rank: int, dtype: torch.dtype) -> list[GraphBatch]:
     """Two micro-batches a rank; tasks 0 and 1 are on rank 0 alone, task 2 on rank 1 alone (and 1 on both once)."""
     if rank == 0:
         first = [labelled(rattled_molecule(seed=1), 1), labelled(rattled_molecule("H2O", seed=2), 2)]
-        return [
-            batch_of(first, [0, 0], dtype=dtype, extra=(1, 3, 0)),
-            batch_of([labelled(rattled_crystal(3), 3)], [1], dtype=dtype),
-        ]
-    return [
-        batch_of([labelled(rattled_molecule("CH4", seed=4), 4)], [2], dtype=dtype, extra=(0, 2, 1)),
-        batch_of([labelled(rattled_molecule(seed=5), 5), labelled(rattled_crystal(6), 6)], [2, 1], dtype=dtype),
-    ]
+        return [batch(first, [0, 0], dtype), batch([labelled(rattled_crystal(3), 3)], [1], dtype)]
+    last = [labelled(rattled_molecule(seed=5), 5), labelled(rattled_crystal(6), 6)]
+    return [batch([labelled(rattled_molecule("CH4", seed=4), 4)], [2], dtype), batch(last, [2, 1], dtype)]
+
+
+def batch(structures: list[Structure], tasks: list[int], dtype: torch.dtype) -> GraphBatch:
+    """All of one shape, so that a compiled step is compiled once."""
+    samples = [graph_sample(structure, task, CUTOFF) for structure, task in zip(structures, tasks, strict=True)]
+    return collate(samples, BatchShape(structures=3, atoms=24, slots=512), dtype)
 
 
 def objective(model: AtomisticModel) -> Objective:

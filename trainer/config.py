@@ -15,6 +15,7 @@ from typing import Any
 
 from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoder import EncoderSettings
+from hydrazero.models.sizes import size_settings
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.settings_parser import parse_settings
@@ -69,6 +70,8 @@ class DataSection:
 class ModelSection(EncoderSettings):
     """The encoder's settings, and those of the heads (see `ModelSettings`)."""
 
+    size: str = ""
+    """'tiny', 'small', 'base' or 'large': sets features, layers and the like where they are not set themselves."""
     head_features: int = ModelSettings.head_features
     """Width of the hidden layer of each head."""
     ensemble: int = ModelSettings.ensemble
@@ -151,6 +154,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
         raise ConfigError(f"run file {path} is not valid TOML: {error}.") from error
     for override in overrides:
         _apply_override(table, override)
+    _apply_size(table, f"{path}:")
     config = parse_settings(RunConfig, table, f"{path}:")
     _check(config, f"{path}:")
     return config
@@ -170,6 +174,18 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override}: '{name}' is no table.")
     table[names[-1]] = value
+
+
+def _apply_size(table: dict[str, Any], where: str) -> None:
+    """Fill in what the size of the model stands for; what the run file says itself stays."""
+    model = table.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("size"), str):
+        return
+    encoder = model.get("encoder", EncoderSettings.encoder)
+    try:
+        table["model"] = {**size_settings(str(encoder), model["size"]), **model}
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from error
 
 
 def _check(config: RunConfig, where: str) -> None:
