@@ -79,6 +79,8 @@ class AtomisticModel(nn.Module):
         self.settings, self.tasks = settings, list(tasks)
         self.kernels = False
         """Whether sums over neighbours use the C++ kernels; see `models.compiled.use_kernels`."""
+        self.autocast: torch.dtype | None = None
+        """Lower precision of the encoder's matrix products; geometry, sums, heads and energies keep the weights'."""
         features, hidden, count = settings.encoder.features, settings.head_features, len(self.tasks)
         self.embedding = AtomEmbedding(
             features, [task.charge_spin for task in self.tasks], of_tasks=settings.task_embedding
@@ -148,7 +150,11 @@ class AtomisticModel(nn.Module):
         )
         inputs = AtomInputs(numbers=batch.numbers, scalars=self.embedding(batch.numbers, conditions))
         pairs = self.encoder.measure(slots, vectors)
-        return self.encoder(inputs, pairs), pairs
+        device = positions.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            features = self.encoder(inputs, pairs)
+        vectors_out = None if features.vectors is None else features.vectors.to(self.dtype)
+        return NodeFeatures(scalars=features.scalars.to(self.dtype), vectors=vectors_out), pairs
 
     def forward(self, batch: GraphBatch) -> Predictions:
         """Energies, forces, stress and targets of each structure by the heads of its own task."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -22,6 +22,7 @@ PLAIN = ("interaction", "reference", "forces", "stress", "spread")
 """Predictions that every model gives."""
 
 Function = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Call = Callable[[AtomisticModel, GraphBatch], tuple[Tensor, ...]]
 
 
 def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
@@ -80,7 +81,7 @@ def layout_key(batch: GraphBatch) -> tuple[Any, ...]:
 
 
 class CompiledModel:
-    """Predictions of a model by compiled graphs, one for each shape of batch."""
+    """Predictions of a model by compiled graphs, one for each shape of batch and kind of prediction."""
 
     def __init__(self, model: AtomisticModel) -> None:
         self.model = model
@@ -89,22 +90,52 @@ class CompiledModel:
     def __call__(self, batch: GraphBatch) -> Predictions:
         """Return what the model in evaluation mode gives."""
 
-        key = layout_key(batch)
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        if key not in self._graphs:
-            names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
-            layout = BatchTensors(batch)
+        def predict(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
+            out: Predictions = model(given)
+            return *(getattr(out, name) for name in PLAIN), *out.targets.values()
 
-            def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-                state = dict(zip(names, tensors, strict=False))
-                out: Predictions = functional_call(self.model, state, (layout.batch(tensors[len(names) :]),))
-                return *(getattr(out, name) for name in PLAIN), *out.targets.values()
-
-            training = self.model.training
-            self.model.eval()
-            self._graphs[key] = layout, compile_traced(function, [*weights, *layout.flat(batch)])
-            self.model.train(training)
-        layout, graph = self._graphs[key]
-        found = graph([*weights, *layout.flat(batch)])
+        found = self._run(predict, batch)
         targets = dict(zip(self.model.targets.facts, found[len(PLAIN) :], strict=True))
         return Predictions(**dict(zip(PLAIN, found, strict=False)), targets=targets)
+
+    def energies_of_all_tasks(self, batch: GraphBatch) -> Tensor:
+        """Return what the model's method of this name gives, eV, [S, T] float64."""
+
+        def energies(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
+            return (model.energies_of_all_tasks(given),)
+
+        return self._run(energies, batch)[0]
+
+    def _run(self, call: Call, batch: GraphBatch) -> tuple[Tensor, ...]:
+        key = (call.__name__, layout_key(batch))
+        if key not in self._graphs:
+            training = self.model.training
+            self.model.eval()
+            self._graphs[key] = self._trace(call, batch)
+            self.model.train(training)
+        layout, graph = self._graphs[key]
+        return graph([*self.model.parameters(), *self.model.buffers(), *layout.flat(batch)])
+
+    def _trace(self, call: Call, batch: GraphBatch) -> tuple[BatchTensors, Function]:
+        names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]
+        layout, caller = BatchTensors(batch), _Caller(self.model, call)
+
+        def function(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            state = {f"model.{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
+            out: tuple[Tensor, ...] = functional_call(caller, state, (layout.batch(tensors[len(names) :]),))
+            return out
+
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return layout, compile_traced(function, [*weights, *layout.flat(batch)])
+
+
+class _Caller(nn.Module):
+    """A module whose call is any use of a model, as `functional_call` wants it."""
+
+    def __init__(self, model: AtomisticModel, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+
+    def forward(self, batch: GraphBatch) -> tuple[Tensor, ...]:
+        return self._call(self.model, batch)

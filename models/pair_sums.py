@@ -28,7 +28,12 @@ MaybeTensor = Tensor | None
 def pair_sum(
     slots: Slots, radial: Tensor, directions: Tensor, weight: Tensor, features: tuple[MaybeTensor, MaybeTensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return dT/dgs [A, F] and dT/dgv [A, 3, F] of the features (s, y, d), by the kernels if the slots say so."""
+    """Return dT/dgs [A, F] and dT/dgv [A, 3, F] of the features (s, y, d), by the kernels if the slots say so.
+
+    In the precision of the weight, whatever that of the features: sums are not made in low precision.
+    """
+    s, y, d = features
+    features = (None if s is None else s.to(weight.dtype), None if y is None else y.to(weight.dtype), d.to(weight.dtype))
     if slots.kernels and features[2].shape[1] % FEATURE_TILE == 0:
         return _PairSum.apply(slots, radial, directions, weight, *features)
     return _plain_pair_sum(slots, radial, directions, weight, features)

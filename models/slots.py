@@ -79,7 +79,12 @@ class Slots:
 
 
 def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Sum over each owner's items: [N, C], or their K slots [N * K, C], or the slots [N, K] that they name."""
+    """Sum over each owner's items: [N, C], or their K slots [N * K, C], or the slots [N, K] that they name.
+
+    Never in less than float32.
+    """
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.to(torch.float32)
     if segments.kernels:
         out: Tensor = torch.ops.hydrazero.segment_sum(segments.owner, values, slots, segments.count)
         return out

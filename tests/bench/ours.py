@@ -1,4 +1,4 @@
-"""Seconds per eager step of our PaiNN, energy and forces, training and inference."""
+"""Seconds per step of our PaiNN, energy and forces, training and inference: eager, compiled, and with bfloat16."""
 
 from __future__ import annotations
 
@@ -7,38 +7,91 @@ import sys
 import numpy as np
 import torch
 from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SYSTEMS, THREADS
-from timing import hand_over, step_seconds
+from timing import hand_over, peak_megabytes, step_seconds
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.compiled import CompiledModel
 from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.potential import structure_from_atoms
 from hydrazero.models.task_facts import TaskFacts
-from hydrazero.shards.graph import collate, graph_sample, shape_holding
+from hydrazero.shards.graph import GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.trainer.config import LossSection
+from hydrazero.trainer.losses import Objective, quantity_scales
+from hydrazero.trainer.trained_model import TrainedModel
+
+MANY_HEADS = 16
+QUANTITIES = ["energy", "forces"]
+
+
+def model_of(tasks: int) -> AtomisticModel:
+    torch.manual_seed(0)
+    encoder = EncoderSettings(features=FEATURES, layers=LAYERS, radial_functions=RADIAL_FUNCTIONS, cutoff=CUTOFF)
+    facts = [
+        TaskFacts(name=f"bench{n}", reference_energies={}, scale=1.0, elements=["C", "Cu", "H"]) for n in range(tasks)
+    ]
+    return AtomisticModel(ModelSettings(encoder=encoder), facts)
+
+
+def batch_of(name: str, tasks: int) -> GraphBatch:
+    """The system's structures, labelled, dealt to the tasks in turn."""
+    structures = [structure_from_atoms(atoms) for atoms in SYSTEMS[name]()]
+    samples = [graph_sample(structure, number % tasks, CUTOFF) for number, structure in enumerate(structures)]
+    batch = collate(samples, shape_holding(samples), torch.float32)
+    batch.forces = torch.randn(batch.forces.shape, generator=torch.Generator().manual_seed(1))
+    batch.forces_mask, batch.energy_mask = batch.atom_mask.clone(), batch.structure_mask.clone()
+    return batch
+
+
+class Steps:
+    """Training and inference of one model on one batch."""
+
+    def __init__(self, model: AtomisticModel, batch: GraphBatch, *, compiled: bool) -> None:
+        goal = Objective(
+            settings=LossSection(),
+            quantities=tuple(QUANTITIES),
+            task_weights=torch.ones(len(model.tasks), dtype=torch.float64),
+            scales=quantity_scales(model, QUANTITIES),
+        )
+        self.trained, self.batch, self.counts = TrainedModel(model, goal), batch, goal.counts(batch)
+        if compiled and (reason := self.trained.compile_steps()):
+            raise SystemExit(f"the kernels are missing: {reason}")
+        self.predict = CompiledModel(model) if compiled else model
+
+    def train(self) -> None:
+        self.trained.train()
+        self.trained.zero_grad()
+        loss, _ = self.trained(self.batch, self.counts)
+        loss.backward()
+
+    def infer(self) -> None:
+        self.trained.eval()
+        assert np.isfinite(float(self.predict(self.batch).interaction.sum()))
+
+    def energies(self) -> None:
+        self.predict.energies_of_all_tasks(self.batch)
 
 
 def main() -> None:
     repeats = int(sys.argv[1])
     torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    encoder = EncoderSettings(features=FEATURES, layers=LAYERS, radial_functions=RADIAL_FUNCTIONS, cutoff=CUTOFF)
-    facts = TaskFacts(name="bench", reference_energies={}, scale=1.0, elements=["C", "Cu", "H"])
-    model = AtomisticModel(ModelSettings(encoder=encoder), [facts])
-    seconds = {}
-    for name, make in SYSTEMS.items():
-        samples = [graph_sample(structure_from_atoms(atoms), 0, CUTOFF) for atoms in make()]
-        batch = collate(samples, shape_holding(samples), torch.float32)
-
-        def train(batch=batch) -> None:
-            model.zero_grad()
-            predictions = model.train()(batch)
-            (predictions.interaction.square().mean() + predictions.forces.square().mean()).backward()
-
-        def infer(batch=batch) -> None:
-            model.eval()(batch)
-
-        seconds[f"train_{name}"] = step_seconds(train, repeats)
-        seconds[f"infer_{name}"] = step_seconds(infer, repeats)
-        assert np.isfinite(float(model.eval()(batch).interaction.sum()))
+    seconds: dict[str, list[float]] = {}
+    for name in SYSTEMS:
+        batch = batch_of(name, 1)
+        eager = Steps(model_of(1), batch, compiled=False)
+        seconds[f"eager_train_{name}"] = step_seconds(eager.train, repeats)
+        seconds[f"eager_infer_{name}"] = step_seconds(eager.infer, repeats)
+        for suffix, precision in (("", None), ("_bf16", torch.bfloat16)):
+            model = model_of(1)
+            model.autocast = precision
+            steps = Steps(model, batch, compiled=True)
+            seconds[f"compiled_train_{name}{suffix}"] = step_seconds(steps.train, 2 * repeats)
+            seconds[f"compiled_infer_{name}{suffix}"] = step_seconds(steps.infer, 2 * repeats)
+            seconds[f"memory_{name}{suffix}"] = [peak_megabytes(steps.train)]
+    one, many = (Steps(model_of(n), batch_of("benzene", n), compiled=True) for n in (1, MANY_HEADS))
+    for kind in ("train", "energies"):
+        for _ in range(3):  # in turn: what else the machine does falls on both
+            for label, steps in (("one", one), ("many", many)):
+                seconds.setdefault(f"heads_{kind}_{label}", []).extend(step_seconds(getattr(steps, kind), repeats))
     hand_over(seconds)
 
 

@@ -13,7 +13,7 @@ from schnetpack.model import NeuralNetworkPotential
 from schnetpack.nn import CosineCutoff, GaussianRBF
 from schnetpack.representation import PaiNN
 from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SYSTEMS, THREADS
-from timing import hand_over, step_seconds
+from timing import hand_over, peak_megabytes, step_seconds
 
 
 def inputs_of(structures: list) -> dict[str, torch.Tensor]:
@@ -76,6 +76,7 @@ def main() -> None:
 
         seconds[f"train_{name}"] = step_seconds(train, repeats)
         seconds[f"infer_{name}"] = step_seconds(infer, repeats)
+        seconds[f"memory_{name}"] = [peak_megabytes(train)]
     hand_over(seconds)
 
 

@@ -44,21 +44,31 @@ def row(name: str, value: float, unit: str, peer: str | None = None, peer_value:
 
 
 def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """Eager steps against the peer, in turn."""
+    """Steps against the peer, in turn."""
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for _ in range(rounds):
         for seconds, python, script in ((ours, sys.executable, "ours.py"), (theirs, peer_python, "peer_schnetpack.py")):
             for name, values in run_worker(python, script, str(repeats)).items():
                 seconds.setdefault(name, []).extend(values)
+    middle = {name: statistics.median(values) for name, values in ours.items()}
+    peer = {name: statistics.median(values) for name, values in theirs.items()}
     rows = []
-    for name in ours:
-        system = name.partition("_")[2]
-        structures = SYSTEMS[system]()
-        mine, peer = statistics.median(ours[name]), statistics.median(theirs[name])
+    for system, make in SYSTEMS.items():
+        structures = make()
         count, atoms = len(structures), sum(len(s) for s in structures)
-        rows.append(row(f"eager_{name}", count / mine, "structures/s", PEER, count / peer))
-        rows.append(row(f"eager_{name}_atoms", atoms / mine, "atoms/s", PEER, atoms / peer))
+        for kind in ("train", "infer"):
+            against = peer[f"{kind}_{system}"]
+            for mode, suffix in (("eager", ""), ("compiled", ""), ("compiled", "_bf16")):
+                mine = middle[f"{mode}_{kind}_{system}{suffix}"]
+                name = f"{mode}_{kind}_{system}{suffix}"
+                rows.append(row(name, count / mine, "structures/s", PEER, count / against))
+                rows.append(row(f"{name}_atoms", atoms / mine, "atoms/s", PEER, atoms / against))
+        for suffix in ("", "_bf16"):
+            memory, most = middle[f"memory_{system}{suffix}"], peer[f"memory_{system}"]
+            rows.append(row(f"step_peak_memory_{system}{suffix}", memory, "MB", PEER, most))
+    for name, kind in (("heads16_train_cost", "train"), ("heads16_infer_cost", "energies")):
+        rows.append(row(name, middle[f"heads_{kind}_many"] / middle[f"heads_{kind}_one"], "times one head"))
     return rows
 
 
@@ -81,6 +91,8 @@ def data_rows(sixteen: Path | None) -> list[dict[str, Any]]:
     if sixteen is None or not sixteen.is_dir():
         sys.stderr.write("packing is left out: the sixteen real tasks are not there (make sixteen)\n")
         return rows
+    mixed = {name: values[0] for name, values in run_worker(sys.executable, "mixed_batches.py", str(sixteen)).items()}
+    rows.append(row("mixed_batch_efficiency", mixed["alone"] / mixed["mixed"], "atoms/s over those of the tasks alone"))
     packed = {name: values[0] for name, values in run_worker(sys.executable, "packing_fill.py", str(sixteen)).items()}
     units = {
         "packing_fill": f"of the atoms, {packed.pop('tasks'):.0f} real tasks",

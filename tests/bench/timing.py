@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def step_seconds(step: Callable[[], object], repeats: int) -> list[float]:
@@ -17,6 +20,23 @@ def step_seconds(step: Callable[[], object], repeats: int) -> list[float]:
         step()
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def peak_megabytes(step: Callable[[], object]) -> float:
+    """Most memory that a step takes on top of what the process holds before it, after one that warms up."""
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    step()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(key: str) -> float:
+    """A field of the process's memory, kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(key)))
 
 
 def hand_over(seconds: dict[str, list[float]]) -> None:
