@@ -33,10 +33,11 @@ def pair_sum(
     In the precision of the weight, whatever that of the features: sums are not made in low precision.
     """
     s, y, d = features
-    features = (None if s is None else s.to(weight.dtype), None if y is None else y.to(weight.dtype), d.to(weight.dtype))
-    if slots.kernels and features[2].shape[1] % FEATURE_TILE == 0:
-        return _PairSum.apply(slots, radial, directions, weight, *features)
-    return _plain_pair_sum(slots, radial, directions, weight, features)
+    s, y = (None if x is None else x.to(weight.dtype) for x in (s, y))
+    d = d.to(weight.dtype)
+    if slots.kernels and d.shape[1] % FEATURE_TILE == 0:
+        return _PairSum.apply(slots, radial, directions, weight, s, y, d)
+    return _plain_pair_sum(slots, radial, directions, weight, (s, y, d))
 
 
 def _plain_pair_sum(

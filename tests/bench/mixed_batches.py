@@ -1,4 +1,4 @@
-"""Seconds per atom of training steps on batches mixed from the sixteen real tasks, and on batches of each task alone."""
+"""Seconds per atom of training steps on batches mixed from the sixteen real tasks, and of each task alone."""
 
 from __future__ import annotations
 
