@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
 
-.PHONY: demo test test-compiled check bench real sixteen links clean
+.PHONY: demo test test-compiled check bench real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -35,6 +35,10 @@ real: .venv/.installed
 # Converts sixteen real tasks from DATA, of which lips is of pickles, and checks the counts.
 sixteen: .venv/.installed
 	$(BIN)/python -m hydrazero.launch.sixteen $(DATA) runs/data/sixteen --trust-pickle
+
+# A table of launch/results, run by run; what is done is not done again.
+results: .venv/.installed
+	$(BIN)/python -m hydrazero.launch.results.runner $(NAME) $(DATA)
 
 # SchNetPack gets an environment of its own, since it wants an older torch; it is several gigabytes.
 bench: .venv/.installed $(SCHNETPACK)/.installed

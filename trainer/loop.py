@@ -111,6 +111,7 @@ class Trainer:
                 "gradient_norm": None if norm is None else float(norm),
                 "structures_per_s": float(interval.sums[:, -1].sum()) / seconds,
                 "atoms_per_s": interval.atoms / seconds,
+                "steps_per_s": interval.steps / seconds,
                 "data_wait_share": waited / seconds,
                 "skipped_structures": self._skipped(),
                 "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
