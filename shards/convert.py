@@ -176,7 +176,11 @@ def _manifest(
 ) -> Manifest:
     references = reference_energies(total.triangle)
     labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
-    targets = {name: _target_facts(job, name, total) for name in job.settings.targets}
+    targets = {
+        name: _target_facts(job, name, total)
+        for name, target in job.settings.targets.items()
+        if name in total.targets or not target.optional
+    }
     distributions, outliers = {}, {"force_norm": total.strongest}
     if references:
         residuals, distribution, found = _residuals(job, splits, references, workers)
@@ -217,7 +221,7 @@ def _target_facts(job: Job, name: str, total: Statistics) -> TargetFacts:
     if moments is None or not moments.count:
         raise SourceError(
             f"task '{job.task}': no training structure has the target '{name}' (field '{target.field}'); name the "
-            "field that the sources have under [targets], or leave it out."
+            "field that the sources have under [targets], leave it out, or say that it is optional."
         )
     # A mean of vectors would depend on how the frames are turned.
     mean = 0.0 if target.kind == "vector" else moments.total / moments.count

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hydrazero.shards.manifest import SPLITS, Degrees, Manifest
 from hydrazero.shards.periodic_table import COLUMNS, ROWS, place_of
+from hydrazero.shards.target_table import targets_table
 
 HISTOGRAM_BINS = 12
 BAR_WIDTH = 40
@@ -201,7 +202,7 @@ def describe(manifest: Manifest) -> RenderableType:
     parts += [_splits_table(manifest), _elements_table(manifest), element_map([manifest]), _sizes_table(manifest)]
     parts.append(_labels_table(manifest))
     if manifest.targets:
-        parts.append(_targets_table(manifest))
+        parts.append(targets_table(manifest))
     parts += [_degrees_table(manifest), _outliers_table(manifest)]
     facts = [f"{key}: {value}" for key, value in manifest.source.items()]
     periodic = f"{manifest.periodic_structures:,} of {manifest.structures():,} structures are periodic"
@@ -220,16 +221,6 @@ def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-    return table
-
-
-def _targets_table(manifest: Manifest) -> Table:
-    table = _table("targets of the training split", "target", "of", "unit", "values", "mean", "deviation")
-    for name, facts in manifest.targets.items():
-        kind = f"{facts.of}{', vector' if facts.kind == 'vector' else ''}"
-        unit = f"{facts.unit}{'/atom' if facts.extensive else ''}"
-        numbers = (facts.mean, facts.deviation)
-        table.add_row(name, kind, unit, f"{facts.count:,}", *(f"{number:.4g}" for number in numbers))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import ConfigError, StructureError, did_you_mean
+from hydrazero.shards.errors import ConfigError, SourceError, StructureError, did_you_mean
+from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.units import target_unit
 
 KINDS = {"scalar": (), "vector": (3,)}
@@ -35,6 +37,11 @@ class TargetSection:
     """Of the source; converted into eV, e, eÅ, µB or Å³."""
     extensive: bool = False
     """Of a structure's scalar: whether it is a sum over atoms (a polarizability), or of the whole (a band gap)."""
+    absolute: bool = False
+    """Of a scalar: whether its size alone is taken over. The sign of a collinear magnetic moment is the choice of a
+    spin axis, which no model can tell from the geometry."""
+    optional: bool = False
+    """Whether the sources may lack it altogether: the task is then without it, where it would be an error."""
 
     @property
     def column(self) -> str:
@@ -74,20 +81,28 @@ def check_targets(targets: Mapping[str, TargetSection], where: str) -> None:
     """Raise ConfigError for a target whose name, kind or unit cannot be."""
     for name, target in targets.items():
         place = f"{where} targets.{name}"
-        if not name.isidentifier() or name in RESERVED:
-            raise ConfigError(f"{place}: the name must be a word, and none of {', '.join(RESERVED)}.")
+        # A batch has target_NAME and target_NAME_mask, which must not be another target's.
+        if not name.isidentifier() or name in RESERVED or name.endswith("_mask"):
+            raise ConfigError(f"{place}: the name must be a word without '_mask', and none of {', '.join(RESERVED)}.")
         for key, value, known in (("of", target.of, list(OWNERS)), ("kind", target.kind, list(KINDS))):
             if value not in known:
                 raise ConfigError(f"{place}.{key} '{value}' is not known{did_you_mean(value, known)}.")
         if target.extensive and (target.of, target.kind) != ("structure", "scalar"):
             raise ConfigError(f"{place}.extensive is for scalars of structures alone.")
-        target_unit(target.unit)
+        if target.absolute and target.kind != "scalar":
+            raise ConfigError(f"{place}.absolute is for scalars alone.")
+        try:
+            target_unit(target.unit)
+        except SourceError as error:
+            raise ConfigError(f"{place}.unit: {error}") from error
 
 
 def target_value(name: str, target: TargetSection, value: Any, atoms: int) -> NDArray[np.float64] | None:
     """Convert one structure's value: shape (), (3,), [atoms] or [atoms, 3]; NaN where an atom lacks it; None if absent.
 
-    Raises StructureError if it has another shape or is infinite.
+    Axes of length one don't matter, and a vector of atoms may be one flat list, as tables have it; a vector of which a
+    component is NaN is absent. Raises StructureError for any other shape, and for a value that is infinite or too large
+    to be right.
     """
     if value is None:
         return None
@@ -96,9 +111,18 @@ def target_value(name: str, target: TargetSection, value: Any, atoms: int) -> ND
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
-    if array.size != int(np.prod(shape)):
+    # Numbers alone don't do: [3, atoms] has as many as [atoms, 3].
+    if _without_ones(array.shape) != _without_ones(shape) and array.shape != (math.prod(shape),):
         raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not {shape}")
     array = array.reshape(shape) * target_unit(target.unit)[0]
-    if np.isinf(array).any():
-        raise StructureError(f"non_finite_{name}", f"the {name} is infinite")
+    if (np.abs(array) > MAX_MAGNITUDE).any():
+        raise StructureError(f"non_finite_{name}", f"the {name} is infinite or above {MAX_MAGNITUDE:.0e}")
+    if target.kind == "vector":
+        array[np.isnan(array).any(axis=-1)] = np.nan
+    if target.absolute:
+        array = np.abs(array)
     return None if np.isnan(array).all() else array
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length for length in shape if length != 1)

@@ -39,10 +39,12 @@ TARGETS = {
     "e": ("e", 1.0),
     "muB": ("µB", 1.0),
     "µB": ("µB", 1.0),
+    "\u03bcB": ("µB", 1.0),  # the Greek letter, which looks like the micro sign
     "eÅ": ("eÅ", 1.0),
     "e*Angstrom": ("eÅ", 1.0),
     "e*Bohr": ("eÅ", _ase.Bohr),
     "Debye": ("eÅ", _ase.Debye),
+    "Å³": ("Å³", 1.0),
     "Å^3": ("Å³", 1.0),
     "Angstrom^3": ("Å³", 1.0),
     "Bohr^3": ("Å³", _ase.Bohr**3),

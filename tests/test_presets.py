@@ -186,7 +186,7 @@ ASE_STRESS = -VASP_STRESS * 0.1 * units.GPa
 
 
 def write_mptrj(folder: Path) -> Path:
-    """Material -> frame; the last has no force."""
+    """Material -> frame; the last has no force, and every other one no magnetic moments."""
     document: dict[str, Any] = {}
     for number, atoms in enumerate(crystals()):
         entry = {
@@ -196,7 +196,7 @@ def write_mptrj(folder: Path) -> Path:
             "energy_per_atom": 0.0,
             "force": forces_of(len(atoms), number).tolist(),
             "stress": VASP_STRESS.tolist(),
-            "magmom": None,
+            "magmom": [-0.5 * number] * len(atoms) if number % 2 else None,
             "bandgap": 0.0,
             "mp_id": f"mp-{number // 3}",
         }
@@ -215,6 +215,20 @@ def test_mptrj(tmp_path):
     assert frame.energy == energy_of(4) and frame.pbc.all()
     np.testing.assert_allclose(frame.stress, ASE_STRESS, rtol=1e-6)
     np.testing.assert_allclose(frame.positions, crystals()[4].positions, atol=1e-5)
+    assert frame.atom_targets == {}
+    magnetic = found["MPtrj_2022.9_full.json#mp-1/mp-1-0-5"]
+    np.testing.assert_array_equal(magnetic.atom_targets["magmom"], [2.5] * len(magnetic))
+    assert read_manifest(tmp_path / "out").targets["magmom"].unit == "µB"
+
+
+def test_mptrj_without_magnetic_moments(tmp_path):
+    path = write_mptrj(tmp_path)
+    document = json.loads(path.read_text())
+    for entry in (entry for frames in document.values() for entry in frames.values()):
+        entry["magmom"] = None
+    path.write_text(json.dumps(document))
+    assert len(converted("mptrj", tmp_path / "out", path)) == COUNT - 1
+    assert read_manifest(tmp_path / "out").targets == {}
 
 
 def write_alexandria(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from hydrazero.shards.inspection import SIDE_BY_SIDE, side_by_side_rows
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.target_table import TARGET_HEADINGS, target_rows
 from hydrazero.trainer.inspect_plots import distributions, element_map, elements_of_tasks
 from hydrazero.trainer.report import STYLE
 
@@ -31,6 +32,8 @@ def write_page(manifests: Sequence[Manifest], cutoff: str, out: Path) -> None:
     if len(manifests) > 1:
         parts.append(_picture(elements_of_tasks(manifests), "share of each element in each task's atoms"))
     parts += ["<h2>Sizes, labels, neighbours</h2>", _picture(distributions(manifests, cutoff), "distributions")]
+    if any(manifest.targets for manifest in manifests):
+        parts += ["<h2>Targets of the training split</h2>", *(_targets(manifest) for manifest in manifests)]
     parts += ["<h2>What stands out</h2>", *(_outliers(manifest) for manifest in manifests)]
     parts += ["<h2>Sources</h2>", *(_source(manifest) for manifest in manifests)]
     page = (
@@ -54,6 +57,15 @@ def _overview(manifests: Sequence[Manifest], cutoff: str) -> str:
         f"<p>Energies are less references, root mean square, meV/atom; forces root mean square, eV/Å; neighbours are "
         f"those within {escape(cutoff)} Å, mean and most of an atom.</p>"
     )
+
+
+def _targets(manifest: Manifest) -> str:
+    headings = "".join(f"<th>{escape(text)}</th>" for text in TARGET_HEADINGS)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in target_rows(manifest))
+    if not rows:
+        return ""
+    table = f'<div class="scroll"><table><tr>{headings}</tr>{rows}</table></div>'
+    return f'<p class="facts"><b>{escape(manifest.task)}</b></p>{table}'
 
 
 def _outliers(manifest: Manifest) -> str:

@@ -14,7 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.harmonics import degree_slice, solid_harmonics
+from hydrazero.models.harmonics import solid_harmonics
+
+RADIAL_GAIN = 3.0
+"""Brings weights of radial functions, which are far below one, to about one at the length of a bond."""
+OUTPUT_GAIN = 0.3
+"""Keeps the sums over neighbours that leave a block below the first node scalars."""
+
+
+def dense(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
+    """Linear layer that keeps the size of what it is given; PyTorch's own would all but hide the angles at first."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.xavier_normal_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def radial_weights(radial_functions: int, outputs: int, gain: float = RADIAL_GAIN) -> nn.Linear:
+    """Weights that depend on the distance alone, zero where the cutoff function is."""
+    layer = nn.Linear(radial_functions + 1, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=gain / (radial_functions + 1) ** 0.5)
+    return layer
 
 
 class Residual(nn.Module):
@@ -22,7 +43,7 @@ class Residual(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
+        self.first, self.second = dense(features, features), dense(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., F] -> [..., F]."""
@@ -35,14 +56,14 @@ class DirectionalInteraction(nn.Module):
     def __init__(self, features: int, radial_functions: int, degree: int) -> None:
         super().__init__()
         self.degree, self.inner = degree, max(features // 2, 1)
-        self.own = nn.Linear(features, features)
-        self.incoming = nn.Linear(features, features)
-        self.distance = nn.Linear(radial_functions + 1, features, bias=False)
-        self.down = nn.Linear(features, self.inner, bias=False)
-        self.angular = nn.Linear(radial_functions + 1, (degree + 1) * self.inner, bias=False)
-        self.up = nn.Linear(self.inner, features, bias=False)
+        self.own = dense(features, features)
+        self.incoming = dense(features, features)
+        self.distance = radial_weights(radial_functions, features)
+        self.down = dense(features, self.inner, bias=False)
+        self.angular = radial_weights(radial_functions, (degree + 1) * self.inner)
+        self.up = dense(self.inner, features, bias=False)
         self.before = Residual(features)
-        self.skip = nn.Linear(features, features)
+        self.skip = dense(features, features)
         self.after = nn.ModuleList(Residual(features) for _ in range(2))
 
     def forward(self, messages: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
@@ -60,9 +81,11 @@ class DirectionalInteraction(nn.Module):
         """Sum, for each slot of j, over the other slots k: sum_l g_l(r_jk) P_l(cos) x_k, x [R, K, I] -> [R, K, I]."""
         slots = pairs.slots
         weights = self.angular(pairs.radial).unflatten(-1, (self.degree + 1, self.inner))
+        # Split, not sliced: the derivative of a slice fills a tensor with zeros.
+        parts = harmonics.split([2 * l + 1 for l in range(self.degree + 1)], dim=-1)  # noqa: E741
         densities = [
-            torch.bmm(harmonics[..., degree_slice(l)].transpose(1, 2), weights[:, :, l] * incoming)
-            for l in range(self.degree + 1)  # noqa: E741
+            torch.bmm(part.transpose(1, 2), weight * incoming)
+            for part, weight in zip(parts, weights.unbind(2), strict=True)
         ]
         density = slots.spread(slots.sum_rows(torch.cat(densities, dim=1)))
         return torch.bmm(harmonics, density) - weights.sum(2) * incoming
@@ -73,7 +96,7 @@ class DirectionalOutput(nn.Module):
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
-        self.distance = nn.Linear(radial_functions + 1, features, bias=False)
+        self.distance = radial_weights(radial_functions, features, OUTPUT_GAIN)
         self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
 
     def forward(self, messages: Tensor, pairs: PairGeometry) -> Tensor:
@@ -89,9 +112,9 @@ class DimeNetPlusPlus(Encoder):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)
         f, n = settings.features, settings.radial_functions
-        self.distance = nn.Linear(n + 1, f, bias=False)
-        self.own, self.other = nn.Linear(f, f), nn.Linear(f, f, bias=False)
-        self.third = nn.Linear(f, f, bias=False)
+        self.distance = radial_weights(n, f)
+        self.own, self.other = dense(f, f), dense(f, f, bias=False)
+        self.third = dense(f, f, bias=False)
         self.interactions = nn.ModuleList(
             DirectionalInteraction(f, n, settings.max_degree) for _ in range(settings.layers)
         )

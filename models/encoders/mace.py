@@ -14,11 +14,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.harmonics import CARTESIAN, Constants, coupling, degree_slice, solid_harmonics, sphere_tables
+from hydrazero.models.harmonics import CARTESIAN, Constants, coupling, solid_harmonics, sphere_tables
 
 TYPICAL_NEIGHBOURS = 10.0
 """Densities are divided by it; a constant keeps them smooth and the energy extensive."""
 RADIAL_HIDDEN = 64
+RADIAL_GAIN = 4.0
+"""Brings radial functions, which are far below one, to about one at the length of a bond."""
+SILU_GAIN = 1.7
+"""Brings silu of a normal variable back to unit size."""
+
+
+def by_degree(x: Tensor, degree: int, dim: int) -> tuple[Tensor, ...]:
+    """Split what is in the order of harmonics into degrees 0 to l; the derivative of slices would fill in zeros."""
+    return x.split([2 * l + 1 for l in range(degree + 1)], dim=dim)  # noqa: E741
+
+
+def radial_layer(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """Layer without bias, so that it keeps zero at the cutoff.
+
+    PyTorch's own would make densities of a thousandth, whose products play no part for a long time.
+    """
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=gain / inputs**0.5)
+    return layer
 
 
 class DegreeLinear(nn.Module):
@@ -31,8 +50,8 @@ class DegreeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[A, (l + 1)^2, F] -> the same."""
-        parts = [x[:, degree_slice(l)] @ self.weight[l] for l in range(self.degree + 1)]  # noqa: E741
-        return torch.cat(parts, dim=1)
+        parts = zip(by_degree(x, self.degree, 1), self.weight.unbind(0), strict=True)
+        return torch.cat([part @ weight for part, weight in parts], dim=1)
 
 
 class NeighbourDensity(nn.Module):
@@ -51,27 +70,25 @@ class NeighbourDensity(nn.Module):
         self.couplings = Constants(**{f"{a} {b} {c}": coupling(a, b, c) for a, b, c in self.paths})
         self.up = DegreeLinear(node_degree, settings.features)
         self.radial = nn.Sequential(
-            nn.Linear(settings.radial_functions + 1, RADIAL_HIDDEN, bias=False),
+            radial_layer(settings.radial_functions + 1, RADIAL_HIDDEN, RADIAL_GAIN),
             nn.SiLU(),
-            nn.Linear(RADIAL_HIDDEN, RADIAL_HIDDEN, bias=False),
+            radial_layer(RADIAL_HIDDEN, RADIAL_HIDDEN, SILU_GAIN),
             nn.SiLU(),
         )
-        self.weights = nn.Linear(RADIAL_HIDDEN, len(self.paths) * settings.features, bias=False)
+        self.weights = radial_layer(RADIAL_HIDDEN, len(self.paths) * settings.features, SILU_GAIN)
         self.down = DegreeLinear(self.degree, settings.features)
 
     def forward(self, nodes: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
         """Nodes [A, (l + 1)^2, F], harmonics of pairs [R, K, (L + 1)^2] -> densities [A, (L + 1)^2, F]."""
         rows, slots = harmonics.shape[:2]
-        gathered = pairs.slots.gather(self.up(nodes))
-        weights = (self.weights(self.radial(pairs.radial)) * pairs.inside).split(self.features, dim=-1)
+        gathered = by_degree(pairs.slots.gather(self.up(nodes)), self.up.degree, 2)
+        directions = by_degree(harmonics, self.degree, 2)
+        weights = self.weights(self.radial(pairs.radial)).split(self.features, dim=-1)
         parts: list[list[Tensor]] = [[] for _ in range(self.degree + 1)]
         for (pair, node, out), weight in zip(self.paths, weights, strict=True):
-            mix = torch.einsum(
-                "rka,abc->rckb",
-                harmonics[..., degree_slice(pair)],
-                self.couplings.get(f"{pair} {node} {out}", harmonics),
-            )
-            messages = gathered[:, :, degree_slice(node)] * weight.unsqueeze(2)
+            constants = self.couplings.get(f"{pair} {node} {out}", harmonics)
+            mix = torch.einsum("rka,abc->rckb", directions[pair], constants)
+            messages = gathered[node] * weight.unsqueeze(2)
             flat = slots * (2 * node + 1)
             parts[out].append(torch.bmm(mix.reshape(rows, -1, flat), messages.reshape(rows, flat, -1)))
         summed = torch.cat([torch.stack(part).sum(0) for part in parts], dim=1)
@@ -102,11 +119,8 @@ class DensityProducts(nn.Module):
             values = torch.matmul(evaluate.t(), factor(densities))
             product = values if product is None else product * values
             expanded = torch.matmul(expand.t(), product)
-            parts = [
-                expanded[:, degree_slice(l)] * weights[:, order, l].unsqueeze(1)
-                for l in range(self.out_degree + 1)  # noqa: E741
-            ]
-            term = torch.cat(parts, dim=1)
+            parts = zip(by_degree(expanded, self.out_degree, 1), weights[:, order].split(1, dim=1), strict=True)
+            term = torch.cat([part * weight for part, weight in parts], dim=1)
             total = term if total is None else total + term
         if total is None:
             raise ValueError("correlation must be at least 1.")

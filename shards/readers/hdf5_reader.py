@@ -53,6 +53,8 @@ class RaggedArrays:
     def __init__(self, path: Path, file: Any, settings: ReadSettings, dataset: type) -> None:
         self._path = path
         names = column_names(settings)
+        # What has a row for each atom, not for each structure.
+        self.per_atom = {*PER_ATOM, *(target.field for target in settings.targets.values() if target.of == "atom")}
         asked = {*settings.columns, "numbers", "positions"}
         known = {part: file[name] for part, name in names.items() if isinstance(file.get(name), dataset)}
         missing = [f"{part} ('{names[part]}')" for part in asked if part not in known]
@@ -72,7 +74,7 @@ class RaggedArrays:
     def _check_lengths(self, names: dict[str, str]) -> None:
         atoms = len(self._columns["positions"])
         for part, column in self._columns.items():
-            wanted = atoms if part in PER_ATOM else self._count
+            wanted = atoms if part in self.per_atom else self._count
             if not column.shape or len(column) != wanted:
                 raise SourceError(
                     f"{self._path}: '{names[part]}' has shape {column.shape}, not {wanted} rows as '{self._lengths}' "
@@ -121,7 +123,8 @@ class RaggedArrays:
         """All columns of some structures."""
         atoms, rows = (int(starts[0]), int(starts[-1])), (first, first + len(starts) - 1)
         return {
-            part: self.slice(column, *(atoms if part in PER_ATOM else rows)) for part, column in self._columns.items()
+            part: self.slice(column, *(atoms if part in self.per_atom else rows))
+            for part, column in self._columns.items()
         }
 
 
@@ -137,7 +140,7 @@ class _Block:
         self._columns = self._columns or self._source.block(self._first, self._starts)
         begin, end = self._starts[row : row + 2] - self._starts[0]
         parts: dict[str, Any] = {
-            part: column[begin:end] if part in PER_ATOM else _plain(column[row])
+            part: column[begin:end] if part in self._source.per_atom else _plain(column[row])
             for part, column in self._columns.items()
         }
         labels = {label: parts.pop(label) for label in LABELS if label in parts}

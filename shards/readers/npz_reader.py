@@ -30,10 +30,13 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     if settings.columns:
         yield from RaggedArrays(path, _arrays(path), settings, np.ndarray).frames(maker)
         return
-    columns = _columns(path)
+    arrays = _arrays(path)
+    columns = _columns(path, arrays)
     frames = len(columns["positions"])
-    # Any other array with a row for each frame may be a target.
-    others = {name: array for name, array in _arrays(path).items() if array.shape[:1] == (frames,)}
+    others = {target.field: arrays[target.field] for target in settings.targets.values() if target.field in arrays}
+    for name, array in others.items():
+        if array.shape[:1] != (frames,):
+            raise SourceError(f"{path}: '{name}' has shape {array.shape}, not {frames} rows, one for each frame.")
 
     def read(number: int) -> Frame:
         raw = RawFrame(
@@ -61,9 +64,8 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise SourceError(f"{path} is no readable npz archive ({error}).") from error
 
 
-def _columns(path: Path) -> dict[str, NDArray[Any]]:
-    """Read the arrays of either layout by the names that we use; raises SourceError."""
-    arrays = _arrays(path)
+def _columns(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of either layout by the names that we use; raises SourceError."""
     layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(arrays)), None)
     if layout is None:
         raise SourceError(
