@@ -25,7 +25,8 @@ class TargetHeads(nn.Module):
         self.facts = targets_of(tasks)
         self.heads = nn.ModuleDict(
             {
-                name: _head(facts, len(tasks), features, hidden, name in attention_targets)
+                # With a prefix: a ModuleDict takes no name that one of its own attributes has.
+                f"target_{name}": _head(facts, len(tasks), features, hidden, name in attention_targets)
                 for name, facts in self.facts.items()
             }
         )
@@ -44,7 +45,7 @@ class TargetHeads(nn.Module):
     def _one(
         self, name: str, features: NodeFeatures, rows: TaskRows, structures: Segments, atom_mask: Tensor
     ) -> Tensor:
-        facts, head = self.facts[name], self.heads[name]
+        facts, head = self.facts[name], self.heads[f"target_{name}"]
         statistics = rows.pick(getattr(self, f"statistics_{name}"))
         mean, scale = statistics[:, 0], statistics[:, 1]
         mask = atom_mask.to(features.scalars.dtype)

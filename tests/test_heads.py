@@ -24,7 +24,7 @@ VOLUME = TargetFacts(of="structure", kind="scalar", unit="", extensive=True, mea
 CHARGES = TargetFacts(of="atom", kind="scalar", unit="e", scale=0.2)
 DIPOLES = TargetFacts(of="atom", kind="vector", unit="eÅ", scale=0.1)
 DIPOLE = TargetFacts(of="structure", kind="vector", unit="eÅ", scale=0.1)
-ALL_TARGETS = {"gap": GAP, "volume": VOLUME, "charges": CHARGES, "dipoles": DIPOLES, "dipole": DIPOLE}
+ALL_TARGETS = {"gap": GAP, "type": GAP, "volume": VOLUME, "charges": CHARGES, "dipoles": DIPOLES, "dipole": DIPOLE}
 
 
 def model_of(*tasks: dict, encoder: str = "painn", layers: int = 2, **settings: object) -> AtomisticModel:
@@ -205,7 +205,7 @@ def test_missing_labels_are_masked_and_counted():
     batch.target_charges[5:] = -1e6
     torch.testing.assert_close(goal.sums(model(batch), batch), before, rtol=0, atol=0)
     goal.total(before, counts).backward()
-    head = model.targets.heads["gap"].values.first.weight.grad
+    head = model.targets.heads["target_gap"].values.first.weight.grad
     assert head[0].abs().sum() > 0 and head[1].abs().sum() == 0
 
 

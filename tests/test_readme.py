@@ -9,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from structures import facts
 
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.encoder import EncoderSettings
+from hydrazero.models.encoders import ENCODERS
+from hydrazero.models.sizes import SIZES, size_settings
 from hydrazero.shards.convert_settings import load_convert_settings
+from hydrazero.trainer.config import load_run_config
 from hydrazero.trainer.demo_data import make_demo_sources
 
 pytestmark = pytest.mark.ranks
@@ -23,9 +29,32 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
+    _, _, models, targets = blocks("toml")
+    (tmp_path / "run.toml").write_text('[run]\nout = "x"\n' + models)
+    config = load_run_config(tmp_path / "run.toml")
+    assert (config.model.encoder, config.model.features, config.tasks[0].forces) == ("mace", 32, "direct")
+    assert config.train.compile and config.loss.weight("band_gap") == 2.0
+    (tmp_path / "targets.toml").write_text(targets)
+    assert set(load_convert_settings(tmp_path / "targets.toml").targets) == {"band_gap", "charges", "dipole"}
+
+
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_the_readme_counts_parameters(encoder):
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{encoder}` |")]
+    for size, shown in zip(SIZES, [cell.strip() for cell in row.split("|")][3:7], strict=True):
+        settings = size_settings(encoder, size)
+        heads = settings.pop("head_features")
+        model = AtomisticModel(
+            ModelSettings(encoder=EncoderSettings(encoder=encoder, **settings), head_features=heads), [facts("x")]
+        )
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert shown == (f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.0f} k")
+
+
 def test_the_readme_runs(tmp_path):
     make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
-    settings, run_file = blocks("toml")
+    settings, run_file, _, _ = blocks("toml")
     (tmp_path / "convert.toml").write_text(settings)
     assert load_convert_settings(tmp_path / "convert.toml").fields.energy == "TotEnergy"
     assert "steps = 300" in run_file

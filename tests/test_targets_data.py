@@ -35,6 +35,7 @@ from target_files import (
     sizes_of,
 )
 
+from hydrazero.models.task_facts import targets_of
 from hydrazero.shards.block_reader import BlockReader
 from hydrazero.shards.convert import convert
 from hydrazero.shards.convert_settings import load_convert_settings
@@ -46,6 +47,8 @@ from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, ev
 from hydrazero.shards.structure import MAX_MAGNITUDE, Structure
 from hydrazero.shards.targets import TargetColumn, TargetSection, target_value
 from hydrazero.trainer.cli import main
+from hydrazero.trainer.config import TaskSection
+from hydrazero.trainer.run_tasks import task_facts
 
 COLUMNS = tuple(
     TargetColumn(name=name, of=of, kind=kind)
@@ -263,6 +266,17 @@ def test_what_inspect_shows_and_shards_from_before_targets(tmp_path):
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(document))
     assert read_manifest(tmp_path / "a").targets == {}
     assert CliRunner().invoke(main, ["inspect", str(tmp_path / "a")]).exit_code == 0
+
+
+def test_one_name_for_two_things(tmp_path):
+    source, facts = extxyz(tmp_path), []
+    for task, unit in (("hartree", "Hartree"), ("ev", "eV"), ("bare", "")):
+        text = f'[targets.gap]\nfield = "gap"\nunit = "{unit}"\n'
+        manifest = convert([source], task, tmp_path / task, load_convert_settings(settings_file(tmp_path, text)))
+        facts.append(task_facts(TaskSection(name=task, shards=str(tmp_path / task)), manifest))
+    assert targets_of(facts[:2])["gap"].unit == "eV"
+    with pytest.raises(ConfigError, match=r"'gap' is .* in 'eV' in task 'hartree' and .* in '' in task 'bare'"):
+        targets_of(facts)
 
 
 def test_one_geometry_is_the_same_whatever_its_targets():
