@@ -196,6 +196,7 @@ def test_missing_labels_are_masked_and_counted():
         quantities=tuple(quantities),
         task_weights=torch.ones(2, dtype=torch.float64),
         scales=quantity_scales(model, quantities),
+        of_atoms=frozenset({"forces", "charges"}),
     )
     counts = goal.counts(batch)
     assert counts[:, quantities.index("charges")].tolist() == [4, 0]

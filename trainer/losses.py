@@ -86,6 +86,8 @@ class Objective:
     """[tasks] float64."""
     scales: Tensor
     """Unit of the errors of each task's quantities, [tasks, quantities] float64: eV per atom, eV/Å, eV/Å³, ..."""
+    of_atoms: frozenset[str] = frozenset({"forces"})
+    """Quantities that atoms have, not structures."""
 
     @property
     def columns(self) -> int:
@@ -111,7 +113,7 @@ class Objective:
             error, mask, task = predictions.stress - batch.stress, batch.stress_mask, batch.task
         else:
             error, mask = predictions.targets[name] - batch[f"target_{name}"], batch[f"target_{name}_mask"]
-            task = batch.task if len(error) == len(batch.task) else atom_task
+            task = atom_task if name in self.of_atoms else batch.task
         error = error.reshape(len(error), -1) * mask.unsqueeze(1)
         scale = self.scales[:, index].to(error.dtype)[task].unsqueeze(1)
         return Errors(
@@ -161,7 +163,7 @@ class Objective:
                 name, f"target_{name}"
             )
             mask = batch[f"{key}_mask"]
-            task = batch.task if len(mask) == len(batch.task) else atom_task
+            task = atom_task if name in self.of_atoms else batch.task
             components = 1 if name == "spread" else batch[key][0].numel()
             columns.append(components * sum_by_task(mask, task, tasks))
         return torch.stack(columns, dim=1)
@@ -192,6 +194,7 @@ def run_objective(config: RunConfig, model: AtomisticModel) -> Objective:
         quantities=tuple(quantities),
         task_weights=weights,
         scales=quantity_scales(model, quantities).to(device),
+        of_atoms=frozenset({"forces", *(name for name, facts in model.targets.facts.items() if facts.of == "atom")}),
     )
 
 

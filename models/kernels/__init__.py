@@ -16,7 +16,6 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("pair_sums.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
-SLOTS_PER_ROW = 8
 FEATURE_TILE = 16
 """The kernels take multiples of it as number of features."""
 
