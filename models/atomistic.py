@@ -14,7 +14,7 @@ from hydrazero.models.encoder import AtomInputs, EncoderSettings, NodeFeatures, 
 from hydrazero.models.encoders import encoder_class, make_encoder
 from hydrazero.models.heads import ScalarHead, VectorHead, VirialHead
 from hydrazero.models.repulsion import ZieglerBiersackLittmark
-from hydrazero.models.slots import Segments, Slots
+from hydrazero.models.slots import Segments, slots_of
 from hydrazero.models.target_heads import TargetHeads, check_attention
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, targets_of, task_facts_from
 from hydrazero.models.task_linear import TaskRows
@@ -133,14 +133,7 @@ class AtomisticModel(nn.Module):
         self, batch: GraphBatch, task: Tensor, positions: Tensor, strain: Tensor
     ) -> tuple[NodeFeatures, PairGeometry]:
         """Encode atoms, each structure for a task [S]."""
-        slots = Slots(
-            atoms=batch.numbers.shape[0],
-            row_atom=batch.row_atom,
-            neighbours=batch.neighbours,
-            reverse=batch.reverse,
-            mask=batch.slot_mask,
-            kernels=self.kernels,
-        )
+        slots = slots_of(batch, kernels=self.kernels)
         vectors = slots.pair_vectors(positions, batch.shifts)
         vectors = vectors + torch.bmm(vectors, slots.spread(self._structures(batch).spread(strain)))
         conditions = AtomConditions(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from hydrazero.shards.graph import GraphBatch
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
@@ -76,6 +78,18 @@ class Slots:
     def pair_vectors(self, positions: Tensor, shifts: Tensor) -> Tensor:
         """Return the vectors from each row's atom to its neighbours, Å, [R, K, 3]; zero in empty slots."""
         return self.gather(positions) - _Own.apply(positions, self) + shifts
+
+
+def slots_of(batch: GraphBatch, *, kernels: bool = False) -> Slots:
+    """Return the slots of a batch."""
+    return Slots(
+        atoms=batch.numbers.shape[0],
+        row_atom=batch.row_atom,
+        neighbours=batch.neighbours,
+        reverse=batch.reverse,
+        mask=batch.slot_mask,
+        kernels=kernels,
+    )
 
 
 def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from hydrazero.models.compiled import CompiledModel, use_kernels
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import Objective
+from hydrazero.trainer.losses import make_objective
 from hydrazero.trainer.trained_model import TrainedModel
 
 TASKS = 2
@@ -30,13 +30,8 @@ def labelled_batch() -> GraphBatch:
 
 def trained_model(encoder: str, **settings: object) -> TrainedModel:
     model = small_model(encoder, tasks=TASKS, **settings).train()
-    goal = Objective(
-        settings=LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3),
-        task_weights=torch.tensor([1.0, 0.4], dtype=torch.float64),
-        quantities=("energy", "forces"),
-        scales=model.scales.unsqueeze(1).expand(-1, 2),
-    )
-    return TrainedModel(model, goal)
+    loss = LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3, stress_weight=0.0)
+    return TrainedModel(model, make_objective(model, loss, [1.0, 0.4]))
 
 
 def gradients(trained: TrainedModel, batch: GraphBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -129,18 +124,11 @@ def test_operators_are_each_others_derivatives():
     """Every derivative of the kernels, to second order and with every path left out, by finite differences."""
     from hydrazero.models.kernels import load_kernels
     from hydrazero.models.pair_sums import pair_sum
-    from hydrazero.models.slots import Slots
+    from hydrazero.models.slots import slots_of
 
     load_kernels()
     batch = batch_of([to_structure(rattled_molecule("H2O"))], extra=(0, 2, 1))
-    slots = Slots(
-        atoms=len(batch.numbers),
-        row_atom=batch.row_atom,
-        neighbours=batch.neighbours,
-        reverse=batch.reverse,
-        mask=batch.slot_mask,
-        kernels=True,
-    )
+    slots = slots_of(batch, kernels=True)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

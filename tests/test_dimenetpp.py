@@ -14,20 +14,14 @@ from torch_geometric.nn.models.dimenet import InteractionPPBlock
 from hydrazero.models.encoder import PairGeometry
 from hydrazero.models.encoders.dimenetpp import DimeNetPlusPlus, DirectionalInteraction
 from hydrazero.models.harmonics import solid_harmonics
-from hydrazero.models.slots import Slots
+from hydrazero.models.slots import slots_of
 
 DEGREE = 3
 
 
 def measured(atoms: Atoms, encoder: DimeNetPlusPlus) -> PairGeometry:
     batch = batch_of([to_structure(atoms)])
-    slots = Slots(
-        atoms=len(batch.numbers),
-        row_atom=batch.row_atom,
-        neighbours=batch.neighbours,
-        reverse=batch.reverse,
-        mask=batch.slot_mask,
-    )
+    slots = slots_of(batch)
     return encoder.measure(slots, slots.pair_vectors(batch.positions, batch.shifts))
 
 

@@ -197,7 +197,7 @@ def test_tasks_differ_and_all_tasks_come_in_one_pass(model, atoms):
 
 def test_gradients_of_slots_equal_those_of_plain_indexing():
     """The gathers' own derivatives, to second order, against autograd through ordinary indexing."""
-    from hydrazero.models.slots import Slots
+    from hydrazero.models.slots import slots_of
 
     batch = batch_of([to_structure(rattled_crystal()), to_structure(rattled_molecule())], extra=(0, 3, 2))
     x = torch.randn(batch.numbers.shape[0], 4, dtype=torch.float64, requires_grad=True)
@@ -208,13 +208,7 @@ def test_gradients_of_slots_equal_those_of_plain_indexing():
         (curve,) = torch.autograd.grad((first**2).sum(), x)
         return first, curve
 
-    slots = Slots(
-        atoms=len(x),
-        row_atom=batch.row_atom,
-        neighbours=batch.neighbours,
-        reverse=batch.reverse,
-        mask=batch.slot_mask,
-    )
+    slots = slots_of(batch)
     ours = second(slots.gather(x))
     plain = second(x[batch.neighbours])
     for a, b in zip(ours, plain, strict=True):

@@ -12,7 +12,7 @@ from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.encoders.dimenetpp import DirectionalInteraction
 from hydrazero.models.encoders.mace import DensityProducts
 from hydrazero.models.harmonics import CARTESIAN, coupling, degree_slice, solid_harmonics, sphere_points, sphere_tables
-from hydrazero.models.slots import Slots
+from hydrazero.models.slots import slots_of
 
 
 def directions(count: int, seed: int = 0) -> torch.Tensor:
@@ -87,13 +87,7 @@ def test_densities_around_atoms_are_sums_over_triplets():
     torch.manual_seed(0)
     batch = batch_of([to_structure(rattled_molecule("CH3OH"))])
     model = small_model("dimenetpp", max_degree=3)
-    slots = Slots(
-        atoms=len(batch.numbers),
-        row_atom=batch.row_atom,
-        neighbours=batch.neighbours,
-        reverse=batch.reverse,
-        mask=batch.slot_mask,
-    )
+    slots = slots_of(batch)
     pairs = model.encoder.measure(slots, slots.pair_vectors(batch.positions, batch.shifts))
     block = model.encoder.interactions[0]
     assert isinstance(block, DirectionalInteraction)

@@ -17,7 +17,7 @@ from hydrazero.models.model_file import with_tasks
 from hydrazero.models.task_facts import TargetFacts
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import Objective, quantity_scales
+from hydrazero.trainer.losses import make_objective
 
 GAP = TargetFacts(of="structure", kind="scalar", unit="eV", mean=2.0, scale=0.5)
 VOLUME = TargetFacts(of="structure", kind="scalar", unit="", extensive=True, mean=10.0, scale=3.0)
@@ -167,13 +167,8 @@ def test_repulsion_keeps_atoms_apart_and_ends_smoothly():
 def test_an_ensemble_tells_how_sure_it_is_without_moving_the_encoder():
     model = model_of({}, ensemble=4).train()
     batch = batch_of([to_structure(rattled_molecule(), energy=-3000.0)])
-    quantities = ["energy", "forces", "spread"]
-    goal = Objective(
-        settings=LossSection(energy_weight=0.0, forces_weight=0.0, spread_weight=1.0),
-        quantities=tuple(quantities),
-        task_weights=torch.ones(1, dtype=torch.float64),
-        scales=quantity_scales(model, quantities),
-    )
+    loss = LossSection(energy_weight=0.0, forces_weight=0.0, stress_weight=0.0, spread_weight=1.0)
+    goal = make_objective(model, loss, [1.0])
     out = model(batch)
     assert out.spread[0] > 0
     goal.total(goal.sums(out, batch), goal.counts(batch)).backward()
@@ -190,17 +185,10 @@ def test_missing_labels_are_masked_and_counted():
     batch.target_charges_mask = torch.arange(len(batch.numbers)) < 4
     batch.target_gap = torch.tensor([1.0, float("nan")], dtype=torch.float64).nan_to_num()
     batch.target_gap_mask = torch.tensor([True, False])
-    quantities = ["energy", "forces", *model.targets.facts]
-    goal = Objective(
-        settings=LossSection(target_weights={"gap": 3.0}),
-        quantities=tuple(quantities),
-        task_weights=torch.ones(2, dtype=torch.float64),
-        scales=quantity_scales(model, quantities),
-        of_atoms=frozenset({"forces", "charges"}),
-    )
+    goal = make_objective(model, LossSection(target_weights={"gap": 3.0}), [1.0, 1.0])
     counts = goal.counts(batch)
-    assert counts[:, quantities.index("charges")].tolist() == [4, 0]
-    assert counts[:, quantities.index("gap")].tolist() == [1, 0]
+    assert counts[:, goal.quantities.index("charges")].tolist() == [4, 0]
+    assert counts[:, goal.quantities.index("gap")].tolist() == [1, 0]
     before = goal.sums(model(batch), batch)
     batch.target_gap[1] = 1e6  # a label that is masked
     batch.target_charges[5:] = -1e6
@@ -208,6 +196,19 @@ def test_missing_labels_are_masked_and_counted():
     goal.total(before, counts).backward()
     head = model.targets.heads["target_gap"].values.first.weight.grad
     assert head[0].abs().sum() > 0 and head[1].abs().sum() == 0
+
+
+def test_labels_of_what_a_task_does_not_predict_are_left_aside():
+    model = model_of({"forces": "none", "stress": "none"}, {}).train()
+    forces = np.ones((9, 3))
+    batch = batch_of([to_structure(rattled_molecule(), energy=-3000.0, forces=forces) for _ in range(2)], [0, 1])
+    goal = make_objective(model, LossSection(), [1.0, 1.0])
+    counts, sums = goal.counts(batch), goal.sums(model(batch), batch)
+    column = goal.quantities.index("forces")
+    assert counts[:, column].tolist() == [0, 27]
+    assert sums[0, 3 * column : 3 * column + 3].tolist() == [0, 0, 0] and sums[1, 3 * column] > 0
+    batch.forces[:9] = 1e6
+    torch.testing.assert_close(goal.sums(model(batch), batch), sums, rtol=0, atol=0)
 
 
 def test_files_keep_every_head_and_chosen_tasks_only_theirs(tmp_path):

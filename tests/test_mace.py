@@ -16,7 +16,7 @@ from torch import Tensor
 from hydrazero.models.encoder import AtomInputs, EncoderSettings, PairGeometry
 from hydrazero.models.encoders.mace import DensityProducts, NeighbourDensity
 from hydrazero.models.harmonics import coupling, degree_slice, solid_harmonics
-from hydrazero.models.slots import Slots
+from hydrazero.models.slots import slots_of
 
 
 @lru_cache
@@ -46,13 +46,7 @@ def product(f: Tensor, f_degree: int, g: Tensor, g_degree: int, degree: int) -> 
 def inputs(atoms: Atoms, encoder: torch.nn.Module, features: int) -> tuple[AtomInputs, PairGeometry]:
     """Atoms with scalars of their own, as embeddings would give, and their measured pairs."""
     batch = batch_of([to_structure(atoms)], cutoff=encoder.settings.cutoff)
-    slots = Slots(
-        atoms=len(batch.numbers),
-        row_atom=batch.row_atom,
-        neighbours=batch.neighbours,
-        reverse=batch.reverse,
-        mask=batch.slot_mask,
-    )
+    slots = slots_of(batch)
     scalars = torch.randn(119, features, dtype=torch.float64)[batch.numbers]
     pairs = encoder.measure(slots, slots.pair_vectors(batch.positions, batch.shifts))
     return AtomInputs(numbers=batch.numbers, scalars=scalars), pairs

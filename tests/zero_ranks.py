@@ -14,7 +14,7 @@ from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import Objective
+from hydrazero.trainer.losses import Objective, make_objective
 from hydrazero.trainer.trained_model import TrainedModel
 
 STEPS = 4
@@ -48,12 +48,8 @@ def batch(structures: list[Structure], tasks: list[int], dtype: torch.dtype) -> 
 
 
 def objective(model: AtomisticModel) -> Objective:
-    return Objective(
-        settings=LossSection(kind="huber", energy_weight=2.0, forces_weight=1.0),
-        task_weights=torch.tensor([1.0, 0.3, 2.0], dtype=torch.float64),
-        quantities=("energy", "forces"),
-        scales=model.scales.unsqueeze(1).expand(-1, 2),
-    )
+    loss = LossSection(kind="huber", energy_weight=2.0, forces_weight=1.0, stress_weight=0.0)
+    return make_objective(model, loss, [1.0, 0.3, 2.0])
 
 
 def ds_config(stage: int) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
-from hydrazero.models.task_facts import NONE
+from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.trainer.config import LossSection, RunConfig
+from hydrazero.trainer.config import LossSection
 
 SMALLEST_SPREAD = 1e-6
 """In units of the task's scale, squared: keeps the likelihood of an ensemble whose members agree finite."""
@@ -82,12 +83,16 @@ class Objective:
     settings: LossSection
     quantities: tuple[str, ...]
     """'energy' (per atom), 'forces', 'stress', 'spread' of an ensemble, and targets."""
+    of_atoms: frozenset[str]
+    """Quantities that atoms have, not structures."""
     task_weights: Tensor
     """[tasks] float64."""
+    weights: Tensor
+    """Of the quantities, [quantities] float64."""
     scales: Tensor
     """Unit of the errors of each task's quantities, [tasks, quantities] float64: eV per atom, eV/Å, eV/Å³, ..."""
-    of_atoms: frozenset[str] = frozenset({"forces"})
-    """Quantities that atoms have, not structures."""
+    predicted: Tensor
+    """Whether a task predicts the quantity, [tasks, quantities] bool; labels of what it does not are left aside."""
 
     @property
     def columns(self) -> int:
@@ -114,6 +119,7 @@ class Objective:
         else:
             error, mask = predictions.targets[name] - batch[f"target_{name}"], batch[f"target_{name}_mask"]
             task = atom_task if name in self.of_atoms else batch.task
+        mask = mask & self.predicted[:, index][task]
         error = error.reshape(len(error), -1) * mask.unsqueeze(1)
         scale = self.scales[:, index].to(error.dtype)[task].unsqueeze(1)
         return Errors(
@@ -158,14 +164,14 @@ class Objective:
         """Return the labelled components of each quantity in a batch by task: [tasks, quantities] float64."""
         tasks, atom_task = len(self.task_weights), batch.task[batch.structure]
         columns = []
-        for name in self.quantities:
+        for index, name in enumerate(self.quantities):
             key = {"energy": "energy", "spread": "energy", "forces": "forces", "stress": "stress"}.get(
                 name, f"target_{name}"
             )
             mask = batch[f"{key}_mask"]
             task = atom_task if name in self.of_atoms else batch.task
             components = 1 if name == "spread" else batch[key][0].numel()
-            columns.append(components * sum_by_task(mask, task, tasks))
+            columns.append(components * sum_by_task(mask, task, tasks) * self.predicted[:, index])
         return torch.stack(columns, dim=1)
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -173,39 +179,47 @@ class Objective:
 
         With the counts of all ranks and micro-batches, the totals of all of them add up to the loss of the step.
         """
-        weights = torch.tensor([self.settings.weight(name) for name in self.quantities], dtype=torch.float64)
         means = sums[:, 0:-1:3] / counts.clamp(min=1)
-        by_task = (means * weights.to(means.device)).sum(1)
+        by_task = (means * self.weights).sum(1)
         return (self.task_weights * by_task).sum() / self.task_weights.sum()
 
 
-def run_objective(config: RunConfig, model: AtomisticModel) -> Objective:
-    """Return the objective of a run, with the weights that its tasks are given."""
+def make_objective(model: AtomisticModel, settings: LossSection, task_weights: Sequence[float]) -> Objective:
+    """Return the objective of what a model predicts and has labels for."""
+    of_tasks = [_scales_of(task) for task in model.tasks]
     quantities = ["energy", "forces"]
-    if config.loss.stress_weight > 0 and any(task.stress != NONE for task in model.tasks):
+    if settings.stress_weight > 0 and any("stress" in task for task in of_tasks):
         quantities.append("stress")
-    if config.model.ensemble > 1:
+    if model.settings.ensemble > 1:
         quantities.append("spread")
-    quantities += list(model.targets.facts)
+    targets = model.targets.facts
+    quantities += list(targets)
+    scales = [[task.get(name, 1.0) for name in quantities] for task in of_tasks]
+    predicted = [[name in task for name in quantities] for task in of_tasks]
     device = model.scales.device
-    weights = torch.tensor([task.weight for task in config.tasks], dtype=torch.float64, device=device)
+
+    def table(values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
     return Objective(
-        settings=config.loss,
+        settings=settings,
         quantities=tuple(quantities),
-        task_weights=weights,
-        scales=quantity_scales(model, quantities).to(device),
-        of_atoms=frozenset({"forces", *(name for name, facts in model.targets.facts.items() if facts.of == "atom")}),
+        of_atoms=frozenset({"forces", *(name for name, facts in targets.items() if facts.of == "atom")}),
+        task_weights=table(task_weights),
+        weights=table([settings.weight(name) for name in quantities]),
+        scales=table(scales),
+        predicted=torch.tensor(predicted, device=device),
     )
 
 
-def quantity_scales(model: AtomisticModel, quantities: list[str]) -> Tensor:
-    """Return the unit of the errors of each task's quantities, [tasks, quantities] float64."""
-    rows = []
-    for task in model.tasks:
-        own = {"energy": task.scale, "spread": task.scale, "forces": task.scale, "stress": task.stress_scale}
-        own |= {name: facts.scale for name, facts in task.targets.items()}
-        rows.append([own.get(name, 1.0) for name in quantities])
-    return torch.tensor(rows, dtype=torch.float64)
+def _scales_of(task: TaskFacts) -> dict[str, float]:
+    """Return the unit of the errors of each quantity that a task predicts."""
+    scales = {"energy": task.scale, "spread": task.scale}
+    if task.forces != NONE:
+        scales["forces"] = task.scale
+    if task.stress != NONE:
+        scales["stress"] = task.stress_scale
+    return scales | {name: facts.scale for name, facts in task.targets.items()}
 
 
 def errors_by_task(sums: Tensor, names: list[str], objective: Objective) -> dict[str, dict[str, Any]]:

@@ -97,13 +97,15 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     from hydrazero.trainer.console import RunLog
     from hydrazero.trainer.engine import make_engine
     from hydrazero.trainer.loop import Trainer
-    from hydrazero.trainer.losses import run_objective
+    from hydrazero.trainer.losses import make_objective
     from hydrazero.trainer.trained_model import TrainedModel
 
     torch.manual_seed(config.run.seed)
     model = AtomisticModel(config.model.settings(), checked.facts)
     described, run_dir = model.facts(), Path(config.run.out)
-    trained = TrainedModel(model.to(distributed.device()), run_objective(config, model))
+    model = model.to(distributed.device())
+    objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
+    trained = TrainedModel(model, objective)
     engine = make_engine(trained, checked.ds_config)
     place: dict[str, Any] = {"step": 0, "stream": None}
     if resume:

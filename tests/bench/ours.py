@@ -16,11 +16,10 @@ from hydrazero.models.potential import structure_from_atoms
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graph import GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import Objective, quantity_scales
+from hydrazero.trainer.losses import make_objective
 from hydrazero.trainer.trained_model import TrainedModel
 
 MANY_HEADS = 16
-QUANTITIES = ["energy", "forces"]
 
 
 def model_of(tasks: int) -> AtomisticModel:
@@ -46,12 +45,7 @@ class Steps:
     """Training and inference of one model on one batch."""
 
     def __init__(self, model: AtomisticModel, batch: GraphBatch, *, compiled: bool) -> None:
-        goal = Objective(
-            settings=LossSection(),
-            quantities=tuple(QUANTITIES),
-            task_weights=torch.ones(len(model.tasks), dtype=torch.float64),
-            scales=quantity_scales(model, QUANTITIES),
-        )
+        goal = make_objective(model, LossSection(), [1.0] * len(model.tasks))
         self.trained, self.batch, self.counts = TrainedModel(model, goal), batch, goal.counts(batch)
         if compiled and (reason := self.trained.compile_steps()):
             raise SystemExit(f"the kernels are missing: {reason}")
