@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hydrazero.models.repulsion import ZieglerBiersackLittmark
 from hydrazero.models.slots import Segments, slots_of
 from hydrazero.models.target_heads import TargetHeads, check_attention
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, targets_of, task_facts_from
-from hydrazero.models.task_linear import TaskRows
+from hydrazero.models.task_linear import TaskRows, probed
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import GraphBatch
 
@@ -149,14 +149,19 @@ class AtomisticModel(nn.Module):
         vectors_out = None if features.vectors is None else features.vectors.to(self.dtype)
         return NodeFeatures(scalars=features.scalars.to(self.dtype), vectors=vectors_out), pairs
 
-    def forward(self, batch: GraphBatch) -> Predictions:
-        """Energies, forces, stress and targets of each structure by the heads of its own task."""
+    def forward(self, batch: GraphBatch, probe: Tensor | None = None) -> Predictions:
+        """Energies, forces, stress and targets of each structure by the heads of its own task.
+
+        A probe [tasks, F, F] finds what each task wants of the node scalars that the encoder gives; see `probed`.
+        """
         conservative = self._any("forces", CONSERVATIVE) or self._any("stress", CONSERVATIVE)
         with torch.set_grad_enabled(torch.is_grad_enabled() or conservative):
             positions = batch.positions.detach().requires_grad_(conservative)
             strain = positions.new_zeros(batch.task.shape[0], 3, 3).requires_grad_(conservative)
             features, pairs = self._encode(batch, batch.task, positions, strain)
             rows = self._rows(batch.task, batch)
+            if probe is not None:
+                features = replace(features, scalars=probed(features.scalars, probe, rows))
             members = self._member_energies(batch, features.scalars, rows)
             interaction = members.mean(1)
             if self.repulsion is not None:

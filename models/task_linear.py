@@ -65,6 +65,9 @@ class _TaskOuter(Function):
     def forward(ctx: Any, g: Tensor, x: Tensor, rows: TaskRows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(g, x)
+        if not rows.kernels:
+            member = functional.one_hot(rows.task, rows.count).to(g.dtype)
+            return torch.stack([(g * of_task.unsqueeze(1)).t() @ x for of_task in member.unbind(1)])
         out: Tensor = torch.ops.hydrazero.task_outer(g, x, rows.task, rows.count)
         return out
 
@@ -74,6 +77,32 @@ class _TaskOuter(Function):
         weight = grads[0]
         for_g = _TaskLinear.apply(x, weight, ctx.rows)
         return for_g, _TaskLinear.apply(g, weight.transpose(1, 2), ctx.rows), None
+
+
+def probed(x: Tensor, probe: Tensor, rows: TaskRows) -> Tensor:
+    """Return x [N, F] as a linear layer that is the identity for each of the tasks would leave it.
+
+    The gradient of `probe` [T, F, F] is that of the layer's weights, task by task: what each task wants of a layer that
+    all share, from one backward pass. The values of `probe` are not used. Once its gradient is taken it cannot be
+    differentiated again.
+    """
+    return _Identity.apply(x, probe, rows)
+
+
+class _Identity(Function):
+    """(x, I) -> x; in its derivatives the identity stays, so that second derivatives find the layer again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: TaskRows) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(x, weight)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x = _Identity.apply(grads[0], weight.transpose(1, 2), ctx.rows)
+        return for_x, _TaskOuter.apply(grads[0], x, ctx.rows), None
 
 
 class TaskLinear(nn.Module):

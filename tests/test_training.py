@@ -57,6 +57,9 @@ steps = 8
 evaluate_every = 4
 checkpoint_every = 4
 log_every = 1
+[balance]
+method = "gradnorm"
+every = 3
 [deepspeed]
 config = "{config}"
 """
@@ -113,6 +116,12 @@ def test_two_ranks_train_and_log(finished):
     rows = read_metrics(finished)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [4, 8]
+    measured = [row for row in rows if row["kind"] == "balance"]
+    assert [row["step"] for row in measured] == [3, 6]
+    assert all(row["gradient_norms"]["metals"] > 0 and abs(row["cosines"][0][1]) < 1 for row in measured)
+    weights = [row["weights"] for row in rows if row["kind"] == "train"]
+    # The weights that a measurement sets are those of the steps after it.
+    assert weights[1] == {"molecules": 1.0, "metals": 1.0} != weights[2] == weights[4] != weights[5]
     evaluations = [row["tasks"] for row in rows if row["kind"] == "evaluation"]
     assert evaluations[-1]["metals"]["structures"] > 0
     first, last = ([row["energy_loss"] + row["forces_loss"] for row in tasks.values()] for tasks in evaluations)

@@ -14,7 +14,6 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.stream import TrainStream
 from hydrazero.trainer.distributed import gather_objects, quiet_deepspeed, rank, wait_for_all
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
 from hydrazero.trainer.trained_model import PREFIX
@@ -23,15 +22,14 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 
 
-def save_checkpoint(engine: Any, run_dir: Path, step: int, stream: TrainStream, keep: int) -> None:
-    """Write a checkpoint of `step`; called on every rank. Older ones than the last `keep` are removed after it."""
+def save_checkpoint(engine: Any, run_dir: Path, state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint with the run's `state`, of which 'step' names it; called on every rank.
+
+    Older ones than the last `keep` are removed after it.
+    """
     folder = run_dir / CHECKPOINTS
-    tag = f"step-{step:08d}"
-    client_state = {
-        "step": step,
-        "stream": stream.saved_state(gather_objects(stream.state())),
-        "random": torch.stack(gather_objects(torch.get_rng_state())),
-    }
+    tag = f"step-{state['step']:08d}"
+    client_state = {**state, "random": torch.stack(gather_objects(torch.get_rng_state()))}
     engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     wait_for_all()
     if rank() == 0:
@@ -64,7 +62,7 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def load_checkpoint(engine: Any, run_dir: Path) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; returns {'step', 'stream'}."""
+    """Restore weights, optimizer, schedule and random state; returns the run's state."""
     folder = latest_checkpoint(run_dir)
     path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
@@ -72,7 +70,8 @@ def load_checkpoint(engine: Any, run_dir: Path) -> dict[str, Any]:
     random = client_state["random"]
     # A copy: torch reads the state from where the tensor's memory begins, whatever row of it a view is, and crashes.
     torch.set_rng_state(random[min(rank(), len(random) - 1)].clone())
-    return {"step": client_state["step"], "stream": client_state["stream"]}
+    state: dict[str, Any] = client_state
+    return state
 
 
 def _consolidated(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from hydrazero.models.sizes import size_settings
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.trainer.balance import BalanceSection, check_balance
 
 LOSS_KINDS = ("l1", "l2", "huber")
 
@@ -139,6 +140,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     batch: BatchShape = field(default_factory=lambda: BatchShape(structures=32, atoms=1024, slots=16384))
     loss: LossSection = field(default_factory=LossSection)
+    balance: BalanceSection = field(default_factory=BalanceSection)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"config": "zero1"})
     """`config`: a name in ds_configs or a path to a JSON; every other key overrides a value of it."""
 
@@ -208,6 +210,7 @@ def _check(config: RunConfig, where: str) -> None:
         raise ConfigError(f"{where} data.on_bad_shard '{config.data.on_bad_shard}' is not known{known}.")
     if not config.data.temperature >= 1:
         raise ConfigError(f"{where} data.temperature is {config.data.temperature}; it must be at least 1.")
+    check_balance(config.balance, where)
     _check_ranges(config, where)
 
 

@@ -97,6 +97,16 @@ class RunLog:
                 self._writer.add_scalar(f"train/{name}", row[name], row["step"])
         self._add_tasks("train", row["step"], row["tasks"])
 
+    def balance_row(self, row: dict[str, Any]) -> None:
+        """Log what was measured of the tasks' gradients, and the weights that follow."""
+        if self._progress is None:
+            return
+        append_metrics(self.run_dir, {"kind": "balance", **row})
+        for key in ("gradient_norms", "weights"):
+            for name, value in row[key].items():
+                if value is not None:
+                    self._writer.add_scalar(f"{key}/{name}", value, row["step"])
+
     def evaluation_row(self, step: int, split: str, tasks: dict[str, dict[str, Any]]) -> None:
         """Log an evaluation and show it as a table."""
         if self._progress is None:

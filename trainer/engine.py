@@ -30,6 +30,8 @@ class StepResult:
     loss: float
     sums: Tensor
     """Of the objective, [tasks, columns] float64."""
+    losses: Tensor
+    """Of each task, its weight left aside, [tasks] float64; NaN where the step held none of its labels."""
     atoms: int
 
 
@@ -102,7 +104,9 @@ def train_step(engine: Any, batches: Sequence[GraphBatch], step: int) -> StepRes
             f"the gradient of step {step} is not finite although its loss is; go on from the last checkpoint with a "
             "lower learning rate, or look for atoms that nearly coincide."
         )
-    return StepResult(loss=float(everything[-2]), sums=everything[:-2].view(tasks, -1), atoms=int(everything[-1]))
+    sums = everything[:-2].view(tasks, -1)
+    losses = torch.where(counts.sum(1) > 0, objective.by_task(sums, counts), float("nan"))
+    return StepResult(loss=float(everything[-2]), sums=sums, losses=losses.cpu(), atoms=int(everything[-1]))
 
 
 def _stop_unless_finite(everything: Tensor, batches: Sequence[GraphBatch], local: Tensor, step: int) -> None:

@@ -16,6 +16,7 @@ from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, empty_batch, evaluation_batches
+from hydrazero.trainer.balancing import RunBalance
 from hydrazero.trainer.checkpoint import save_checkpoint
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
@@ -56,8 +57,10 @@ def new_interval() -> Interval:
 class Trainer:
     """A run in progress on one rank."""
 
-    def __init__(self, config: RunConfig, engine: Any, stream: TrainStream, log: RunLog, start: int) -> None:
-        self.config, self.engine, self.stream, self.log = config, engine, stream, log
+    def __init__(
+        self, config: RunConfig, engine: Any, stream: TrainStream, balance: RunBalance, log: RunLog, start: int
+    ) -> None:
+        self.config, self.engine, self.stream, self.balance, self.log = config, engine, stream, balance, log
         self.step = start
         self.skipped = 0
         self.run_dir = Path(config.run.out)
@@ -78,8 +81,13 @@ class Trainer:
             if self._due(settings.evaluate_every):
                 self._evaluate()
             if self._due(settings.checkpoint_every):
-                save_checkpoint(self.engine, self.run_dir, self.step, self.stream, settings.keep_checkpoints)
+                self._save()
             interval.since += time.monotonic() - paused
+
+    def _save(self) -> None:
+        place = {"step": self.step, "stream": self.stream.saved_state(gather_objects(self.stream.state()))}
+        state = {**place, "balance": self.balance.state()}
+        save_checkpoint(self.engine, self.run_dir, state, self.config.train.keep_checkpoints)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
@@ -89,8 +97,11 @@ class Trainer:
         micro_batches = [next(batches).to(device()) for _ in range(self.engine.gradient_accumulation_steps())]
         interval.waited += time.monotonic() - asked
         interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
+        self.balance.prepare(self.step + 1)
         result = train_step(self.engine, micro_batches, self.step + 1)
         self.step += 1
+        if (measured := self.balance.update(self.step, result.losses)) is not None:
+            self.log.balance_row(measured)
         interval.sums = interval.sums + result.sums.cpu()
         interval.loss += result.loss
         interval.steps += 1
@@ -114,6 +125,7 @@ class Trainer:
                 "steps_per_s": interval.steps / seconds,
                 "data_wait_share": waited / seconds,
                 "skipped_structures": self._skipped(),
+                "weights": self.balance.weights(),
                 "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
             }
         )

@@ -179,9 +179,11 @@ class Objective:
 
         With the counts of all ranks and micro-batches, the totals of all of them add up to the loss of the step.
         """
-        means = sums[:, 0:-1:3] / counts.clamp(min=1)
-        by_task = (means * self.weights).sum(1)
-        return (self.task_weights * by_task).sum() / self.task_weights.sum()
+        return (self.task_weights * self.by_task(sums, counts)).sum() / self.task_weights.sum()
+
+    def by_task(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Return each task's loss, its quantities weighted, of sums over the given counts: [tasks] float64."""
+        return (sums[:, 0:-1:3] / counts.clamp(min=1) * self.weights).sum(1)
 
 
 def make_objective(model: AtomisticModel, settings: LossSection, task_weights: Sequence[float]) -> Objective:

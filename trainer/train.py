@@ -27,6 +27,8 @@ class CheckedRun:
     ds_config: dict[str, Any]
     """DeepSpeed JSON."""
     facts: list[TaskFacts]
+    structures: tuple[int, ...]
+    """Training structures of each task."""
     warnings: list[str]
     """Sentences for the start of the run."""
 
@@ -60,6 +62,7 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     return CheckedRun(
         ds_config=ds_config,
         facts=facts,
+        structures=tuple(manifest.structures("train") for manifest in manifests.values()),
         warnings=[
             text
             for task in facts
@@ -93,6 +96,8 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     from hydrazero.shards.stream import StreamSettings, TrainStream
     from hydrazero.shards.targets import TargetColumn
     from hydrazero.trainer import distributed
+    from hydrazero.trainer.balance import BalanceFacts
+    from hydrazero.trainer.balancing import RunBalance
     from hydrazero.trainer.checkpoint import has_checkpoint, load_checkpoint
     from hydrazero.trainer.console import RunLog
     from hydrazero.trainer.engine import make_engine
@@ -125,6 +130,9 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
         ),
     )
     stream = TrainStream(settings, distributed.rank(), distributed.ranks(), place["stream"])
+    balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
+    if "balance" in place:
+        balance.load(place["balance"])
     if distributed.rank() == 0:
         # Only now that nothing has refused to start is it a run, or one resume more.
         if resume:
@@ -141,7 +149,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
             log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
         if config.train.compile:
             log.say(compile_steps(engine))
-        Trainer(config, engine, stream, log, place["step"]).train()
+        Trainer(config, engine, stream, balance, log, place["step"]).train()
 
 
 def compile_steps(engine: Any) -> str:

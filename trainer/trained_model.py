@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,9 @@ class TrainedModel(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.measuring = False
+        """Whether gradients of the tasks' losses are measured in passing; compiled steps keep to what it is first."""
+        self._measured: list[Callable[[], Tensor]] = []
         self._compiled: CompiledLoss | None = None
         self._compiled_model: CompiledModel | None = None
 
@@ -36,7 +39,7 @@ class TrainedModel(nn.Module):
         Returns why the kernels for the CPU cannot be had, in which case the compiler makes do without them.
         """
         reason = use_kernels(self.model)
-        self._compiled, self._compiled_model = CompiledLoss(self.model), CompiledModel(self.model)
+        self._compiled, self._compiled_model = CompiledLoss(self.model, self.measuring), CompiledModel(self.model)
         return reason
 
     def forward(self, batch: GraphBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,9 +48,30 @@ class TrainedModel(nn.Module):
         The counts are [tasks, quantities]; the sums, [tasks, columns], carry no gradient.
         """
         if self._compiled is not None:
-            return self._compiled(batch, counts, self.objective)
-        sums = self.objective.sums(self.model(batch), batch)
-        return self.objective.total(sums, counts), sums.detach()
+            loss, sums, gradients = self._compiled(batch, counts, self.objective)
+            if gradients is not None:
+                self._measured.append(lambda: gradients)
+            return loss, sums
+        probe = new_probe(self.model) if self.measuring else None
+        sums = self.objective.sums(self.model(batch, probe), batch)
+        loss = self.objective.total(sums, counts)
+        if probe is not None:
+            self._measured.append(_gradient_once_there(loss, probe))
+        return loss, sums.detach()
+
+    def take_task_gradients(self) -> Tensor | None:
+        """Return the gradients of the weighted losses of the tasks since the last call, by this rank's structures.
+
+        [tasks, F * F] float64, with respect to a linear layer between encoder and heads; None if none were measured.
+        Asked for after the backward pass.
+        """
+        found = [gradient().detach().to(torch.float64).flatten(1) for gradient in self._measured]
+        self._measured.clear()
+        return torch.stack(found).sum(0) if found else None
+
+    def forget_task_gradients(self) -> None:
+        """Let go of what was measured."""
+        self._measured.clear()
 
     def evaluate(self, batch: GraphBatch) -> Tensor:
         """Return the sums of a batch by the model in evaluation mode."""
@@ -55,23 +79,49 @@ class TrainedModel(nn.Module):
         return self.objective.sums(predict(batch), batch).detach()
 
 
+def new_probe(model: AtomisticModel) -> Tensor:
+    """Return a probe of the node scalars, to be differentiated with respect to."""
+    features = model.settings.encoder.features
+    weight = model.energy_head.first.weight
+    return torch.zeros(
+        len(model.tasks), features, features, dtype=weight.dtype, device=weight.device, requires_grad=True
+    )
+
+
+def _gradient_once_there(loss: Tensor, probe: Tensor) -> Callable[[], Tensor]:
+    """Return what gives the probe's gradient after the backward pass, without the factors that the engine puts in."""
+    factors: list[Tensor] = []
+    loss.register_hook(factors.append)
+
+    def gradient() -> Tensor:
+        if probe.grad is None:
+            return torch.zeros_like(probe)
+        return probe.grad / factors[0]
+
+    return gradient
+
+
 class CompiledLoss:
     """Loss, sums and the gradients of all parameters in one graph, one for each shape of batch."""
 
-    def __init__(self, model: AtomisticModel) -> None:
-        self.model = model
+    def __init__(self, model: AtomisticModel, measuring: bool) -> None:
+        self.model, self.measuring = model, measuring
         self._graphs: dict[tuple[Any, ...], tuple[BatchTensors, Any, list[bool]]] = {}
 
-    def __call__(self, batch: GraphBatch, counts: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-        """Return the loss, whose gradients are at hand, and the sums."""
+    def __call__(
+        self, batch: GraphBatch, counts: Tensor, objective: Objective
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the loss, whose gradients are at hand, the sums, and the gradients of the tasks if it measures."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         key = layout_key(batch)
         if key not in self._graphs:
             self._graphs[key] = self._trace(batch, counts, objective, parameters)
         layout, graph, used = self._graphs[key]
         rest = [counts, objective.task_weights, *self._fixed().values(), *layout.flat(batch)]
-        loss, sums = _GradientsAtHand.apply(graph, used, rest, *parameters)
-        return loss, sums
+        if self.measuring:
+            rest.append(new_probe(self.model))
+        loss, sums, *measured = _GradientsAtHand.apply(graph, used, rest, *parameters)
+        return loss, sums, measured[0] if measured else None
 
     def _fixed(self) -> dict[str, Tensor]:
         """Weights that are not trained, and buffers."""
@@ -89,16 +139,25 @@ class CompiledLoss:
             weights = [tensor.detach().requires_grad_() for tensor in tensors[: len(trained)]]
             given, task_weights = tensors[len(trained) : len(trained) + 2]
             others = tensors[len(trained) + 2 : len(trained) + 2 + len(fixed)]
-            now = layout.batch(tensors[len(trained) + 2 + len(fixed) :])
+            held = tensors[len(trained) + 2 + len(fixed) :]
+            now = layout.batch(held[: len(layout.names)])
+            probes = [probe.detach().requires_grad_() for probe in held[len(layout.names) :]]
             state = dict(zip([*trained, *fixed], [*weights, *others], strict=True))
             weighted = replace(objective, task_weights=task_weights)
-            sums = weighted.sums(functional_call(self.model, state, (now,)), now)
+            sums = weighted.sums(functional_call(self.model, state, (now, *probes)), now)
             loss = weighted.total(sums, given)
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            used[:] = [gradient is not None for gradient in gradients]
-            return loss.detach(), sums.detach(), *(gradient for gradient in gradients if gradient is not None)
+            gradients = torch.autograd.grad(loss, [*weights, *probes], allow_unused=True)
+            used[:] = [gradient is not None for gradient in gradients[: len(weights)]]
+            return (
+                loss.detach(),
+                sums.detach(),
+                *gradients[len(weights) :],
+                *(gradient for gradient in gradients[: len(weights)] if gradient is not None),
+            )
 
         inputs = [*parameters, counts, objective.task_weights, *self._fixed().values(), *layout.flat(batch)]
+        if self.measuring:
+            inputs.append(new_probe(self.model))
         return layout, compile_traced(step, inputs), used
 
 
@@ -108,11 +167,13 @@ class _GradientsAtHand(Function):
     @staticmethod
     def forward(
         ctx: Any, graph: Any, used: list[bool], rest: list[Tensor], *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        loss, sums, *gradients = graph([*parameters, *rest])
+    ) -> tuple[Tensor, ...]:
+        loss, sums, *found = graph([*parameters, *rest])
+        count = sum(used)
+        measured, gradients = found[: len(found) - count], found[len(found) - count :]
         ctx.used, ctx.gradients = used, gradients
-        ctx.mark_non_differentiable(sums)
-        return loss, sums
+        ctx.mark_non_differentiable(sums, *measured)
+        return loss, sums, *measured
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
