@@ -15,7 +15,9 @@ from hydrazero.shards.structure import Structure
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import Objective, make_objective
+from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.trainer.weight_average import WeightAverage
 
 STEPS = 4
 TASKS = 3
@@ -52,6 +54,9 @@ def objective(model: AtomisticModel) -> Objective:
     return make_objective(model, loss, [1.0, 0.3, 2.0])
 
 
+AVERAGE = 0.6
+
+
 def ds_config(stage: int) -> dict:
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -75,10 +80,23 @@ def train_under(stage: int, compiled: bool = False) -> dict:
         trained.compile_steps()
     engine = make_engine(trained, ds_config(stage))
     batches = micro_batches(distributed.rank(), torch.float32)
-    losses = [train_step(engine, batches, step).loss for step in range(STEPS)]
+    average, guard = WeightAverage(engine, AVERAGE), StepGuard(10, 0.0)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(train_step(engine, batches, guard, stop=False).loss)
+        average.update()
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-        weights = {name: p.detach().float().flatten().tolist() for name, p in model.named_parameters()}
-    return {"losses": losses, "weights": weights}
+        weights = flat(model)
+    with average.applied(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        averaged = flat(model)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        assert flat(model) == weights
+    again = train_step(engine, batches, guard, stop=False).loss
+    return {"losses": [*losses, again], "weights": weights, "averaged": averaged}
+
+
+def flat(model: AtomisticModel) -> dict[str, list[float]]:
+    return {name: p.detach().float().flatten().tolist() for name, p in model.named_parameters()}
 
 
 def main() -> None:

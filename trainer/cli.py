@@ -112,7 +112,7 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
 def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
     """Write the model of a run's last checkpoint as one safetensors file."""
     from hydrazero.models.model_file import save_model, with_tasks
-    from hydrazero.trainer.checkpoint import model_of_run
+    from hydrazero.trainer.trained_weights import model_of_run
 
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another name.")

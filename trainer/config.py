@@ -125,6 +125,20 @@ class TrainSection:
     checkpoint_every: int = 500
     log_every: int = 10
     keep_checkpoints: int = 3
+    keep_best: bool = True
+    """Whether the checkpoint of the lowest validation loss is kept too; evaluated and exported by default."""
+    patience: int = 0
+    """Evaluations without a new lowest validation loss after which the run stops; 0: it goes through."""
+    average: float = 0.999
+    """Decay of the moving average of the weights, which is evaluated and exported by default; 0: none."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of names of parameters that are not trained: 'encoder.*'."""
+    max_hours: float = 0.0
+    """The run stops with a checkpoint after so many hours; 0: it has time."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped, since loss or gradient are not finite, before the run stops."""
+    skip_spikes: float = 0.0
+    """Steps whose loss is so many standard deviations above the last ones' are skipped; 0: none."""
     compile: bool = False
     """Whether each step is traced as one graph and compiled: several times faster, after a minute at the start."""
 
@@ -210,6 +224,8 @@ def _check(config: RunConfig, where: str) -> None:
         raise ConfigError(f"{where} data.on_bad_shard '{config.data.on_bad_shard}' is not known{known}.")
     if not config.data.temperature >= 1:
         raise ConfigError(f"{where} data.temperature is {config.data.temperature}; it must be at least 1.")
+    if not 0 <= config.train.average < 1:
+        raise ConfigError(f"{where} train.average is {config.train.average}; it must be at least 0 and below 1.")
     check_balance(config.balance, where)
     _check_ranges(config, where)
 
@@ -222,6 +238,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.log_every": config.train.log_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
+        "train.max_skipped": config.train.max_skipped,
         "batch.structures": config.batch.structures,
         "batch.atoms": config.batch.atoms,
         "batch.slots": config.batch.slots,
@@ -241,6 +258,9 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "run.seed": config.run.seed,
         "data.workers": config.data.workers,
         "batch.edges": config.batch.edges,
+        "train.patience": config.train.patience,
+        "train.max_hours": config.train.max_hours,
+        "train.skip_spikes": config.train.skip_spikes,
         "loss.energy_weight": config.loss.energy_weight,
         "loss.forces_weight": config.loss.forces_weight,
         "loss.stress_weight": config.loss.stress_weight,

@@ -107,11 +107,14 @@ class RunLog:
                 if value is not None:
                     self._writer.add_scalar(f"{key}/{name}", value, row["step"])
 
-    def evaluation_row(self, step: int, split: str, tasks: dict[str, dict[str, Any]]) -> None:
-        """Log an evaluation and show it as a table."""
+    def evaluation_row(self, step: int, split: str, tasks: dict[str, dict[str, Any]], loss: float | None) -> None:
+        """Log an evaluation, with the loss by which evaluations are compared, and show it as a table."""
         if self._progress is None:
             return
-        append_metrics(self.run_dir, {"kind": "evaluation", "split": split, "step": step, "tasks": tasks})
+        facts = {"kind": "evaluation", "split": split, "step": step, "loss": loss}
+        append_metrics(self.run_dir, {**facts, "tasks": tasks})
+        if loss is not None:
+            self._writer.add_scalar(f"{split}/loss", loss, step)
         self._add_tasks(split, step, tasks)
         table = Table(title=f"step {step}, {split}", title_justify="left")
         targets = sorted({target for row in tasks.values() for target in row["target_mae"]})

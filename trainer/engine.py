@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.distributed import gather_objects, ranks, sum_over_ranks
+from hydrazero.trainer.parameter_groups import parameter_groups
+from hydrazero.trainer.schedules import Schedule, own_shape
+from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.trained_model import TrainedModel
 
 WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-
-
-class NonFiniteLossError(HydrazeroError):
-    """The loss of a step is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,14 @@ class StepResult:
     sums: Tensor
     """Of the objective, [tasks, columns] float64."""
     losses: Tensor
-    """Of each task, its weight left aside, [tasks] float64; NaN where the step held none of its labels."""
+    """Of each task, its weight left aside, [tasks] float64; NaN where the step held no label of it or was skipped."""
     atoms: int
+    skipped: bool
+    """Whether no weight was changed."""
+    suspects: list[str]
+    """Structures of batches whose loss was not finite."""
+    stop: bool
+    """Whether a rank wants to stop."""
 
 
 def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
@@ -43,9 +49,17 @@ def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = copy.deepcopy(config)
+    shape = own_shape(config)
+    if shape is not None:
+        del config["scheduler"]
     try:
-        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model),
+            config=config,
+            lr_scheduler=None if shape is None else lambda optimizer: Schedule(optimizer, shape),
+        )
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
         # What it raises depends on the key; a validation error of pydantic (a ValueError) goes over several lines.
         reason = " ".join(line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line)
@@ -75,47 +89,61 @@ def whole_parameters(engine: Any) -> Iterator[None]:
         yield
 
 
-def train_step(engine: Any, batches: Sequence[GraphBatch], step: int) -> StepResult:
+def train_step(engine: Any, batches: Sequence[GraphBatch], guard: StepGuard, *, stop: bool) -> StepResult:
     """Do one optimizer step on as many micro-batches as the engine accumulates.
 
-    Raises NonFiniteLossError on every rank, before any weight changes, if the loss is not finite on one of them.
+    Skipped, on all ranks and without a change of any weight, if the loss is a spike, or if it or its gradient is not
+    finite on one of them.
     """
     tasks = len(engine.module.model.tasks)
     objective = engine.module.objective
     counts = sum_over_ranks(torch.stack([objective.counts(batch) for batch in batches]).sum(0))
     # DeepSpeed averages gradients over ranks and micro-batches; the loss is a sum over both.
-    share = ranks() * len(batches)
+    factor = float(ranks() * len(batches))
     total = torch.zeros((), dtype=torch.float64, device=counts.device)
     table: Tensor | None = None
     atoms = torch.stack([batch.atom_mask.sum() for batch in batches]).sum().to(torch.float64)
+    skipped_before = engine.skipped_steps
     for number, batch in enumerate(batches):
         loss, sums = engine(batch, counts)
         total = total + loss.detach()
         table = sums if table is None else table + sums
         if number == len(batches) - 1:
-            everything = sum_over_ranks(torch.cat([table.reshape(-1), total.view(1), atoms.view(1)]))
-            _stop_unless_finite(everything, batches, total, step)
+            wanted = total.new_tensor([float(stop)])
+            everything = sum_over_ranks(torch.cat([table.reshape(-1), total.view(1), atoms.view(1), wanted]))
+            if guard.is_spike(float(everything[-3])):
+                factor = math.nan  # the engine skips steps whose gradients are not finite, in every ZeRO stage
         with whole_parameters(engine):
-            engine.backward(loss * share)
-        engine.step()
-    norm = engine.get_global_grad_norm()
-    if engine.skipped_steps or (norm is not None and not math.isfinite(norm)):
-        raise NonFiniteLossError(
-            f"the gradient of step {step} is not finite although its loss is; go on from the last checkpoint with a "
-            "lower learning rate, or look for atoms that nearly coincide."
-        )
-    sums = everything[:-2].view(tasks, -1)
-    losses = torch.where(counts.sum(1) > 0, objective.by_task(sums, counts), float("nan"))
-    return StepResult(loss=float(everything[-2]), sums=sums, losses=losses.cpu(), atoms=int(everything[-1]))
-
-
-def _stop_unless_finite(everything: Tensor, batches: Sequence[GraphBatch], local: Tensor, step: int) -> None:
-    if torch.isfinite(everything).all():
-        return
-    mine = [] if torch.isfinite(local) else [name for batch in batches for name in batch.source_ids()]
-    names = [name for part in gather_objects(mine) for name in part]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    raise NonFiniteLossError(
-        f"the loss of step {step} is not finite; it came from a batch with the structures {shown}: check their labels, "
-        "or lower the learning rate; no weight was changed by this step."
+            engine.backward(loss * factor)
+        _step_unless_broken(engine)
+    sums = everything[:-3].view(tasks, -1)
+    skipped = engine.skipped_steps > skipped_before
+    losses = torch.where(counts.sum(1) > 0, objective.by_task(sums, counts), math.nan)
+    return StepResult(
+        loss=float(everything[-3]),
+        sums=sums,
+        losses=torch.full_like(losses, math.nan).cpu() if skipped else losses.cpu(),
+        atoms=int(everything[-2]),
+        skipped=skipped,
+        suspects=_suspects(batches, total) if skipped else [],
+        stop=bool(everything[-1]),
     )
+
+
+def _step_unless_broken(engine: Any) -> None:
+    """Let the engine step; without ZeRO, nothing in it looks whether gradients are finite before it does."""
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            engine.zero_grad()
+            engine.skipped_steps += 1
+            engine.global_steps += 1
+            engine.micro_steps += 1
+            return
+    engine.step()
+
+
+def _suspects(batches: Sequence[GraphBatch], local: Tensor) -> list[str]:
+    """Names of the structures of every rank whose own part of the loss is not finite."""
+    mine = [] if torch.isfinite(local) else [name for batch in batches for name in batch.source_ids()]
+    return [name for part in gather_objects(mine) for name in part]

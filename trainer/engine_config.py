@@ -10,6 +10,7 @@ from typing import Any
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config import RunConfig
+from hydrazero.trainer.schedules import own_shape
 
 TABLES = ("optimizer", "scheduler", "zero_optimization", "bf16", "bfloat16", "fp16", "amp", "torch_autocast")
 LOW_PRECISION = ("bf16", "bfloat16", "fp16", "amp", "torch_autocast")
@@ -25,6 +26,10 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(f"deepspeed.config must be a name or a path, not {name!r}.")
     document, packaged = _read(name)
     where = f"DeepSpeed configuration '{name}':"
+    for key in ("optimizer", "scheduler"):
+        change = changes.get(key)
+        if isinstance(change, dict) and "type" in change and change["type"] != document.get(key, {}).get("type"):
+            document.pop(key, None)  # its parameters are those of another type
     document = _merged(document, changes)
     _check_tables(document, where)
     if document.get("train_micro_batch_size_per_gpu", 1) != 1:
@@ -43,8 +48,14 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if not _is_number(clip) or not clip >= 0:
         raise ConfigError(f"{where} gradient_clipping is {clip!r}; it must be a number of at least 0.")
     if "scheduler" in document:
+        if document["scheduler"].get("type") == "WarmupStableDecayLR":
+            document["scheduler"].setdefault("params", {}).setdefault("total_num_steps", "auto")
         by_user = not packaged or "warmup_num_steps" in changes.get("scheduler", {}).get("params", {})
         _fill_in_steps(document["scheduler"].get("params", {}), config.train.steps, by_user, where)
+        try:
+            own_shape(document)
+        except ConfigError as error:
+            raise ConfigError(f"{where} {error}") from error
     return document
 
 
@@ -84,7 +95,7 @@ def _fill_in_steps(params: dict[str, Any], steps: int, by_user: bool, where: str
     warmup = params.get("warmup_num_steps", 0)
     if not _is_number(warmup):
         raise ConfigError(f"{where} scheduler.params.warmup_num_steps is {warmup!r}; it must be a whole number.")
-    if not by_user:
+    if not by_user and "warmup_num_steps" in params:
         warmup = params["warmup_num_steps"] = min(warmup, max(steps // WARMUP_SHARE, 1))
     if warmup >= steps and by_user:
         raise ConfigError(

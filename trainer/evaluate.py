@@ -115,7 +115,7 @@ def evaluate_task(
 def open_run_or_model(path: Path) -> tuple[Potential, list[Path], ResultFiles]:
     """Return potential, the run's own shard folders (none for a model file) and where results belong."""
     if path.is_dir():
-        from hydrazero.trainer.checkpoint import model_of_run
+        from hydrazero.trainer.trained_weights import model_of_run
 
         record = read_json(path / RUN_NAME)
         return Potential(model_of_run(path)), [Path(task["shards"]) for task in record["tasks"]], results_in(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +33,10 @@ from hydrazero.trainer.distributed import (
 )
 from hydrazero.trainer.engine import train_step
 from hydrazero.trainer.losses import errors_by_task, leave_out_unseen
+from hydrazero.trainer.schedules import Schedule
+from hydrazero.trainer.step_guard import StepGuard
+from hydrazero.trainer.stop_request import StopRequest
+from hydrazero.trainer.weight_average import WeightAverage
 
 
 @dataclass(kw_only=True)
@@ -54,88 +60,151 @@ def new_interval() -> Interval:
     return Interval(sums=torch.zeros((), dtype=torch.float64), since=time.monotonic())
 
 
+@dataclass(kw_only=True)
+class RunParts:
+    """What a run in progress on one rank is made of."""
+
+    engine: Any
+    stream: TrainStream
+    balance: RunBalance
+    average: WeightAverage | None
+    guard: StepGuard
+    stop: StopRequest
+    log: RunLog
+
+
 class Trainer:
     """A run in progress on one rank."""
 
-    def __init__(
-        self, config: RunConfig, engine: Any, stream: TrainStream, balance: RunBalance, log: RunLog, start: int
-    ) -> None:
-        self.config, self.engine, self.stream, self.balance, self.log = config, engine, stream, balance, log
-        self.step = start
-        self.skipped = 0
+    def __init__(self, config: RunConfig, parts: RunParts) -> None:
+        self.config, self.parts, self.engine = config, parts, parts.engine
+        self.step = 0
+        self.best: dict[str, float] | None = None
+        self.stale = 0
+        """Evaluations since the best one."""
+        self.skipped_structures = 0
         self.run_dir = Path(config.run.out)
-        self.names = [task.name for task in engine.module.model.tasks]
+        self.names = [task.name for task in self.engine.module.model.tasks]
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a checkpoint."""
+        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+        self.parts.balance.load(state["balance"])
+        self.parts.guard.load(state["guard"])
+
+    def _state(self) -> dict[str, Any]:
+        stream = self.parts.stream
+        return {
+            "step": self.step,
+            "best": self.best,
+            "stale": self.stale,
+            "stream": stream.saved_state(gather_objects(stream.state())),
+            "balance": self.parts.balance.state(),
+            "guard": self.parts.guard.state(),
+        }
 
     def train(self) -> None:
-        """Train up to the configured number of steps, with a checkpoint at the end."""
+        """Train up to the configured number of steps, or until something stops the run, with a checkpoint at the end.
+
+        Raises NonFiniteLossError on all ranks if too many steps in a row had to be skipped.
+        """
         settings = self.config.train
-        batches = iter(self.stream)
+        batches = iter(self.parts.stream)
         interval = new_interval()
         self.engine.train()
-        while self.step < settings.steps:
-            self._one_step(batches, interval)
+        stopped = False
+        while self.step < settings.steps and not stopped:
+            wanted = self._one_step(batches, interval)
             if self._due(settings.log_every):
                 self._log_interval(interval)
                 interval = new_interval()
             paused = time.monotonic()
-            if self._due(settings.evaluate_every):
-                self._evaluate()
-            if self._due(settings.checkpoint_every):
+            is_best = self._due(settings.evaluate_every) and self._evaluate() and settings.keep_best
+            stopped = self._says_stop(wanted)
+            if self._due(settings.checkpoint_every) or is_best or stopped:
                 self._save()
             interval.since += time.monotonic() - paused
-
-    def _save(self) -> None:
-        place = {"step": self.step, "stream": self.stream.saved_state(gather_objects(self.stream.state()))}
-        state = {**place, "balance": self.balance.state()}
-        save_checkpoint(self.engine, self.run_dir, state, self.config.train.keep_checkpoints)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    def _one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> None:
+    def _save(self) -> None:
+        reason = save_checkpoint(
+            self.engine, self.run_dir, self._state(), self.parts.average, self.config.train.keep_checkpoints
+        )
+        if reason is not None:
+            self.parts.log.say(
+                f"warning: the checkpoint of step {self.step} could not be written ({reason}); the run goes on, the "
+                "last complete one stays."
+            )
+
+    def _says_stop(self, wanted: bool) -> bool:
+        """Whether the run stops here; says why."""
+        reason = next((each for each in gather_objects(self.parts.stop.reason) if each), "") if wanted else ""
+        if not reason and self.config.train.patience and self.stale >= self.config.train.patience:
+            reason = f"no evaluation of the last {self.stale} has a lower validation loss (train.patience)"
+        if reason and self.step < self.config.train.steps:
+            self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
+        return bool(reason)
+
+    def _one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> bool:
+        """Do a step; returns whether a rank wants to stop after it."""
+        parts = self.parts
         asked = time.monotonic()
         micro_batches = [next(batches).to(device()) for _ in range(self.engine.gradient_accumulation_steps())]
         interval.waited += time.monotonic() - asked
         interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
-        self.balance.prepare(self.step + 1)
-        result = train_step(self.engine, micro_batches, self.step + 1)
+        parts.balance.prepare(self.step + 1)
+        result = train_step(self.engine, micro_batches, parts.guard, stop=parts.stop.wanted())
         self.step += 1
-        if (measured := self.balance.update(self.step, result.losses)) is not None:
-            self.log.balance_row(measured)
+        measured = parts.balance.update(self.step, result.losses)
+        if result.skipped:
+            parts.log.say(parts.guard.skip(self.step, result.loss, result.suspects))
+            return result.stop
+        parts.guard.done(result.loss)
+        if parts.average is not None:
+            parts.average.update()
+        if measured is not None:
+            parts.log.balance_row(measured)
         interval.sums = interval.sums + result.sums.cpu()
         interval.loss += result.loss
         interval.steps += 1
         interval.atoms += result.atoms
-        self.log.advance(self.step, result.loss)
+        parts.log.advance(self.step, result.loss)
+        return result.stop
 
     def _log_interval(self, interval: Interval) -> None:
         seconds = max(time.monotonic() - interval.since, 1e-9)
         # Ranks wait for each other at every step, so the share of the slowest is what the run loses.
         waited = max_over_ranks(interval.waited)
         norm = self.engine.get_global_grad_norm()
-        self.log.train_row(
+        if not interval.steps:  # all skipped
+            interval.sums = torch.zeros(len(self.names), self.engine.module.objective.columns, dtype=torch.float64)
+        self.parts.log.train_row(
             {
                 "step": self.step,
-                "epoch": self.stream.epoch,
-                "loss": interval.loss / interval.steps,
+                "epoch": self.parts.stream.epoch,
+                "loss": interval.loss / interval.steps if interval.steps else None,
                 "learning_rate": interval.learning_rate,
-                "gradient_norm": None if norm is None else float(norm),
+                "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
                 "structures_per_s": float(interval.sums[:, -1].sum()) / seconds,
                 "atoms_per_s": interval.atoms / seconds,
                 "steps_per_s": interval.steps / seconds,
                 "data_wait_share": waited / seconds,
                 "skipped_structures": self._skipped(),
-                "weights": self.balance.weights(),
+                "skipped_steps": self.parts.guard.skipped,
+                "weights": self.parts.balance.weights(),
                 "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
             }
         )
 
     def _skipped(self) -> int:
         """Training structures that damaged shards have cost so far, on all ranks; what is new is said."""
-        total = int(sum_over_ranks(torch.tensor([self.stream.skipped.total()], dtype=torch.float64)))
-        if total > self.skipped:
-            self.skipped = total
-            self._say_skipped("training", self.stream.skipped)
+        skipped = self.parts.stream.skipped
+        total = int(sum_over_ranks(torch.tensor([skipped.total()], dtype=torch.float64)))
+        if total > self.skipped_structures:
+            self.skipped_structures = total
+            self._say_skipped("training", skipped)
         return total
 
     def _say_skipped(self, split: str, here: Counter[str]) -> None:
@@ -143,16 +212,28 @@ class Trainer:
         for counts in gather_objects(dict(here)):
             everywhere.update(counts)
         for reason, count in sorted(everywhere.items()):
-            self.log.say(f"warning: {count:,} {split} structures are skipped so far: {reason}")
+            self.parts.log.say(f"warning: {count:,} {split} structures are skipped so far: {reason}")
 
-    def _evaluate(self) -> None:
-        reader = SplitReader(self.stream.settings, "val")
-        sums, unseen = evaluate_engine(self.engine, reader)
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split; returns whether it is the best so far."""
+        reader = SplitReader(self.parts.stream.settings, "val")
+        average = self.parts.average
+        with contextlib.nullcontext() if average is None else average.applied():
+            sums, unseen = evaluate_engine(self.engine, reader)
         self._say_skipped("validation", reader.skipped)
-        tasks = errors_by_task(sums, self.names, self.engine.module.objective)
+        objective = self.engine.module.objective
+        score = objective.score(sums, self.parts.balance.own_weights)
+        tasks = errors_by_task(sums, self.names, objective)
         for name, count in zip(self.names, unseen.tolist(), strict=True):
             tasks[name]["unseen"] = int(count)
-        self.log.evaluation_row(self.step, "val", tasks)
+        self.parts.log.evaluation_row(self.step, "val", tasks, None if math.isnan(score) else score)
+        if isinstance(self.engine.lr_scheduler, Schedule) and not math.isnan(score):
+            self.engine.lr_scheduler.report(score)
+        if math.isnan(score) or (self.best is not None and score >= self.best["loss"]):
+            self.stale += 1
+            return False
+        self.best, self.stale = {"step": self.step, "loss": score}, 0
+        return True
 
 
 def evaluate_engine(engine: Any, reader: SplitReader) -> tuple[Tensor, Tensor]:

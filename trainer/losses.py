@@ -181,6 +181,15 @@ class Objective:
         """
         return (self.task_weights * self.by_task(sums, counts)).sum() / self.task_weights.sum()
 
+    def score(self, sums: Tensor, own_weights: Tensor) -> float:
+        """Return the mean loss over tasks that have labels, weighted by weights [tasks]; NaN if none has.
+
+        As it is compared between evaluations: how tasks are balanced at the time plays no part.
+        """
+        counts = sums[:, 1:-1:3]
+        weights = own_weights * (counts.sum(1) > 0)
+        return float((weights * self.by_task(sums, counts)).sum() / weights.sum())
+
     def by_task(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return each task's loss, its quantities weighted, of sums over the given counts: [tasks] float64."""
         return (sums[:, 0:-1:3] / counts.clamp(min=1) * self.weights).sum(1)

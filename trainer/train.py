@@ -17,7 +17,9 @@ from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, t
 from hydrazero.trainer.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
+    from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.models.task_facts import TaskFacts
+    from hydrazero.shards.stream import StreamSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,6 @@ class CheckedRun:
 def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError."""
     from hydrazero.models.atomistic import check_model
-    from hydrazero.trainer.checkpoint import has_checkpoint, latest_checkpoint
     from hydrazero.trainer.run_tasks import (
         budget_warning,
         charge_warning,
@@ -52,8 +53,6 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
         before = read_record(run_dir)["ranks"]
         if before != ranks:
             raise ConfigError(f"{run_dir} was trained with {before} ranks and cannot go on with {ranks}; use {before}.")
-        if has_checkpoint(run_dir):
-            latest_checkpoint(run_dir)
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
     facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
@@ -93,31 +92,86 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     import torch
 
     from hydrazero.models.atomistic import AtomisticModel
-    from hydrazero.shards.stream import StreamSettings, TrainStream
-    from hydrazero.shards.targets import TargetColumn
+    from hydrazero.shards.stream import TrainStream
     from hydrazero.trainer import distributed
     from hydrazero.trainer.balance import BalanceFacts
     from hydrazero.trainer.balancing import RunBalance
-    from hydrazero.trainer.checkpoint import has_checkpoint, load_checkpoint
+    from hydrazero.trainer.checkpoint import load_checkpoint
     from hydrazero.trainer.console import RunLog
     from hydrazero.trainer.engine import make_engine
-    from hydrazero.trainer.loop import Trainer
+    from hydrazero.trainer.loop import RunParts, Trainer
     from hydrazero.trainer.losses import make_objective
+    from hydrazero.trainer.parameter_groups import freeze
+    from hydrazero.trainer.step_guard import StepGuard
+    from hydrazero.trainer.stop_request import StopRequest
     from hydrazero.trainer.trained_model import TrainedModel
+    from hydrazero.trainer.weight_average import WeightAverage
 
     torch.manual_seed(config.run.seed)
-    model = AtomisticModel(config.model.settings(), checked.facts)
+    model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device())
+    freeze(model, config.train.freeze)
     described, run_dir = model.facts(), Path(config.run.out)
-    model = model.to(distributed.device())
     objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
     trained = TrainedModel(model, objective)
     engine = make_engine(trained, checked.ds_config)
-    place: dict[str, Any] = {"step": 0, "stream": None}
+    average = WeightAverage(engine, config.train.average) if config.train.average else None
+    state: dict[str, Any] = {"step": 0, "stream": None}
+    said: list[str] = []
     if resume:
         check_same_model(run_dir, described)
-        if has_checkpoint(run_dir):
-            place = load_checkpoint(engine, run_dir)
-    settings = StreamSettings(
+        folder, said = _checkpoint_to_resume(run_dir)
+        if folder is not None:
+            state = load_checkpoint(engine, folder, average)
+    stream = TrainStream(stream_settings(config, model), distributed.rank(), distributed.ranks(), state["stream"])
+    balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
+    if distributed.rank() == 0:
+        # Only now that nothing has refused to start is it a run, or one resume more.
+        if resume:
+            truncate_metrics(run_dir, state["step"])
+            add_resume(run_dir, state["step"], distributed.ranks())
+        else:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / MODEL_FACTS_NAME, described)
+            write_json(run_dir / RUN_NAME, run_record(config, checked.ds_config, distributed.ranks()))
+    guard = StepGuard(config.train.max_skipped, config.train.skip_spikes)
+    log = RunLog(run_dir, config.train.steps, state["step"])
+    with log, StopRequest(config.train.max_hours) as stop:
+        for sentence in [*said, *checked.warnings]:
+            log.say(sentence)
+        if resume and state["step"] == 0:
+            log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
+        if config.train.compile:
+            log.say(compile_steps(engine))
+        parts = RunParts(
+            engine=engine, stream=stream, balance=balance, average=average, guard=guard, stop=stop, log=log
+        )
+        trainer = Trainer(config, parts)
+        if state["step"]:
+            trainer.load(state)
+        trainer.train()
+
+
+def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Return the last whole checkpoint, None if there is none yet, and sentences on damaged ones; the same everywhere.
+
+    Only rank 0 looks: it renames what is damaged.
+    """
+    from hydrazero.trainer import distributed
+    from hydrazero.trainer.checkpoint_files import usable_checkpoint
+
+    found: tuple[Path | None, list[str]] = distributed.together(
+        lambda: usable_checkpoint(run_dir) if distributed.rank() == 0 else (None, [])
+    )
+    chosen: tuple[Path | None, list[str]] = distributed.gather_objects(found)[0]
+    return chosen
+
+
+def stream_settings(config: RunConfig, model: AtomisticModel) -> StreamSettings:
+    """Return what a run's stream of batches is made with."""
+    from hydrazero.shards.stream import StreamSettings
+    from hydrazero.shards.targets import TargetColumn
+
+    return StreamSettings(
         folders=tuple(task.shards for task in config.tasks),
         cutoff=config.model.cutoff,
         shape=config.batch,
@@ -129,27 +183,6 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
             TargetColumn(name=name, of=facts.of, kind=facts.kind) for name, facts in model.targets.facts.items()
         ),
     )
-    stream = TrainStream(settings, distributed.rank(), distributed.ranks(), place["stream"])
-    balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
-    if "balance" in place:
-        balance.load(place["balance"])
-    if distributed.rank() == 0:
-        # Only now that nothing has refused to start is it a run, or one resume more.
-        if resume:
-            truncate_metrics(run_dir, place["step"])
-            add_resume(run_dir, place["step"], distributed.ranks())
-        else:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_json(run_dir / MODEL_FACTS_NAME, described)
-            write_json(run_dir / RUN_NAME, run_record(config, checked.ds_config, distributed.ranks()))
-    with RunLog(run_dir, config.train.steps, place["step"]) as log:
-        for sentence in checked.warnings:
-            log.say(sentence)
-        if resume and place["step"] == 0:
-            log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
-        if config.train.compile:
-            log.say(compile_steps(engine))
-        Trainer(config, engine, stream, balance, log, place["step"]).train()
 
 
 def compile_steps(engine: Any) -> str:

@@ -16,8 +16,11 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hydrazero.trainer.run_files import write_json
 
 HERE = Path(__file__).parent
 ROOT = Path("runs/results")
@@ -48,46 +51,71 @@ def train_rows(out: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == "train"]
 
 
-def do_run(spec: dict[str, Any], name: str, data: dict[str, Any], run: dict[str, Any], shards: Path) -> dict[str, Any]:
-    """Find how many steps fit the time, train, evaluate; returns the result."""
-    folder = ROOT / name / f"{data['name']}-{run['name']}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    batch = command("inspect", shards, "--propose-batch", "--structures", spec.get("structures", 4), "--cutoff", 5.0)
-    template = (HERE / f"{name}.run.toml").read_text(encoding="utf-8")
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run on one dataset."""
 
-    def train(label: str, steps: int) -> tuple[float, Path]:
-        out = folder / label
-        path = folder / f"{label}.toml"
-        text = template.format(
-            out=out, data=data["name"], shards=shards, batch=batch, steps=steps, name=run["name"]
-        )
-        path.write_text(text, encoding="utf-8")
+    spec: dict[str, Any]
+    name: str
+    """Of the table."""
+    data: dict[str, Any]
+    run: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Name of the job's files."""
+        return f"{self.data['name']}-{self.run['name']}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs live."""
+        return ROOT / self.name / self.label
+
+    def path(self, kind: str) -> Path:
+        """File of its 'plan' or 'result'."""
+        return ROOT / self.name / f"{self.label}.{kind}.json"
+
+    def train(self, shards: Path, out: Path, steps: int) -> float:
+        """Train so many steps; returns the seconds that it took."""
+        structures = self.spec.get("structures", 4)
+        batch = command("inspect", shards, "--propose-batch", "--structures", structures, "--cutoff", 5.0)
+        template = (HERE / f"{self.name}.run.toml").read_text(encoding="utf-8")
+        names = {"data": self.data["name"], "name": self.run["name"], "shards": shards, "batch": batch}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out, ignore_errors=True)
+        path = out.with_suffix(".toml")
+        path.write_text(template.format(out=out, steps=steps, **names), encoding="utf-8")
         started = time.monotonic()
-        command("train", path, "--ranks", spec["ranks"])
-        return time.monotonic() - started, out
+        command("train", path, "--ranks", self.spec["ranks"])
+        return time.monotonic() - started
 
-    # The first probe compiles; the second starts as the run will, from the compiler's cache.
-    train("probe", spec["probe_steps"])
-    shutil.rmtree(folder / "probe")
-    seconds, out = train("probe", spec["probe_steps"])
-    per_step = 1.0 / statistics.median(row["steps_per_s"] for row in train_rows(out)[1:])
-    start = max(seconds - spec["probe_steps"] * per_step, 0.0)
-    steps = int((spec["seconds"] - start) / per_step)
-    seconds, out = train("run", steps)
+
+def plan(job: Job, shards: Path) -> dict[str, Any]:
+    """Find how many steps fit the time, by a short run; nothing else should need the machine meanwhile."""
+    steps, out = job.spec["probe_steps"], job.folder / "probe"
+    job.train(shards, out, steps)  # compiles; the next one starts as the run will, from the compiler's cache
+    seconds = job.train(shards, out, steps)
+    rows = train_rows(out)[1:]
+    per_step = 1.0 / statistics.median(row["steps_per_s"] for row in rows)
+    start = max(seconds - steps * per_step, 0.0)
+    planned = int((job.spec["seconds"] - start) / per_step)
+    rate = statistics.median(row["structures_per_s"] for row in rows)
+    return {"steps": planned, "seconds": start + planned * per_step, "structures_per_s": rate}
+
+
+def result(job: Job, shards: Path) -> dict[str, Any]:
+    """Train the planned steps and evaluate."""
+    planned = read(job.path("plan"))
+    out = job.folder / "run"
+    job.train(shards, out, planned["steps"])
     command("evaluate", out)
-    errors = json.loads((out / "evaluation.json").read_text())["tasks"][data["name"]]
-    rate = statistics.median(row["structures_per_s"] for row in train_rows(out))
-    model = json.loads((out / "run.json").read_text())["model"]
-    return {
-        "steps": steps,
-        "seconds": seconds,
-        "structures_per_s": rate,
-        "energy_mae_mev_per_atom": errors["energy_mae_mev_per_atom"],
-        "force_mae_mev_per_angstrom": errors["force_mae_mev_per_angstrom"],
-        "structures": errors["structures"],
-        "model": model,
-    }
+    return {**planned, "tasks": read(out / "evaluation.json")["tasks"], "model": read(out / "run.json")["model"]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON document."""
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
 
 
 def write_table(spec: dict[str, Any], name: str) -> Path:
@@ -103,12 +131,13 @@ def write_table(spec: dict[str, Any], name: str) -> Path:
             "|---|---|---|---|---|---|",
         ]
         for run in spec["runs"]:
-            path = ROOT / name / f"{data['name']}-{run['name']}.json"
+            path = Job(spec=spec, name=name, data=data, run=run).path("result")
             if not path.exists():
                 lines.append(f"| `{run['name']}` | not run yet | | | | |")
                 continue
-            row = json.loads(path.read_text())
-            energy, force = row["energy_mae_mev_per_atom"], row["force_mae_mev_per_angstrom"]
+            row = read(path)
+            errors = row["tasks"][data["name"]]
+            energy, force = errors["energy_mae_mev_per_atom"], errors["force_mae_mev_per_angstrom"]
             lines.append(
                 f"| `{run['name']}` | {energy:.2f} | {force:.1f} | {row['structures_per_s']:.0f} | {row['steps']:,} | "
                 f"{row['seconds']:.0f} |"
@@ -121,25 +150,23 @@ def write_table(spec: dict[str, Any], name: str) -> Path:
 
 
 def main() -> None:
-    """Do what is missing."""
+    """Do what is missing: first all plans, then the runs, which may share the machine, since their steps are fixed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", help="one run, DATASET-RUN")
     options = parser.parse_args()
     spec = tomllib.loads((HERE / f"{options.name}.toml").read_text(encoding="utf-8"))
-    for data in spec["data"]:
-        for run in spec["runs"]:
-            label = f"{data['name']}-{run['name']}"
-            result = ROOT / options.name / f"{label}.json"
-            if result.exists() or options.only not in (None, label):
+    jobs = [Job(spec=spec, name=options.name, data=data, run=run) for data in spec["data"] for run in spec["runs"]]
+    jobs = [job for job in jobs if options.only in (None, job.label)]
+    for kind, make in (("plan", plan), ("result", result)):
+        for job in jobs:
+            if job.path(kind).exists():
                 continue
-            shards = shards_of(data, options.data, ROOT / options.name)
-            found = do_run(spec, options.name, data, run, shards)
-            part = result.with_suffix(".part")
-            part.write_text(json.dumps(found, indent=1) + "\n")
-            os.replace(part, result)
-            sys.stdout.write(f"{label}: {found}\n")
+            found = make(job, shards_of(job.data, options.data, ROOT / options.name))
+            write_json(job.path(kind), found)
+            sys.stdout.write(f"{job.label}: {json.dumps(found)}\n")
+            sys.stdout.flush()
             write_table(spec, options.name)
     sys.stdout.write(f"{write_table(spec, options.name)}\n")
 

@@ -1,0 +1,127 @@
+"""Folders of checkpoints: which are complete, which is the best, and whether one is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.run_files import read_json, write_json
+
+CHECKPOINTS = "checkpoints"
+CHECKSUMS_NAME = "checksums.json"
+"""SHA-256 of each file of a checkpoint; written last, so that a folder with it is complete."""
+BEST_NAME = "best.json"
+"""Beside the checkpoints: step and validation loss of the best one."""
+PART = ".part"
+"""Ending of a folder that is being written."""
+DAMAGED = ".damaged"
+"""Ending of a folder whose files are not what they were."""
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return run_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, the last one last."""
+    found = (run_dir / CHECKPOINTS).glob("step-*")
+    return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and (p / CHECKSUMS_NAME).is_file())
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """Return the last complete checkpoint; raises ConfigError if the run has none."""
+    found = checkpoints(run_dir)
+    if not found:
+        raise ConfigError(f"{run_dir} holds no checkpoint; train it first.")
+    return found[-1]
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """Return the checkpoint of the lowest validation loss, or the last one of a run that keeps no best."""
+    pointer = run_dir / CHECKPOINTS / BEST_NAME
+    if pointer.is_file():
+        folder = folder_of(run_dir, int(read_json(pointer)["step"]))
+        if folder in checkpoints(run_dir):
+            return folder
+    return latest_checkpoint(run_dir)
+
+
+def checkpoint_named(run_dir: Path, name: str) -> Path:
+    """Return the checkpoint called 'best', 'last', or by its step; raises ConfigError if it is not there."""
+    if name == "best":
+        return best_checkpoint(run_dir)
+    if name == "last":
+        return latest_checkpoint(run_dir)
+    found = {str(step_of(folder)): folder for folder in checkpoints(run_dir)}
+    if name not in found:
+        there = ", ".join(["best", "last", *found])
+        raise ConfigError(f"{run_dir} has no checkpoint '{name}'; it has {there}.")
+    return found[name]
+
+
+def file_sum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files, None if nothing is."""
+    try:
+        sums = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if not (folder / name).is_file():
+                return f"{folder / name} is missing"
+            if file_sum(folder / name) != expected:
+                return f"{folder / name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{folder} cannot be read ({error})"
+    return None
+
+
+def usable_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Return the last checkpoint that is whole, None if the run has none yet, and sentences on damaged ones.
+
+    Damaged ones are renamed, and lost to the run. Raises ConfigError if all are damaged.
+    """
+    said: list[str] = []
+    for folder in reversed(checkpoints(run_dir)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, said
+        said.append(f"warning: {wrong}; the checkpoint before it is used, and {folder.name} is kept as {DAMAGED}.")
+        aside = folder.with_name(folder.name + DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    if said:
+        raise ConfigError(f"every checkpoint of {run_dir} is damaged ({said[0].removeprefix('warning: ')})")
+    return None, said
+
+
+def finish_checkpoint(part: Path, sums: dict[str, str], best: dict[str, float] | None, keep: int) -> None:
+    """Give a written folder its name, and remove what is no longer kept: all but the last `keep` and the best."""
+    write_json(part / CHECKSUMS_NAME, sums)
+    folder = part.with_name(part.name.removesuffix(PART))
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from before it
+    os.replace(part, folder)
+    run_dir = folder.parent.parent
+    if best is not None and best["step"] == step_of(folder):
+        write_json(folder.parent / BEST_NAME, best)
+    best_folder = None if best is None else folder_of(run_dir, int(best["step"]))
+    names = checkpoints(run_dir)
+    earlier = [each for each in names if each <= folder]
+    # Folders of later steps belong to what this run has gone back from.
+    for old in [*earlier[:-keep], *(each for each in names if each > folder)]:
+        if old != best_folder:
+            shutil.rmtree(old)

@@ -1,0 +1,42 @@
+"""Requests to stop early: signals of schedulers, and the end of the time that a run may take."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm and launchers send before they kill; SIGUSR1 with `#SBATCH --signal=USR1@300`."""
+
+
+class StopRequest:
+    """Whether this rank has been asked to stop; the ranks agree on it at the end of each step."""
+
+    def __init__(self, max_hours: float) -> None:
+        self.reason = ""
+        self._until = time.monotonic() + 3600 * max_hours if max_hours else None
+        self._max_hours = max_hours
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+    def wanted(self) -> bool:
+        """Whether this rank wants to stop after the step that it is in."""
+        if not self.reason and self._until is not None and time.monotonic() > self._until:
+            self.reason = f"train.max_hours = {self._max_hours:g}"
+        return bool(self.reason)
