@@ -107,7 +107,20 @@ def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None
     items = len(segments.owner)
     if len(values) != items:
         values = values.view(items, -1, values.shape[1]).sum(1)
+    if values.is_cuda:
+        return sum_in_order(segments, values)
     return values.new_zeros(segments.count, values.shape[1]).index_add(0, segments.owner, values)
+
+
+def sum_in_order(segments: Segments, values: Tensor) -> Tensor:
+    """Sum items [N, C] of each owner one after the other: [count, C].
+
+    On a GPU `index_add` adds in whatever order its threads come by, so that no two runs are alike; on a CPU it is four
+    times as fast as this.
+    """
+    bounds = torch.arange(segments.count + 1, device=values.device)
+    starts = torch.searchsorted(segments.owner, bounds)
+    return torch.segment_reduce(values, "sum", offsets=starts, axis=0, unsafe=True, initial=0.0)
 
 
 class _Gather(Function):

@@ -19,17 +19,17 @@ from hydrazero.trainer.trained_model import TrainedModel
 TASKS = 2
 
 
-def labelled_batch() -> GraphBatch:
+def labelled_batch(dtype: torch.dtype = torch.float64) -> GraphBatch:
     generator = torch.Generator().manual_seed(3)
     structures = []
     for number, atoms in enumerate((rattled_molecule(), rattled_crystal(), rattled_molecule("H2O"))):
         forces = torch.randn(len(atoms), 3, generator=generator, dtype=torch.float64).numpy()
         structures.append(to_structure(atoms, f"made#{number}", energy=-1000.0 * number, forces=forces))
-    return batch_of(structures, [0, 1, 0], extra=(2, 5, 3))
+    return batch_of(structures, [0, 1, 0], dtype=dtype, extra=(2, 5, 3))
 
 
-def trained_model(encoder: str, **settings: object) -> TrainedModel:
-    model = small_model(encoder, tasks=TASKS, **settings).train()
+def trained_model(encoder: str, device: str = "cpu", **settings: object) -> TrainedModel:
+    model = small_model(encoder, tasks=TASKS, **settings).train().to(device)
     loss = LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3, stress_weight=0.0)
     return TrainedModel(model, make_objective(model, loss, [1.0, 0.4]))
 

@@ -18,6 +18,7 @@ from hydrazero.models.sizes import SIZES, size_settings
 from hydrazero.shards.convert_settings import load_convert_settings
 from hydrazero.trainer.config import load_run_config
 from hydrazero.trainer.demo_data import make_demo_sources
+from hydrazero.trainer.engine_config import deepspeed_config
 
 pytestmark = pytest.mark.ranks
 
@@ -30,11 +31,23 @@ def blocks(language: str) -> list[str]:
 
 
 def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
-    _, _, models, targets = blocks("toml")
+    _, _, optimisation, models, targets = blocks("toml")
     (tmp_path / "run.toml").write_text('[run]\nout = "x"\n' + models)
     config = load_run_config(tmp_path / "run.toml")
     assert (config.model.encoder, config.model.features, config.tasks[0].forces) == ("mace", 32, "direct")
     assert config.train.compile and config.loss.weight("band_gap") == 2.0
+    (tmp_path / "run.toml").write_text('[run]\nout = "x"\n[[tasks]]\nname = "a"\nshards = "b"\n' + optimisation)
+    config = load_run_config(tmp_path / "run.toml")
+    assert (config.balance.method, config.loss.final_weight("energy"), config.train.freeze) == (
+        "gradnorm",
+        10.0,
+        ("encoder.*",),
+    )
+    assert deepspeed_config(config)["scheduler"]["params"] == {
+        "warmup_num_steps": 500,
+        "decay_share": 0.2,
+        "total_num_steps": 20001,
+    }
     (tmp_path / "targets.toml").write_text(targets)
     assert set(load_convert_settings(tmp_path / "targets.toml").targets) == {"band_gap", "charges", "dipole"}
 
@@ -54,7 +67,7 @@ def test_the_readme_counts_parameters(encoder):
 
 def test_the_readme_runs(tmp_path):
     make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
-    settings, run_file, _, _ = blocks("toml")
+    settings, run_file, _, _, _ = blocks("toml")
     (tmp_path / "convert.toml").write_text(settings)
     assert load_convert_settings(tmp_path / "convert.toml").fields.energy == "TotEnergy"
     assert "steps = 300" in run_file

@@ -22,6 +22,8 @@ from hydrazero.shards.settings_parser import parse_settings
 from hydrazero.trainer.balance import BalanceSection, check_balance
 
 LOSS_KINDS = ("l1", "l2", "huber")
+LOSS_PARTS = ("energy", "forces", "stress", "spread")
+FORCE_ERRORS = ("components", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +109,31 @@ class LossSection:
     """Of the likelihood by which an ensemble learns its spread; it moves the heads alone."""
     target_weights: dict[str, float] = field(default_factory=dict)
     """Target -> weight of its loss; 1 for those that are not named."""
+    force_errors: str = "components"
+    """'components', each a loss of its own, or 'norm', the length of an atom's error, which no rotation changes."""
+    final_weights: dict[str, float] = field(default_factory=dict)
+    """'energy', 'forces', 'stress', 'spread' or a target -> weight at the end of the run; those not named stay."""
+    change_from: float = 0.5
+    """Share of the steps after which weights begin to change to the final ones."""
+    change_until: float = 0.75
+    """Share of the steps after which they are the final ones; linear in between."""
 
     def weight(self, quantity: str) -> float:
-        """Return the weight of 'energy', 'forces', 'stress', 'spread' or a target."""
-        if quantity in ("energy", "forces", "stress", "spread"):
+        """Return the weight of 'energy', 'forces', 'stress', 'spread' or a target at the start."""
+        if quantity in LOSS_PARTS:
             weight: float = getattr(self, f"{quantity}_weight")
             return weight
         return self.target_weights.get(quantity, 1.0)
+
+    def final_weight(self, quantity: str) -> float:
+        """Return the weight of a quantity at the end of the run."""
+        return self.final_weights.get(quantity, self.weight(quantity))
+
+    def change(self, share: float) -> float:
+        """Return how far weights have changed after a share of the steps: 0 before, 1 once they are final."""
+        if share >= self.change_until:
+            return 1.0
+        return 0.0 if share <= self.change_from else (share - self.change_from) / (self.change_until - self.change_from)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +235,14 @@ def _check(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where} loss.kind '{config.loss.kind}' is not known{did_you_mean(config.loss.kind, list(LOSS_KINDS))}."
         )
+    if config.loss.force_errors not in FORCE_ERRORS:
+        known = did_you_mean(config.loss.force_errors, list(FORCE_ERRORS))
+        raise ConfigError(f"{where} loss.force_errors '{config.loss.force_errors}' is not known{known}.")
+    if not 0 <= config.loss.change_from <= config.loss.change_until <= 1:
+        raise ConfigError(
+            f"{where} loss.change_from = {config.loss.change_from} and loss.change_until = {config.loss.change_until} "
+            "are shares of the run and must obey 0 <= change_from <= change_until <= 1."
+        )
     if not any(task.weight for task in config.tasks):
         raise ConfigError(f"{where} every task has the weight 0; at least one must be above 0.")
     if not config.loss.energy_weight and not config.loss.forces_weight:
@@ -266,6 +294,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "loss.stress_weight": config.loss.stress_weight,
         "loss.spread_weight": config.loss.spread_weight,
         **{f"loss.target_weights.{name}": weight for name, weight in config.loss.target_weights.items()},
+        **{f"loss.final_weights.{name}": weight for name, weight in config.loss.final_weights.items()},
         **{f"weight of task '{task.name}'": task.weight for task in config.tasks},
     }
     for key, value in not_negative.items():

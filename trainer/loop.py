@@ -155,6 +155,7 @@ class Trainer:
         interval.waited += time.monotonic() - asked
         interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
         parts.balance.prepare(self.step + 1)
+        self.engine.module.objective.weigh(self.step / self.config.train.steps)
         result = train_step(self.engine, micro_batches, parts.guard, stop=parts.stop.wanted())
         self.step += 1
         measured = parts.balance.update(self.step, result.losses)

@@ -17,6 +17,8 @@ from hydrazero.trainer.config import LossSection
 
 SMALLEST_SPREAD = 1e-6
 """In units of the task's scale, squared: keeps the likelihood of an ensemble whose members agree finite."""
+SMALLEST_LENGTH = 1e-12
+"""In units of the task's scale, squared: keeps the gradient of the length of an error of zero finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,9 @@ class Objective:
     task_weights: Tensor
     """[tasks] float64."""
     weights: Tensor
-    """Of the quantities, [quantities] float64."""
+    """Of the quantities at the present step, [quantities] float64."""
+    final_weights: Tensor
+    """Of the quantities at the end of the run, [quantities] float64."""
     scales: Tensor
     """Unit of the errors of each task's quantities, [tasks, quantities] float64: eV per atom, eV/Å, eV/Å³, ..."""
     predicted: Tensor
@@ -122,8 +126,11 @@ class Objective:
         mask = mask & self.predicted[:, index][task]
         error = error.reshape(len(error), -1) * mask.unsqueeze(1)
         scale = self.scales[:, index].to(error.dtype)[task].unsqueeze(1)
+        scaled = error / scale
+        if name == "forces" and self.settings.force_errors == "norm":
+            scaled = (scaled * scaled).sum(1, keepdim=True).add(SMALLEST_LENGTH).sqrt()
         return Errors(
-            loss=pointwise_loss(error / scale, self.settings).sum(1),
+            loss=pointwise_loss(scaled, self.settings).sum(1),
             absolute=error.detach().abs().sum(1),
             labelled=mask,
             components=error.shape[1],
@@ -184,15 +191,27 @@ class Objective:
     def score(self, sums: Tensor, own_weights: Tensor) -> float:
         """Return the mean loss over tasks that have labels, weighted by weights [tasks]; NaN if none has.
 
-        As it is compared between evaluations: how tasks are balanced at the time plays no part.
+        As it is compared between evaluations: how tasks are balanced at the time plays no part, and quantities have
+        their final weights.
         """
         counts = sums[:, 1:-1:3]
         weights = own_weights * (counts.sum(1) > 0)
-        return float((weights * self.by_task(sums, counts)).sum() / weights.sum())
+        losses = (_means(sums, counts) * self.final_weights).sum(1)
+        return float((weights * losses).sum() / weights.sum())
 
     def by_task(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Return each task's loss, its quantities weighted, of sums over the given counts: [tasks] float64."""
-        return (sums[:, 0:-1:3] / counts.clamp(min=1) * self.weights).sum(1)
+        return (_means(sums, counts) * self.weights).sum(1)
+
+    def weigh(self, share: float) -> None:
+        """Give the quantities the weights that they have after a share of the run's steps."""
+        first = self.weights.new_tensor([self.settings.weight(name) for name in self.quantities])
+        self.weights.copy_(torch.lerp(first, self.final_weights, self.settings.change(share)))
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean loss of each task's quantities, [tasks, quantities] float64."""
+    return sums[:, 0:-1:3] / counts.clamp(min=1)
 
 
 def make_objective(model: AtomisticModel, settings: LossSection, task_weights: Sequence[float]) -> Objective:
@@ -218,6 +237,7 @@ def make_objective(model: AtomisticModel, settings: LossSection, task_weights: S
         of_atoms=frozenset({"forces", *(name for name, facts in targets.items() if facts.of == "atom")}),
         task_weights=table(task_weights),
         weights=table([settings.weight(name) for name in quantities]),
+        final_weights=table([settings.final_weight(name) for name in quantities]),
         scales=table(scales),
         predicted=torch.tensor(predicted, device=device),
     )

@@ -9,7 +9,7 @@ from hydrazero.shards.budget import check_budget, degrees_within
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
-from hydrazero.trainer.config import RunConfig, TaskSection
+from hydrazero.trainer.config import LOSS_PARTS, RunConfig, TaskSection
 
 SMALLEST_SCALE = 1e-3
 """eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
@@ -111,6 +111,13 @@ def check_target_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
     for name in config.loss.target_weights:
         if name not in known:
             raise ConfigError(f"loss.target_weights: '{name}' is no target of any task{did_you_mean(name, known)}.")
+    parts = [*LOSS_PARTS, *known]
+    for name in config.loss.final_weights:
+        if name not in parts:
+            raise ConfigError(
+                f"loss.final_weights: '{name}' is neither energy, forces, stress, spread nor a target of any "
+                f"task{did_you_mean(name, parts)}."
+            )
 
 
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:

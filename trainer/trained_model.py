@@ -117,7 +117,7 @@ class CompiledLoss:
         if key not in self._graphs:
             self._graphs[key] = self._trace(batch, counts, objective, parameters)
         layout, graph, used = self._graphs[key]
-        rest = [counts, objective.task_weights, *self._fixed().values(), *layout.flat(batch)]
+        rest = [counts, objective.task_weights, objective.weights, *self._fixed().values(), *layout.flat(batch)]
         if self.measuring:
             rest.append(new_probe(self.model))
         loss, sums, *measured = _GradientsAtHand.apply(graph, used, rest, *parameters)
@@ -137,13 +137,12 @@ class CompiledLoss:
 
         def step(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             weights = [tensor.detach().requires_grad_() for tensor in tensors[: len(trained)]]
-            given, task_weights = tensors[len(trained) : len(trained) + 2]
-            others = tensors[len(trained) + 2 : len(trained) + 2 + len(fixed)]
-            held = tensors[len(trained) + 2 + len(fixed) :]
+            given, task_weights, quantity_weights, *rest = tensors[len(trained) :]
+            others, held = rest[: len(fixed)], rest[len(fixed) :]
             now = layout.batch(held[: len(layout.names)])
             probes = [probe.detach().requires_grad_() for probe in held[len(layout.names) :]]
             state = dict(zip([*trained, *fixed], [*weights, *others], strict=True))
-            weighted = replace(objective, task_weights=task_weights)
+            weighted = replace(objective, task_weights=task_weights, weights=quantity_weights)
             sums = weighted.sums(functional_call(self.model, state, (now, *probes)), now)
             loss = weighted.total(sums, given)
             gradients = torch.autograd.grad(loss, [*weights, *probes], allow_unused=True)
@@ -155,7 +154,8 @@ class CompiledLoss:
                 *(gradient for gradient in gradients[: len(weights)] if gradient is not None),
             )
 
-        inputs = [*parameters, counts, objective.task_weights, *self._fixed().values(), *layout.flat(batch)]
+        given = [counts, objective.task_weights, objective.weights]
+        inputs = [*parameters, *given, *self._fixed().values(), *layout.flat(batch)]
         if self.measuring:
             inputs.append(new_probe(self.model))
         return layout, compile_traced(step, inputs), used

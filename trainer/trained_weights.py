@@ -36,10 +36,10 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
 
 def last_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights in a checkpoint, in float32 where they were sharded, by the model's names."""
+    whole = folder / "mp_rank_00_model_states.pt"  # under ZeRO 3 no rank has it
+    weights = torch.load(whole, map_location="cpu", weights_only=False)["module"] if whole.is_file() else {}
     if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        weights = _consolidated(folder)
-    else:
-        weights = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        weights = {**weights, **_consolidated(folder)}  # which has no weights that are not trained
     return {name.removeprefix(PREFIX): value for name, value in weights.items()}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SYSTEMS, THREADS
 from timing import hand_over, peak_megabytes, step_seconds
+from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.compiled import CompiledModel
@@ -15,11 +16,14 @@ from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.potential import structure_from_atoms
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graph import GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.trainer.balance import BalanceFacts, BalanceSection
+from hydrazero.trainer.balancing import RunBalance
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import make_objective
 from hydrazero.trainer.trained_model import TrainedModel
 
 MANY_HEADS = 16
+EVERY = 50
 
 
 def model_of(tasks: int) -> AtomisticModel:
@@ -51,11 +55,12 @@ class Steps:
             raise SystemExit(f"the kernels are missing: {reason}")
         self.predict = CompiledModel(model) if compiled else model
 
-    def train(self) -> None:
+    def train(self) -> Tensor:
         self.trained.train()
         self.trained.zero_grad()
-        loss, _ = self.trained(self.batch, self.counts)
+        loss, sums = self.trained(self.batch, self.counts)
         loss.backward()
+        return sums
 
     def infer(self) -> None:
         self.trained.eval()
@@ -63,6 +68,34 @@ class Steps:
 
     def energies(self) -> None:
         self.predict.energies_of_all_tasks(self.batch)
+
+
+def balance_seconds(rounds: int) -> dict[str, list[float]]:
+    """Seconds of EVERY training steps of sixteen tasks, with gradients measured in the last of them, and without."""
+    facts = BalanceFacts(structures=tuple(range(1, MANY_HEADS + 1)))
+    batch = batch_of("benzene", MANY_HEADS)
+    runs = {}
+    for name, section in (
+        ("with", BalanceSection(method="gradnorm", every=EVERY)),
+        ("without", BalanceSection(method="uniform", every=0)),
+    ):
+        steps = Steps(model_of(MANY_HEADS), batch, compiled=False)
+        balance = RunBalance(section, facts, steps.trained)
+        if reason := steps.trained.compile_steps():
+            raise SystemExit(f"the kernels are missing: {reason}")
+        runs[name] = (steps, balance)
+
+    def many_steps(steps: Steps, balance: RunBalance) -> None:
+        for step in range(1, EVERY + 1):
+            balance.prepare(step)
+            sums = steps.train()
+            balance.update(step, steps.trained.objective.by_task(sums, steps.counts).cpu())
+
+    seconds: dict[str, list[float]] = {"balance_with": [], "balance_without": []}
+    for _ in range(rounds):
+        for name, (steps, balance) in runs.items():
+            seconds[f"balance_{name}"] += step_seconds(lambda s=steps, b=balance: many_steps(s, b), 1)
+    return seconds
 
 
 def main() -> None:
@@ -86,6 +119,7 @@ def main() -> None:
         for _ in range(3):  # in turn: what else the machine does falls on both
             for label, steps in (("one", one), ("many", many)):
                 seconds.setdefault(f"heads_{kind}_{label}", []).extend(step_seconds(getattr(steps, kind), repeats))
+    seconds.update(balance_seconds(3))
     hand_over(seconds)
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +70,25 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
             rows.append(row(f"step_peak_memory_{system}{suffix}", memory, "MB", PEER, most))
     for name, kind in (("heads16_train_cost", "train"), ("heads16_infer_cost", "energies")):
         rows.append(row(name, middle[f"heads_{kind}_many"] / middle[f"heads_{kind}_one"], "times one head"))
+    rows.append(row("gradnorm_overhead", middle["balance_with"] / middle["balance_without"], "times a step without"))
+    return rows
+
+
+def gpu_rows(repeats: int) -> list[dict[str, Any]]:
+    """Steps on the GPU, with the share of its peak arithmetic that matrix products reach."""
+    handed = run_worker(sys.executable, "gpu_steps.py", str(repeats))
+    rows = []
+    for system, make in SYSTEMS.items():
+        atoms = sum(len(s) for s in make())
+        for kind in ("train", "infer"):
+            for precision in ("float32", "tf32", "bf16"):
+                done = handed[f"flops_{kind}_{system}_{precision}"][0]
+                most = handed[f"peak_{precision}"][0]
+                for mode in ("eager", "compiled"):
+                    seconds = statistics.median(handed[f"{mode}_{kind}_{system}_{precision}"])
+                    name = f"gpu_{mode}_{kind}_{system}_{precision}"
+                    rows.append(row(f"{name}_atoms", atoms / seconds, "atoms/s"))
+                    rows.append(row(f"{name}_peak", done / seconds / most, "of the peak of matrix products"))
     return rows
 
 
@@ -114,6 +134,8 @@ def main() -> None:
     rows = data_rows(options.sixteen)
     if options.peer_python:
         rows += step_rows(options.peer_python, options.rounds, options.repeats)
+    if torch.cuda.is_available():
+        rows += gpu_rows(options.repeats)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
