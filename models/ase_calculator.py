@@ -8,7 +8,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from hydrazero.models.potential import Potential
+from hydrazero.models.potential import CONDITIONS, Potential
 from hydrazero.models.task_facts import NONE
 
 ASE_TARGETS = ("charges", "dipole", "magmom", "magmoms")
@@ -31,13 +31,20 @@ class HydrazeroCalculator(Calculator):
         super().__init__(**kwargs)
         self.potential, self.task = potential, task
 
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """Return what has changed since the last call: charge and multiplicity too, which ASE does not look at."""
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if self.atoms is not None and any(self.atoms.info.get(key) != atoms.info.get(key) for key in CONDITIONS):
+            changes.append("info")
+        return changes
+
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
     ) -> None:
         """Compute all properties at once; raises StructureError for elements that the task has not seen."""
         super().calculate(atoms, properties, system_changes)
         (row,) = self.potential.predict([self.atoms], tasks=[self.task])
-        found = {"energy": row["energy"], "free_energy": row["energy"], "forces": row["forces"], **row["targets"]}
+        found = {**row["targets"], "energy": row["energy"], "free_energy": row["energy"], "forces": row["forces"]}
         if row["energy_spread"] is not None:
             found["energy_spread"] = row["energy_spread"]
         self.results = {name: value for name, value in found.items() if value is not None}

@@ -88,7 +88,9 @@ class AtomisticModel(nn.Module):
         self.encoder = make_encoder(settings.encoder)
         self.energy_head = ScalarHead(count, features, hidden, settings.ensemble)
         self.forces_head = VectorHead(count, features, hidden) if self._any("forces", DIRECT) else None
-        self.stress_head = VirialHead(count, features, hidden) if self._any("stress", DIRECT) else None
+        self.stress_head: VirialHead | None = None
+        if self._any("stress", DIRECT):
+            self.stress_head = VirialHead(count, features, hidden, settings.encoder.radial_functions + 1)
         self.targets = TargetHeads(self.tasks, features, hidden, settings.attention_targets)
         self.repulsion = ZieglerBiersackLittmark(settings.encoder.cutoff) if settings.repulsion == "zbl" else None
         self.register_buffer("references", torch.empty(0), persistent=False)
@@ -181,7 +183,9 @@ class AtomisticModel(nn.Module):
                 scalars=features.scalars.detach(),
                 vectors=None if features.vectors is None else features.vectors.detach(),
             )
-        forces, virial = self._direct(batch, features, rows, forces, 0.5 * (virial + virial.transpose(1, 2)))
+            pairs = replace(pairs, radial=pairs.radial.detach(), directions=pairs.directions.detach())
+        virial = 0.5 * (virial + virial.transpose(1, 2))
+        forces, virial = self._direct(batch, features, pairs, forces, virial)
         return Predictions(
             interaction=interaction if self.training else interaction.detach(),
             reference=self.reference_energy(batch, batch.task),
@@ -197,9 +201,10 @@ class AtomisticModel(nn.Module):
         return self._sum_atoms(batch, atomic) * self.scales.to(atomic.dtype)[batch.task].unsqueeze(1)
 
     def _direct(
-        self, batch: GraphBatch, features: NodeFeatures, rows: TaskRows, forces: Tensor, virial: Tensor
+        self, batch: GraphBatch, features: NodeFeatures, pairs: PairGeometry, forces: Tensor, virial: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Put what direct heads give in the place of gradients, for the tasks that want it so."""
+        rows = self._rows(batch.task, batch)
         if features.vectors is None:
             return forces, virial
         if self.forces_head is not None:
@@ -208,7 +213,7 @@ class AtomisticModel(nn.Module):
             given = given * batch.atom_mask.unsqueeze(1)
             forces = torch.where(self._by_way("forces", rows.task).unsqueeze(1), given, forces)
         if self.stress_head is not None:
-            given = self._sum_atoms(batch, self.stress_head(features.scalars, features.vectors, rows))
+            given = self._sum_atoms(batch, self.stress_head(features, rows, pairs))
             given = given * self.scales.to(virial.dtype)[batch.task].view(-1, 1, 1)
             virial = torch.where(self._by_way("stress", batch.task).view(-1, 1, 1), given, virial)
         return forces, virial

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -25,10 +27,15 @@ Function = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 Call = Callable[[AtomisticModel, GraphBatch], tuple[Tensor, ...]]
 
 
+class CompilationError(RuntimeError):
+    """A graph could not be compiled here: no compiler, no room for its files, or a fault in it; the message says so."""
+
+
 def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
     """Trace a function of tensors, without running it, at the shapes of `inputs`, and compile the graph.
 
-    The function may differentiate; the compiled one takes tensors of the same shapes and cannot be differentiated.
+    The function may differentiate; the compiled one takes tensors of the same shapes and cannot be differentiated. It
+    raises CompilationError at its first call if the compiler fails.
     """
     plain = [tensor.detach() for tensor in inputs]
     with torch.enable_grad():
@@ -39,8 +46,12 @@ def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
     compiled = torch.compile(graph, fullgraph=True, dynamic=False)
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            out: tuple[Tensor, ...] = compiled([tensor.detach() for tensor in tensors])
+        try:
+            with torch.no_grad():
+                out: tuple[Tensor, ...] = compiled([tensor.detach() for tensor in tensors])
+        except (TorchDynamoException, InductorError, OSError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise CompilationError(f"{type(error).__name__}: {lines[0]}") from error
         return out
 
     return run

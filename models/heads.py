@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hydrazero.models.encoder import NodeFeatures, PairGeometry
 from hydrazero.models.slots import Segments
 from hydrazero.models.task_linear import TaskLinear, TaskRows
 
@@ -53,19 +54,35 @@ class VectorHead(nn.Module):
         return (self.mixed(vectors, rows) * self.gates(scalars, rows).unsqueeze(1)).sum(-1)
 
 
-class VirialHead(VectorHead):
-    """A symmetric matrix per atom: a multiple of the identity, and gated products of the mixed vectors."""
+class VirialHead(nn.Module):
+    """A symmetric matrix per atom: a multiple of the identity, gated products of the mixed vectors, and pairs' parts.
 
-    def __init__(self, tasks: int, features: int, hidden: int) -> None:
-        super().__init__(tasks, features, hidden)
+    A pair along u gives a multiple of u u^T, as in the virial of pair forces. Where sites are centres of inversion all
+    vectors are zero, and the pairs alone tell a sheared crystal from a compressed one.
+    """
+
+    def __init__(self, tasks: int, features: int, hidden: int, radial: int) -> None:
+        """`radial` is the number of radial functions of a pair, the cutoff function among them."""
+        super().__init__()
+        self.vectors = VectorHead(tasks, features, hidden)
         self.pressure = ScalarHead(tasks, features, hidden)
+        self.pairs = ScalarHead(tasks, features, hidden, radial)
 
-    def forward(self, scalars: Tensor, vectors: Tensor, rows: TaskRows) -> Tensor:
-        """Node scalars [A, F] and vectors [A, 3, F] -> [A, 3, 3]."""
-        mixed = self.mixed(vectors, rows)
-        products = torch.bmm(mixed * self.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
+    def forward(self, features: NodeFeatures, rows: TaskRows, pairs: PairGeometry) -> Tensor:
+        """Node scalars [A, F] and vectors [A, 3, F], and pairs in R rows -> [A, 3, 3]."""
+        scalars, vectors = features.scalars, features.vectors
+        if vectors is None:
+            raise ValueError("a direct stress needs node vectors, which the encoder does not give.")
+        mixed = self.vectors.mixed(vectors, rows)
+        products = torch.bmm(mixed * self.vectors.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
         identity = torch.eye(3, dtype=scalars.dtype, device=scalars.device)
-        return products + self.pressure(scalars, rows).unsqueeze(-1) * identity
+        return products + self.pressure(scalars, rows).unsqueeze(-1) * identity + self._of_pairs(scalars, rows, pairs)
+
+    def _of_pairs(self, scalars: Tensor, rows: TaskRows, pairs: PairGeometry) -> Tensor:
+        atomic, slots = self.pairs(scalars, rows), pairs.slots
+        both = slots.spread(atomic).unsqueeze(1) + slots.gather(atomic)  # of either atom, so that a pair has one part
+        strength = (pairs.radial * both).sum(-1, keepdim=True)
+        return slots.sum_rows(torch.bmm(pairs.directions.transpose(1, 2), strength * pairs.directions))
 
 
 class PooledHead(nn.Module):

@@ -22,6 +22,8 @@ from hydrazero.shards.structure import Structure
 
 FORMAT = "hydrazero-model"
 FORMAT_VERSION = 2
+STACKED = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
+"""Beginnings of the names of parameters with a leading task dimension."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -37,10 +39,9 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
     tasks = [model.tasks[row] for row in rows]
     attention = tuple(name for name in model.settings.attention_targets if any(name in t.targets for t in tasks))
     smaller = AtomisticModel(replace(model.settings, attention_targets=attention), tasks)
-    stacked = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
     wanted = smaller.state_dict().keys()
     weights = {
-        key: value[rows] if key.startswith(stacked) else value
+        key: value[rows] if key.startswith(STACKED) else value
         for key, value in model.state_dict().items()
         if key in wanted  # a head that none of these tasks uses is left behind
     }

@@ -23,6 +23,9 @@ from hydrazero.shards.structure import Structure, check_structure
 if TYPE_CHECKING:
     from hydrazero.models.ase_calculator import HydrazeroCalculator
 
+CONDITIONS = ("charge", "multiplicity")
+"""Keys of `atoms.info` that predictions may depend on."""
+
 DEFAULT_SHAPE = BatchShape(structures=64, atoms=2048, slots=32768)
 
 
@@ -33,12 +36,23 @@ def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
         positions=np.asarray(atoms.positions, dtype=np.float64),
         cell=np.asarray(atoms.cell[:], dtype=np.float64),
         pbc=np.asarray(atoms.pbc, dtype=bool),
-        charge=int(atoms.info.get("charge", 0)),
-        multiplicity=int(atoms.info.get("multiplicity", 0)),
+        charge=_whole(atoms, "charge"),
+        multiplicity=_whole(atoms, "multiplicity"),
         source_id=source_id,
     )
     check_structure(structure)
     return structure
+
+
+def _whole(atoms: Atoms, key: str) -> int:
+    """Return a whole number of `atoms.info`, 0 if it is not there; raises StructureError for anything else."""
+    value = atoms.info.get(key, 0)
+    try:
+        if int(value) == value:
+            return int(value)
+    except (TypeError, ValueError):
+        pass
+    raise StructureError("condition", f"atoms.info['{key}'] is {value!r}; it must be a whole number.")
 
 
 class Potential:
@@ -75,10 +89,22 @@ class Potential:
         """What is known of a task; raises ModelFileError if the model has no such head."""
         return self.model.tasks[self.task_index(task)]
 
-    def unseen_elements(self, structure: Structure, task: str) -> list[str]:
-        """Elements of a structure that the task's training data did not hold."""
-        known = set(self.facts(task).elements)
-        return sorted({chemical_symbols[int(z)] for z in np.unique(structure.numbers)} - known)
+    def why_not(self, structure: Structure, task: str) -> str | None:
+        """Return why a task cannot take a structure, in words that follow its name; None if it can.
+
+        It may hold elements that the training data did not, or not say what all training structures say.
+        """
+        facts = self.facts(task)
+        unseen = {chemical_symbols[int(z)] for z in np.unique(structure.numbers)} - set(facts.elements)
+        if unseen:
+            return f"holds {', '.join(sorted(unseen))}, which task '{task}' was not trained on"
+        if facts.charge_spin and facts.multiplicity_known and not structure.multiplicity:
+            lowest = 1 + (int(structure.numbers.astype(np.int64).sum()) - structure.charge) % 2
+            return (
+                f"does not say its spin multiplicity (atoms.info['multiplicity'], {lowest} or more with its "
+                f"electrons), which every training structure of task '{task}' does"
+            )
+        return None
 
     def batches(
         self, samples: Iterable[GraphSample], shape: BatchShape
@@ -113,7 +139,7 @@ class Potential:
         names = self.tasks if tasks is None else list(tasks)
         indices = [self.task_index(name) for name in names]
         converted = [structure_from_atoms(atoms, f"structure {n}") for n, atoms in enumerate(structures)]
-        self._refuse_unseen(converted, names)
+        self._refuse_strange(converted, names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
         samples = [
             graph_sample(structure, task, self.cutoff, origin=(n, position))
@@ -153,14 +179,12 @@ class Potential:
                 },
             }
 
-    def _refuse_unseen(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
+    def _refuse_strange(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
         for structure in structures:
             for task in tasks:
-                if unseen := self.unseen_elements(structure, task):
+                if (reason := self.why_not(structure, task)) is not None:
                     raise StructureError(
-                        "unseen_element",
-                        f"{structure.source_id} holds {', '.join(unseen)}, which task '{task}' was not trained on; "
-                        "leave the structure out or choose another task.",
+                        "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
                     )
 
     def energies(self, batch: GraphBatch) -> NDArray[np.float64]:

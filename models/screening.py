@@ -17,7 +17,8 @@ import torch
 from ase.symbols import Symbols
 
 from hydrazero.models.potential import Potential
-from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.models.task_facts import NONE
+from hydrazero.shards.errors import ConfigError, SourceError, StructureError
 from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, graph_sample
 from hydrazero.shards.structure import Structure, check_structure
 
@@ -55,10 +56,14 @@ def screen(
     """Predict for every structure and write `out`, which appears only when it is complete.
 
     Columns: index, source_id, formula, atoms; for each task energy_TASK (eV) and interaction_per_atom_TASK (eV, the
-    energy above the task's references), null where the task has not seen an element of the structure; with forces also
-    forces_TASK (eV/Å, flat list of 3 * atoms). Raises StructureError for a structure that no task can take or that is
-    faulty, SourceError if there is none or `out` exists, ModelFileError for an unknown task.
+    energy above the task's references), null where the task has no energies, has not seen an element of the structure
+    or lacks its multiplicity; with forces also forces_TASK (eV/Å, flat list of 3 * atoms). Raises StructureError for a
+    structure that no task can take or that is faulty, SourceError if there is none or `out` exists, ModelFileError for
+    an unknown task, ConfigError for a first task that cannot rank.
     """
+    first = settings.tasks[0]
+    if settings.top is not None and not potential.facts(first).has_energy:
+        raise ConfigError(f"task '{first}' has no energies to rank by; name one that has first.")
     for task in settings.tasks:
         potential.task_index(task)
     if out.exists():
@@ -119,12 +124,9 @@ def _samples(potential: Potential, structures: Iterable[Structure], settings: Sc
         name = structure.source_id or f"structure {number}"
         try:
             check_structure(structure)
-            unseen = [potential.unseen_elements(structure, task) for task in settings.tasks]
-            if all(unseen):
-                fewest = min(unseen, key=len)
-                raise StructureError(
-                    "unseen_element", f"the model never saw {', '.join(fewest)} in the data of the chosen tasks"
-                )
+            reasons = [potential.why_not(structure, task) for task in settings.tasks]
+            if all(reasons):
+                raise StructureError("unseen", f"it {reasons[0]}")
             yield graph_sample(structure, 0, potential.cutoff, origin=(number,))
         except StructureError as error:
             raise StructureError(error.reason, f"{name}: {error}; leave it out of the screen.") from error
@@ -157,12 +159,13 @@ def _screened(
                 "atoms": len(structure),
             }
             for task, index in zip(settings.tasks, indices, strict=True):
-                if potential.unseen_elements(structure, task):
+                if potential.why_not(structure, task) is not None:
                     continue
-                energy = float(energies[number, index])
-                row[f"energy_{task}"] = energy
-                row[f"interaction_per_atom_{task}"] = (energy - float(references[index][number])) / len(structure)
-                if task in forces:
+                if potential.facts(task).has_energy:
+                    energy = float(energies[number, index])
+                    row[f"energy_{task}"] = energy
+                    row[f"interaction_per_atom_{task}"] = (energy - float(references[index][number])) / len(structure)
+                if task in forces and potential.facts(task).forces != NONE:
                     row[f"forces_{task}"] = forces[task][atoms].reshape(-1)
             rows.append(row)
         yield rows

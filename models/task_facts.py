@@ -64,6 +64,8 @@ class TaskFacts:
     """Typical stress of the training labels, eV/Å³."""
     charge_spin: bool = False
     """Whether the encoder is told total charge and spin."""
+    multiplicity_known: bool = False
+    """Whether every structure of the shards says its spin multiplicity."""
     targets: dict[str, TargetFacts] = field(default_factory=dict)
     """Other quantities that the training labels hold."""
 

@@ -7,24 +7,43 @@ from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.manifest import Degrees, Manifest
 from hydrazero.shards.neighbours import ROW_SLOTS
 
+Counted = tuple[float, Degrees]
+"""A cutoff, Å, and the neighbours within it."""
 
-def degrees_within(manifest: Manifest, cutoff: float) -> tuple[float, Degrees] | None:
-    """Return the smallest counted cutoff that is not below `cutoff`, with its counts; None if there is none."""
+
+def degrees_around(manifest: Manifest, cutoff: float) -> tuple[Counted | None, Counted | None]:
+    """Return the counts of the largest cutoff that is not above `cutoff`, and of the smallest that is not below."""
     counted = sorted((float(text), degrees) for text, degrees in manifest.degrees.items())
-    return next(((radius, degrees) for radius, degrees in counted if radius >= cutoff - 1e-9), None)
+    below = next((each for each in reversed(counted) if each[0] <= cutoff + 1e-9), None)
+    return below, next((each for each in counted if each[0] >= cutoff - 1e-9), None)
+
+
+def degrees_within(manifest: Manifest, cutoff: float) -> Counted | None:
+    """Return the smallest counted cutoff that is not below `cutoff`, with its counts; None if there is none."""
+    return degrees_around(manifest, cutoff)[1]
+
+
+def may_exceed(manifest: Manifest, shape: BatchShape, cutoff: float) -> bool:
+    """Whether structures that `check_budget` lets pass may still be too large for a batch."""
+    found = degrees_within(manifest, cutoff)
+    return found is None or not _fit(found[1], shape)
+
+
+def _fit(degrees: Degrees, shape: BatchShape) -> bool:
+    return degrees.most_slots <= shape.rows * ROW_SLOTS and degrees.most_edges <= shape.most_edges
 
 
 def check_budget(name: str, manifest: Manifest, shape: BatchShape, cutoff: float) -> None:
     """Raise ConfigError, saying which structure and what it needs, if one of the task's cannot fit any batch.
 
-    Neighbours are those within the counted cutoff next above `cutoff` (Å); beyond the largest, they are not checked.
+    Neighbours are those within `cutoff` (Å), or the counted cutoff next below it; see `may_exceed` for the rest.
     """
     if manifest.max_atoms > shape.atoms:
         raise ConfigError(
             f"task '{name}' has a structure of {manifest.max_atoms} atoms, a batch holds {shape.atoms}: "
             f"set batch.atoms to at least {manifest.max_atoms}."
         )
-    found = degrees_within(manifest, cutoff)
+    found, _ = degrees_around(manifest, cutoff)
     if found is None:
         return
     radius, degrees = found

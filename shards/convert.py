@@ -204,6 +204,7 @@ def _manifest(
         periodic_structures=total.periodic,
         targets=targets,
         charged_structures=total.charged,
+        multiplicity_known=total.multiplicity_known,
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
         distributions=distributions,
         outliers=dict(sorted(outliers.items())),

@@ -136,6 +136,8 @@ class Manifest:
     """Other quantities that structures of the training split have."""
     charged_structures: int = 0
     """Structures with a charge, or a spin multiplicity other than 1."""
+    multiplicity_known: int = 0
+    """Structures that say their spin multiplicity."""
     degrees: dict[str, Degrees] = field(default_factory=dict)
     """Cutoff in Å, as text -> neighbours within it, over all splits."""
     distributions: dict[str, Histogram] = field(default_factory=dict)

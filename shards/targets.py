@@ -17,7 +17,7 @@ from hydrazero.shards.units import target_unit
 KINDS = {"scalar": (), "vector": (3,)}
 """Kind -> shape of one value."""
 OWNERS = ("structure", "atom")
-RESERVED = ("energy", "forces", "stress", "spread", "charge", "multiplicity")
+RESERVED = ("energy", "free_energy", "energy_spread", "forces", "stress", "spread", "charge", "multiplicity")
 
 STRUCTURE_PREFIX, ATOM_PREFIX = "target.", "atom_target."
 """Of the columns of a block that hold targets."""

@@ -69,6 +69,8 @@ class Statistics:
     periodic: int = 0
     charged: int = 0
     """Structures with a charge, or a multiplicity other than 1."""
+    multiplicity_known: int = 0
+    """Structures that say their multiplicity."""
     moments: dict[str, Moments] = field(default_factory=dict)
     """Of the training split: 'energy_per_atom', 'forces', 'stress'."""
     targets: dict[str, Moments] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Statistics:
         self.sizes.update(Counter(block.n_atoms.tolist()))
         self.periodic += int(block.pbc.any(axis=1).sum())
         self.charged += int(((block.charge != 0) | (block.multiplicity > 1)).sum())
+        self.multiplicity_known += int((block.multiplicity > 0).sum())
         if split == "train":
             self.trained.update(np.unique(block.numbers).tolist())
             self._add_labels(block)
@@ -142,6 +145,7 @@ class Statistics:
         self.sizes.update(other.sizes)
         self.periodic += other.periodic
         self.charged += other.charged
+        self.multiplicity_known += other.multiplicity_known
         for name, moments in other.moments.items():
             self.moments.setdefault(name, Moments()).merge(moments)
         for name, moments in other.targets.items():

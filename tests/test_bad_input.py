@@ -237,7 +237,8 @@ def test_bad_run_files(shards, tmp_path):
         refused(run("", "--set", f"{key}={value}"), f"{key} is {value}", words)
     weightless = f'[[tasks]]\nname = "emt"\nshards = "{shards}"\nweight = 0.0\n'
     refused(run(tasks=weightless), "every task has the weight 0")
-    refused(run("[loss]\nenergy_weight = 0.0\nforces_weight = 0.0\n"), "loss.energy_weight and loss.forces_weight")
+    zero = "[loss]\nenergy_weight = 0.0\nforces_weight = 0.0\nstress_weight = 0.0\n"
+    refused(run(zero), "every quantity that the tasks hold (energy, forces", "the weight 0")
     refused(run("", "--set", "model.encoder=pain"), "'pain'", "did you mean 'painn'")
     refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "did you mean")
     refused(run("[loss]\nkind = 'hubber'\n"), "hubber", "did you mean 'huber'")
@@ -307,7 +308,7 @@ def test_bad_models(shards, tmp_path):
     path, out = _model(tmp_path), tmp_path / "s.parquet"
     water = write_extxyz(tmp_path / "w.xyz", [Atoms("OH2", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])])
     gold = write_extxyz(tmp_path / "g.xyz", [Atoms("H"), Atoms("Au2", positions=[[0, 0, 0], [0, 0, 2.5]])])
-    refused(command("screen", path, gold, "--out", out), "g.xyz", "#1", "Au", "never saw")
+    refused(command("screen", path, gold, "--out", out), "g.xyz", "#1", "Au", "was not trained on")
     refused(command("screen", path, water, "--out", out, "--tasks", "taks0"), "taks0", "did you mean 'task0'")
     refused(command("screen", path, water, "--out", out, "--tasks", " , "), "--tasks", "names no task")
     refused(command("evaluate", path, shards), "no task 'emt'")

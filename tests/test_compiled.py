@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,34 @@ def test_without_a_compiler_the_reason_is_told(tmp_path):
     environment = {"PATH": "", "CXX": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "no C++ compiler" in done.stdout
+    environment["CXX"] = "/no/such/g++ -O2"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "/no/such/g++ -O2 cannot be run" in done.stdout
     environment["CXX"] = "/bin/false"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "could not compile" in done.stdout
+
+
+def test_without_a_compiler_steps_are_eager_and_the_reason_is_kept(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_compiled import gradients, labelled_batch, trained_model\n"
+        "batch, eager, other = labelled_batch(), trained_model('painn'), trained_model('painn')\n"
+        "print('said:', other.compile_steps())\n"
+        "(_, expected), (_, found) = gradients(eager, batch), gradients(other, batch)\n"
+        "assert all((found[name] == expected[name]).all() for name in expected)\n"
+        "other.evaluate(batch)\n"
+        "print('kept:', other.not_compiled)\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "said: no C++ compiler" in done.stdout and "kept: InductorError" in done.stdout
+
+
+def test_rows_out_of_order_are_refused():
+    use_kernels(small_model())
+    values = torch.ones(3, 2, dtype=torch.float64)
+    for owner in ([1, 0, 2], [0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(RuntimeError, match="in the order of their atoms"):
+            torch.ops.hydrazero.segment_sum(torch.tensor(owner), values, None, 3)

@@ -178,6 +178,24 @@ def test_single_atom_and_no_edges(model):
         assert (predictions.forces == 0).all()
 
 
+def test_an_atom_sees_as_far_as_the_encoder_says_and_no_farther(model):
+    """A zigzag chain whose bonds are nearly a cutoff long: one hop brings the next atom."""
+    hops = round(model.encoder.receptive_radius / CUTOFF)
+    places = np.arange(hops + 2)
+    chain = Atoms(["C"] * len(places), positions=np.stack([0.8 * CUTOFF * places, 1.2 * (places % 2), 0.0 * places], 1))
+
+    def first_atom(symbol: str, place: int) -> torch.Tensor:
+        atoms = chain.copy()
+        atoms.symbols[place] = symbol
+        batch = batch_of([to_structure(atoms)])
+        strain = torch.zeros(1, 3, 3, dtype=torch.float64)
+        return model._encode(batch, batch.task, batch.positions, strain)[0].scalars[0].detach()
+
+    same = first_atom("C", 0)
+    assert torch.equal(first_atom("O", hops + 1), same)
+    assert not torch.equal(first_atom("O", hops), same)
+
+
 def test_float32_agrees_with_float64(model, atoms):
     exact = predict(model, atoms)
     rounded = predict(model.to(torch.float32), atoms)

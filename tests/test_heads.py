@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from scipy.spatial.transform import Rotation
 from structures import CUTOFF, batch_of, facts, predict, rattled_crystal, rattled_molecule, to_structure
 
@@ -13,11 +14,13 @@ from hydrazero.models import Potential, load_model, save_model
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.compiled import CompiledModel, use_kernels
 from hydrazero.models.encoder import EncoderSettings
+from hydrazero.models.encoders import ENCODERS, encoder_class
 from hydrazero.models.model_file import with_tasks
 from hydrazero.models.task_facts import TargetFacts
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, StructureError
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import make_objective
+from hydrazero.trainer.trained_model import TrainedModel
 
 GAP = TargetFacts(of="structure", kind="scalar", unit="eV", mean=2.0, scale=0.5)
 VOLUME = TargetFacts(of="structure", kind="scalar", unit="", extensive=True, mean=10.0, scale=3.0)
@@ -47,10 +50,12 @@ def turned(atoms: Atoms, matrix: np.ndarray) -> Atoms:
     return out
 
 
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if encoder_class(name).has_vectors])
 @pytest.mark.parametrize("reflect", [False, True])
 @pytest.mark.parametrize("atoms", [rattled_molecule(), rattled_crystal()], ids=["molecule", "crystal"])
-def test_direct_heads_and_targets_turn_with_the_structure(atoms, reflect):
-    model = model_of({"forces": "direct", "stress": "direct", "targets": ALL_TARGETS}, attention_targets=("gap",))
+def test_direct_heads_and_targets_turn_with_the_structure(atoms, reflect, encoder):
+    task = {"forces": "direct", "stress": "direct", "targets": ALL_TARGETS}
+    model = model_of(task, encoder=encoder, attention_targets=("gap",))
     matrix = Rotation.from_rotvec([0.4, -1.1, 0.7]).as_matrix() * (-1 if reflect else 1)
     before, after, turn = predict(model, atoms), predict(model, turned(atoms, matrix)), torch.tensor(matrix)
     assert before.forces.abs().max() > 1e-4
@@ -60,6 +65,20 @@ def test_direct_heads_and_targets_turn_with_the_structure(atoms, reflect):
         torch.testing.assert_close(after.targets[name], before.targets[name], rtol=0, atol=1e-10)
     for name in ("dipoles", "dipole"):
         torch.testing.assert_close(after.targets[name], before.targets[name] @ turn.T, rtol=0, atol=1e-10)
+
+
+def test_direct_stress_tells_shear_where_every_site_is_a_centre_of_inversion():
+    """There all node vectors are zero, and stay so in any homogeneous strain."""
+    model = model_of({"forces": "direct", "stress": "direct"})
+    atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
+    (still,) = predict(model, atoms).stress
+    torch.testing.assert_close(still, still[0, 0] * torch.eye(3, dtype=still.dtype), rtol=0, atol=1e-10)
+    strain = np.eye(3)
+    strain[0, 1] = strain[1, 0] = 0.03
+    atoms.set_cell(atoms.cell[:] @ strain, scale_atoms=True)
+    (sheared,) = predict(model, atoms).stress
+    assert abs(float(sheared[0, 1])) > 1e-3 * abs(float(still[0, 0]))
+    torch.testing.assert_close(sheared, sheared.T, rtol=0, atol=1e-12)
 
 
 def test_intensive_and_extensive_targets():
@@ -239,6 +258,62 @@ def test_the_calculator_gives_what_the_task_has():
     atoms.calc = potential.calculator("task0")
     assert atoms.get_charges().shape == (len(atoms),)
     assert atoms.calc.results["gap"].shape == () and "forces" not in atoms.calc.implemented_properties
+
+
+def test_the_calculator_sees_a_change_of_charge_and_spin():
+    potential = Potential(model_of({"charge_spin": True, "multiplicity_known": True}))
+    atoms = charged(0, 1)
+    atoms.calc = potential.calculator("task0")
+    neutral = atoms.get_potential_energy()
+    atoms.info.update(charge=1, multiplicity=2)
+    ionised = atoms.get_potential_energy()
+    fresh = charged(1, 2)
+    fresh.calc = potential.calculator("task0")
+    assert ionised != neutral and ionised == fresh.get_potential_energy()
+
+
+def test_a_multiplicity_that_training_always_knew_must_be_given():
+    potential = Potential(model_of({"charge_spin": True, "multiplicity_known": True}))
+    plain = rattled_molecule("OH")
+    with pytest.raises(StructureError, match=r"structure 0 does not say its spin multiplicity .*, 2 or more"):
+        potential.predict([plain])
+    plain.info["multiplicity"] = 1.5
+    with pytest.raises(StructureError, match="must be a whole number"):
+        potential.predict([plain])
+
+
+@pytest.mark.parametrize("encoder", ["painn", "mace"])
+@pytest.mark.parametrize("kind", ["told", "repelled"])
+def test_a_compiled_step_holds_every_head(kind, encoder, monkeypatch):
+    """Gradients of all losses, traced against eager; test_compiled.py takes the traces through the compiler."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    targets = {"gap": GAP, "charges": CHARGES, "dipoles": DIPOLES}
+    if kind == "told":
+        told, direct = {"targets": targets, "charge_spin": True}, {"forces": "direct", "stress": "direct"}
+        settings = {"ensemble": 3, "task_embedding": True, "attention_targets": ("gap",)}
+    else:
+        told, direct, settings = {"targets": targets}, {}, {"repulsion": "zbl", "ensemble": 2}
+    model = model_of(told, direct, encoder=encoder, layers=1, **settings).train()
+    generator, structures = torch.Generator().manual_seed(1), []
+    for atoms, condition in ((rattled_molecule(), {"charge": 1, "multiplicity": 2}), (rattled_crystal(), {})):
+        forces = torch.randn(len(atoms), 3, generator=generator, dtype=torch.float64).numpy()
+        stress = 0.01 * np.eye(3) if atoms.pbc.all() else None
+        structures.append(to_structure(atoms, energy=-1e3, forces=forces, stress=stress, **condition))
+    batch = batch_of(structures, [0, 1], extra=(1, 3, 2))
+    for name in targets:
+        batch[f"target_{name}"] = torch.ones_like(model(batch).targets[name].detach())
+        batch[f"target_{name}_mask"] = batch.atom_mask if name != "gap" else batch.structure_mask
+    found = []
+    for traced in (False, True):
+        trained = TrainedModel(model, make_objective(model, LossSection(force_errors="norm"), [1.0, 0.5]))
+        if traced:
+            assert trained.compile_steps() is None
+        model.zero_grad()
+        trained(batch, trained.objective.counts(batch))[0].backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
 def test_compiled_predictions_hold_every_head():

@@ -200,9 +200,32 @@ def test_a_stall_stops_the_run(data, tmp_path):
     assert len(losses) == 3 and min(losses) == losses[0]
 
 
+def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
+    """A first phase with direct forces; the second starts with its weights, and a rate of zero shows which."""
+    task = "[[tasks]]\nname = \"metals\""
+    for phase, forces in (("first", "direct"), ("second", "conservative")):
+        path = write_run(tmp_path / phase, data)
+        path.write_text(path.read_text().replace(task, f'{task}\nforces = "{forces}"'))
+        changes = ["train.steps=2", "train.average=0.0"]
+        if phase == "second":
+            changes += [f"run.start_from={tmp_path}/first/run", "deepspeed.optimizer.params.lr=0.0", "run.seed=5"]
+        result = CliRunner().invoke(main, ["train", str(path), *(w for change in changes for w in ("--set", change))])
+        assert result.exit_code == 0, result.output
+    first, second = (model_of_run(tmp_path / phase / "run") for phase in ("first", "second"))
+    assert first.forces_head is not None and second.forces_head is None
+    before = first.state_dict()
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    wrong = CliRunner().invoke(main, ["train", str(path), "--set", f"run.start_from={tmp_path}/first/run", "--set",
+                                      "model.features=16", "--set", f"run.out={tmp_path}/third"])
+    assert wrong.exit_code == 1 and "has model.features = 12; set the same" in wrong.output
+    assert not (tmp_path / "third").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ("run.start_from=nowhere", "nowhere does not exist"),
         ("loss.force_errors=nrom", "did you mean 'norm'"),
         ("loss.change_from=0.9", "change_from <= change_until"),
         ("loss.final_weights={energy = -1.0}", "loss.final_weights.energy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ class StepMemory:
 
     def __init__(self, settings: ModelSettings) -> None:
         facts = TaskFacts(name="probe", reference_energies={}, scale=1.0, elements=["C"])
-        self._model = AtomisticModel(settings, [facts]).train()
+        # Targets are heads on top; what they take is nothing beside the encoder.
+        self._model = AtomisticModel(replace(settings, attention_targets=()), [facts]).train()
         small, wide = (self._kept(atoms, spare) for atoms, spare in ((32, 0), (32, 64)))
         more = self._kept(64, 0)
         self.per_slot = (wide[0] - small[0]) / (wide[2] - small[2])

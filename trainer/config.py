@@ -34,6 +34,9 @@ class RunSection:
     """Folder of the run; relative to the folder where the command is given."""
     seed: int = 0
     """Of weights and data order."""
+    start_from: str = ""
+    """Run folder or exported model whose weights the run starts with: encoder and embedding, and what fits of the heads
+    of tasks of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +248,6 @@ def _check(config: RunConfig, where: str) -> None:
         )
     if not any(task.weight for task in config.tasks):
         raise ConfigError(f"{where} every task has the weight 0; at least one must be above 0.")
-    if not config.loss.energy_weight and not config.loss.forces_weight:
-        raise ConfigError(f"{where} loss.energy_weight and loss.forces_weight are 0; one of them must be above 0.")
     if config.data.on_bad_shard not in ("stop", "skip"):
         known = did_you_mean(config.data.on_bad_shard, ["stop", "skip"])
         raise ConfigError(f"{where} data.on_bad_shard '{config.data.on_bad_shard}' is not known{known}.")

@@ -97,7 +97,7 @@ def evaluate_task(
 
     def seen() -> Iterator[GraphSample]:
         for sample in split_samples(SplitReader(settings, split), task_ids=[task]):
-            if not potential.unseen_elements(sample.structure, potential.tasks[task]):
+            if potential.why_not(sample.structure, potential.tasks[task]) is None:
                 yield sample
                 continue
             errors.unseen += 1

@@ -112,9 +112,11 @@ class Trainer:
         batches = iter(self.parts.stream)
         interval = new_interval()
         self.engine.train()
-        stopped = False
+        stopped, begun = False, self.step
         while self.step < settings.steps and not stopped:
             wanted = self._one_step(batches, interval)
+            if self.config.train.compile and self.step == begun + 1:
+                self._say_if_not_compiled()
             if self._due(settings.log_every):
                 self._log_interval(interval)
                 interval = new_interval()
@@ -124,6 +126,12 @@ class Trainer:
             if self._due(settings.checkpoint_every) or is_best or stopped:
                 self._save()
             interval.since += time.monotonic() - paused
+
+    def _say_if_not_compiled(self) -> None:
+        """Say on which ranks, and why, compiled steps are none after all; called once each rank has taken one."""
+        for number, reason in enumerate(gather_objects(self.engine.module.not_compiled)):
+            if reason:
+                self.parts.log.say(f"compile: rank {number} cannot ({reason}); its steps run eagerly.")
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps

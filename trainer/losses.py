@@ -26,7 +26,7 @@ class Errors:
     """Errors of one quantity in a batch: N structures or atoms with C components."""
 
     loss: Tensor
-    """Of each item, summed over its components, with a graph: [N]; anything where there is no label."""
+    """Of each item, summed over its components, with a graph: [N]; 0 where there is no label."""
     absolute: Tensor
     """Sum of absolute errors over the components, in the quantity's unit, [N]."""
     labelled: Tensor
@@ -130,7 +130,7 @@ class Objective:
         if name == "forces" and self.settings.force_errors == "norm":
             scaled = (scaled * scaled).sum(1, keepdim=True).add(SMALLEST_LENGTH).sqrt()
         return Errors(
-            loss=pointwise_loss(scaled, self.settings).sum(1),
+            loss=pointwise_loss(scaled, self.settings).sum(1) * mask,
             absolute=error.detach().abs().sum(1),
             labelled=mask,
             components=error.shape[1],

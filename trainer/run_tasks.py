@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, NONE, TargetFacts, TaskFacts
-from hydrazero.shards.budget import check_budget, degrees_within
+from hydrazero.shards.budget import check_budget, may_exceed
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
+from hydrazero.shards.targets import TargetFacts as LabelFacts
 from hydrazero.trainer.config import LOSS_PARTS, RunConfig, TaskSection
 
 SMALLEST_SCALE = 1e-3
@@ -16,6 +18,9 @@ SMALLEST_SCALE = 1e-3
 
 SMALLEST_STRESS = 1e-6
 """eV/Å³; the same for stress."""
+
+CONSTANT = 1e-6
+"""A target that deviates less from its mean, by its largest label, is a constant."""
 
 WAYS = (CONSERVATIVE, DIRECT, NONE)
 
@@ -33,9 +38,9 @@ def task_manifest(task: TaskSection, config: RunConfig) -> Manifest:
     return manifest
 
 
-def budget_warning(name: str, manifest: Manifest, cutoff: float) -> str | None:
+def budget_warning(name: str, manifest: Manifest, shape: BatchShape, cutoff: float) -> str | None:
     """Say that the manifest cannot tell whether all structures fit a batch, if it cannot."""
-    if degrees_within(manifest, cutoff) is not None:
+    if not may_exceed(manifest, shape, cutoff):
         return None
     return (
         f"warning: the shards of task '{name}' have no counts of neighbours within {cutoff:g} Å; a structure too dense "
@@ -49,7 +54,7 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
         manifest.labels[label].rms for label in ("forces", "energy_residual_per_atom") if label in manifest.labels
     ]
     has_energy, has_forces = "energy_per_atom" in manifest.labels, "forces" in manifest.labels
-    forces = task.forces or (CONSERVATIVE if has_energy else NONE)
+    forces = task.forces or (CONSERVATIVE if has_energy else DIRECT if has_forces else NONE)
     stress = task.stress or forces
     for key, way in (("forces", forces), ("stress", stress)):
         if way not in WAYS:
@@ -73,6 +78,7 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
         stress=stress,
         stress_scale=_stress_scale(manifest),
         charge_spin=bool(manifest.charged_structures) if task.charge_spin is None else task.charge_spin,
+        multiplicity_known=manifest.multiplicity_known == manifest.structures(),
         targets=_targets(task, manifest),
     )
 
@@ -99,18 +105,30 @@ def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
             unit=held[name].unit,
             extensive=held[name].extensive,
             mean=held[name].mean,
-            scale=held[name].deviation if held[name].deviation > 0 else 1.0,
+            scale=_target_scale(held[name]),
         )
         for name in wanted
     }
 
 
-def check_target_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
-    """Raise ConfigError for a weight of a target that no task is trained on."""
+def _target_scale(held: LabelFacts) -> float:
+    """Return the deviation of a target's labels, or 1 if that is only what rounding makes of a constant."""
+    largest = max(abs(held.mean), abs(held.minimum), abs(held.maximum))
+    return held.deviation if held.deviation > CONSTANT * largest else 1.0
+
+
+def check_weights(config: RunConfig, facts: list[TaskFacts], manifests: dict[str, Manifest]) -> None:
+    """Raise ConfigError for a weight of a target that no task is trained on, or if nothing has a weight."""
     known = sorted({name for task in facts for name in task.targets})
     for name in config.loss.target_weights:
         if name not in known:
             raise ConfigError(f"loss.target_weights: '{name}' is no target of any task{did_you_mean(name, known)}.")
+    trained = {name for task in facts for name in _quantities(task, manifests[task.name])}
+    if not any(config.loss.weight(name) or config.loss.final_weight(name) for name in trained):
+        raise ConfigError(
+            f"[loss] gives every quantity that the tasks hold ({', '.join(sorted(trained))}) the weight 0; one must be "
+            "above 0."
+        )
     parts = [*LOSS_PARTS, *known]
     for name in config.loss.final_weights:
         if name not in parts:
@@ -118,6 +136,16 @@ def check_target_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
                 f"loss.final_weights: '{name}' is neither energy, forces, stress, spread nor a target of any "
                 f"task{did_you_mean(name, parts)}."
             )
+
+
+def _quantities(task: TaskFacts, manifest: Manifest) -> list[str]:
+    """What a task is trained on."""
+    parts = {
+        "energy": task.has_energy,
+        "forces": task.has_forces and task.forces != NONE,
+        "stress": "stress" in manifest.labels and task.stress != NONE,
+    }
+    return [name for name, there in parts.items() if there] + list(task.targets)
 
 
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:

@@ -33,6 +33,8 @@ class CheckedRun:
     """Training structures of each task."""
     warnings: list[str]
     """Sentences for the start of the run."""
+    start: AtomisticModel | None
+    """Model whose weights the run starts with."""
 
 
 def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
@@ -41,7 +43,7 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     from hydrazero.trainer.run_tasks import (
         budget_warning,
         charge_warning,
-        check_target_weights,
+        check_weights,
         task_facts,
         task_manifest,
     )
@@ -57,8 +59,14 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
     facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
     check_model(config.model.settings(), facts)
-    check_target_weights(config, facts)
+    start = None
+    if config.run.start_from and not resume:
+        from hydrazero.trainer.start_weights import model_to_start_from
+
+        start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
+    check_weights(config, facts, manifests)
     return CheckedRun(
+        start=start,
         ds_config=ds_config,
         facts=facts,
         structures=tuple(manifest.structures("train") for manifest in manifests.values()),
@@ -67,7 +75,7 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
             for task in facts
             for text in (
                 charge_warning(task, manifests[task.name]),
-                budget_warning(task.name, manifests[task.name], config.model.cutoff),
+                budget_warning(task.name, manifests[task.name], config.batch, config.model.cutoff),
             )
             if text
         ],
@@ -102,6 +110,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     from hydrazero.trainer.loop import RunParts, Trainer
     from hydrazero.trainer.losses import make_objective
     from hydrazero.trainer.parameter_groups import freeze
+    from hydrazero.trainer.start_weights import start_from
     from hydrazero.trainer.step_guard import StepGuard
     from hydrazero.trainer.stop_request import StopRequest
     from hydrazero.trainer.trained_model import TrainedModel
@@ -109,6 +118,10 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
 
     torch.manual_seed(config.run.seed)
     model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device())
+    said: list[str] = []
+    if checked.start is not None:
+        kept = start_from(model, checked.start)
+        said.append(f"started from {config.run.start_from}, with heads of {', '.join(kept) or 'no task'}.")
     freeze(model, config.train.freeze)
     described, run_dir = model.facts(), Path(config.run.out)
     objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
@@ -116,10 +129,10 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     engine = make_engine(trained, checked.ds_config)
     average = WeightAverage(engine, config.train.average) if config.train.average else None
     state: dict[str, Any] = {"step": 0, "stream": None}
-    said: list[str] = []
     if resume:
         check_same_model(run_dir, described)
-        folder, said = _checkpoint_to_resume(run_dir)
+        folder, damaged = _checkpoint_to_resume(run_dir)
+        said += damaged
         if folder is not None:
             state = load_checkpoint(engine, folder, average)
     stream = TrainStream(stream_settings(config, model), distributed.rank(), distributed.ranks(), state["stream"])

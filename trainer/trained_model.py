@@ -12,7 +12,14 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.compiled import BatchTensors, CompiledModel, compile_traced, layout_key, use_kernels
+from hydrazero.models.compiled import (
+    BatchTensors,
+    CompilationError,
+    CompiledModel,
+    compile_traced,
+    layout_key,
+    use_kernels,
+)
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.losses import Objective
 
@@ -29,6 +36,8 @@ class TrainedModel(nn.Module):
         self.objective = objective
         self.measuring = False
         """Whether gradients of the tasks' losses are measured in passing; compiled steps keep to what it is first."""
+        self.not_compiled = ""
+        """Why steps that were to be compiled run eagerly, if they do."""
         self._measured: list[Callable[[], Tensor]] = []
         self._compiled: CompiledLoss | None = None
         self._compiled_model: CompiledModel | None = None
@@ -48,16 +57,25 @@ class TrainedModel(nn.Module):
         The counts are [tasks, quantities]; the sums, [tasks, columns], carry no gradient.
         """
         if self._compiled is not None:
-            loss, sums, gradients = self._compiled(batch, counts, self.objective)
-            if gradients is not None:
-                self._measured.append(lambda: gradients)
-            return loss, sums
+            try:
+                loss, sums, gradients = self._compiled(batch, counts, self.objective)
+            except CompilationError as error:
+                self._run_eagerly(error)
+            else:
+                if gradients is not None:
+                    self._measured.append(lambda: gradients)
+                return loss, sums
         probe = new_probe(self.model) if self.measuring else None
         sums = self.objective.sums(self.model(batch, probe), batch)
         loss = self.objective.total(sums, counts)
         if probe is not None:
             self._measured.append(_gradient_once_there(loss, probe))
         return loss, sums.detach()
+
+    def _run_eagerly(self, error: CompilationError) -> None:
+        """Do without compiled graphs; other ranks may keep theirs, which compute the same."""
+        self.not_compiled = str(error)
+        self._compiled = self._compiled_model = None
 
     def take_task_gradients(self) -> Tensor | None:
         """Return the gradients of the weighted losses of the tasks since the last call, by this rank's structures.
@@ -75,8 +93,12 @@ class TrainedModel(nn.Module):
 
     def evaluate(self, batch: GraphBatch) -> Tensor:
         """Return the sums of a batch by the model in evaluation mode."""
-        predict = self.model if self._compiled_model is None else self._compiled_model
-        return self.objective.sums(predict(batch), batch).detach()
+        if self._compiled_model is not None:
+            try:
+                return self.objective.sums(self._compiled_model(batch), batch).detach()
+            except CompilationError as error:
+                self._run_eagerly(error)
+        return self.objective.sums(self.model(batch), batch).detach()
 
 
 def new_probe(model: AtomisticModel) -> Tensor:

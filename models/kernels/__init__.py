@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("pair_sums.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+PROCESSOR_FACTS = ("flags", "Features", "CPU implementer", "CPU part")
+"""Lines of /proc/cpuinfo, of x86 and ARM, that say which instructions a library may use."""
 FEATURE_TILE = 16
 """The kernels take multiples of it as number of features."""
 
@@ -37,10 +40,14 @@ def load_kernels() -> None:
 
 def cached_library() -> Path:
     """Return the compiled library; another process that compiles it at the same time is waited for."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
         raise KernelsUnavailable("no C++ compiler was found (c++, g++, clang++, or $CXX)")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydrazero"
+    compiler = shlex.split(found)  # $CXX may hold options, or 'ccache g++'
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        raise KernelsUnavailable("there is no home folder to keep them in; set XDG_CACHE_HOME")
+    folder = Path(cache) / "hydrazero"
     library = folder / f"kernels-{_key(compiler)}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,28 +60,32 @@ def cached_library() -> Path:
     return library
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """What a library depends on; a home may be shared by machines with other processors."""
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    parts = (SOURCE.read_text(), torch.__version__, compiler, *FLAGS, platform.machine(), flags)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    facts = {line for line in lines if line.startswith(PROCESSOR_FACTS)} or {platform.processor()}
+    parts = (SOURCE.read_text(), torch.__version__, *compiler, *FLAGS, platform.machine(), *sorted(facts))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _compile(compiler: list[str], library: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     part = library.with_suffix(f".part-{os.getpid()}")
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     folders = [flag for path in library_paths() for flag in ("-L", path)]
-    command = [compiler, *FLAGS, *includes, str(SOURCE), "-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
+    command = [*compiler, *FLAGS, *includes, str(SOURCE), "-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise KernelsUnavailable(f"{shlex.join(compiler)} cannot be run ({error.strerror or error})") from error
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise KernelsUnavailable(f"{compiler} could not compile them: {' '.join(lines[:1])}")
+            raise KernelsUnavailable(f"{shlex.join(compiler)} could not compile them: {' '.join(lines[:1])}")
         os.replace(part, library)
     finally:
         part.unlink(missing_ok=True)

@@ -67,11 +67,18 @@ struct Layout {
   std::vector<int64_t> cuts;      // atoms at which the work is cut into equal parts, one for each thread
 };
 
+// What follows trusts these; a wrong batch must not write where it likes.
+void check_owners(const int64_t *owner, int64_t rows, int64_t atoms) {
+  for (int64_t r = 0; r < rows; ++r)
+    TORCH_CHECK(owner[r] >= (r ? owner[r - 1] : 0) && owner[r] < atoms, "rows must be in the order of their atoms");
+}
+
 Layout layout_of(const Tensor &row_atom, const Tensor &neighbours, const Tensor &mask, int64_t atoms) {
   TORCH_CHECK(neighbours.size(1) == kSlots, "rows must have 8 slots");
   Layout out{atoms, row_atom.size(0), neighbours.const_data_ptr<int64_t>(), {}, {}, {}};
   const int64_t *owner = row_atom.const_data_ptr<int64_t>();
   const bool *holds = mask.const_data_ptr<bool>();
+  check_owners(owner, out.rows, atoms);
   out.first_row.assign(atoms + 1, 0);
   out.filled.resize(out.rows);
   int64_t work = 0;
@@ -438,6 +445,7 @@ Tensor segment_sum(const Tensor &row_atom, const Tensor &values_, const MaybeTen
   const int64_t rows = row_atom.size(0), columns = values.size(1), slots = rows ? values.size(0) / rows : 1;
   Tensor out = at::zeros({atoms, columns}, values.options());
   const int64_t *owner = row_atom.const_data_ptr<int64_t>();
+  check_owners(owner, rows, atoms);
   const int64_t *from = opposite.has_value() ? opposite->const_data_ptr<int64_t>() : nullptr;
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "segment_sum", [&] {
     const scalar_t *held = values.const_data_ptr<scalar_t>();
@@ -450,7 +458,7 @@ Tensor segment_sum(const Tensor &row_atom, const Tensor &values_, const MaybeTen
       return r;
     };
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = cut(begin); r < cut(end); ++r)
+      for (int64_t r = cut(begin), last = cut(end); r < last; ++r)
         for (int64_t k = 0; k < slots; ++k) {
           const scalar_t *row = held + (from ? from[r * slots + k] : r * slots + k) * columns;
           scalar_t *sum = sums + owner[r] * columns;
