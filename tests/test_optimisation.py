@@ -202,7 +202,7 @@ def test_a_stall_stops_the_run(data, tmp_path):
 
 def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     """A first phase with direct forces; the second starts with its weights, and a rate of zero shows which."""
-    task = "[[tasks]]\nname = \"metals\""
+    task = '[[tasks]]\nname = "metals"'
     for phase, forces in (("first", "direct"), ("second", "conservative")):
         path = write_run(tmp_path / phase, data)
         path.write_text(path.read_text().replace(task, f'{task}\nforces = "{forces}"'))
@@ -216,8 +216,19 @@ def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     before = first.state_dict()
     for name, value in second.state_dict().items():
         assert torch.equal(value, before[name]), name
-    wrong = CliRunner().invoke(main, ["train", str(path), "--set", f"run.start_from={tmp_path}/first/run", "--set",
-                                      "model.features=16", "--set", f"run.out={tmp_path}/third"])
+    wrong = CliRunner().invoke(
+        main,
+        [
+            "train",
+            str(path),
+            "--set",
+            f"run.start_from={tmp_path}/first/run",
+            "--set",
+            "model.features=16",
+            "--set",
+            f"run.out={tmp_path}/third",
+        ],
+    )
     assert wrong.exit_code == 1 and "has model.features = 12; set the same" in wrong.output
     assert not (tmp_path / "third").exists()
 
