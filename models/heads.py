@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hydrazero.models.exact import exact_matmul
 from hydrazero.models.slots import Segments
 from hydrazero.models.task_linear import TaskLinear, TaskRows
 
@@ -63,7 +64,7 @@ class VirialHead(VectorHead):
     def forward(self, scalars: Tensor, vectors: Tensor, rows: TaskRows) -> Tensor:
         """Node scalars [A, F] and vectors [A, 3, F] -> [A, 3, 3]."""
         mixed = self.mixed(vectors, rows)
-        products = torch.bmm(mixed * self.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
+        products = exact_matmul(mixed * self.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
         identity = torch.eye(3, dtype=scalars.dtype, device=scalars.device)
         return products + self.pressure(scalars, rows).unsqueeze(-1) * identity
 
