@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hydrazero.models.embedding import AtomConditions, AtomEmbedding
 from hydrazero.models.encoder import AtomInputs, EncoderSettings, NodeFeatures, PairGeometry, check_encoder
 from hydrazero.models.encoders import encoder_class, make_encoder
+from hydrazero.models.exact import exact_matmul
 from hydrazero.models.heads import ScalarHead, VectorHead, VirialHead
 from hydrazero.models.repulsion import ZieglerBiersackLittmark
 from hydrazero.models.slots import Segments, slots_of
@@ -80,7 +81,7 @@ class AtomisticModel(nn.Module):
         self.kernels = False
         """Whether sums over neighbours use the C++ kernels; see `models.compiled.use_kernels`."""
         self.autocast: torch.dtype | None = None
-        """Lower precision of the encoder's matrix products; geometry, sums, heads and energies keep the weights'."""
+        """Lower precision of the encoder's matrix products; geometry, sums, heads and energies keep to `dtype`."""
         features, hidden, count = settings.encoder.features, settings.head_features, len(self.tasks)
         self.embedding = AtomEmbedding(
             features, [task.charge_spin for task in self.tasks], of_tasks=settings.task_embedding
@@ -113,8 +114,8 @@ class AtomisticModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
-        return self.energy_head.first.weight.dtype
+        """Precision of geometry, heads and energies: that of the weights, and at least float32."""
+        return torch.promote_types(self.energy_head.first.weight.dtype, torch.float32)
 
     def reference_energy(self, batch: GraphBatch, task: Tensor) -> Tensor:
         """Sum of the reference energies of each structure's atoms for its task [S]: eV, [S] float64."""
@@ -137,7 +138,7 @@ class AtomisticModel(nn.Module):
         """Encode atoms, each structure for a task [S]."""
         slots = slots_of(batch, kernels=self.kernels)
         vectors = slots.pair_vectors(positions, batch.shifts)
-        vectors = vectors + torch.bmm(vectors, slots.spread(self._structures(batch).spread(strain)))
+        vectors = vectors + exact_matmul(vectors, slots.spread(self._structures(batch).spread(strain)))
         conditions = AtomConditions(
             rows=self._rows(task, batch),
             charge=batch.charge[batch.structure],

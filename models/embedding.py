@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hydrazero.models.exact import ExactLinear, exact_matmul
 from hydrazero.models.task_linear import TaskRows
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
@@ -36,7 +37,7 @@ class AtomEmbedding(nn.Module):
         self.register_buffer("charged", torch.tensor(charged, dtype=torch.get_default_dtype()), persistent=False)
         self.charge_spin: nn.Sequential | None = None
         if any(charged):
-            self.charge_spin = nn.Sequential(nn.Linear(3, features), nn.SiLU(), nn.Linear(features, features))
+            self.charge_spin = nn.Sequential(ExactLinear(3, features), nn.SiLU(), ExactLinear(features, features))
         self.tasks = nn.Parameter(0.1 * torch.randn(len(charged), features)) if of_tasks else None
         self.by_task = of_tasks or len(set(charged)) > 1
         """Whether one structure gets other features for another task."""
@@ -45,7 +46,7 @@ class AtomEmbedding(nn.Module):
         """Atomic numbers [A] -> first node scalars [A, F]."""
         # A product with ones and zeros, whose derivative needs no scatter; padding, number 0, gets zeros.
         member = functional.one_hot(numbers, MAX_ATOMIC_NUMBER + 1)[:, 1:].to(self.elements.dtype)
-        embedded = member @ self.elements
+        embedded = exact_matmul(member, self.elements)
         if self.charge_spin is not None:
             known = (conditions.multiplicity > 0).to(embedded.dtype)
             unpaired = (conditions.multiplicity - 1).clamp(min=0).to(embedded.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import NodeFeatures, PairGeometry
+from hydrazero.models.exact import exact_matmul
 from hydrazero.models.slots import Segments
 from hydrazero.models.task_linear import TaskLinear, TaskRows
 
@@ -74,7 +75,7 @@ class VirialHead(nn.Module):
         if vectors is None:
             raise ValueError("a direct stress needs node vectors, which the encoder does not give.")
         mixed = self.vectors.mixed(vectors, rows)
-        products = torch.bmm(mixed * self.vectors.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
+        products = exact_matmul(mixed * self.vectors.gates(scalars, rows).unsqueeze(1), mixed.transpose(1, 2))
         identity = torch.eye(3, dtype=scalars.dtype, device=scalars.device)
         return products + self.pressure(scalars, rows).unsqueeze(-1) * identity + self._of_pairs(scalars, rows, pairs)
 
@@ -82,7 +83,7 @@ class VirialHead(nn.Module):
         atomic, slots = self.pairs(scalars, rows), pairs.slots
         both = slots.spread(atomic).unsqueeze(1) + slots.gather(atomic)  # of either atom, so that a pair has one part
         strength = (pairs.radial * both).sum(-1, keepdim=True)
-        return slots.sum_rows(torch.bmm(pairs.directions.transpose(1, 2), strength * pairs.directions))
+        return slots.sum_rows(exact_matmul(pairs.directions.transpose(1, 2), strength * pairs.directions))
 
 
 class PooledHead(nn.Module):

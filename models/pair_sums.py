@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from hydrazero.models.exact import exact_matmul
 from hydrazero.models.kernels import FEATURE_TILE
 from hydrazero.models.slots import Slots
 
@@ -30,11 +31,11 @@ def pair_sum(
 ) -> tuple[Tensor, Tensor]:
     """Return dT/dgs [A, F] and dT/dgv [A, 3, F] of the features (s, y, d), by the kernels if the slots say so.
 
-    In the precision of the weight, whatever that of the features: sums are not made in low precision.
+    In the precision of the geometry, whatever that of weight and features: sums are not made in low precision.
     """
     s, y, d = features
-    s, y = (None if x is None else x.to(weight.dtype) for x in (s, y))
-    d = d.to(weight.dtype)
+    s, y = (None if x is None else x.to(radial.dtype) for x in (s, y))
+    d, weight = d.to(radial.dtype), weight.to(radial.dtype)
     if slots.kernels and d.shape[1] % FEATURE_TILE == 0:
         return _PairSum.apply(slots, radial, directions, weight, s, y, d)
     return _plain_pair_sum(slots, radial, directions, weight, (s, y, d))
@@ -44,10 +45,10 @@ def _plain_pair_sum(
     slots: Slots, radial: Tensor, directions: Tensor, weight: Tensor, features: tuple[MaybeTensor, MaybeTensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     s, y, d = features
-    filters = (radial @ weight).chunk(3, dim=-1)
+    filters = exact_matmul(radial, weight).chunk(3, dim=-1)
     scalars = d.new_zeros(d.shape) if s is None else slots.sum_rows((filters[0] * slots.gather(s)).sum(1))
     # Directions [R, 3, K] times messages [R, K, F]: summed over the slots without a [R, K, 3, F] in between.
-    vectors = torch.bmm(directions.transpose(1, 2), filters[2] * slots.gather(d))
+    vectors = exact_matmul(directions.transpose(1, 2), filters[2] * slots.gather(d))
     if y is not None:
         vectors = vectors + (filters[1].unsqueeze(2) * slots.gather(y)).sum(1)
     return scalars, slots.sum_rows(vectors)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from hydrazero.models.exact import exact_linear, exact_matmul
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRows:
@@ -30,13 +32,13 @@ class TaskRows:
         """Return each row's task's entry of a table: [T, ...] -> [N, ...], differentiable without a scatter."""
         flat = table.reshape(self.count, -1)
         member = functional.one_hot(self.task, self.count).to(table.dtype)
-        return (member @ flat).view(-1, *table.shape[1:])
+        return exact_matmul(member, flat).view(-1, *table.shape[1:])
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply each row with its task's matrix: x [N, I], weight [T, O, I] -> [N, O]."""
         if self.kernels:
-            return _TaskLinear.apply(x, weight, self)
-        every = functional.linear(x, weight.reshape(-1, weight.shape[2])).view(-1, *weight.shape[:2])
+            return _TaskLinear.apply(x, weight.to(x.dtype), self)
+        every = exact_linear(x, weight.reshape(-1, weight.shape[2])).view(-1, *weight.shape[:2])
         index = self.task.view(-1, 1, 1).expand(-1, 1, weight.shape[1])
         return every.gather(1, index).squeeze(1)
 
@@ -67,7 +69,7 @@ class _TaskOuter(Function):
         ctx.save_for_backward(g, x)
         if not rows.kernels:
             member = functional.one_hot(rows.task, rows.count).to(g.dtype)
-            return torch.stack([(g * of_task.unsqueeze(1)).t() @ x for of_task in member.unbind(1)])
+            return torch.stack([exact_matmul((g * of_task.unsqueeze(1)).t(), x) for of_task in member.unbind(1)])
         out: Tensor = torch.ops.hydrazero.task_outer(g, x, rows.task, rows.count)
         return out
 
@@ -124,4 +126,4 @@ class TaskLinear(nn.Module):
         """Rows [N, I] -> [N, T, O], by every task."""
         tasks, outputs, inputs = self.weight.shape
         bias = None if self.bias is None else self.bias.reshape(-1)
-        return functional.linear(x, self.weight.reshape(-1, inputs), bias).view(-1, tasks, outputs)
+        return exact_linear(x, self.weight.reshape(-1, inputs), bias).view(-1, tasks, outputs)

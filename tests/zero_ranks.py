@@ -1,8 +1,10 @@
-"""Run by test_zero.py on every rank: a few steps under each ZeRO stage, the weights and losses into a JSON."""
+"""Run by test_zero.py on every rank: a few steps in each ZeRO stage and precision, what came of them into a JSON."""
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,16 +15,39 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.shards.graph import BatchShape, GraphBatch, collate, graph_sample
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer import distributed
-from hydrazero.trainer.config import LossSection
+from hydrazero.trainer.config import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.engine_config import deepspeed_config
 from hydrazero.trainer.losses import Objective, make_objective
+from hydrazero.trainer.precision import precision_of
 from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.trained_model import TrainedModel
 from hydrazero.trainer.weight_average import WeightAverage
 
 STEPS = 4
+BROKEN = 2
+"""Before this step comes one whose labels are not finite on one rank; it must leave no trace."""
 TASKS = 3
 OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.999], "weight_decay": 1e-3}
 CLIP = 0.5
+AVERAGE = 0.6
+FLOAT32 = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero1 compiled", "zero2 compiled")
+FLOAT64 = ("zero1_fp64", "zero2_fp64", "zero3_fp64", "zero2_offload_fp64", "zero3_offload_fp64")
+AUTOCAST = (
+    "zero0_bf16_autocast",
+    "zero1_bf16_autocast",
+    "zero2_bf16_autocast",
+    "zero3_bf16_autocast",
+    "zero2_offload_bf16_autocast",
+    "zero3_offload_bf16_autocast",
+)
+BF16 = (
+    "zero1_bf16",
+    "zero2_bf16",
+    "zero3_bf16",
+    "zero2_offload_bf16",
+    "zero3_offload_bf16",
+    "zero1_bf16 compiled",
+)
 
 
 def labelled(atoms, seed: int):
@@ -54,57 +79,95 @@ def objective(model: AtomisticModel) -> Objective:
     return make_objective(model, loss, [1.0, 0.3, 2.0])
 
 
-AVERAGE = 0.6
-
-
-def ds_config(stage: int) -> dict:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
+def ds_config(name: str) -> dict:
+    """A packaged configuration with settings under which its parts do something in a few steps."""
+    changes = {
+        "config": name,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": CLIP,
-        "optimizer": {"type": "AdamW", "params": {**OPTIMIZER, "torch_adam": True}},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**12,
+        "optimizer": {"params": OPTIMIZER},
+        # Small weights would all be kept whole.
+        "zero_optimization": {"stage3_param_persistence_threshold": 0 if "offload" not in name else 300},
+    }
+    run = RunConfig(run=RunSection(out=""), tasks=(), train=TrainSection(steps=STEPS), deepspeed=changes)
+    document = deepspeed_config(run)
+    del document["scheduler"]
+    return document
+
+
+def train_under(name: str, folder: Path) -> dict:
+    from hydrazero.trainer.engine import make_engine, train_step
+    from hydrazero.trainer.master_weights import whole_weight
+    from hydrazero.trainer.trained_weights import last_weights
+
+    config = ds_config(name.removesuffix(" compiled"))
+    dtype = precision_of(config).weights
+    model = small_model(tasks=TASKS, dtype=torch.float32).to(dtype).train()
+    trained = TrainedModel(model, objective(model))
+    engine = make_engine(trained, config)
+    if name.endswith("compiled"):
+        trained.compile_steps()
+    batches = micro_batches(distributed.rank(), dtype)
+    bad = copy.copy(batches[-1])
+    if distributed.rank() == 1:
+        bad.energy = bad.energy * math.nan
+    average, guard = WeightAverage(engine, AVERAGE), StepGuard(10, 0.0)
+    losses, norms = [], []
+    for step in range(STEPS):
+        if step == BROKEN:
+            broken = train_step(engine, [*batches[:-1], bad], guard, stop=False)
+            assert broken.skipped and not broken.rescaled and math.isnan(broken.loss)
+        result = train_step(engine, batches, guard, stop=False)
+        assert not result.skipped
+        losses.append(result.loss)
+        norms.append(engine.get_global_grad_norm())
+        average.update()
+    named = {key: p for key, p in engine.module.named_parameters() if p.requires_grad}
+    weights = {key: whole_weight(engine, p) for key, p in named.items()}
+    rounded = whole_model(engine)
+    averaged = average.whole()
+    with average.applied():
+        rounded_average = whole_model(engine)
+    assert all(torch.equal(whole_model(engine)[key], rounded[key]) for key in named)  # it is over without a trace
+    for key, p in named.items():
+        torch.testing.assert_close(rounded[key], weights[key].to(p.dtype), rtol=0, atol=0)
+        torch.testing.assert_close(rounded_average[key], averaged[key].to(p.dtype), rtol=0, atol=0)
+    engine.save_checkpoint(str(folder / name), tag="step", save_latest=False)
+    average.save(folder / name / "step")
+    distributed.wait_for_all()
+    stored = last_weights(folder / name / "step")
+    average.load(folder / name / "step", average.steps)
+    assert all(torch.equal(value, averaged[key]) for key, value in average.whole().items())
+    for key, value in weights.items():
+        torch.testing.assert_close(stored[key.removeprefix("model.")], value, rtol=0, atol=0)
+    again = train_step(engine, batches, guard, stop=False).loss
+    return {
+        "losses": [*losses, again],
+        "norms": [None if norm is None else float(norm) for norm in norms],
+        "weights": flat(weights),
+        "averaged": flat(averaged),
     }
 
 
-def train_under(stage: int, compiled: bool = False) -> dict:
+def whole_model(engine) -> dict[str, torch.Tensor]:
+    """The weights that the model computes with."""
     import deepspeed
 
-    from hydrazero.trainer.engine import make_engine, train_step
-
-    model = small_model(tasks=TASKS, dtype=torch.float32).train()
-    trained = TrainedModel(model, objective(model))
-    if compiled:
-        trained.compile_steps()
-    engine = make_engine(trained, ds_config(stage))
-    batches = micro_batches(distributed.rank(), torch.float32)
-    average, guard = WeightAverage(engine, AVERAGE), StepGuard(10, 0.0)
-    losses = []
-    for _ in range(STEPS):
-        losses.append(train_step(engine, batches, guard, stop=False).loss)
-        average.update()
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-        weights = flat(model)
-    with average.applied(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-        averaged = flat(model)
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-        assert flat(model) == weights
-    again = train_step(engine, batches, guard, stop=False).loss
-    return {"losses": [*losses, again], "weights": weights, "averaged": averaged}
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
-def flat(model: AtomisticModel) -> dict[str, list[float]]:
-    return {name: p.detach().float().flatten().tolist() for name, p in model.named_parameters()}
+def flat(weights: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    return {name: value.detach().double().flatten().tolist() for name, value in weights.items()}
 
 
 def main() -> None:
     distributed.start_ranks()
-    results = {str(stage): train_under(stage) for stage in (0, 1, 2, 3)}
-    results |= {f"{stage} compiled": train_under(stage, compiled=True) for stage in (1, 2)}
+    names = sys.argv[2:] or [*FLOAT32, *FLOAT64, *AUTOCAST, *BF16]
+    results = {name: train_under(name, Path(sys.argv[1])) for name in names}
     if distributed.rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
+        (Path(sys.argv[1]) / "result.json").write_text(json.dumps(results))
     distributed.wait_for_all()
     distributed.exit_rank(0)
 

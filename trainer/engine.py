@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.distributed import gather_objects, ranks, sum_over_ranks
 from hydrazero.trainer.parameter_groups import parameter_groups
+from hydrazero.trainer.precision import for_deepspeed, precision_of, use_tf32
 from hydrazero.trainer.schedules import Schedule, own_shape
 from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.trainer.zero_float64 import finish_float64_zero, float64_zero
 
 WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
@@ -35,6 +36,8 @@ class StepResult:
     atoms: int
     skipped: bool
     """Whether no weight was changed."""
+    rescaled: bool
+    """Whether it was skipped only for the scale of the loss, which was too large for fp16 and is smaller now."""
     suspects: list[str]
     """Structures of batches whose loss was not finite."""
     stop: bool
@@ -42,30 +45,41 @@ class StepResult:
 
 
 def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
-    """Wrap a model in a DeepSpeed engine; `config` is the content of a DeepSpeed JSON.
+    """Wrap a model in a DeepSpeed engine, in the precision of `config`, the content of a DeepSpeed JSON.
 
     Raises ConfigError if DeepSpeed cannot use it.
     """
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
-    config = copy.deepcopy(config)
+    precision = precision_of(config)
     shape = own_shape(config)
+    config = for_deepspeed(config, precision)
     if shape is not None:
         del config["scheduler"]
+    model.to(precision.weights)
+    model.model.autocast = precision.encoder
+    use_tf32(precision)
+    wide = precision.weights == torch.float64
     try:
-        engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model),
-            config=config,
-            lr_scheduler=None if shape is None else lambda optimizer: Schedule(optimizer, shape),
-        )
+        with float64_zero() if wide else contextlib.nullcontext():
+            engine, _, _, _ = deepspeed.initialize(
+                model=model,
+                model_parameters=parameter_groups(model),
+                config=config,
+                lr_scheduler=None if shape is None else lambda optimizer: Schedule(optimizer, shape),
+            )
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError, DeepSpeedConfigError) as error:
         # What it raises depends on the key; a validation error of pydantic (a ValueError) goes over several lines.
         reason = " ".join(line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line)
         raise ConfigError(
             f"DeepSpeed cannot use its configuration: {reason.rstrip('.')}; see the run file's [deepspeed]."
         ) from error
+    if wide:
+        finish_float64_zero(engine)
+    scaler = loss_scaler(engine)
+    if scaler is not None:
+        scaler.raise_error_at_min_scale = False  # the step is skipped, and counted by the guard
     _start_schedule(engine)
     return engine
 
@@ -75,6 +89,12 @@ def _start_schedule(engine: Any) -> None:
     scheduler = engine.lr_scheduler
     if type(scheduler).__name__ in WARMUP_SCHEDULES and scheduler.last_batch_iteration == -1:
         scheduler.step(1)
+
+
+def loss_scaler(engine: Any) -> Any | None:
+    """Return what finds the scale of the loss in fp16, None where it has no scale or a fixed one."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if engine.fp16_enabled() and getattr(scaler, "dynamic", False) else None
 
 
 @contextlib.contextmanager
@@ -104,6 +124,8 @@ def train_step(engine: Any, batches: Sequence[GraphBatch], guard: StepGuard, *, 
     table: Tensor | None = None
     atoms = torch.stack([batch.atom_mask.sum() for batch in batches]).sum().to(torch.float64)
     skipped_before = engine.skipped_steps
+    scaler = loss_scaler(engine)
+    can_rescale = scaler is not None and scaler.cur_scale > scaler.min_scale
     for number, batch in enumerate(batches):
         loss, sums = engine(batch, counts)
         total = total + loss.detach()
@@ -125,6 +147,7 @@ def train_step(engine: Any, batches: Sequence[GraphBatch], guard: StepGuard, *, 
         losses=torch.full_like(losses, math.nan).cpu() if skipped else losses.cpu(),
         atoms=int(everything[-2]),
         skipped=skipped,
+        rescaled=skipped and can_rescale and math.isfinite(float(everything[-3])) and math.isfinite(factor),
         suspects=_suspects(batches, total) if skipped else [],
         stop=bool(everything[-1]),
     )
@@ -140,7 +163,12 @@ def _step_unless_broken(engine: Any) -> None:
             engine.global_steps += 1
             engine.micro_steps += 1
             return
+    skipped_before = engine.skipped_steps
     engine.step()
+    if engine.skipped_steps > skipped_before and engine.zero_optimization_stage() in (1, 2):
+        # With offload, DeepSpeed would add the next step's gradients to those that it skipped.
+        held = getattr(engine.optimizer, "averaged_gradients", {})
+        held.update(dict.fromkeys(held))
 
 
 def _suspects(batches: Sequence[GraphBatch], local: Tensor) -> list[str]:

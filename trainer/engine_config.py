@@ -10,10 +10,10 @@ from typing import Any
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config import RunConfig
+from hydrazero.trainer.precision import KEYS, precision_of
 from hydrazero.trainer.schedules import own_shape
 
-TABLES = ("optimizer", "scheduler", "zero_optimization", "bf16", "bfloat16", "fp16", "amp", "torch_autocast")
-LOW_PRECISION = ("bf16", "bfloat16", "fp16", "amp", "torch_autocast")
+TABLES = ("optimizer", "scheduler", "zero_optimization", *KEYS)
 WARMUP_SHARE = 5
 """A packaged schedule warms up for at most one in so many steps."""
 
@@ -37,11 +37,10 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             f"{where} train_micro_batch_size_per_gpu must be 1, since a micro-batch is one packed batch; its size is "
             "set by [batch] in the run file."
         )
-    for key in LOW_PRECISION:
-        if document.get(key, {}).get("enabled", False) is not False:
-            raise ConfigError(
-                f"{where} {key} is not supported yet; float32 is the one training precision: leave it out."
-            )
+    try:
+        precision_of(document)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from error
     if not document.get("optimizer", {}).get("type"):
         raise ConfigError(f"{where} optimizer.type is missing; without an optimizer nothing is trained.")
     clip = document.get("gradient_clipping", 0.0)

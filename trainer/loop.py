@@ -27,6 +27,7 @@ from hydrazero.trainer.distributed import (
     fail_together,
     gather_objects,
     max_over_ranks,
+    peak_memory,
     rank,
     ranks,
     sum_over_ranks,
@@ -167,6 +168,10 @@ class Trainer:
         result = train_step(self.engine, micro_batches, parts.guard, stop=parts.stop.wanted())
         self.step += 1
         measured = parts.balance.update(self.step, result.losses)
+        if result.rescaled:
+            if (sentence := parts.guard.rescale(self.step)) is not None:
+                parts.log.say(sentence)
+            return result.stop
         if result.skipped:
             parts.log.say(parts.guard.skip(self.step, result.loss, result.suspects))
             return result.stop
@@ -202,6 +207,8 @@ class Trainer:
                 "data_wait_share": waited / seconds,
                 "skipped_structures": self._skipped(),
                 "skipped_steps": self.parts.guard.skipped,
+                "rescaled_steps": self.parts.guard.rescaled,
+                "max_memory_mb": max_over_ranks(peak_memory()) / 2**20,
                 "weights": self.parts.balance.weights(),
                 "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
             }

@@ -26,6 +26,8 @@ class StepGuard:
         self.max_skipped, self.spike = max_skipped, spike
         self.skipped = 0
         """Steps that were skipped so far."""
+        self.rescaled = 0
+        """Steps that were left out so far while fp16 looked for the scale of its loss, which is as it should be."""
         self.in_a_row = 0
         self.mean = self.variance = 0.0
         self.steps = 0
@@ -46,6 +48,16 @@ class StepGuard:
         change = math.log(loss) - self.mean
         self.mean += (1.0 - keep) * change
         self.variance = keep * (self.variance + (1.0 - keep) * change * change)
+
+    def rescale(self, step: int) -> str | None:
+        """Count a step that was left out for the scale of the loss; returns a sentence on the first."""
+        self.rescaled += 1
+        if self.rescaled > 1:
+            return None
+        return (
+            f"fp16: the gradient of step {step} is too large for the scale of the loss, which is lowered; such steps "
+            "are left out and counted as rescaled_steps."
+        )
 
     def skip(self, step: int, loss: float, names: Sequence[str]) -> str:
         """Count a step that was skipped, return a sentence on it.

@@ -17,6 +17,8 @@ from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, t
 from hydrazero.trainer.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
+    import torch
+
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.models.task_facts import TaskFacts
     from hydrazero.shards.stream import StreamSettings
@@ -39,7 +41,10 @@ class CheckedRun:
 
 def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError."""
+    import torch
+
     from hydrazero.models.atomistic import check_model
+    from hydrazero.trainer.precision import check_device, precision_of
     from hydrazero.trainer.run_tasks import (
         budget_warning,
         charge_warning,
@@ -49,6 +54,7 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     )
 
     ds_config = deepspeed_config(config)
+    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available())
     manifests = {task.name: task_manifest(task, config) for task in config.tasks}
     run_dir = Path(config.run.out)
     if resume:
@@ -110,6 +116,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     from hydrazero.trainer.loop import RunParts, Trainer
     from hydrazero.trainer.losses import make_objective
     from hydrazero.trainer.parameter_groups import freeze
+    from hydrazero.trainer.precision import precision_of
     from hydrazero.trainer.start_weights import start_from
     from hydrazero.trainer.step_guard import StepGuard
     from hydrazero.trainer.stop_request import StopRequest
@@ -117,7 +124,8 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     from hydrazero.trainer.weight_average import WeightAverage
 
     torch.manual_seed(config.run.seed)
-    model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device())
+    precision = precision_of(checked.ds_config)
+    model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device(), precision.weights)
     said: list[str] = []
     if checked.start is not None:
         kept = start_from(model, checked.start)
@@ -135,7 +143,8 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
         said += damaged
         if folder is not None:
             state = load_checkpoint(engine, folder, average)
-    stream = TrainStream(stream_settings(config, model), distributed.rank(), distributed.ranks(), state["stream"])
+    settings = stream_settings(config, model, precision.weights)
+    stream = TrainStream(settings, distributed.rank(), distributed.ranks(), state["stream"])
     balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
     if distributed.rank() == 0:
         # Only now that nothing has refused to start is it a run, or one resume more.
@@ -179,13 +188,14 @@ def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
     return chosen
 
 
-def stream_settings(config: RunConfig, model: AtomisticModel) -> StreamSettings:
-    """Return what a run's stream of batches is made with."""
+def stream_settings(config: RunConfig, model: AtomisticModel, dtype: torch.dtype) -> StreamSettings:
+    """Return what a run's stream of batches, of geometry in `dtype`, is made with."""
     from hydrazero.shards.stream import StreamSettings
     from hydrazero.shards.targets import TargetColumn
 
     return StreamSettings(
         folders=tuple(task.shards for task in config.tasks),
+        dtype=dtype,
         cutoff=config.model.cutoff,
         shape=config.batch,
         seed=config.run.seed,
@@ -202,6 +212,8 @@ def compile_steps(engine: Any) -> str:
     """Let the engine's steps be compiled where that is possible; returns a sentence on it for the log."""
     if engine.zero_optimization_stage() == 3:
         return "compile: not under ZeRO stage 3, which takes parameters away between layers; steps run eagerly."
+    if engine.fp16_enabled():
+        return "compile: not in fp16, where the loss is scaled before it is differentiated; steps run eagerly."
     reason = engine.module.compile_steps()
     if reason is None:
         return "compile: each step is one graph, compiled when its first batch comes."

@@ -104,10 +104,8 @@ class TrainedModel(nn.Module):
 def new_probe(model: AtomisticModel) -> Tensor:
     """Return a probe of the node scalars, to be differentiated with respect to."""
     features = model.settings.encoder.features
-    weight = model.energy_head.first.weight
-    return torch.zeros(
-        len(model.tasks), features, features, dtype=weight.dtype, device=weight.device, requires_grad=True
-    )
+    device = model.energy_head.first.weight.device
+    return torch.zeros(len(model.tasks), features, features, dtype=model.dtype, device=device, requires_grad=True)
 
 
 def _gradient_once_there(loss: Tensor, probe: Tensor) -> Callable[[], Tensor]:
@@ -155,10 +153,11 @@ class CompiledLoss:
     ) -> tuple[BatchTensors, Any, list[bool]]:
         layout, used = BatchTensors(batch), [True] * len(parameters)
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        fixed = list(self._fixed())
+        fixed, wide = list(self._fixed()), self.model.dtype
 
         def step(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            weights = [tensor.detach().requires_grad_() for tensor in tensors[: len(trained)]]
+            # Gradients of weights in lower precision are handed over whole: they are rounded once, by autograd.
+            weights = [tensor.detach().to(wide).requires_grad_() for tensor in tensors[: len(trained)]]
             given, task_weights, quantity_weights, *rest = tensors[len(trained) :]
             others, held = rest[: len(fixed)], rest[len(fixed) :]
             now = layout.batch(held[: len(layout.names)])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -21,30 +24,53 @@ from hydrazero.trainer.weight_average import AVERAGE_NAME
 def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = True) -> AtomisticModel:
     """Build the model of a run with the weights of a checkpoint ('best', 'last' or a step), on the CPU.
 
-    With the average of the weights where the run keeps one, unless it is not wanted. Raises ConfigError for a run or a
-    checkpoint that is not there.
+    In float32 at least, and with the average of the weights where the run keeps one, unless it is not wanted. Raises
+    ConfigError for a run or a checkpoint that is not there.
     """
     folder = checkpoint_named(run_dir, checkpoint)
     model = model_from_facts(read_json(run_dir / MODEL_FACTS_NAME))
     weights = last_weights(folder)
     if averaged and (folder / AVERAGE_NAME).is_file():
         weights.update(load_file(str(folder / AVERAGE_NAME)))
-    model = model.to(next(iter(weights.values())).dtype)
+    model = model.to(reduce(torch.promote_types, (value.dtype for value in weights.values()), torch.float32))
     model.load_state_dict(weights, strict=True)
     return model.eval()
 
 
 def last_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint, in float32 where they were sharded, by the model's names."""
+    """Return the weights in a checkpoint, those that the optimizer steps where it has its own, by the model's names."""
     whole = folder / "mp_rank_00_model_states.pt"  # under ZeRO 3 no rank has it
-    weights = torch.load(whole, map_location="cpu", weights_only=False)["module"] if whole.is_file() else {}
-    if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        weights = {**weights, **_consolidated(folder)}  # which has no weights that are not trained
+    weights = _load(whole)["module"] if whole.is_file() else {}
+    files = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=_rank_of)
+    if files and "zero_stage" in _load(files[0])["optimizer_state_dict"]:
+        weights |= _consolidated(folder)  # which has no weights that are not trained
+    else:
+        weights |= _of_bf16(files, {name: value.shape for name, value in weights.items()})
     return {name.removeprefix(PREFIX): value for name, value in weights.items()}
 
 
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.name.split("_pp_rank_")[1].split("_")[0])
+
+
+def _of_bf16(files: Sequence[Path], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Join what each rank's optimizer for bf16 under ZeRO 1 has written, which DeepSpeed's own script does not take."""
+    pieces: dict[str, list[Tensor]] = {}
+    for file in files:
+        state = _load(file)["optimizer_state_dict"]
+        groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
+        for flat, places in groups:
+            for name, place in places.items():
+                pieces.setdefault(name, []).append(flat.detach()[place.start : place.start + place.numel])
+    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items()}
+
+
 def _consolidated(folder: Path) -> dict[str, Tensor]:
-    """Join the ranks' parts of a ZeRO checkpoint into float32 weights."""
+    """Join the ranks' parts of a ZeRO checkpoint into the weights that its optimizer steps."""
     quiet_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

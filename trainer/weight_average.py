@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hydrazero.trainer.distributed import rank, ranks
+from hydrazero.trainer.distributed import rank
+from hydrazero.trainer.master_weights import set_whole_weight, spread_weights, stepped_weights, whole_weight
 from hydrazero.trainer.trained_model import PREFIX
 
 AVERAGE_NAME = "average.safetensors"
@@ -22,64 +22,53 @@ AVERAGE_NAME = "average.safetensors"
 class WeightAverage:
     """Average of all trained weights, in float32 at least.
 
-    Under ZeRO 0 to 2 every rank holds all weights and averages all of them; under ZeRO 3 each averages its own part.
+    Each rank averages what it steps: bf16 weights would not move by changes that are smaller than their rounding.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
         self.engine, self.decay, self.steps = engine, decay, 0
-        self.sharded = engine.zero_optimization_stage() == 3
         self.parameters: dict[str, Any] = {
             name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad
         }
-        self.parts = {name: _wide(self._part(parameter)) for name, parameter in self.parameters.items()}
-
-    def _part(self, parameter: Any) -> Tensor:
-        """What this rank holds of a parameter."""
-        part: Tensor = parameter.ds_tensor if self.sharded else parameter
-        return part.detach()
+        self.parts = [weights.detach().clone() for weights in stepped_weights(engine)]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after a step; the first ones count more, so that the start is soon forgotten."""
         self.steps += 1
         keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, parameter in self.parameters.items():
-            part = self.parts[name]
-            part.lerp_(self._part(parameter).to(part.dtype), 1.0 - keep)
+        for part, weights in zip(self.parts, stepped_weights(self.engine), strict=True):
+            part.lerp_(weights.detach(), 1.0 - keep)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the engine's module have the averaged weights for a while; under ZeRO 3 every rank must do so."""
-        before = {name: self._part(parameter).clone() for name, parameter in self.parameters.items()}
-        self._write(self.parts)
+        """Let the engine's module have the averaged weights for a while; every rank must do so."""
+        try:
+            with self._stepped():
+                spread_weights(self.engine)
+                yield
+        finally:
+            spread_weights(self.engine)
+
+    @contextlib.contextmanager
+    def _stepped(self) -> Iterator[None]:
+        """Let what the optimizer steps be the average for a while."""
+        before = [weights.detach().clone() for weights in stepped_weights(self.engine)]
+        self._set(self.parts)
         try:
             yield
         finally:
-            self._write(before)
-
-    def whole(self) -> dict[str, Tensor]:
-        """Return the averaged weights in full; under ZeRO 3 every rank must ask."""
-        return {name: self._joined(self.parts[name], parameter) for name, parameter in self.parameters.items()}
-
-    def _joined(self, part: Tensor, parameter: Any) -> Tensor:
-        """Return all ranks' parts of a parameter in its shape."""
-        if not self.sharded:
-            return part
-        joined = part.new_empty(ranks() * part.numel())
-        if ranks() > 1:
-            dist.all_gather_into_tensor(joined, part.reshape(-1))
-        else:
-            joined.copy_(part.reshape(-1))
-        shape = parameter.ds_shape
-        return joined[: shape.numel()].view(shape)
+            self._set(before)
 
     @torch.no_grad()
-    def _write(self, parts: dict[str, Tensor]) -> None:
-        """Set the weights, this rank's part of each and, of what ZeRO 3 holds whole at the time, the whole too."""
-        for name, parameter in self.parameters.items():
-            self._part(parameter).copy_(parts[name])
-            if self.sharded and parameter.ds_status.name == "AVAILABLE":
-                parameter.data.copy_(self._joined(parts[name], parameter))
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for weights, value in zip(stepped_weights(self.engine), values, strict=True):
+            weights.copy_(value)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return the averaged weights in full; every rank must ask."""
+        with self._stepped():
+            return {name: whole_weight(self.engine, parameter) for name, parameter in self.parameters.items()}
 
     def save(self, folder: Path) -> None:
         """Write the whole average into a checkpoint's folder; called on every rank."""
@@ -92,15 +81,7 @@ class WeightAverage:
         """Go on from the average in a checkpoint's folder, which has taken in so many steps."""
         self.steps = steps
         stored = load_file(str(folder / AVERAGE_NAME))
-        for name, part in self.parts.items():
-            value = stored[name.removeprefix(PREFIX)].to(part.dtype)
-            if self.sharded:
-                flat = torch.zeros(ranks() * part.numel(), dtype=part.dtype)
-                flat[: value.numel()] = value.reshape(-1)
-                value = flat[rank() * part.numel() : (rank() + 1) * part.numel()].view_as(part)
-            part.copy_(value)
-
-
-def _wide(values: Tensor) -> Tensor:
-    wide = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else values.dtype
-    return values.detach().to(wide, copy=True)
+        with self._stepped():
+            for name, parameter in self.parameters.items():
+                set_whole_weight(self.engine, parameter, stored[name.removeprefix(PREFIX)])
+            self.parts = [weights.detach().clone() for weights in stepped_weights(self.engine)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.exact import ExactLinear, exact_matmul
 from hydrazero.models.harmonics import solid_harmonics
 
 RADIAL_GAIN = 3.0
@@ -31,9 +32,9 @@ def dense(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def radial_weights(radial_functions: int, outputs: int, gain: float = RADIAL_GAIN) -> nn.Linear:
+def radial_weights(radial_functions: int, outputs: int, gain: float = RADIAL_GAIN) -> ExactLinear:
     """Weights that depend on the distance alone, zero where the cutoff function is."""
-    layer = nn.Linear(radial_functions + 1, outputs, bias=False)
+    layer = ExactLinear(radial_functions + 1, outputs, bias=False)
     nn.init.normal_(layer.weight, std=gain / (radial_functions + 1) ** 0.5)
     return layer
 
@@ -84,11 +85,11 @@ class DirectionalInteraction(nn.Module):
         # Split, not sliced: the derivative of a slice fills a tensor with zeros.
         parts = harmonics.split([2 * l + 1 for l in range(self.degree + 1)], dim=-1)  # noqa: E741
         densities = [
-            torch.bmm(part.transpose(1, 2), weight * incoming)
+            exact_matmul(part.transpose(1, 2), weight * incoming)
             for part, weight in zip(parts, weights.unbind(2), strict=True)
         ]
         density = slots.spread(slots.sum_rows(torch.cat(densities, dim=1)))
-        return torch.bmm(harmonics, density) - weights.sum(2) * incoming
+        return exact_matmul(harmonics, density) - weights.sum(2) * incoming
 
 
 class DirectionalOutput(nn.Module):

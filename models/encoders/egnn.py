@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.exact import ExactLinear, exact_matmul
 
 NORM_EPSILON = 1e-8
 """Under the root of vector norms, so that their slope at zero is finite."""
@@ -25,7 +26,7 @@ class EGNNLayer(nn.Module):
         # phi_e of the concatenated inputs, taken apart: what belongs to an atom is computed for the atom.
         self.own = nn.Linear(features, features)
         self.other = nn.Linear(features, features, bias=False)
-        self.distance = nn.Linear(radial_functions + 1, features, bias=False)
+        self.distance = ExactLinear(radial_functions + 1, features, bias=False)
         self.message = nn.Linear(features, features)
         # phi_x, linear: it commutes with the sum over neighbours.
         self.turn = nn.Linear(features, features, bias=False)
@@ -38,7 +39,7 @@ class EGNNLayer(nn.Module):
         inner = slots.gather(self.other(scalars)) + slots.spread(self.own(scalars)).unsqueeze(1)
         inner = functional.silu(inner + self.distance(pairs.radial))
         messages = functional.silu(self.message(inner)) * pairs.inside
-        pushed = self.turn(slots.sum_rows(torch.bmm(pairs.directions.transpose(1, 2), messages)))
+        pushed = self.turn(slots.sum_rows(exact_matmul(pairs.directions.transpose(1, 2), messages)))
         vectors = pushed if vectors is None else vectors + pushed
         norm = torch.sqrt((vectors * vectors).sum(1) + NORM_EPSILON)
         known = torch.cat([scalars, slots.sum_rows(messages.sum(1)), norm], dim=-1)

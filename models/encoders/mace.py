@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.exact import ExactLinear, exact_matmul
 from hydrazero.models.harmonics import CARTESIAN, Constants, coupling, solid_harmonics, sphere_tables
 
 TYPICAL_NEIGHBOURS = 10.0
@@ -30,13 +31,12 @@ def by_degree(x: Tensor, degree: int, dim: int) -> tuple[Tensor, ...]:
     return x.split([2 * l + 1 for l in range(degree + 1)], dim=dim)  # noqa: E741
 
 
-def radial_layer(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    """Layer without bias, so that it keeps zero at the cutoff.
+def radial_layer(layer: nn.Linear, gain: float) -> nn.Linear:
+    """Begin a layer, which has no bias, so that it keeps zero at the cutoff.
 
     PyTorch's own would make densities of a thousandth, whose products play no part for a long time.
     """
-    layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=gain / inputs**0.5)
+    nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
     return layer
 
 
@@ -70,12 +70,14 @@ class NeighbourDensity(nn.Module):
         self.couplings = Constants(**{f"{a} {b} {c}": coupling(a, b, c) for a, b, c in self.paths})
         self.up = DegreeLinear(node_degree, settings.features)
         self.radial = nn.Sequential(
-            radial_layer(settings.radial_functions + 1, RADIAL_HIDDEN, RADIAL_GAIN),
+            radial_layer(ExactLinear(settings.radial_functions + 1, RADIAL_HIDDEN, bias=False), RADIAL_GAIN),
             nn.SiLU(),
-            radial_layer(RADIAL_HIDDEN, RADIAL_HIDDEN, SILU_GAIN),
+            radial_layer(nn.Linear(RADIAL_HIDDEN, RADIAL_HIDDEN, bias=False), SILU_GAIN),
             nn.SiLU(),
         )
-        self.weights = radial_layer(RADIAL_HIDDEN, len(self.paths) * settings.features, SILU_GAIN)
+        self.weights = radial_layer(
+            nn.Linear(RADIAL_HIDDEN, len(self.paths) * settings.features, bias=False), SILU_GAIN
+        )
         self.down = DegreeLinear(self.degree, settings.features)
 
     def forward(self, nodes: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
@@ -87,10 +89,12 @@ class NeighbourDensity(nn.Module):
         parts: list[list[Tensor]] = [[] for _ in range(self.degree + 1)]
         for (pair, node, out), weight in zip(self.paths, weights, strict=True):
             constants = self.couplings.get(f"{pair} {node} {out}", harmonics)
-            mix = torch.einsum("rka,abc->rckb", directions[pair], constants)
+            # [R, K, a] times [a, b, c], to [R, c, K, b].
+            mix = exact_matmul(directions[pair], constants.flatten(1)).unflatten(-1, constants.shape[1:])
+            mix = mix.permute(0, 3, 1, 2)
             messages = gathered[node] * weight.unsqueeze(2)
             flat = slots * (2 * node + 1)
-            parts[out].append(torch.bmm(mix.reshape(rows, -1, flat), messages.reshape(rows, flat, -1)))
+            parts[out].append(exact_matmul(mix.reshape(rows, -1, flat), messages.reshape(rows, flat, -1)))
         summed = torch.cat([torch.stack(part).sum(0) for part in parts], dim=1)
         return self.down(pairs.slots.sum_rows(summed) / TYPICAL_NEIGHBOURS)
 
@@ -110,15 +114,15 @@ class DensityProducts(nn.Module):
     def forward(self, densities: Tensor, kinds: Tensor) -> Tensor:
         """Densities [A, (L + 1)^2, F], kinds of atoms [A, F] -> [A, (l + 1)^2, F]."""
         atoms = densities.shape[0]
-        evaluate, expand = self.tables.get("evaluate", densities), self.tables.get("expand", densities)
+        evaluate, expand = self.tables.get("evaluate", kinds), self.tables.get("expand", kinds)
         weights = self.weights(kinds).view(atoms, self.order, self.out_degree + 1, self.features)
         total: Tensor | None = None
         product: Tensor | None = None
         for order, factor in enumerate(self.factors):
             # [P, L] times [A, L, F]: values of the functions on the points, [A, P, F].
-            values = torch.matmul(evaluate.t(), factor(densities))
+            values = exact_matmul(evaluate.t(), factor(densities))
             product = values if product is None else product * values
-            expanded = torch.matmul(expand.t(), product)
+            expanded = exact_matmul(expand.t(), product)
             parts = zip(by_degree(expanded, self.out_degree, 1), weights[:, order].split(1, dim=1), strict=True)
             term = torch.cat([part * weight for part, weight in parts], dim=1)
             total = term if total is None else total + term

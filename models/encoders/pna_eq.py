@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.encoders.painn import PaiNNUpdate
+from hydrazero.models.exact import ExactLinear
 from hydrazero.models.pair_sums import pair_sum
 from hydrazero.models.slots import Slots
 
@@ -53,7 +54,7 @@ class PNAMessage(nn.Module):
         self.features = features
         self.context_in = nn.Linear(features, features)
         self.context_out = nn.Linear(features, 3 * features)
-        self.scalar_filter = nn.Linear(radial_functions, features)
+        self.scalar_filter = ExactLinear(radial_functions, features)
         self.vector_filter = nn.Parameter(torch.empty(radial_functions + 1, 2 * features))
         nn.init.uniform_(self.vector_filter, -1.0 / math.sqrt(radial_functions), 1.0 / math.sqrt(radial_functions))
         self.mix = nn.Linear(AGGREGATES * SCALERS * features, features)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.exact import ExactLinear
 
 
 def shifted_softplus(x: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ class SchNetInteraction(nn.Module):
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
-        self.filter_in = nn.Linear(radial_functions, features)
+        self.filter_in = ExactLinear(radial_functions, features)
         self.filter_out = nn.Linear(features, features)
         self.before = nn.Linear(features, features, bias=False)
         self.after = nn.Linear(features, features)
