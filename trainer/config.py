@@ -32,6 +32,8 @@ class RunSection:
     """Folder of the run; relative to the folder where the command is given."""
     seed: int = 0
     """Of weights and data order."""
+    wandb: str = ""
+    """Project of Weights & Biases that numbers and pictures go to as well; none if it is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from hydrazero.shards.budget import check_budget, degrees_within
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
-from hydrazero.trainer.config import RunConfig, TaskSection
+from hydrazero.trainer.config import LossSection, RunConfig, TaskSection
 
 SMALLEST_SCALE = 1e-3
 """eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
@@ -111,6 +111,22 @@ def check_target_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
     for name in config.loss.target_weights:
         if name not in known:
             raise ConfigError(f"loss.target_weights: '{name}' is no target of any task{did_you_mean(name, known)}.")
+
+
+def check_labels(task: TaskSection, loss: LossSection, facts: TaskFacts, manifest: Manifest) -> None:
+    """Raise ConfigError if nothing of what a task's shards hold is trained, although its loss counts."""
+    held = {
+        "energy": facts.has_energy,
+        "forces": facts.has_forces and facts.forces != NONE,
+        "stress": "stress" in manifest.labels and facts.stress != NONE,
+        **dict.fromkeys(facts.targets, True),
+    }
+    if task.weight and not any(found and loss.weight(name) > 0 for name, found in held.items()):
+        labels = ", ".join(sorted({*manifest.labels, *manifest.targets})) or "no labels"
+        raise ConfigError(
+            f"task '{task.name}' trains nothing: of what {task.shards} holds ({labels}), nothing is predicted with a "
+            "weight above 0; look at [loss] and at the task's forces, stress and targets, or set its weight to 0."
+        )
 
 
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
 
-from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.compiled import BatchTensors, CompiledModel, compile_traced, layout_key, use_kernels
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.losses import Objective
@@ -73,10 +73,11 @@ class TrainedModel(nn.Module):
         """Let go of what was measured."""
         self._measured.clear()
 
-    def evaluate(self, batch: GraphBatch) -> Tensor:
-        """Return the sums of a batch by the model in evaluation mode."""
+    def predict(self, batch: GraphBatch) -> Predictions:
+        """Return what the model in evaluation mode predicts."""
         predict = self.model if self._compiled_model is None else self._compiled_model
-        return self.objective.sums(predict(batch), batch).detach()
+        predictions: Predictions = predict(batch)
+        return predictions
 
 
 def new_probe(model: AtomisticModel) -> Tensor:
