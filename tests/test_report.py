@@ -143,6 +143,7 @@ def test_report_holds_everything_and_nothing_from_outside(tmp_path):
     assert "20.0" in page  # 30 over 1.5 meV/atom
     assert "c0ffee with changes that are not committed" in page and "f" * 64 in page and "not recorded" in page
     assert "http" not in page.replace("http-equiv", "")
+    assert "1,207 training structures were skipped" in page
     assert rows_of(page, "Tasks against each other")[0] == ["a<b>", "1.2", "25.0", "2"]
 
 
@@ -242,7 +243,3 @@ def test_truncate_leaves_what_came_before(tmp_path):
     run = made_run(tmp_path / "run")
     truncate_metrics(run, 7)
     assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == list(range(1, 8))
-
-
-def test_skipped_structures_are_told(tmp_path):
-    assert "1,207 training structures were skipped" in write_report([made_run(tmp_path)]).read_text()

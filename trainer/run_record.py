@@ -32,8 +32,9 @@ def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict
 
 
 def _start(ranks: int) -> dict[str, Any]:
+    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # alone, the rank is the command itself
     return {
-        "command": " ".join(["hydrazero train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]),
+        "command": " ".join(["hydrazero train", *(word for word in words if not word.startswith("--local_rank"))]),
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_commit(),

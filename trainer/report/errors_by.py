@@ -44,13 +44,16 @@ class Binned:
 
 
 def binned(at: Array, errors: Array) -> Binned | None:
-    """Put errors into bins: one for each distinct value if these are few, else equally full ones; None if empty."""
+    """Put errors into bins: one for each distinct value if these are few and repeat, else equally full ones.
+
+    None if there are no errors.
+    """
     known = np.isfinite(at) & np.isfinite(errors)
     at, errors = at[known], errors[known]
     if not len(at):
         return None
     distinct, group = np.unique(at, return_inverse=True)
-    if len(distinct) <= BINS:
+    if len(distinct) <= BINS and len(distinct) < len(at):
         parts = [np.flatnonzero(group == number) for number in range(len(distinct))]
     else:
         count = int(np.clip(len(at) // SMALLEST_BIN, 1, BINS))
@@ -174,8 +177,18 @@ def element_errors(run: RunData) -> Figure | None:
     for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
         value = values[row, column]
         ink = "white" if norm is not None and norm(value) > 0.65 else "black"
-        ax.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(image, ax=ax, label="force MAE, meV/Å")
+        ax.text(
+            column,
+            row,
+            f"{value:.0f}" if value >= 100 else f"{value:.3g}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=ink,
+        )
+    bar = figure.colorbar(image, ax=ax, label="force MAE, meV/Å")
+    if norm is not None:
+        plain_logarithms(bar.ax.yaxis)
     return figure
 
 

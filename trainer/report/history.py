@@ -9,13 +9,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hydrazero.trainer.report.panels import (
     GREY,
     PAGE,
     colour_of,
+    columns_for,
     legend_below,
     log_scale,
     nothing,
@@ -32,8 +32,8 @@ OVERVIEW = (
     ("loss", "loss", 1.0),
     ("learning_rate", "learning rate", 1.0),
     ("gradient_norm", "gradient norm", 1.0),
-    ("skipped_steps", "skipped steps", 1.0),
 )
+SKIPPED = ("skipped_steps", "skipped steps", 1.0)
 THROUGHPUT = (
     ("structures_per_s", "structures/s", 1.0),
     ("atoms_per_s", "atoms/s", 1.0),
@@ -43,16 +43,14 @@ THROUGHPUT = (
 
 
 def overview(runs: Sequence[RunData]) -> Figure:
-    """Loss (training and validation), learning rate, gradient norm, skipped steps."""
-    figure = _panels(runs, OVERVIEW)
-    ax = figure.axes[0]
+    """Loss (training and validation), learning rate, gradient norm, and skipped steps if there are any."""
+    skipped = any(value for run in runs for value in run.series("train", "skipped_steps")[1])
+    figure = _panels(runs, [*OVERVIEW, *([SKIPPED] if skipped else [])])
+    loss, _, norm, *_ = figure.axes
     for number, run in enumerate(runs):
-        ax.plot(*run.series("evaluation", "loss"), color=colour_of(number), **VALIDATED)
-    for each in (ax, figure.axes[2]):
-        log_scale(each)
-    skipped = figure.axes[3]
-    skipped.set_ylim(0, max(1.1 * skipped.get_ylim()[1], 1))
-    skipped.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        loss.plot(*run.series("evaluation", "loss"), color=colour_of(number), **VALIDATED)
+    for ax in (loss, norm):
+        log_scale(ax)
     _legend(figure, runs)
     return figure
 
@@ -62,8 +60,7 @@ def throughput(runs: Sequence[RunData]) -> Figure:
     figure = _panels(runs, THROUGHPUT)
     for ax in figure.axes:
         ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
-    if len(runs) > 1:
-        _legend(figure, runs)
+    _name_runs(figure, runs)
     return figure
 
 
@@ -80,14 +77,22 @@ def _panels(runs: Sequence[RunData], panels: Sequence[tuple[str, str, float]]) -
     return figure
 
 
+def _lines_of_runs(runs: Sequence[RunData]) -> list[tuple[Line2D, str]]:
+    return [(Line2D([], [], color=colour_of(n), linewidth=1.4), run.label) for n, run in enumerate(runs)]
+
+
+def _name_runs(figure: Figure, runs: Sequence[RunData]) -> None:
+    if len(runs) > 1:
+        legend_below(figure, _lines_of_runs(runs))
+
+
 def _legend(figure: Figure, runs: Sequence[RunData]) -> None:
-    entries = [(Line2D([], [], color=colour_of(n), linewidth=1.4), run.label) for n, run in enumerate(runs)]
     colour = colour_of(0) if len(runs) == 1 else GREY
     kinds = [
         (Line2D([], [], color=colour, **TRAINED), "training"),
         (Line2D([], [], color=colour, **VALIDATED), "validation"),
     ]
-    legend_below(figure, [*(entries if len(runs) > 1 else []), *kinds])
+    legend_below(figure, [*(_lines_of_runs(runs) if len(runs) > 1 else []), *kinds])
 
 
 def learning_curves(runs: Sequence[RunData]) -> Figure:
@@ -134,13 +139,12 @@ def over_steps(runs: Sequence[RunData], kind: str, key: str, label: str) -> Figu
         ax.set_title(task, fontweight="bold", fontsize=10)
         ax.set_xlabel("step")
         ax.locator_params(axis="x", nbins=5)
-        if place % 4 == 0:
+        if place % columns_for(len(tasks)) == 0:
             ax.set_ylabel(label)
     if key != "sampling_shares":
         for ax in axes:
             log_scale(ax)
-    if len(runs) > 1:
-        legend_below(figure, [(Line2D([], [], color=colour_of(n)), run.label) for n, run in enumerate(runs)])
+    _name_runs(figure, runs)
     return figure
 
 

@@ -37,7 +37,7 @@ details.run > summary { font-size: 1.3rem; font-weight: 600; margin: 1.2rem 0; }
 PIXELS = 100
 """An inch of a figure on the page; its file has more of them, for screens that show more."""
 DOTS = 130
-COLOURS = 128
+COLOURS = 256
 """Of a picture: a third of the bytes that it has with all of them."""
 WIDE = 10.9
 """Inches; a wider figure scrolls at its own size instead of shrinking."""
@@ -87,7 +87,7 @@ def picture(figure: Figure, alternative: str) -> str:
     """Embed a figure; one too wide for the page scrolls at its own size."""
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DOTS)
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(buffer, "png")
+    Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(buffer, "png")
     data = base64.b64encode(buffer.getvalue()).decode()
     width = figure.get_figwidth()
     kind = "scroll large" if width > WIDE else "scroll wide"

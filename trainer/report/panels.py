@@ -20,9 +20,14 @@ IN_A_ROW = 4
 WIDEST = 3.6
 
 
+def columns_for(count: int) -> int:
+    """Axes in a row, so that rows are about equally full."""
+    return -(-count // -(-count // IN_A_ROW))
+
+
 def small_multiples(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
     """Return a figure of `count` axes, up to four in a row; each is `height` inches high."""
-    columns = min(count, IN_A_ROW)
+    columns = columns_for(count)
     rows = -(-count // columns)
     figure = Figure(figsize=(min(PAGE / columns, WIDEST) * columns, height * rows + 0.2), layout="constrained")
     axes = [plain_axes(figure.add_subplot(rows, columns, number + 1)) for number in range(count)]
@@ -31,7 +36,7 @@ def small_multiples(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
 
 def pairs_of_tasks(tasks: Sequence[str], *, height: float) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """Return a figure with two axes for each task, one above the other, up to four tasks in a row."""
-    columns = min(len(tasks), IN_A_ROW)
+    columns = columns_for(len(tasks))
     rows = 2 * -(-len(tasks) // columns)
     figure = Figure(figsize=(min(PAGE / columns, WIDEST) * columns, height * rows + 0.2), layout="constrained")
     pairs = []
