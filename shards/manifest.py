@@ -201,6 +201,11 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise ShardError(f"{path} lacks or misuses a field ({error}); convert the task again.") from error
 
 
+def manifest_sha256(folder: Path | str) -> str:
+    """Return the SHA-256 of a manifest in hexadecimal, which stands for the shards, whose own are in it."""
+    return hashlib.sha256(_manifest_bytes(str(folder))).hexdigest()
+
+
 def _manifest_bytes(folder: str) -> bytes:
     if is_remote(folder):
         try:

@@ -238,7 +238,7 @@ def test_bad_run_files(shards, tmp_path):
     weightless = f'[[tasks]]\nname = "emt"\nshards = "{shards}"\nweight = 0.0\n'
     refused(run(tasks=weightless), "every task has the weight 0")
     zero = "[loss]\nenergy_weight = 0.0\nforces_weight = 0.0\nstress_weight = 0.0\n"
-    refused(run(zero), "every quantity that the tasks hold (energy, forces", "the weight 0")
+    refused(run(zero), "trains nothing", "look at [loss]")
     refused(run("", "--set", "model.encoder=pain"), "'pain'", "did you mean 'painn'")
     refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "did you mean")
     refused(run("[loss]\nkind = 'hubber'\n"), "hubber", "did you mean 'huber'")

@@ -286,7 +286,7 @@ def test_damaged_blocks_stop_the_run_or_are_skipped_and_counted(data, tmp_path, 
     assert rows[-1]["skipped_structures"] >= shard.block_structures[0]
     assert "training structures are skipped so far: shard" in result.stderr
     assert {row["tasks"].get("metals", {}).get("structures", 0) for row in rows} == {0}
-    assert "structures were skipped" in write_report(tmp_path / "skipping").read_text()
+    assert "structures were skipped" in write_report([tmp_path / "skipping"]).read_text()
 
 
 def test_the_deepspeed_launcher_starts_the_same_job(data, finished, tmp_path):
@@ -363,6 +363,6 @@ def test_from_run_to_model_and_report(finished, data, tmp_path):
     assert again == pytest.approx(before, rel=1e-4)
     succeeded(start(BIN / "hydrazero", "report", finished))
     page = (finished / "report.html").read_text()
-    assert page.count("<img") == 4 and "molecules" in page and 'src="http' not in page
+    assert page.count("<img") > 4 and "molecules" in page and 'src="http' not in page
     result = start(BIN / "hydrazero", "export", finished, "--out", model)
     assert result.returncode == 1 and "exists" in result.stderr

@@ -57,13 +57,35 @@ def task_list(text: str | None) -> list[str] | None:
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
-def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool) -> None:
+@click.option(
+    "--dry-run",
+    "trial",
+    flag_value="dry-run",
+    help="Check files, elements, labels, batch, memory and DeepSpeed settings, do two steps and a batch of the "
+    "validation, say what the run will take; nothing is written.",
+)
+@click.option(
+    "--profile",
+    "trial",
+    flag_value="profile",
+    help="Profile five steps after five others, write RUN/profile/trace-rankN.json (for chrome://tracing or Perfetto), "
+    "print the ten dearest operations and stop. The run itself is not started, and one that is there is left as it is.",
+)
+def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, trial: str | None) -> None:
     """Train what RUN.toml describes."""
     from hydrazero.trainer.config import load_run_config
     from hydrazero.trainer.launcher import launch_ranks
     from hydrazero.trainer.train import check_run, run_rank
+    from hydrazero.trainer.trial import check_trial, run_trial
 
     config = load_run_config(run_file, overrides)
+    if trial is not None:
+        check_trial(trial, config, resume, ranks)
+        if ranks == 1:
+            run_trial(trial, config, resume)
+        elif (status := launch_ranks(run_file, ranks, overrides, resume, [f"--{trial}"])) != 0:
+            raise SystemExit(status)
+        return
     check_run(config, resume, ranks)
     if ranks == 1:
         run_rank(config, resume)

@@ -37,6 +37,8 @@ class RunSection:
     start_from: str = ""
     """Run folder or exported model whose weights the run starts with: encoder and embedding, and what fits of the heads
     of tasks of the same name."""
+    wandb: str = ""
+    """Project of Weights & Biases that numbers and pictures go to as well; none if it is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

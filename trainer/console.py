@@ -1,20 +1,36 @@
-"""What a run tells: progress on the console, TensorBoard and metrics.jsonl; on rank 0 alone."""
+"""What a run tells: on the console, in metrics.jsonl, and in TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hydrazero.trainer.distributed import rank
+from hydrazero.trainer.config import RunConfig
+from hydrazero.trainer.distributed import rank, together
+from hydrazero.trainer.progress_line import ProgressLine, wide_console
 from hydrazero.trainer.run_files import append_metrics
 
-TENSORBOARD = "tensorboard"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAIN_SCALARS = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "structures_per_s",
+    "atoms_per_s",
+    "data_wait_share",
+    "memory_mb",
+    "skipped_steps",
+)
+"""Of rows of training, those in TensorBoard that are of no task."""
 
 
 def shown(value: float | None, digits: int = 1) -> str:
@@ -40,82 +56,81 @@ def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int
 
 
 class RunLog:
-    """Log of a run; every rank has one, only rank 0's writes."""
+    """Log of a run; every rank has one, only rank 0's writes, and only while it is entered."""
 
-    def __init__(self, run_dir: Path, total_steps: int, start: int) -> None:
-        self.run_dir, self.total_steps, self.start = run_dir, total_steps, start
-        self.console = Console(stderr=True)
-        self._progress: Progress | None = None
+    def __init__(self, config: RunConfig, start: int) -> None:
+        self.config, self.start = config, start
+        self.run_dir = Path(config.run.out)
+        self._line: ProgressLine | None = None
 
     def __enter__(self) -> RunLog:
-        if rank() != 0:
-            return self
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.run_dir / TENSORBOARD), purge_step=self.start + 1)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]} loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            refresh_per_second=2,
-        )
-        self._bar = self._progress.add_task("", total=self.total_steps, completed=self.start, rate="", loss="")
-        self._progress.start()
+        # All ranks learn of it if rank 0 cannot open it.
+        together(lambda: self._open() if rank() == 0 else None)
         return self
+
+    def _open(self) -> None:
+        from hydrazero.trainer.scalar_log import ScalarLog
+
+        self._scalars = ScalarLog(self.run_dir, self.config, self.start)
+        self._line = ProgressLine(wide_console(stderr=True), self.start, self.config.train.steps)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._writer.close()
-            self._progress = None
+        if self._line is not None:
+            self._line.stop()
+            self._scalars.close()
+            self._line = None
 
     def say(self, sentence: str) -> None:
-        """Show one line above the progress bar."""
-        if self._progress is not None:
-            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        """Show one line above the progress."""
+        if self._line is not None:
+            self._line.say(sentence)
 
     def advance(self, step: int, loss: float) -> None:
-        """Move the progress bar."""
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=step, loss=f"{loss:.4f}")
+        """Move the progress on."""
+        if self._line is not None:
+            self._line.advance(step, loss)
 
     def train_row(self, row: dict[str, Any]) -> None:
         """Log an interval of training."""
-        if self._progress is None:
+        if self._line is None:
             return
         append_metrics(self.run_dir, {"kind": "train", **row})
-        rate = f"{row['structures_per_s']:.0f} structures/s, waits {100 * row['data_wait_share']:.0f}%,"
-        self._progress.update(self._bar, rate=rate)
-        for name in ("loss", "learning_rate", "gradient_norm", "structures_per_s", "atoms_per_s", "data_wait_share"):
-            if row[name] is not None:
-                self._writer.add_scalar(f"train/{name}", row[name], row["step"])
-        self._add_tasks("train", row["step"], row["tasks"])
+        self._line.interval(row["structures_per_s"], row["data_wait_share"])
+        values = {f"train/{name}": row[name] for name in TRAIN_SCALARS}
+        for key in ("weights", "sampling_shares"):
+            values |= {f"{key}/{task}": value for task, value in row[key].items()}
+        self._scalars.add(row["step"], {**values, **by_task("train", row["tasks"])})
+        self._scalars.flush()
 
     def balance_row(self, row: dict[str, Any]) -> None:
-        """Log what was measured of the tasks' gradients, and the weights that follow."""
-        if self._progress is None:
+        """Log what was measured of the tasks' gradients."""
+        if self._line is None:
             return
         append_metrics(self.run_dir, {"kind": "balance", **row})
-        for key in ("gradient_norms", "weights"):
-            for name, value in row[key].items():
-                if value is not None:
-                    self._writer.add_scalar(f"{key}/{name}", value, row["step"])
+        names = list(row["gradient_norms"])
+        cosines = {
+            f"cosines/{names[one]}_{names[other]}": row["cosines"][one][other]
+            for one, other in combinations(range(len(names)), 2)
+        }
+        norms = {f"gradient_norms/{name}": value for name, value in row["gradient_norms"].items()}
+        self._scalars.add(row["step"], {**norms, **cosines})
+
+    def pictures(self, step: int, figures: Callable[[], dict[str, Figure]]) -> None:
+        """Log figures, which are made where they are logged alone."""
+        if self._line is not None:
+            self._scalars.add_pictures(step, figures())
+            self._scalars.flush()
 
     def evaluation_row(self, step: int, split: str, tasks: dict[str, dict[str, Any]], loss: float | None) -> None:
         """Log an evaluation, with the loss by which evaluations are compared, and show it as a table."""
-        if self._progress is None:
+        if self._line is None:
             return
         facts = {"kind": "evaluation", "split": split, "step": step, "loss": loss}
         append_metrics(self.run_dir, {**facts, "tasks": tasks})
-        if loss is not None:
-            self._writer.add_scalar(f"{split}/loss", loss, step)
-        self._add_tasks(split, step, tasks)
+        self._scalars.add(step, {f"{split}/loss": loss, **by_task(split, tasks)})
+        self._scalars.flush()
         table = Table(title=f"step {step}, {split}", title_justify="left")
         targets = sorted({target for row in tasks.values() for target in row["target_mae"]})
         stress = any(row["stress_mae_mev_per_angstrom3"] is not None for row in tasks.values())
@@ -127,14 +142,17 @@ class RunLog:
             rest = [shown(row["stress_mae_mev_per_angstrom3"], 3)] if stress else []
             rest += [shown(row["target_mae"].get(target), 4) for target in targets]
             table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force), *rest)
-        self.console.print(table)
+        self._line.console.print(table)
         for sentence in left_out(tasks):
             self.say(sentence)
 
-    def _add_tasks(self, prefix: str, step: int, tasks: dict[str, dict[str, Any]]) -> None:
-        for name, row in tasks.items():
-            targets = {f"{target}_mae": value for target, value in row["target_mae"].items()}
-            for key, value in {**row, **targets}.items():
-                if value is not None and key not in ("structures", "unseen", "target_mae"):
-                    self._writer.add_scalar(f"{prefix}/{key}/{name}", value, step)
-        self._writer.flush()
+
+def by_task(prefix: str, tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Return the losses and errors of tasks by the tags of TensorBoard: 'val/energy_loss/TASK'."""
+    values = {}
+    for name, row in tasks.items():
+        targets = {f"{target}_mae": value for target, value in row["target_mae"].items()}
+        for key, value in {**row, **targets}.items():
+            if key not in ("structures", "unseen", "target_mae"):
+                values[f"{prefix}/{key}/{name}"] = value
+    return values

@@ -45,7 +45,7 @@ def run_demo(out: Path) -> None:
     console.rule("6/6 report")
     from hydrazero.trainer.report import write_report
 
-    report = write_report(out)
+    report = write_report([out])
     print_evaluation(document)
     output = Console(soft_wrap=True)
     output.print(relaxation)

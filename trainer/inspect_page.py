@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from hydrazero.shards.inspection import SIDE_BY_SIDE, side_by_side_rows
 from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.target_table import TARGET_HEADINGS, target_rows
 from hydrazero.trainer.inspect_plots import distributions, element_map, elements_of_tasks
-from hydrazero.trainer.report import STYLE
+from hydrazero.trainer.report.markup import picture
+from hydrazero.trainer.report.markup import write_page as write_document
 
 
 def write_page(manifests: Sequence[Manifest], cutoff: str, out: Path) -> None:
@@ -27,23 +23,16 @@ def write_page(manifests: Sequence[Manifest], cutoff: str, out: Path) -> None:
         f"{sum(manifest.atoms() for manifest in manifests):,} atoms</p>",
         _overview(manifests, cutoff),
         "<h2>Elements</h2>",
-        _picture(element_map(manifests), "periodic table coloured by the number of atoms"),
+        picture(element_map(manifests), "periodic table coloured by the number of atoms"),
     ]
     if len(manifests) > 1:
-        parts.append(_picture(elements_of_tasks(manifests), "share of each element in each task's atoms"))
-    parts += ["<h2>Sizes, labels, neighbours</h2>", _picture(distributions(manifests, cutoff), "distributions")]
+        parts.append(picture(elements_of_tasks(manifests), "share of each element in each task's atoms"))
+    parts += ["<h2>Sizes, labels, neighbours</h2>", picture(distributions(manifests, cutoff), "distributions")]
     if any(manifest.targets for manifest in manifests):
         parts += ["<h2>Targets of the training split</h2>", *(_targets(manifest) for manifest in manifests)]
     parts += ["<h2>What stands out</h2>", *(_outliers(manifest) for manifest in manifests)]
     parts += ["<h2>Sources</h2>", *(_source(manifest) for manifest in manifests)]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    part = out.with_name(out.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out)
+    write_document(title, parts, out)
 
 
 def _overview(manifests: Sequence[Manifest], cutoff: str) -> str:
@@ -90,10 +79,3 @@ def _source(manifest: Manifest) -> str:
         facts.append(f"{manifest.duplicate_count:,} frames repeat an earlier geometry")
     lines = "<br>".join(escape(fact) for fact in facts)
     return f'<p class="facts"><b>{escape(manifest.task)}</b><br>{lines}</p>'
-
-
-def _picture(figure: Figure, alternative: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<div class="wide scroll"><img alt="{escape(alternative)}" src="data:image/png;base64,{data}"></div>'

@@ -11,8 +11,13 @@ from pathlib import Path
 from hydrazero.trainer.distributed import free_port
 
 
-def launch_ranks(run_file: Path, ranks: int, overrides: Sequence[str], resume: bool) -> int:
-    """Train with `ranks` processes under the deepspeed launcher; returns its exit status."""
+def launch_ranks(
+    run_file: Path, ranks: int, overrides: Sequence[str], resume: bool, options: Sequence[str] = ()
+) -> int:
+    """Train with `ranks` processes under the deepspeed launcher; returns its exit status.
+
+    `options` are more of those that hydrazero.trainer.train takes.
+    """
     import torch
 
     environment = dict(os.environ)
@@ -27,4 +32,5 @@ def launch_ranks(run_file: Path, ranks: int, overrides: Sequence[str], resume: b
         command += ["--set", override]
     if resume:
         command.append("--resume")
+    command += options
     return subprocess.run(command, env=environment, check=False).returncode

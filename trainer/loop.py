@@ -19,6 +19,7 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, empty_batch, evaluation_batches
 from hydrazero.trainer.balancing import RunBalance
+from hydrazero.trainer.batch_memory import peak_memory_mb
 from hydrazero.trainer.checkpoint import save_checkpoint
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
@@ -27,13 +28,13 @@ from hydrazero.trainer.distributed import (
     fail_together,
     gather_objects,
     max_over_ranks,
-    peak_memory,
     rank,
     ranks,
     sum_over_ranks,
 )
 from hydrazero.trainer.engine import train_step
 from hydrazero.trainer.losses import errors_by_task, leave_out_unseen
+from hydrazero.trainer.parity_sample import ParitySample
 from hydrazero.trainer.schedules import Schedule
 from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.stop_request import StopRequest
@@ -115,7 +116,7 @@ class Trainer:
         self.engine.train()
         stopped, begun = False, self.step
         while self.step < settings.steps and not stopped:
-            wanted = self._one_step(batches, interval)
+            wanted = self.one_step(batches, interval)
             if self.config.train.compile and self.step == begun + 1:
                 self._say_if_not_compiled()
             if self._due(settings.log_every):
@@ -156,7 +157,7 @@ class Trainer:
             self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
         return bool(reason)
 
-    def _one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> bool:
+    def one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> bool:
         """Do a step; returns whether a rank wants to stop after it."""
         parts = self.parts
         asked = time.monotonic()
@@ -208,11 +209,17 @@ class Trainer:
                 "skipped_structures": self._skipped(),
                 "skipped_steps": self.parts.guard.skipped,
                 "rescaled_steps": self.parts.guard.rescaled,
-                "max_memory_mb": max_over_ranks(peak_memory()) / 2**20,
+                "memory_mb": max_over_ranks(peak_memory_mb()),
                 "weights": self.parts.balance.weights(),
+                "sampling_shares": self._shares(interval.sums[:, -1]),
                 "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
             }
         )
+
+    def _shares(self, structures: Tensor) -> dict[str, float | None]:
+        """Share of each task among the structures drawn, [tasks] of them."""
+        total = float(structures.sum())
+        return {name: n / total if total else None for name, n in zip(self.names, structures.tolist(), strict=True)}
 
     def _skipped(self) -> int:
         """Training structures that damaged shards have cost so far, on all ranks; what is new is said."""
@@ -230,12 +237,21 @@ class Trainer:
         for reason, count in sorted(everywhere.items()):
             self.parts.log.say(f"warning: {count:,} {split} structures are skipped so far: {reason}")
 
+    def _pictures_due(self) -> bool:
+        """Whether predictions of an evaluation are drawn: of the 1st, 2nd, 4th, 8th, ... and the last.
+
+        A picture of each task takes its time, which so stays small beside that of the run.
+        """
+        number = -(-self.step // self.config.train.evaluate_every)
+        return number.bit_count() == 1 or self.step == self.config.train.steps
+
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; returns whether it is the best so far."""
         reader = SplitReader(self.parts.stream.settings, "val")
         average = self.parts.average
         with contextlib.nullcontext() if average is None else average.applied():
-            sums, unseen = evaluate_engine(self.engine, reader)
+            sample = ParitySample(self.names, self.engine.module.objective) if self._pictures_due() else None
+            sums, unseen = evaluate_engine(self.engine, reader, sample)
         self._say_skipped("validation", reader.skipped)
         objective = self.engine.module.objective
         score = objective.score(sums, self.parts.balance.own_weights)
@@ -243,6 +259,8 @@ class Trainer:
         for name, count in zip(self.names, unseen.tolist(), strict=True):
             tasks[name]["unseen"] = int(count)
         self.parts.log.evaluation_row(self.step, "val", tasks, None if math.isnan(score) else score)
+        if sample is not None:
+            self.parts.log.pictures(self.step, sample.gathered().figures)
         if isinstance(self.engine.lr_scheduler, Schedule) and not math.isnan(score):
             self.engine.lr_scheduler.report(score)
         if math.isnan(score) or (self.best is not None and score >= self.best["loss"]):
@@ -252,11 +270,11 @@ class Trainer:
         return True
 
 
-def evaluate_engine(engine: Any, reader: SplitReader) -> tuple[Tensor, Tensor]:
+def evaluate_engine(engine: Any, reader: SplitReader, sample: ParitySample | None = None) -> tuple[Tensor, Tensor]:
     """Return the table of sums over a reader's split, all ranks together; each structure is counted once.
 
     Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
-    counts them. Raises what the data raise, on every rank, whichever has met it.
+    counts them. Some predictions are kept in `sample`. Raises what the data raise, on every rank, whichever has met it.
     """
     model = engine.module.model
     known = known_elements(model.tasks).to(device())
@@ -264,15 +282,18 @@ def evaluate_engine(engine: Any, reader: SplitReader) -> tuple[Tensor, Tensor]:
     unseen = torch.zeros(len(model.tasks), dtype=torch.float64, device=device())
     batches = evaluation_batches(reader, rank(), ranks())
     engine.eval()
-    while (batch := _next_on_any_rank(batches, reader.settings)) is not None:
+    while (batch := next_on_any_rank(batches, reader.settings)) is not None:
         batch = batch.to(device())
         unseen += leave_out_unseen(batch, model, known)
-        sums += engine.module.evaluate(batch)
+        predictions = engine.module.predict(batch)
+        sums += engine.module.objective.sums(predictions, batch).detach()
+        if sample is not None:
+            sample.add(batch, predictions)
     engine.train()
     return sum_over_ranks(sums), sum_over_ranks(unseen)
 
 
-def _next_on_any_rank(batches: Iterator[GraphBatch], settings: StreamSettings) -> GraphBatch | None:
+def next_on_any_rank(batches: Iterator[GraphBatch], settings: StreamSettings) -> GraphBatch | None:
     """Return this rank's next batch, padding if it has nothing left while others have, None when all are done.
 
     Every rank goes along to the end: under ZeRO-3 every forward needs every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.manifest import manifest_sha256
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
 
@@ -17,22 +19,41 @@ VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "web
 
 
 def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """Return what `run.json` holds at the start: configuration, versions, command, ranks and time."""
+    """Return what `run.json` holds at the start: configuration, versions, data, git commit, command, ranks, time."""
     versions = {}
     for name in VERSIONED_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed as a package"
-    return {**asdict(config), "deepspeed": ds_config, "versions": versions, **_start(ranks), "resumes": []}
+    manifests = {task.name: manifest_sha256(task.shards) for task in config.tasks}
+    facts = {"deepspeed": ds_config, "versions": versions, "manifests": manifests}
+    return {**asdict(config), **facts, **_start(ranks), "resumes": []}
 
 
 def _start(ranks: int) -> dict[str, Any]:
+    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # alone, the rank is the command itself
     return {
-        "command": " ".join(["hydrazero train", *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]),
+        "command": " ".join(["hydrazero train", *(word for word in words if not word.startswith("--local_rank"))]),
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_commit(),
     }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Return the commit of the work tree that this process was started in, and whether tracked files differ from it.
+
+    None outside a work tree, or without git.
+    """
+    found = []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        found.append(done.stdout.strip())
+    return {"commit": found[0], "changed": bool(found[1])}
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.shards.targets import TargetFacts as LabelFacts
-from hydrazero.trainer.config import LOSS_PARTS, RunConfig, TaskSection
+from hydrazero.trainer.config import LOSS_PARTS, LossSection, RunConfig, TaskSection
 
 SMALLEST_SCALE = 1e-3
 """eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
@@ -117,18 +117,12 @@ def _target_scale(held: LabelFacts) -> float:
     return held.deviation if held.deviation > CONSTANT * largest else 1.0
 
 
-def check_weights(config: RunConfig, facts: list[TaskFacts], manifests: dict[str, Manifest]) -> None:
-    """Raise ConfigError for a weight of a target that no task is trained on, or if nothing has a weight."""
+def check_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
+    """Raise ConfigError for a weight of a target that no task is trained on."""
     known = sorted({name for task in facts for name in task.targets})
     for name in config.loss.target_weights:
         if name not in known:
             raise ConfigError(f"loss.target_weights: '{name}' is no target of any task{did_you_mean(name, known)}.")
-    trained = {name for task in facts for name in _quantities(task, manifests[task.name])}
-    if not any(config.loss.weight(name) or config.loss.final_weight(name) for name in trained):
-        raise ConfigError(
-            f"[loss] gives every quantity that the tasks hold ({', '.join(sorted(trained))}) the weight 0; one must be "
-            "above 0."
-        )
     parts = [*LOSS_PARTS, *known]
     for name in config.loss.final_weights:
         if name not in parts:
@@ -138,14 +132,21 @@ def check_weights(config: RunConfig, facts: list[TaskFacts], manifests: dict[str
             )
 
 
-def _quantities(task: TaskFacts, manifest: Manifest) -> list[str]:
-    """What a task is trained on."""
-    parts = {
-        "energy": task.has_energy,
-        "forces": task.has_forces and task.forces != NONE,
-        "stress": "stress" in manifest.labels and task.stress != NONE,
+def check_labels(task: TaskSection, loss: LossSection, facts: TaskFacts, manifest: Manifest) -> None:
+    """Raise ConfigError if nothing of what a task's shards hold is trained, although its loss counts."""
+    held = {
+        "energy": facts.has_energy,
+        "forces": facts.has_forces and facts.forces != NONE,
+        "stress": "stress" in manifest.labels and facts.stress != NONE,
+        **dict.fromkeys(facts.targets, True),
     }
-    return [name for name, there in parts.items() if there] + list(task.targets)
+    counted = [name for name, found in held.items() if found and (loss.weight(name) or loss.final_weight(name))]
+    if task.weight and not counted:
+        labels = ", ".join(sorted({*manifest.labels, *manifest.targets})) or "no labels"
+        raise ConfigError(
+            f"task '{task.name}' trains nothing: of what {task.shards} holds ({labels}), nothing is predicted with a "
+            "weight above 0; look at [loss] and at the task's forces, stress and targets, or set its weight to 0."
+        )
 
 
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:

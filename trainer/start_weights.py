@@ -10,6 +10,7 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.model_file import STACKED, read_model
 from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.trained_weights import model_of_run
 
 
@@ -29,8 +30,15 @@ def model_to_start_from(source: str, settings: EncoderSettings) -> AtomisticMode
     return model
 
 
-def start_from(model: AtomisticModel, source: AtomisticModel) -> list[str]:
-    """Copy encoder and embedding, and what fits of the heads of tasks of the same name; returns those tasks.
+def started_from(config: RunConfig, source: AtomisticModel) -> str:
+    """Return a sentence on it for the log."""
+    own = {task.name for task in config.tasks}
+    names = [task.name for task in source.tasks if task.name in own]
+    return f"started from {config.run.start_from}, with its heads of {', '.join(names) or 'no task'}."
+
+
+def start_from(model: AtomisticModel, source: AtomisticModel) -> None:
+    """Copy encoder and embedding, and what fits of the heads of tasks of the same name.
 
     What only one of the two has (a head of direct forces, say, where the other takes gradients) keeps its first
     weights.
@@ -47,4 +55,3 @@ def start_from(model: AtomisticModel, source: AtomisticModel) -> list[str]:
             elif stored[key].shape[1:] == value.shape[1:]:
                 for row, other in rows.items():
                     value[row] = stored[key][other]
-    return [model.tasks[row].name for row in rows]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, t
 from hydrazero.trainer.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
-    import torch
 
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.models.task_facts import TaskFacts
     from hydrazero.shards.stream import StreamSettings
+    from hydrazero.trainer.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +41,7 @@ class CheckedRun:
 
 def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError."""
-    import torch
-
-    from hydrazero.models.atomistic import check_model
-    from hydrazero.trainer.precision import check_device, precision_of
-    from hydrazero.trainer.run_tasks import (
-        budget_warning,
-        charge_warning,
-        check_weights,
-        task_facts,
-        task_manifest,
-    )
-
-    ds_config = deepspeed_config(config)
-    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available())
-    manifests = {task.name: task_manifest(task, config) for task in config.tasks}
+    checked = check_settings(config)
     run_dir = Path(config.run.out)
     if resume:
         before = read_record(run_dir)["ranks"]
@@ -63,16 +49,40 @@ def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
             raise ConfigError(f"{run_dir} was trained with {before} ranks and cannot go on with {ranks}; use {before}.")
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
-    facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
-    check_model(config.model.settings(), facts)
-    start = None
-    if config.run.start_from and not resume:
+    elif config.run.start_from:
         from hydrazero.trainer.start_weights import model_to_start_from
 
-        start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
-    check_weights(config, facts, manifests)
+        return replace(checked, start=model_to_start_from(config.run.start_from, config.model.settings().encoder))
+    return checked
+
+
+def check_settings(config: RunConfig) -> CheckedRun:
+    """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
+    import torch
+
+    from hydrazero.models.atomistic import check_model
+    from hydrazero.trainer.precision import check_device, precision_of
+    from hydrazero.trainer.run_tasks import (
+        budget_warning,
+        charge_warning,
+        check_labels,
+        check_weights,
+        task_facts,
+        task_manifest,
+    )
+    from hydrazero.trainer.scalar_log import check_wandb
+
+    check_wandb(config)
+    ds_config = deepspeed_config(config)
+    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available())
+    manifests = {task.name: task_manifest(task, config) for task in config.tasks}
+    facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
+    check_model(config.model.settings(), facts)
+    check_weights(config, facts)
+    for task, found in zip(config.tasks, facts, strict=True):
+        check_labels(task, config.loss, found, manifests[task.name])
     return CheckedRun(
-        start=start,
+        start=None,
         ds_config=ds_config,
         facts=facts,
         structures=tuple(manifest.structures("train") for manifest in manifests.values()),
@@ -92,58 +102,52 @@ def run_rank(config: RunConfig, resume: bool) -> None:
     """Train on this rank; raises HydrazeroError on every rank that a fault concerns."""
     from hydrazero.trainer import distributed
 
-    distributed.start_ranks()
-    try:
+    def job() -> None:
         # Nobody goes on before all have checked: rank 0 would make the folder that the others want to see absent.
         checked = distributed.together(lambda: check_run(config, resume, distributed.ranks()))
         _train(config, resume, checked)
+
+    on_ranks(job)
+
+
+def on_ranks(job: Callable[[], None]) -> None:
+    """Do a job on this rank within the group of all of them; raises what it raises."""
+    from hydrazero.trainer import distributed
+
+    distributed.start_ranks()
+    try:
+        job()
         distributed.wait_for_all()  # a rank that left early would tear down connections that others still use
     finally:
         distributed.stop_ranks()
 
 
 def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
-    import torch
-
-    from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.shards.stream import TrainStream
     from hydrazero.trainer import distributed
     from hydrazero.trainer.balance import BalanceFacts
     from hydrazero.trainer.balancing import RunBalance
     from hydrazero.trainer.checkpoint import load_checkpoint
     from hydrazero.trainer.console import RunLog
-    from hydrazero.trainer.engine import make_engine
     from hydrazero.trainer.loop import RunParts, Trainer
-    from hydrazero.trainer.losses import make_objective
-    from hydrazero.trainer.parameter_groups import freeze
-    from hydrazero.trainer.precision import precision_of
-    from hydrazero.trainer.start_weights import start_from
+    from hydrazero.trainer.start_weights import started_from
     from hydrazero.trainer.step_guard import StepGuard
     from hydrazero.trainer.stop_request import StopRequest
-    from hydrazero.trainer.trained_model import TrainedModel
     from hydrazero.trainer.weight_average import WeightAverage
 
-    torch.manual_seed(config.run.seed)
-    precision = precision_of(checked.ds_config)
-    model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device(), precision.weights)
-    said: list[str] = []
-    if checked.start is not None:
-        kept = start_from(model, checked.start)
-        said.append(f"started from {config.run.start_from}, with heads of {', '.join(kept) or 'no task'}.")
-    freeze(model, config.train.freeze)
-    described, run_dir = model.facts(), Path(config.run.out)
-    objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
-    trained = TrainedModel(model, objective)
-    engine = make_engine(trained, checked.ds_config)
+    engine = engine_of(config, checked)
+    trained: TrainedModel = engine.module
+    described, run_dir = trained.model.facts(), Path(config.run.out)
     average = WeightAverage(engine, config.train.average) if config.train.average else None
     state: dict[str, Any] = {"step": 0, "stream": None}
+    said = [] if checked.start is None else [started_from(config, checked.start)]
     if resume:
         check_same_model(run_dir, described)
         folder, damaged = _checkpoint_to_resume(run_dir)
         said += damaged
         if folder is not None:
             state = load_checkpoint(engine, folder, average)
-    settings = stream_settings(config, model, precision.weights)
+    settings = stream_settings(config, checked)
     stream = TrainStream(settings, distributed.rank(), distributed.ranks(), state["stream"])
     balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
     if distributed.rank() == 0:
@@ -156,7 +160,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
             write_json(run_dir / MODEL_FACTS_NAME, described)
             write_json(run_dir / RUN_NAME, run_record(config, checked.ds_config, distributed.ranks()))
     guard = StepGuard(config.train.max_skipped, config.train.skip_spikes)
-    log = RunLog(run_dir, config.train.steps, state["step"])
+    log = RunLog(config, state["step"])
     with log, StopRequest(config.train.max_hours) as stop:
         for sentence in [*said, *checked.warnings]:
             log.say(sentence)
@@ -171,6 +175,29 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
         if state["step"]:
             trainer.load(state)
         trainer.train()
+
+
+def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
+    """Return the engine around the model that a run starts with."""
+    import torch
+
+    from hydrazero.models.atomistic import AtomisticModel
+    from hydrazero.trainer.distributed import device
+    from hydrazero.trainer.engine import make_engine
+    from hydrazero.trainer.losses import make_objective
+    from hydrazero.trainer.parameter_groups import freeze
+    from hydrazero.trainer.precision import precision_of
+    from hydrazero.trainer.start_weights import start_from
+    from hydrazero.trainer.trained_model import TrainedModel
+
+    torch.manual_seed(config.run.seed)
+    weights = precision_of(checked.ds_config).weights
+    model = AtomisticModel(config.model.settings(), checked.facts).to(device(), weights)
+    if checked.start is not None:
+        start_from(model, checked.start)
+    freeze(model, config.train.freeze)
+    objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
+    return make_engine(TrainedModel(model, objective), checked.ds_config)
 
 
 def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -188,14 +215,16 @@ def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
     return chosen
 
 
-def stream_settings(config: RunConfig, model: AtomisticModel, dtype: torch.dtype) -> StreamSettings:
-    """Return what a run's stream of batches, of geometry in `dtype`, is made with."""
+def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
+    """Return what a run's stream of batches is made with."""
+    from hydrazero.models.task_facts import targets_of
     from hydrazero.shards.stream import StreamSettings
     from hydrazero.shards.targets import TargetColumn
+    from hydrazero.trainer.precision import precision_of
 
     return StreamSettings(
         folders=tuple(task.shards for task in config.tasks),
-        dtype=dtype,
+        dtype=precision_of(checked.ds_config).weights,
         cutoff=config.model.cutoff,
         shape=config.batch,
         seed=config.run.seed,
@@ -203,7 +232,7 @@ def stream_settings(config: RunConfig, model: AtomisticModel, dtype: torch.dtype
         workers=config.data.workers,
         on_bad_shard=config.data.on_bad_shard,
         targets=tuple(
-            TargetColumn(name=name, of=facts.of, kind=facts.kind) for name, facts in model.targets.facts.items()
+            TargetColumn(name=name, of=facts.of, kind=facts.kind) for name, facts in targets_of(checked.facts).items()
         ),
     )
 
@@ -235,13 +264,20 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
+@click.option("--dry-run", "trial", flag_value="dry-run", help="Check everything and do two steps; write nothing.")
+@click.option("--profile", "trial", flag_value="profile", help="Profile a few steps, without the run itself.")
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # the launcher passes it to everyone
-def main(run_file: Path, overrides: Sequence[str], resume: bool, local_rank: int | None) -> None:
+def main(run_file: Path, overrides: Sequence[str], resume: bool, trial: str | None, local_rank: int | None) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
     from hydrazero.trainer.distributed import exit_rank, launcher_rank
+    from hydrazero.trainer.trial import run_trial
 
     try:
-        run_rank(load_run_config(run_file, overrides), resume)
+        config = load_run_config(run_file, overrides)
+        if trial is None:
+            run_rank(config, resume)
+        else:
+            run_trial(trial, config, resume)
     except HydrazeroError as error:
         # The process group is gone by now, or was never there; what the launcher has told is.
         if launcher_rank() == 0 or not error.on_every_rank:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
 
-from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.compiled import (
     BatchTensors,
     CompilationError,
@@ -91,14 +91,15 @@ class TrainedModel(nn.Module):
         """Let go of what was measured."""
         self._measured.clear()
 
-    def evaluate(self, batch: GraphBatch) -> Tensor:
-        """Return the sums of a batch by the model in evaluation mode."""
+    def predict(self, batch: GraphBatch) -> Predictions:
+        """Return what the model in evaluation mode predicts."""
         if self._compiled_model is not None:
             try:
-                return self.objective.sums(self._compiled_model(batch), batch).detach()
+                return self._compiled_model(batch)
             except CompilationError as error:
                 self._run_eagerly(error)
-        return self.objective.sums(self.model(batch), batch).detach()
+        predictions: Predictions = self.model(batch)
+        return predictions
 
 
 def new_probe(model: AtomisticModel) -> Tensor:

@@ -1,0 +1,102 @@
+"""One line of progress: drawn anew on a terminal, and into a file a line every so often."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+EVERY = 30.0
+"""Seconds between lines where there is no terminal: a job's log of a day is some 3,000 lines."""
+FILE_WIDTH = 160
+"""Characters of a line where there is no terminal, so that tables are not cut."""
+
+
+def wide_console(*, stderr: bool) -> Console:
+    """Return a console, as wide as tables need it to be where it is no terminal."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=FILE_WIDTH)
+
+
+def duration(seconds: float | None) -> str:
+    """Show a time as h:mm:ss; dashes where it is not known."""
+    if seconds is None:
+        return "-:--:--"
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class _Left(ProgressColumn):
+    """Time left."""
+
+    def __init__(self, line: ProgressLine) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._line = line
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{duration(self._line.left())} left", style="progress.remaining")
+
+
+class ProgressLine:
+    """Progress of a run from step `start` on: rate, share of waiting, loss, time left."""
+
+    def __init__(self, console: Console, start: int, total: int) -> None:
+        self.console = console
+        self.step, self.total = start, total
+        self.loss = self.rate = ""
+        self._first: tuple[int, float] | None = None
+        """The first step that was done, and when."""
+        self._shown = time.monotonic() - EVERY
+        self._progress: Progress | None = None
+        if self.console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[rate]}{task.fields[loss]}"),
+                _Left(self),
+                console=self.console,
+                refresh_per_second=2,
+                expand=True,
+            )
+            self._bar = self._progress.add_task("", total=total, completed=start, rate="", loss="")
+            self._progress.start()
+
+    def left(self) -> float | None:
+        """Seconds to the last step, by the pace since the first one, which may compile; None before there is a pace.
+
+        Evaluations and checkpoints are part of it.
+        """
+        if self.step == self.total:
+            return 0.0
+        if self._first is None or self.step == self._first[0]:
+            return None
+        step, since = self._first
+        return (self.total - self.step) * (time.monotonic() - since) / (self.step - step)
+
+    def say(self, sentence: str) -> None:
+        """Show one line."""
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, step: int, loss: float) -> None:
+        """Move on to a step."""
+        self.step, self.loss = step, f"loss {loss:.4g}"
+        self._first = self._first or (step, time.monotonic())
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=step, loss=self.loss)
+
+    def interval(self, structures_per_s: float, data_wait_share: float) -> None:
+        """Take in how fast it is; into a file, a line is written where the last one is old enough."""
+        self.rate = f"{structures_per_s:.0f} structures/s, waits {100 * data_wait_share:.0f}%, "
+        if self._progress is not None:
+            self._progress.update(self._bar, rate=self.rate)
+        elif time.monotonic() - self._shown > EVERY or self.step == self.total:
+            self._shown = time.monotonic()
+            self.say(f"step {self.step:,}/{self.total:,}: {self.rate}{self.loss}, {duration(self.left())} left")
+
+    def stop(self) -> None:
+        """Leave the line as it is."""
+        if self._progress is not None:
+            self._progress.stop()

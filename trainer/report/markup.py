@@ -1,0 +1,107 @@
+"""HTML of self-contained pages: style, tables, pictures, and the file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Collection, Sequence
+from html import escape
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; }
+body { margin: 0 auto; max-width: 1080px; padding: 1.5rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #ddd; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+p.facts { color: #666; margin: .1rem 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }
+th { font-weight: 600; color: #555; font-size: .85rem; vertical-align: bottom; white-space: normal; }
+td:first-child, th:first-child, td.text, th.text { text-align: left; }
+td.best { font-weight: 700; background: #eef6ee; }
+td.text { white-space: normal; overflow-wrap: anywhere; } td.text:first-child { white-space: nowrap; }
+img { max-width: 100%; height: auto; display: block; }
+@media (max-width: 700px) { .wide img { max-width: none; } }
+.side { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.large img { max-width: none; }
+pre { font-size: .8rem; background: #f6f6f6; padding: .8rem; overflow-x: auto; } summary { cursor: pointer; }
+details.run > summary { font-size: 1.3rem; font-weight: 600; margin: 1.2rem 0; }
+"""
+
+PIXELS = 100
+"""An inch of a figure on the page; its file has more of them, for screens that show more."""
+DOTS = 130
+COLOURS = 256
+"""Of a picture: a third of the bytes that it has with all of them."""
+WIDE = 10.9
+"""Inches; a wider figure scrolls at its own size instead of shrinking."""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """Return a whole document."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
+    """Write a document in one piece and return its path."""
+    part = out.with_name(out.name + ".part")
+    part.write_text(page(title, parts), encoding="utf-8")
+    os.replace(part, out)
+    return out
+
+
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    texts: Collection[int] = (0,),
+    best: Collection[tuple[int, int]] = (),
+) -> str:
+    """Return a table; columns of `texts` are aligned to the left, cells (row, column) of `best` stand out."""
+
+    def kinds(row: int | None, column: int) -> str:
+        names = [name for name, holds in (("text", column in texts), ("best", (row, column) in best)) if holds]
+        return f' class="{" ".join(names)}"' if names else ""
+
+    head = "".join(
+        f"<th{kinds(None, column)}>{escape(text).replace(chr(10), '<br>')}</th>" for column, text in enumerate(headings)
+    )
+    body = "".join(
+        f"<tr>{''.join(f'<td{kinds(number, column)}>{escape(cell)}</td>' for column, cell in enumerate(row))}</tr>"
+        for number, row in enumerate(rows)
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def picture(figure: Figure, alternative: str) -> str:
+    """Embed a figure; one too wide for the page scrolls at its own size."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DOTS)
+    Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(buffer, "png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width = figure.get_figwidth()
+    kind = "scroll large" if width > WIDE else "scroll wide"
+    return (
+        f'<div class="{kind}"><img alt="{escape(alternative)}" width="{round(PIXELS * width)}" '
+        f'src="data:image/png;base64,{data}"></div>'
+    )
+
+
+def paragraph(text: str) -> str:
+    """Return a paragraph."""
+    return f"<p>{escape(text)}</p>"
+
+
+def facts(text: str) -> str:
+    """Return a line in small print."""
+    return f'<p class="facts">{escape(text)}</p>'

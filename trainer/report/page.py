@@ -1,0 +1,33 @@
+"""The report's file: of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydrazero.trainer.report.markup import write_page
+from hydrazero.trainer.report.one_run import heading, sections
+from hydrazero.trainer.report.parity import parity_plots
+from hydrazero.trainer.report.run_data import read_run, run_labels
+from hydrazero.trainer.report.several_runs import comparison
+from hydrazero.trainer.run_files import REPORT_NAME
+
+COMPARISON_NAME = "comparison.html"
+
+
+def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of the runs as one HTML file and return its path.
+
+    By default it is report.html in the one run's folder, or comparison.html in the folder where the command is given.
+    Raises ConfigError if a run's files are missing or damaged.
+    """
+    runs = [read_run(folder, label) for folder, label in zip(run_dirs, run_labels(run_dirs), strict=True)]
+    if len(runs) == 1:
+        (run,) = runs
+        return write_page(run.label, [heading(run), *sections(run)], out or run.path / REPORT_NAME)
+    return write_page(" · ".join(run.label for run in runs), comparison(runs), out or Path(COMPARISON_NAME))
+
+
+def parity_picture(run_dir: Path, out: Path) -> None:
+    """Write the parity plots of a run's evaluation as one PNG."""
+    parity_plots(read_run(run_dir, run_dir.name).predictions).savefig(out, dpi=130)

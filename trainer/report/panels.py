@@ -1,0 +1,97 @@
+"""Small multiples: many like axes in a page's width, as matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#2299bb", "#998822", "#884444")
+"""Of runs, or of lines within one axes."""
+GREY = "#999999"
+PAGE = 10.8
+"""Inches; a page is as many hundred pixels wide."""
+IN_A_ROW = 4
+WIDEST = 3.6
+
+
+def columns_for(count: int) -> int:
+    """Axes in a row, so that rows are about equally full."""
+    return -(-count // -(-count // IN_A_ROW))
+
+
+def small_multiples(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` axes, up to four in a row; each is `height` inches high."""
+    columns = columns_for(count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(min(PAGE / columns, WIDEST) * columns, height * rows + 0.2), layout="constrained")
+    axes = [plain_axes(figure.add_subplot(rows, columns, number + 1)) for number in range(count)]
+    return figure, axes
+
+
+def pairs_of_tasks(tasks: Sequence[str], *, height: float) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Return a figure with two axes for each task, one above the other, up to four tasks in a row."""
+    columns = columns_for(len(tasks))
+    rows = 2 * -(-len(tasks) // columns)
+    figure = Figure(figsize=(min(PAGE / columns, WIDEST) * columns, height * rows + 0.2), layout="constrained")
+    pairs = []
+    for number, task in enumerate(tasks):
+        row, column = divmod(number, columns)
+        first = 2 * row * columns + column + 1
+        upper, lower = (plain_axes(figure.add_subplot(rows, columns, place)) for place in (first, first + columns))
+        upper.set_title(task, fontweight="bold", fontsize=10)
+        pairs.append((upper, lower))
+    return figure, pairs
+
+
+def plain_axes(ax: Axes) -> Axes:
+    """Return axes without the frame that nobody reads."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, linewidth=0.5)
+    ax.tick_params(labelsize=8)
+    ax.xaxis.label.set_fontsize(9)
+    ax.yaxis.label.set_fontsize(9)
+    return ax
+
+
+def nothing(ax: Axes, text: str) -> None:
+    """Say in place of axes what is not there."""
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=ax.transAxes)
+
+
+def log_scale(ax: Axes) -> None:
+    """Let the values of the lines of axes be shown in logarithms if all of them are above 0."""
+    values = [np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.get_lines()]
+    if any(each.size for each in values) and all((each > 0).all() for each in values):
+        ax.set_yscale("log")
+        plain_logarithms(ax.yaxis)
+
+
+def plain_logarithms(axis: Axis) -> None:
+    """Label a logarithmic axis of small axes with a few plain numbers; its limits must have been set."""
+    low, high = axis.get_view_interval()
+    decades = float(np.log10(high / low))
+    steps = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
+    if decades > 0.45:
+        axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
+    else:  # too little of a decade for these
+        axis.set_major_locator(MaxNLocator(3))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend_below(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
+    """Name lines (handle, text) below all axes."""
+    handles, labels = [handle for handle, _ in entries], [text for _, text in entries]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+
+
+def colour_of(number: int) -> str:
+    """Colour of a run among those of a report."""
+    return COLOURS[number % len(COLOURS)]

@@ -1,0 +1,119 @@
+"""Parity: predictions against labels, with their density where there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from hydrazero.trainer.report.panels import COLOURS, GREY, nothing, pairs_of_tasks, small_multiples
+from hydrazero.trainer.report.run_data import Array, OtherParity, Parity
+
+DENSITY_POINTS = 1000
+"""From so many points on, their density is shown."""
+CELLS = 80
+"""Of the density, along each axis."""
+COLOUR_MAP = "viridis"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cloud:
+    """Points of one parity plot."""
+
+    ax: Axes
+    true: Array
+    predicted: Array
+    what: str
+    """Quantity and unit, for the axes."""
+    error: str
+    """Sentence on the error."""
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Of both axes."""
+        low = float(min(self.true.min(), self.predicted.min()))
+        high = float(max(self.true.max(), self.predicted.max()))
+        pad = 0.05 * (high - low) or 1.0
+        return low - pad, high + pad
+
+    @property
+    def counts(self) -> Array:
+        """Points in each cell, [predicted, true]."""
+        box = [self.limits, self.limits]
+        return np.histogram2d(self.predicted, self.true, bins=CELLS, range=box)[0].astype(np.float64)
+
+
+def cloud(ax: Axes, true: Array, predicted: Array, what: str, unit: str) -> Cloud:
+    """Return the known points of a plot, in eV and the like; its error is said in thousandths, `unit`."""
+    known = np.isfinite(true) & np.isfinite(predicted)
+    true, predicted = true[known], predicted[known]
+    mae = 1000 * float(np.abs(predicted - true).mean())
+    return Cloud(ax=ax, true=true, predicted=predicted, what=what, error=f"MAE {mae:.3g} {unit}\nn = {len(true):,}")
+
+
+def parity_plots(tasks: Mapping[str, Parity]) -> Figure:
+    """Predicted against true energies (above references, per atom) and forces of each task."""
+    figure, pairs = pairs_of_tasks(list(tasks), height=2.75)
+    clouds = []
+    for (upper, lower), data in zip(pairs, tasks.values(), strict=True):
+        if np.isfinite(data.energy).any():
+            clouds.append(cloud(upper, data.energy, data.energy_predicted, "energy, eV/atom", "meV/atom"))
+        else:
+            nothing(upper, "no energies")
+        if np.isfinite(data.forces).any():
+            clouds.append(cloud(lower, data.forces, data.forces_predicted, "force, eV/Å", "meV/Å"))
+        else:
+            nothing(lower, "no forces")
+    draw(figure, clouds)
+    return figure
+
+
+def other_parity_plots(tasks: Mapping[str, Mapping[str, OtherParity]]) -> Figure | None:
+    """Predicted against true stress and targets of each task; None where no task has any."""
+    shown = [(task, name, found) for task, others in tasks.items() for name, found in others.items()]
+    if not shown:
+        return None
+    figure, axes = small_multiples(len(shown), height=2.75)
+    clouds = []
+    for ax, (task, name, found) in zip(axes, shown, strict=True):
+        ax.set_title(task, fontweight="bold", fontsize=10)
+        mae = float(np.abs(found.predicted - found.true).mean())
+        error = f"MAE {mae:.3g} {found.unit}\nn = {len(found.true):,}"
+        what = f"{name}, {found.unit}" if found.unit else name
+        clouds.append(Cloud(ax=ax, true=found.true, predicted=found.predicted, what=what, error=error))
+    draw(figure, clouds)
+    return figure
+
+
+def draw(figure: Figure, clouds: list[Cloud]) -> None:
+    """Draw points, or their density in colours that all axes share."""
+    dense = [one for one in clouds if len(one.true) > DENSITY_POINTS]
+    norm = LogNorm(1, max(max(float(one.counts.max()) for one in dense), 2)) if dense else None
+    for one in clouds:
+        ax, limits = one.ax, one.limits
+        ax.plot(limits, limits, color=GREY, linewidth=0.8, zorder=1)
+        if one in dense:
+            edges = np.linspace(*limits, CELLS + 1)
+            counts = np.ma.masked_equal(one.counts, 0)
+            ax.pcolormesh(edges, edges, counts, norm=norm, cmap=COLOUR_MAP, zorder=2, rasterized=True)
+        else:
+            ax.scatter(one.true, one.predicted, s=9, color=COLOURS[0], alpha=0.6, linewidths=0, zorder=2)
+        ax.set(xlim=limits, ylim=limits, aspect="equal", xlabel=f"true {one.what}", ylabel=f"predicted {one.what}")
+        ax.locator_params(nbins=4)
+        ax.text(0.04, 0.96, one.error, va="top", fontsize=8, transform=ax.transAxes)
+    if norm is not None:
+        bar = figure.colorbar(
+            ScalarMappable(norm=norm, cmap=COLOUR_MAP),
+            ax=[one.ax for one in clouds],
+            location="bottom",
+            shrink=min(3.5 / figure.get_figwidth(), 1.0),
+            aspect=35,
+            pad=0.02,
+        )
+        bar.set_label("structures or force components in a cell", fontsize=9)
+        bar.ax.tick_params(labelsize=8)

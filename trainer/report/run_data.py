@@ -1,0 +1,185 @@
+"""What the report shows, gathered from a run folder into arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from ase.data import chemical_symbols
+from numpy.typing import NDArray
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, read_metrics
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Labels and predictions of one task."""
+
+    energy: Array
+    """eV per atom, references subtracted, [structures]; NaN where there is no label."""
+    energy_predicted: Array
+    forces: Array
+    """eV/Å, [components]; empty where the task has none."""
+    forces_predicted: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherParity:
+    """Labels and predictions of stress or a target, component by component."""
+
+    unit: str
+    true: Array
+    predicted: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPredictions(Parity):
+    """Labels and predictions of one task's evaluated structures."""
+
+    atoms: Array
+    """Of each structure, [structures]."""
+    energy_spread: Array
+    """eV per atom, [structures]; NaN without an ensemble."""
+    force_atoms: Array
+    """Atoms of the structure of each atom that has forces, [atoms]."""
+    force_numbers: NDArray[np.int64]
+    """Its atomic number, [atoms]."""
+    others: dict[str, OtherParity] = field(default_factory=dict)
+    """'stress' and targets."""
+
+    @property
+    def force_error_by_element(self) -> dict[str, float]:
+        """Mean absolute error of force components on atoms of an element, meV/Å."""
+        errors = 1000 * np.abs(self.forces_predicted - self.forces).reshape(-1, 3)
+        return {
+            chemical_symbols[number]: float(np.nanmean(errors[self.force_numbers == number]))
+            for number in np.unique(self.force_numbers)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run folder's content."""
+
+    path: Path
+    label: str
+    """Name of the run among those of the report."""
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None = None
+    predictions: dict[str, TaskPredictions] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the run's tasks."""
+        return [task["name"] for task in self.record["tasks"]]
+
+    @property
+    def step(self) -> int:
+        """Last step that was logged."""
+        return max((row["step"] for row in self.metrics), default=0)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl of one kind: 'train', 'evaluation' or 'balance'."""
+        return [row for row in self.metrics if row["kind"] == kind]
+
+    def series(self, kind: str, *keys: str) -> tuple[list[int], list[float]]:
+        """Steps and values of what lies under nested keys of the rows of a kind; steps without it are left out."""
+        steps, values = [], []
+        for row in self.rows(kind):
+            value: Any = row
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                steps.append(row["step"])
+                values.append(value)
+        return steps, values
+
+
+def tasks_of(runs: Sequence[RunData]) -> list[str]:
+    """Names of all tasks of the runs, in the order in which they come."""
+    return list(dict.fromkeys(name for run in runs for name in run.tasks))
+
+
+def run_labels(folders: Sequence[Path]) -> list[str]:
+    """Names that tell runs apart: of their folders, with as many parents as it takes."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(len(each) for each in parts) + 1):
+        labels = ["/".join(each[-depth:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ConfigError(f"{folders[0]} is named twice; name different runs.")
+
+
+def read_run(run_dir: Path, label: str) -> RunData:
+    """Read a run folder; raises ConfigError naming the file that is missing or damaged."""
+    run = RunData(path=run_dir, label=label, record=read_json(run_dir / RUN_NAME), metrics=read_metrics(run_dir))
+    if not (run_dir / EVALUATION_NAME).is_file():
+        return run
+    evaluation = read_json(run_dir / EVALUATION_NAME)
+    predictions = {
+        name: read_predictions(run_dir / PREDICTIONS / f"{name}.parquet", row["targets"])
+        for name, row in evaluation["tasks"].items()
+    }
+    return RunData(**{**vars(run), "evaluation": evaluation, "predictions": predictions})
+
+
+def read_predictions(path: Path, targets: dict[str, Any]) -> TaskPredictions:
+    """Read one task's predictions, with its `targets` (their 'unit').
+
+    Raises ConfigError if the file is missing or damaged.
+    """
+    try:
+        table = pq.read_table(path).combine_chunks()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); run 'hydrazero evaluate' again.") from error
+    atoms = _numbers(pc.list_value_length(table.column("numbers")))
+    reference = _numbers(table.column("reference_energy"))
+    forced = table.filter(pc.is_valid(table.column("forces")))
+    force_numbers = _flat(forced, "numbers").astype(np.int64)
+    sizes = _numbers(pc.list_value_length(forced.column("numbers"))).astype(np.int64)
+    others = {"stress": "eV/Å³", **{name: row["unit"] for name, row in targets.items()}}
+    return TaskPredictions(
+        energy=(_numbers(table.column("energy")) - reference) / atoms,
+        energy_predicted=(_numbers(table.column("energy_predicted")) - reference) / atoms,
+        forces=_flat(forced, "forces"),
+        forces_predicted=_flat(forced, "forces_predicted"),
+        atoms=atoms,
+        energy_spread=_numbers(table.column("energy_spread")) / atoms,
+        force_atoms=np.repeat(sizes, sizes).astype(np.float64),
+        force_numbers=force_numbers,
+        others={
+            name: found
+            for name, unit in others.items()
+            if (found := _other(table, name if name == "stress" else f"target_{name}", unit)) is not None
+        },
+    )
+
+
+def _numbers(column: Any) -> Array:
+    """A column of numbers, NaN where there is none."""
+    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def _flat(table: pa.Table, name: str) -> Array:
+    """Numbers of a column of lists, those of one row after the other."""
+    return np.asarray(pc.list_flatten(table.column(name)).to_numpy(), dtype=np.float64)
+
+
+def _other(table: pa.Table, column: str, unit: str) -> OtherParity | None:
+    """Stress or a target where it is known; None if it is nowhere."""
+    if column not in table.column_names:
+        return None
+    known = table.filter(pc.is_valid(table.column(column)))
+    true, predicted = _flat(known, column), _flat(known, f"{column}_predicted")
+    kept = np.isfinite(true)
+    return OtherParity(unit=unit, true=true[kept], predicted=predicted[kept]) if kept.any() else None
