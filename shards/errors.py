@@ -8,6 +8,8 @@ class HydrazeroError(ValueError):
 
     on_every_rank = True
     """Whether all ranks of a run raise it together; False for what one rank alone has met, in its data."""
+    exit_status = 1
+    """Of a rank that ends with it; 1 stands for what would happen again."""
 
 
 class StructureError(HydrazeroError):

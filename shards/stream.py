@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -128,6 +129,12 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
             yield to_buffer(batch)
 
 
+def _outlive_requests_to_stop(worker: int) -> None:
+    """Let a worker ignore what schedulers send to every process: its rank stops it, after the step and a checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -> Iterator[GraphBatch]:
     """Yield a lane's batches without end; `batch.place` tells where the lane is after it, for a checkpoint."""
     settings = reader.settings
@@ -174,6 +181,7 @@ class TrainStream:
             num_workers=settings.workers,
             prefetch_factor=PREFETCHED_BATCHES if settings.workers else None,
             multiprocessing_context="fork" if settings.workers else None,
+            worker_init_fn=_outlive_requests_to_stop,
             pin_memory=torch.cuda.is_available(),
         )
 

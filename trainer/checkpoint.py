@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch
 from safetensors import SafetensorError
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.checkpoint_files import CHECKSUMS_NAME, PART, file_sum, finish_checkpoint, folder_of
+from hydrazero.trainer.checkpoint_files import (
+    CHECKSUMS_NAME,
+    PART,
+    Kept,
+    file_sum,
+    finish_checkpoint,
+    folder_of,
+    remove_leftovers,
+)
+from hydrazero.trainer.checkpoint_layout import layout_in, layout_of, load_from_layout
 from hydrazero.trainer.distributed import gather_objects, rank, ranks, wait_for_all
 from hydrazero.trainer.weight_average import WeightAverage
 
@@ -24,29 +34,29 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def save_checkpoint(
-    engine: Any, run_dir: Path, state: dict[str, Any], average: WeightAverage | None, keep: int
+    engine: Any, run_dir: Path, state: dict[str, Any], average: WeightAverage | None, kept: Kept
 ) -> str | None:
     """Write a checkpoint of state['step'], check it, then name it; called on every rank.
 
-    It is kept with the `keep` last ones and the best, which state['best'] names. Returns why it could not be written,
-    in which case the ones before stay.
+    Others that are not `kept` are removed. Returns why it could not be written, in which case the ones before stay.
     """
     part = folder_of(run_dir, state["step"])
     part = part.with_name(part.name + PART)
-    if rank() == 0:
-        for left in part.parent.glob(f"step-*{PART}"):  # by a run that was killed while it saved
-            shutil.rmtree(left, ignore_errors=True)
-    wait_for_all()
     failures: list[str] = []
-    random = torch.stack(gather_objects(torch.get_rng_state()))
-    layout = {"ranks": ranks(), "stage": int(engine.zero_optimization_stage()), "precision": precision_of(engine)}
+    if rank() == 0:
+        remove_leftovers(run_dir)
+        _try(lambda: part.mkdir(parents=True), failures)
+    met = [reason for reasons in gather_objects(failures) for reason in reasons]
+    if met:
+        return met[0]
+    state = {**state, "random": random_states(), "layout": layout_of(engine).document()}
     with _writing_errors_kept(engine, failures):
         engine.save_checkpoint(str(part.parent), tag=part.name, save_latest=False)
     if average is not None:
         _try(lambda: average.save(part), failures)
         state = {**state, "average_steps": average.steps}
     if rank() == 0:
-        _try(lambda: torch.save({**state, "random": random, "layout": layout}, part / STATE_NAME), failures)
+        _try(lambda: torch.save(state, part / STATE_NAME), failures)
     wait_for_all()
     sums: dict[str, str] = {}
     _try(lambda: sums.update(_sums_of_share(part)), failures)
@@ -57,7 +67,7 @@ def save_checkpoint(
     late: list[str] = []
     if rank() == 0:
         if not met:
-            _try(lambda: finish_checkpoint(part, dict(sorted(every.items())), state.get("best"), keep), late)
+            _try(lambda: finish_checkpoint(part, dict(sorted(every.items())), kept), late)
         if met or late:
             shutil.rmtree(part, ignore_errors=True)
     met += [reason for reasons in gather_objects(late) for reason in reasons]
@@ -72,30 +82,51 @@ def _try(write: Callable[[], object], failures: list[str]) -> None:
 
 
 def _sums_of_share(part: Path) -> dict[str, str]:
-    """Read back this rank's share of a checkpoint's files."""
+    """Read back this rank's share of a checkpoint's files, once they are on the disk."""
     files = sorted(path for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
-    return {str(path.relative_to(part)): file_sum(path) for path in files[rank() :: ranks()]}
+    sums = {}
+    for path in files[rank() :: ranks()]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        sums[str(path.relative_to(part))] = file_sum(path)
+    return sums
 
 
 @contextlib.contextmanager
 def _writing_errors_kept(engine: Any, failures: list[str]) -> Iterator[None]:
     """Let DeepSpeed go through with a checkpoint whose files cannot be written: the other ranks would wait for ever."""
     writer = engine.checkpoint_engine
-    save = writer.save
+    save, copy_script = writer.save, engine._copy_recovery_script
 
     def careful(state_dict: Any, path: str) -> None:
         _try(lambda: save(state_dict, path), failures)
 
     writer.save = careful
+    # A script that makes one file of weights out of DeepSpeed's: `hydrazero export` does.
+    engine._copy_recovery_script = lambda path: None
     try:
         yield
     finally:
-        writer.save = save
+        writer.save, engine._copy_recovery_script = save, copy_script
 
 
-def precision_of(engine: Any) -> str:
-    """Return the precision of an engine's weights, as a checkpoint depends on it."""
-    return str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+def random_states() -> dict[str, torch.Tensor]:
+    """Return the states of all ranks' generators of random numbers, [ranks, bytes] of each kind of device."""
+    states = {"cpu": torch.stack(gather_objects(torch.get_rng_state()))}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.stack(gather_objects(torch.cuda.get_rng_state()))
+    return states
+
+
+def set_random_states(states: dict[str, torch.Tensor]) -> None:
+    """Set this rank's generators; a rank that is new takes the state of the last one."""
+    for kind, of_ranks in states.items():
+        # A copy: torch reads the state from where the memory begins, whatever row of it a view is, and crashes.
+        own = of_ranks[min(rank(), len(of_ranks) - 1)].clone()
+        if kind == "cpu":
+            torch.set_rng_state(own)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(own)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -105,14 +136,21 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; returns the run's state. Called on every rank."""
+    """Restore weights, optimizer, schedule and random state; returns the run's state. Called on every rank.
+
+    Written by the same number of ranks under the same ZeRO stage in the same precision, all is as it was, to the bit;
+    otherwise weights and moments are cut anew. Raises ConfigError if that is not possible.
+    """
     state = read_state(folder)
-    path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    if path is None:
+    saved = layout_in(state["layout"])
+    if saved != layout_of(engine):
+        load_from_layout(engine, folder, saved)
+    elif engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
         raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
-    random = state["random"]
-    # A copy: torch reads the state from where the tensor's memory begins, whatever row of it a view is, and crashes.
-    torch.set_rng_state(random[min(rank(), len(random) - 1)].clone())
+    if engine.zero_optimization_stage() == 3:
+        # As at the start of a run: with small parameters held whole from here on, steps that accumulate fail.
+        engine.optimizer.checkpoint_event_prologue()
+    set_random_states(state["random"])
     if average is not None and "average_steps" in state:
         average.load(folder, state["average_steps"])
     return state

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydrazero.shards.errors import ConfigError
@@ -19,6 +20,8 @@ BEST_NAME = "best.json"
 """Beside the checkpoints: step and validation loss of the best one."""
 PART = ".part"
 """Ending of a folder that is being written."""
+REMOVED = ".removed"
+"""Ending of a folder that is being removed."""
 DAMAGED = ".damaged"
 """Ending of a folder whose files are not what they were."""
 
@@ -80,6 +83,8 @@ def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint's files, None if nothing is."""
     try:
         sums = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        if not sums:
+            return f"{folder / CHECKSUMS_NAME} names no file"
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{folder / name} is missing"
@@ -93,35 +98,67 @@ def damage(folder: Path) -> str | None:
 def usable_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the last checkpoint that is whole, None if the run has none yet, and sentences on damaged ones.
 
-    Damaged ones are renamed, and lost to the run. Raises ConfigError if all are damaged.
+    Damaged ones are renamed, and lost to the run. Raises ConfigError if all are damaged, which leaves them as they are.
     """
-    said: list[str] = []
+    damaged: dict[Path, str] = {}
     for folder in reversed(checkpoints(run_dir)):
         wrong = damage(folder)
         if wrong is None:
-            return folder, said
-        said.append(f"warning: {wrong}; the checkpoint before it is used, and {folder.name} is kept as {DAMAGED}.")
-        aside = folder.with_name(folder.name + DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-    if said:
-        raise ConfigError(f"every checkpoint of {run_dir} is damaged ({said[0].removeprefix('warning: ')})")
-    return None, said
+            return folder, [_set_aside(each, why) for each, why in damaged.items()]
+        damaged[folder] = wrong
+    if damaged:
+        raise ConfigError(
+            f"every checkpoint of {run_dir} is damaged: {'; '.join(damaged.values())}; bring one back from a copy, or "
+            f"remove {run_dir / CHECKPOINTS} to start again from step 0."
+        )
+    return None, []
 
 
-def finish_checkpoint(part: Path, sums: dict[str, str], best: dict[str, float] | None, keep: int) -> None:
-    """Give a written folder its name, and remove what is no longer kept: all but the last `keep` and the best."""
+def _set_aside(folder: Path, wrong: str) -> str:
+    """Rename a damaged checkpoint; returns a sentence on it."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    return f"warning: {wrong}; the checkpoint before it is used, and {folder.name} is kept as {aside.name}."
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; killed meanwhile, it leaves none that looks complete."""
+    aside = folder.with_name(folder.name + REMOVED)
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what a run has left that was killed while it wrote or removed a checkpoint."""
+    for ending in (PART, REMOVED):
+        for left in (run_dir / CHECKPOINTS).glob(f"step-*{ending}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Which checkpoints of a run stay."""
+
+    last: int
+    """So many of the last ones."""
+    best: dict[str, float] | None
+    """Step and validation loss of the best one; None if it is not kept for that."""
+
+
+def finish_checkpoint(part: Path, sums: dict[str, str], kept: Kept) -> None:
+    """Give a written folder its name, and remove what is no longer kept."""
     write_json(part / CHECKSUMS_NAME, sums)
     folder = part.with_name(part.name.removesuffix(PART))
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that went on from before it
-    os.replace(part, folder)
     run_dir = folder.parent.parent
-    if best is not None and best["step"] == step_of(folder):
-        write_json(folder.parent / BEST_NAME, best)
-    best_folder = None if best is None else folder_of(run_dir, int(best["step"]))
-    names = checkpoints(run_dir)
-    earlier = [each for each in names if each <= folder]
-    # Folders of later steps belong to what this run has gone back from.
-    for old in [*earlier[:-keep], *(each for each in names if each > folder)]:
+    for later in checkpoints(run_dir):
+        if later >= folder:  # of steps that this run has gone back from
+            remove_checkpoint(later)
+    os.replace(part, folder)
+    best_folder = None if kept.best is None else folder_of(run_dir, int(kept.best["step"]))
+    complete = checkpoints(run_dir)
+    if best_folder in complete:
+        write_json(folder.parent / BEST_NAME, kept.best)
+    for old in complete[: -kept.last]:
         if old != best_folder:
-            shutil.rmtree(old)
+            remove_checkpoint(old)

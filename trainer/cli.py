@@ -19,12 +19,12 @@ class HydrazeroGroup(click.Group):
     """A group whose commands end with one sentence, not a traceback, when the user's input is at fault."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; HydrazeroError becomes 'Error: ...' and exit status 1."""
+        """Run the command; HydrazeroError becomes 'Error: ...' and its exit status, 1 for errors of users."""
         try:
             return super().invoke(ctx)
         except HydrazeroError as error:
             click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
+            ctx.exit(error.exit_status)
 
 
 @click.group(cls=HydrazeroGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,12 +51,19 @@ def task_list(text: str | None) -> list[str] | None:
 @main.command()
 @click.argument("run_file", metavar="RUN.toml", type=FOLDER)
 @click.option(
-    "--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes, under the deepspeed launcher."
+    "--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes on this machine."
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run, with any number of ranks.")
+@click.option(
+    "--retries",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Times that the run starts again from its last checkpoint when a rank is killed or lost.",
+)
 @click.option(
     "--dry-run",
     "trial",
@@ -71,26 +78,29 @@ def task_list(text: str | None) -> list[str] | None:
     help="Profile five steps after five others, write RUN/profile/trace-rankN.json (for chrome://tracing or Perfetto), "
     "print the ten dearest operations and stop. The run itself is not started, and one that is there is left as it is.",
 )
-def train(run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, trial: str | None) -> None:
+def train(
+    run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, retries: int, trial: str | None
+) -> None:
     """Train what RUN.toml describes."""
     from hydrazero.trainer.config import load_run_config
-    from hydrazero.trainer.launcher import launch_ranks
+    from hydrazero.trainer.launcher import train_ranks
     from hydrazero.trainer.train import check_run, run_rank
     from hydrazero.trainer.trial import check_trial, run_trial
 
     config = load_run_config(run_file, overrides)
+    options = [word for override in overrides for word in ("--set", override)] + ["--resume"] * resume
     if trial is not None:
-        check_trial(trial, config, resume, ranks)
+        check_trial(trial, config, resume)
         if ranks == 1:
             run_trial(trial, config, resume)
-        elif (status := launch_ranks(run_file, ranks, overrides, resume, [f"--{trial}"])) != 0:
-            raise SystemExit(status)
+        else:
+            train_ranks(run_file, ranks, [*options, f"--{trial}"], Path(config.run.out))
         return
-    check_run(config, resume, ranks)
-    if ranks == 1:
+    check_run(config, resume)
+    if ranks == 1 and not retries:
         run_rank(config, resume)
-    elif (status := launch_ranks(run_file, ranks, overrides, resume)) != 0:
-        raise SystemExit(status)
+    else:
+        train_ranks(run_file, ranks, options, Path(config.run.out), retries)
     click.echo(f"trained: {config.run.out}")
 
 

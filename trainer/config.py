@@ -160,6 +160,8 @@ class TrainSection:
     """Patterns of names of parameters that are not trained: 'encoder.*'."""
     max_hours: float = 0.0
     """The run stops with a checkpoint after so many hours; 0: it has time."""
+    timeout_minutes: float = 10.0
+    """Minutes that ranks wait for one that does not answer before the run stops."""
     max_skipped: int = 10
     """Steps in a row that may be skipped, since loss or gradient are not finite, before the run stops."""
     skip_spikes: float = 0.0
@@ -269,6 +271,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "train.checkpoint_every": config.train.checkpoint_every,
         "train.log_every": config.train.log_every,
         "train.keep_checkpoints": config.train.keep_checkpoints,
+        "train.timeout_minutes": config.train.timeout_minutes,
         "train.max_skipped": config.train.max_skipped,
         "batch.structures": config.batch.structures,
         "batch.atoms": config.batch.atoms,

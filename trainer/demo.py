@@ -16,7 +16,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer.config import load_run_config
 from hydrazero.trainer.console import progress_bar
-from hydrazero.trainer.demo_data import DEMO_TASKS, DemoError, make_demo_sources
+from hydrazero.trainer.demo_data import DEMO_TASKS, make_demo_sources
 from hydrazero.trainer.demo_structures import parent_molecule, screening_structures
 from hydrazero.trainer.tables import print_evaluation
 
@@ -73,15 +73,14 @@ def _make_shards(out: Path) -> dict[str, Path]:
 
 
 def _train(out: Path, shards: dict[str, Path]) -> None:
-    from hydrazero.trainer.launcher import launch_ranks
+    from hydrazero.trainer.launcher import train_ranks
 
     template = (resources.files("hydrazero.launch") / "runs" / "demo.toml").read_text(encoding="utf-8")
     tasks = "".join(f'\n[[tasks]]\nname = "{name}"\nshards = "{folder}"\n' for name, folder in shards.items())
     run_file = out / "run.toml"
     run_file.write_text(template.replace('out = "runs/demo"', f'out = "{out}"') + tasks, encoding="utf-8")
     load_run_config(run_file)
-    if (status := launch_ranks(run_file, RANKS, (), resume=False)) != 0:
-        raise DemoError(f"training ended with status {status}; its messages are above.")
+    train_ranks(run_file, RANKS, options=(), run_dir=out)
 
 
 def _evaluate(out: Path) -> dict[str, object]:

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,11 @@ import torch.distributed as dist
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 
 T = TypeVar("T")
+
+MAY_PASS = 75
+"""Exit status of a rank that has lost another one (EX_TEMPFAIL of sysexits.h)."""
+FAILED = 70
+"""Exit status of a rank with an error that is not meant for users (EX_SOFTWARE)."""
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -37,11 +43,32 @@ def quiet_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def start_ranks() -> None:
+class LostContactError(HydrazeroError):
+    """Another rank, or a process that reads data, has ended or does not answer."""
+
+    on_every_rank = False
+    exit_status = MAY_PASS
+
+
+def lost_contact(error: Exception) -> LostContactError | None:
+    """Return what a user is told of an error if it means that another process is no more, None if it does not."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError):  # gloo raises plain ones
+        return None
+    if reason.startswith("DataLoader worker"):
+        what = f"its worker that reads data ({reason.rstrip('.')})"
+    elif isinstance(error, dist.DistError) or any(word in reason for word in ("gloo", "NCCL")):
+        what = "another rank, which " + ("does not answer" if "imed out" in reason else "has ended")
+    else:
+        return None
+    return LostContactError(f"rank {rank()} has lost {what}; --resume goes on from the last checkpoint.")
+
+
+def start_ranks(timeout_minutes: float = 10.0) -> None:
     """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one.
 
-    Raises ConfigError if mpi4py is needed and missing, or if mpirun or srun have started more processes than would
-    find each other: each of them would train a copy of the run.
+    A rank that does not answer for `timeout_minutes` is given up. Raises ConfigError if mpi4py is needed and missing,
+    or if mpirun or srun have started more processes than would find each other: each would train a copy of the run.
     """
     quiet_deepspeed()
     import deepspeed
@@ -57,7 +84,10 @@ def start_ranks() -> None:
         _ask_mpi()
     _check_started()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    # Groups that DeepSpeed makes take this value of the module, whatever the first group was given.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def _ask_mpi() -> None:

@@ -21,7 +21,7 @@ from hydrazero.shards.stream import SplitReader, evaluation_batches
 from hydrazero.trainer import distributed
 from hydrazero.trainer.batch_memory import peak_memory_mb
 from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.loop import Trainer, new_interval, next_on_any_rank
+from hydrazero.trainer.loop import Interval, Trainer, next_on_any_rank
 from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.progress_line import duration, wide_console
 from hydrazero.trainer.run_memory import RunMemory, check_memory, megabytes, memory_of_ranks, state_bytes, step_bytes
@@ -90,8 +90,8 @@ def _try(trainer: Trainer) -> Tried:
     seen: list[GraphBatch] = []
     batches = _remembered(iter(trainer.parts.stream), seen)
     trainer.engine.train()
-    trainer.one_step(batches, new_interval())  # what is done once only is done in it
-    interval, began = new_interval(), time.monotonic()
+    trainer.one_step(batches, Interval())  # what is done once only is done in it
+    interval, began = Interval(), time.monotonic()
     trainer.one_step(batches, interval)
     seconds = time.monotonic() - began
     for _ in range(LOOKED_AT - len(seen)):

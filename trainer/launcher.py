@@ -1,23 +1,147 @@
-"""Starting several ranks on this machine with the deepspeed launcher."""
+"""Several ranks on this machine: started, watched, and started again from the last checkpoint if one of them dies."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
-from hydrazero.trainer.distributed import free_port
+import click
+
+from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.distributed import MAY_PASS, free_port
+from hydrazero.trainer.run_files import RUN_NAME
+from hydrazero.trainer.stop_request import SIGNALS
+
+GRACE = 20.0
+"""Seconds that ranks have to end by themselves once one has ended badly."""
+POLL = 0.1
+PR_SET_PDEATHSIG = 1
 
 
-def launch_ranks(
-    run_file: Path, ranks: int, overrides: Sequence[str], resume: bool, options: Sequence[str] = ()
-) -> int:
-    """Train with `ranks` processes under the deepspeed launcher; returns its exit status.
+class RanksEndedError(HydrazeroError):
+    """Ranks have ended for a reason that may pass."""
 
-    `options` are more of those that hydrazero.trainer.train takes.
+    exit_status = MAY_PASS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How ranks have ended."""
+
+    status: int
+    """0 if all went well, 1 for what would happen again and has been said; anything else may pass."""
+    reason: str = ""
+    """Which rank has ended how."""
+
+
+def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Path, retries: int = 0) -> None:
+    """Train with `ranks` processes; if some are killed or lost, go on from the last checkpoint, `retries` times.
+
+    Raises RanksEndedError when that was not enough, SystemExit for errors of users, which the ranks have told.
     """
+    for retry in range(retries + 1):
+        # A first try that died before it had made its folder is simply made again.
+        resume = ["--resume"] if retry and (run_dir / RUN_NAME).exists() and "--resume" not in options else []
+        with _Ranks(run_file, ranks, [*options, *resume]) as running:
+            outcome = running.wait()
+        if outcome.status == 0:
+            return
+        if outcome.status == 1:
+            raise SystemExit(1)
+        if running.asked_to_stop or retry == retries:
+            break
+        again = f"the run starts again from its last checkpoint (retry {retry + 1} of {retries})."
+        click.echo(f"{outcome.reason}; {again}", err=True)
+    raise RanksEndedError(f"{outcome.reason}; --resume goes on from the last checkpoint, --retries N does it unasked.")
+
+
+class _Ranks:
+    """Processes of one try."""
+
+    def __init__(self, run_file: Path, ranks: int, options: Sequence[str]) -> None:
+        self.command = [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), "--launched", *options]
+        self.environment = _environment(ranks)
+        self.ranks = ranks
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.asked_to_stop = False
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> _Ranks:
+        self._exits.callback(self._kill)
+        self._exits.enter_context(_handling(self._pass_on))
+        for rank in range(self.ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(
+                subprocess.Popen(self.command, env={**self.environment, **own}, preexec_fn=_end_with_parent)
+            )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exits.close()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Let the ranks stop with a checkpoint when this process is asked to."""
+        self.asked_to_stop = True
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+    def wait(self) -> Outcome:
+        """Return when all ranks have ended; those that outlive a bad end of another are killed."""
+        until: float | None = None
+        hung: set[int] = set()
+        bad: list[int] = []
+        while any(process.poll() is None for process in self.processes):
+            for rank, process in enumerate(self.processes):
+                if process.returncode and rank not in bad:
+                    bad.append(rank)
+            if bad and until is None:
+                until = time.monotonic() + GRACE
+            if until is not None and time.monotonic() > until:
+                hung = {rank for rank, process in enumerate(self.processes) if process.poll() is None}
+                self._kill()
+            time.sleep(POLL)
+        bad += [rank for rank, process in enumerate(self.processes) if process.returncode and rank not in bad]
+        return _outcome([(rank, self.processes[rank].returncode) for rank in bad], hung)
+
+
+def _outcome(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
+    """Judge the ranks that ended badly, as (rank, exit status), the first one first; `hung` had to be killed."""
+    if not bad:
+        return Outcome(status=0)
+    if any(status == 1 for _, status in bad):
+        return Outcome(status=1)
+    by_themselves = [(rank, status) for rank, status in bad if rank not in hung]
+    for rank, status in by_themselves:
+        if status < 0:
+            name = signal.Signals(-status).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return Outcome(status=MAY_PASS, reason=f"rank {rank} was killed by {name}{hint}")
+    for rank, status in by_themselves:
+        if status != MAY_PASS:
+            return Outcome(status=MAY_PASS, reason=f"rank {rank} ended with exit status {status}")
+    if hung:
+        return Outcome(status=MAY_PASS, reason=f"rank {min(hung)} did not answer for train.timeout_minutes")
+    return Outcome(status=MAY_PASS, reason=f"rank {by_themselves[0][0]} has lost contact with the others")
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """Return what tells ranks how many they are and where they meet; raises ConfigError if there are too few GPUs."""
     import torch
 
     environment = dict(os.environ)
@@ -25,12 +149,23 @@ def launch_ranks(
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(free_port()), "--log_level", "error"]
-    command += ["--module", "hydrazero.trainer.train", str(run_file)]
-    for override in overrides:
-        command += ["--set", override]
-    if resume:
-        command.append("--resume")
-    command += options
-    return subprocess.run(command, env=environment, check=False).returncode
+    elif torch.cuda.device_count() < ranks:
+        raise ConfigError(f"--ranks is {ranks}, but this machine has {torch.cuda.device_count()} GPUs; use as many.")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    return {**environment, **meet, "LOCAL_SIZE": str(ranks)}
+
+
+def _end_with_parent() -> None:
+    """Let a rank be killed when the process that watches it is: two runs in one folder would spoil each other."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, em
 from hydrazero.trainer.balancing import RunBalance
 from hydrazero.trainer.batch_memory import peak_memory_mb
 from hydrazero.trainer.checkpoint import save_checkpoint
+from hydrazero.trainer.checkpoint_files import Kept
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
 from hydrazero.trainer.distributed import (
@@ -45,7 +46,7 @@ from hydrazero.trainer.weight_average import WeightAverage
 class Interval:
     """What has gathered since the last line of the log."""
 
-    sums: Tensor
+    sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     loss: float = 0.0
     steps: int = 0
     atoms: int = 0
@@ -53,13 +54,17 @@ class Interval:
     """Of its last step."""
     waited: float = 0.0
     """Seconds that this rank stood still for data."""
-    since: float = 0.0
+    since: float = field(default_factory=time.monotonic)
     """Clock at its start, later by every pause for an evaluation or a checkpoint."""
 
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as plain types and a tensor."""
+        return {**vars(self), "since": time.monotonic() - self.since}
 
-def new_interval() -> Interval:
-    """Return an empty interval that starts now."""
-    return Interval(sums=torch.zeros((), dtype=torch.float64), since=time.monotonic())
+
+def interval_in(state: dict[str, Any]) -> Interval:
+    """Return an interval that goes on from a state."""
+    return Interval(**{**state, "since": time.monotonic() - state["since"]})
 
 
 @dataclass(kw_only=True)
@@ -85,12 +90,17 @@ class Trainer:
         self.stale = 0
         """Evaluations since the best one."""
         self.skipped_structures = 0
+        self.skipped_before = 0
+        """Structures that had been skipped when the run was resumed."""
+        self.interval = Interval()
         self.run_dir = Path(config.run.out)
         self.names = [task.name for task in self.engine.module.model.tasks]
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+        self.skipped_before = self.skipped_structures = state["skipped_structures"]
+        self.interval = interval_in(state["interval"])
         self.parts.balance.load(state["balance"])
         self.parts.guard.load(state["guard"])
 
@@ -100,6 +110,8 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "stale": self.stale,
+            "skipped_structures": self._skipped(),
+            "interval": self.interval.state(),
             "stream": stream.saved_state(gather_objects(stream.state())),
             "balance": self.parts.balance.state(),
             "guard": self.parts.guard.state(),
@@ -112,22 +124,20 @@ class Trainer:
         """
         settings = self.config.train
         batches = iter(self.parts.stream)
-        interval = new_interval()
         self.engine.train()
         stopped, begun = False, self.step
         while self.step < settings.steps and not stopped:
-            wanted = self.one_step(batches, interval)
+            wanted = self.one_step(batches, self.interval)
             if self.config.train.compile and self.step == begun + 1:
                 self._say_if_not_compiled()
             if self._due(settings.log_every):
-                self._log_interval(interval)
-                interval = new_interval()
-            paused = time.monotonic()
-            is_best = self._due(settings.evaluate_every) and self._evaluate() and settings.keep_best
-            stopped = self._says_stop(wanted)
-            if self._due(settings.checkpoint_every) or is_best or stopped:
-                self._save()
-            interval.since += time.monotonic() - paused
+                self._log_interval(self.interval)
+                self.interval = Interval()
+            evaluated, before = self._due(settings.evaluate_every), self.best
+            is_best = evaluated and self._evaluate() and settings.keep_best
+            stopped = self._says_stop(wanted, evaluated)
+            if (self._due(settings.checkpoint_every) or is_best or stopped) and not self._save() and is_best:
+                self.best = before  # the best one must be there to be evaluated and exported
 
     def _say_if_not_compiled(self) -> None:
         """Say on which ranks, and why, compiled steps are none after all; called once each rank has taken one."""
@@ -138,20 +148,30 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
 
-    def _save(self) -> None:
-        reason = save_checkpoint(
-            self.engine, self.run_dir, self._state(), self.parts.average, self.config.train.keep_checkpoints
-        )
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Leave what happens meanwhile out of the interval's time."""
+        start = time.monotonic()
+        yield
+        self.interval.since += time.monotonic() - start
+
+    def _save(self) -> bool:
+        """Save a checkpoint; returns whether it was possible."""
+        settings = self.config.train
+        kept = Kept(last=settings.keep_checkpoints, best=self.best if settings.keep_best else None)
+        with self._pause():
+            reason = save_checkpoint(self.engine, self.run_dir, self._state(), self.parts.average, kept)
         if reason is not None:
             self.parts.log.say(
                 f"warning: the checkpoint of step {self.step} could not be written ({reason}); the run goes on, the "
                 "last complete one stays."
             )
+        return reason is None
 
-    def _says_stop(self, wanted: bool) -> bool:
+    def _says_stop(self, wanted: bool, evaluated: bool) -> bool:
         """Whether the run stops here; says why."""
         reason = next((each for each in gather_objects(self.parts.stop.reason) if each), "") if wanted else ""
-        if not reason and self.config.train.patience and self.stale >= self.config.train.patience:
+        if not reason and evaluated and self.config.train.patience and self.stale >= self.config.train.patience:
             reason = f"no evaluation of the last {self.stale} has a lower validation loss (train.patience)"
         if reason and self.step < self.config.train.steps:
             self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
@@ -224,7 +244,7 @@ class Trainer:
     def _skipped(self) -> int:
         """Training structures that damaged shards have cost so far, on all ranks; what is new is said."""
         skipped = self.parts.stream.skipped
-        total = int(sum_over_ranks(torch.tensor([skipped.total()], dtype=torch.float64)))
+        total = self.skipped_before + int(sum_over_ranks(torch.tensor([skipped.total()], dtype=torch.float64)))
         if total > self.skipped_structures:
             self.skipped_structures = total
             self._say_skipped("training", skipped)
@@ -249,7 +269,7 @@ class Trainer:
         """Evaluate on the validation split; returns whether it is the best so far."""
         reader = SplitReader(self.parts.stream.settings, "val")
         average = self.parts.average
-        with contextlib.nullcontext() if average is None else average.applied():
+        with self._pause(), contextlib.nullcontext() if average is None else average.applied():
             sample = ParitySample(self.names, self.engine.module.objective) if self._pictures_due() else None
             sums, unseen = evaluate_engine(self.engine, reader, sample)
         self._say_skipped("validation", reader.skipped)

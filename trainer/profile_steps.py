@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.loop import new_interval
+from hydrazero.trainer.loop import Interval
 from hydrazero.trainer.progress_line import wide_console
 from hydrazero.trainer.train import CheckedRun, compile_steps, engine_of
 from hydrazero.trainer.trial import TrialLog, trial_trainer
@@ -37,7 +37,7 @@ def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
         if distributed.rank() == 0:
             console.print(sentence, highlight=False, soft_wrap=True)
     trainer = trial_trainer(config, checked, engine, TrialLog(config))
-    batches, interval = iter(trainer.parts.stream), new_interval()
+    batches, interval = iter(trainer.parts.stream), Interval()
     engine.train()
     for _ in range(WARM_UP):
         trainer.one_step(batches, interval)

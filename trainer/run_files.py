@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ EVALUATION_NAME = "evaluation.json"
 PREDICTIONS = "predictions"
 """Folder of TASK.parquet, a row per structure of the evaluated split."""
 REPORT_NAME = "report.html"
+
+
+def writing(run_dir: Path, write: Callable[[], None]) -> None:
+    """Write to a run's folder; raises ConfigError where that is not possible."""
+    try:
+        write()
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {run_dir} cannot be written ({error.strerror}); make room there, or set run.out."
+        ) from error
 
 
 def write_json(path: Path, document: Any) -> None:

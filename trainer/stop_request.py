@@ -30,7 +30,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.config import RunConfig, load_run_config
 from hydrazero.trainer.engine_config import deepspeed_config
-from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, truncate_metrics, write_json
+from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, truncate_metrics, write_json, writing
 from hydrazero.trainer.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
@@ -39,14 +40,12 @@ class CheckedRun:
     """Model whose weights the run starts with."""
 
 
-def check_run(config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
+def check_run(config: RunConfig, resume: bool) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError."""
     checked = check_settings(config)
     run_dir = Path(config.run.out)
     if resume:
-        before = read_record(run_dir)["ranks"]
-        if before != ranks:
-            raise ConfigError(f"{run_dir} was trained with {before} ranks and cannot go on with {ranks}; use {before}.")
+        read_record(run_dir)
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
     elif config.run.start_from:
@@ -104,22 +103,27 @@ def run_rank(config: RunConfig, resume: bool) -> None:
 
     def job() -> None:
         # Nobody goes on before all have checked: rank 0 would make the folder that the others want to see absent.
-        checked = distributed.together(lambda: check_run(config, resume, distributed.ranks()))
+        checked = distributed.together(lambda: check_run(config, resume))
         _train(config, resume, checked)
 
-    on_ranks(job)
+    on_ranks(config, job)
 
 
-def on_ranks(job: Callable[[], None]) -> None:
+def on_ranks(config: RunConfig, job: Callable[[], None]) -> None:
     """Do a job on this rank within the group of all of them; raises what it raises."""
     from hydrazero.trainer import distributed
 
-    distributed.start_ranks()
+    distributed.start_ranks(config.train.timeout_minutes)
     try:
         job()
         distributed.wait_for_all()  # a rank that left early would tear down connections that others still use
-    finally:
-        distributed.stop_ranks()
+    except Exception as error:
+        lost = distributed.lost_contact(error)
+        if lost is None:
+            distributed.stop_ranks()
+            raise
+        raise lost from error  # the group is left as it is: to leave it properly takes the others too
+    distributed.stop_ranks()
 
 
 def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
@@ -150,8 +154,8 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     settings = stream_settings(config, checked)
     stream = TrainStream(settings, distributed.rank(), distributed.ranks(), state["stream"])
     balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
-    if distributed.rank() == 0:
-        # Only now that nothing has refused to start is it a run, or one resume more.
+
+    def note_start() -> None:
         if resume:
             truncate_metrics(run_dir, state["step"])
             add_resume(run_dir, state["step"], distributed.ranks())
@@ -159,6 +163,9 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / MODEL_FACTS_NAME, described)
             write_json(run_dir / RUN_NAME, run_record(config, checked.ds_config, distributed.ranks()))
+
+    # Only now that nothing has refused to start is it a run, or one resume more.
+    distributed.together(lambda: writing(run_dir, note_start) if distributed.rank() == 0 else None)
     guard = StepGuard(config.train.max_skipped, config.train.skip_spikes)
     log = RunLog(config, state["step"])
     with log, StopRequest(config.train.max_hours) as stop:
@@ -266,10 +273,13 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
 @click.option("--dry-run", "trial", flag_value="dry-run", help="Check everything and do two steps; write nothing.")
 @click.option("--profile", "trial", flag_value="profile", help="Profile a few steps, without the run itself.")
-@click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # the launcher passes it to everyone
-def main(run_file: Path, overrides: Sequence[str], resume: bool, trial: str | None, local_rank: int | None) -> None:
+@click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # DeepSpeed's launcher passes it
+@click.option("--launched", is_flag=True, hidden=True)  # by `hydrazero train`, which says which rank has ended
+def main(
+    run_file: Path, overrides: Sequence[str], resume: bool, trial: str | None, local_rank: int | None, launched: bool
+) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
-    from hydrazero.trainer.distributed import exit_rank, launcher_rank
+    from hydrazero.trainer.distributed import FAILED, LostContactError, exit_rank, launcher_rank
     from hydrazero.trainer.trial import run_trial
 
     try:
@@ -280,9 +290,15 @@ def main(run_file: Path, overrides: Sequence[str], resume: bool, trial: str | No
             run_trial(trial, config, resume)
     except HydrazeroError as error:
         # The process group is gone by now, or was never there; what the launcher has told is.
-        if launcher_rank() == 0 or not error.on_every_rank:
+        lost_and_known = launched and isinstance(error, LostContactError)
+        if not lost_and_known and (launcher_rank() == 0 or not error.on_every_rank):
             click.echo(f"Error: {error}", err=True)
-        exit_rank(1)
+        exit_rank(error.exit_status)
+    except KeyboardInterrupt:
+        exit_rank(FAILED)
+    except Exception:
+        traceback.print_exc()
+        exit_rank(FAILED)
     exit_rank(0)
 
 

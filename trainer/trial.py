@@ -19,12 +19,12 @@ from hydrazero.trainer.weight_average import WeightAverage
 PROFILE = "profile"
 
 
-def check_trial(kind: str, config: RunConfig, resume: bool, ranks: int) -> CheckedRun:
+def check_trial(kind: str, config: RunConfig, resume: bool) -> CheckedRun:
     """Check everything that can be checked before the first step; raises HydrazeroError.
 
     A profile does not care for what the run's folder holds.
     """
-    return check_settings(config) if kind == PROFILE else check_run(config, resume, ranks)
+    return check_settings(config) if kind == PROFILE else check_run(config, resume)
 
 
 def run_trial(kind: str, config: RunConfig, resume: bool) -> None:
@@ -33,13 +33,13 @@ def run_trial(kind: str, config: RunConfig, resume: bool) -> None:
     from hydrazero.trainer.profile_steps import profile_steps
 
     def job() -> None:
-        checked = distributed.together(lambda: check_trial(kind, config, resume, distributed.ranks()))
+        checked = distributed.together(lambda: check_trial(kind, config, resume))
         if kind == PROFILE:
             profile_steps(config, checked)
         else:
             dry_run(config, checked, resume)
 
-    on_ranks(job)
+    on_ranks(config, job)
 
 
 class TrialLog(RunLog):
