@@ -111,7 +111,7 @@ class RunLog:
         append_metrics(self.run_dir, {"kind": "balance", **row})
         names = list(row["gradient_norms"])
         cosines = {
-            f"cosines/{names[one]}_{names[other]}": row["cosines"][one][other]
+            f"cosines/{names[one]}-{names[other]}": row["cosines"][one][other]
             for one, other in combinations(range(len(names)), 2)
         }
         norms = {f"gradient_norms/{name}": value for name, value in row["gradient_norms"].items()}

@@ -4,47 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
-from hydrazero.shards.plan import mixture_repeats
 from hydrazero.shards.stream import SplitReader, evaluation_batches
 from hydrazero.trainer import distributed
-from hydrazero.trainer.batch_memory import peak_memory_mb
 from hydrazero.trainer.config import RunConfig
+from hydrazero.trainer.dry_run_tables import Findings, Tried, run_table, tasks_table
 from hydrazero.trainer.loop import Interval, Trainer, next_on_any_rank
 from hydrazero.trainer.losses import leave_out_unseen
-from hydrazero.trainer.progress_line import duration, wide_console
-from hydrazero.trainer.run_memory import RunMemory, check_memory, megabytes, memory_of_ranks, state_bytes, step_bytes
+from hydrazero.trainer.progress_line import wide_console
+from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, state_bytes, step_bytes
+from hydrazero.trainer.step_guard import NonFiniteLossError
 from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of
 from hydrazero.trainer.trial import TrialLog, trial_trainer
 
 LOOKED_AT = 8
 """Batches of each rank that are looked at for how full they are, those of the steps among them."""
-
-
-@dataclass(kw_only=True)
-class Tried:
-    """What the steps of a dry run have shown."""
-
-    loss: float
-    step_seconds: float
-    """Of the second step, the slowest rank's."""
-    wait_seconds: float
-    """Of these, for data."""
-    validation_seconds: float
-    """Of one batch on each rank."""
-    fill: list[float]
-    """Shares of structures, atoms and slots of a batch that are used, and structures in a batch."""
 
 
 def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
@@ -55,16 +37,22 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
     manifests = [read_manifest(task.shards) for task in config.tasks]
     at_hand = memory_of_ranks()
     engine = engine_of(config, checked)
-    model = engine.module.model
     if resume:
-        check_same_model(Path(config.run.out), model.facts())
+        check_same_model(Path(config.run.out), engine.module.model.facts())
     memory = RunMemory(step=_step_bytes(config), states=_state_bytes(config, checked, engine), at_hand=at_hand)
     check_memory(memory, config.batch, config.model.cutoff, manifests)
     log = TrialLog(config)
-    tried = _try(trial_trainer(config, checked, engine, log))
+    tried = _try(trial_trainer(config, checked, engine, log), log)
+    found = Findings(
+        config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, tried=tried
+    )
     said = [*checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.said]
     if distributed.rank() == 0:
-        _print(config, checked, manifests, memory, tried, engine, said)
+        console = wide_console(stderr=False)
+        console.print(tasks_table(found))
+        console.print(run_table(found))
+        for sentence in [*said, "dry run: the run can start; nothing was written."]:
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def _step_bytes(config: RunConfig) -> float:
@@ -85,7 +73,7 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _try(trainer: Trainer) -> Tried:
+def _try(trainer: Trainer, log: TrialLog) -> Tried:
     """Do two steps and a batch of the validation; look at some batches."""
     seen: list[GraphBatch] = []
     batches = _remembered(iter(trainer.parts.stream), seen)
@@ -94,14 +82,20 @@ def _try(trainer: Trainer) -> Tried:
     interval, began = Interval(), time.monotonic()
     trainer.one_step(batches, interval)
     seconds = time.monotonic() - began
+    if not interval.steps:  # skipped, on all ranks
+        raise NonFiniteLossError(log.said[-1].removeprefix("warning: "))
     for _ in range(LOOKED_AT - len(seen)):
         next(batches)
+    structures, atoms, slots, in_batch = _fill(seen)
     return Tried(
         loss=interval.loss,
         step_seconds=distributed.max_over_ranks(seconds),
         wait_seconds=distributed.max_over_ranks(interval.waited),
-        validation_seconds=distributed.max_over_ranks(_validate(trainer)),
-        fill=_fill(seen),
+        validation_seconds=distributed.max_over_ranks(distributed.together(lambda: _validate(trainer))),
+        structures=structures,
+        atoms=atoms,
+        slots=slots,
+        in_batch=in_batch,
     )
 
 
@@ -124,7 +118,7 @@ def _validate(trainer: Trainer) -> float:
     sums = engine.module.objective.sums(engine.module.predict(batch), batch)
     engine.train()
     if not torch.isfinite(sums).all():
-        raise ConfigError("the model predicts no finite values for a batch of the validation split; check its labels.")
+        raise ConfigError("the errors of a batch of the validation split are not finite; check its labels.")
     return time.monotonic() - began
 
 
@@ -163,89 +157,3 @@ def _elements_left_out(manifests: Sequence[Manifest]) -> list[str]:
         for manifest in manifests
         if (strange := set(manifest.elements) - set(manifest.trained_elements))
     ]
-
-
-def _print(
-    config: RunConfig,
-    checked: CheckedRun,
-    manifests: Sequence[Manifest],
-    memory: RunMemory,
-    tried: Tried,
-    engine: Any,
-    said: Sequence[str],
-) -> None:
-    console = wide_console(stderr=False)
-    console.print(_tasks(config, checked, manifests, engine))
-    console.print(_facts(config, checked, manifests, memory, tried, engine))
-    for sentence in said:
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    console.print("dry run: everything is in order, nothing was written.", highlight=False, soft_wrap=True)
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _tasks(config: RunConfig, checked: CheckedRun, manifests: Sequence[Manifest], engine: Any) -> Table:
-    table = _table(f"{config.run.out}: tasks")
-    for heading in ("task", "train", "val", "atoms\nat most", "elements", "drawn\n%", "weight", "trained on"):
-        texts = heading in ("task", "trained on")
-        table.add_column(heading, justify="left" if texts else "right", no_wrap=heading != "trained on")
-    counts = list(checked.structures)
-    drawn = [n * repeat for n, repeat in zip(counts, mixture_repeats(counts, config.data.temperature), strict=True)]
-    objective = engine.module.objective
-    for number, (task, manifest) in enumerate(zip(config.tasks, manifests, strict=True)):
-        held = {*manifest.labels, *manifest.targets} | ({"energy"} if "energy_per_atom" in manifest.labels else set())
-        used = zip(objective.quantities, objective.predicted[number].tolist(), strict=True)
-        table.add_row(
-            task.name,
-            f"{counts[number]:,}",
-            f"{manifest.structures('val'):,}",
-            str(manifest.max_atoms),
-            str(len(manifest.trained_elements)),
-            f"{100 * drawn[number] / sum(drawn):.1f}",
-            f"{task.weight:g}",
-            ", ".join(name for name, predicted in used if predicted and name in held) or "-",
-        )
-    return table
-
-
-def _facts(
-    config: RunConfig,
-    checked: CheckedRun,
-    manifests: Sequence[Manifest],
-    memory: RunMemory,
-    tried: Tried,
-    engine: Any,
-) -> Table:
-    ranks, accumulated = distributed.ranks(), engine.gradient_accumulation_steps()
-    structures, atoms, slots, in_batch = tried.fill
-    evaluations = -(-config.train.steps // config.train.evaluate_every)
-    per_evaluation = sum(manifest.structures("val") for manifest in manifests) / (max(in_batch, 1.0) * ranks)
-    whole = config.train.steps * tried.step_seconds + evaluations * per_evaluation * tried.validation_seconds
-    sizes = {item.name: getattr(config.batch, item.name) for item in fields(config.batch)}
-    shape = ", ".join(f"{size:,} {name}" for name, size in sizes.items() if size)
-    eager = ", eagerly; compiled, the run is faster" if config.train.compile else ""
-    ds_config = checked.ds_config
-    scheduler = ds_config.get("scheduler", {}).get("type", "no schedule")
-    trained = sum(_size(parameter) for parameter in engine.module.parameters() if parameter.requires_grad)
-    table = _table("the run")
-    table.show_header = False
-    for name, value in (
-        ("ranks", f"{ranks}, {accumulated} batches of each a step" if accumulated > 1 else str(ranks)),
-        ("batch", shape),
-        ("filled", f"{structures:.0%} of the structures, {atoms:.0%} of the atoms, {slots:.0%} of the slots"),
-        ("model", f"{config.model.encoder}, {trained:,} trained parameters"),
-        ("DeepSpeed", f"ZeRO {engine.zero_optimization_stage()}, {ds_config['optimizer']['type']}, {scheduler}"),
-        (
-            "memory of a rank",
-            f"about {megabytes(memory.step)} in a step, {megabytes(memory.states)} of weights, gradients, optimizer; "
-            f"{megabytes(memory.at_hand)} are there",
-        ),
-        ("peak so far", f"{peak_memory_mb():,.0f} MB on rank 0, all of the process"),
-        ("loss", f"{tried.loss:.4g} in the second step"),
-        ("a step", f"{tried.step_seconds:.3g} s, of which {tried.wait_seconds:.2g} s wait for data{eager}"),
-        ("the whole run", f"about {duration(whole)} for {config.train.steps:,} steps and {evaluations} evaluations"),
-    ):
-        table.add_row(name, value)
-    return table
