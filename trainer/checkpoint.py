@@ -52,6 +52,7 @@ def save_checkpoint(
     state = {**state, "random": random_states(), "layout": layout_of(engine).document()}
     with _writing_errors_kept(engine, failures):
         engine.save_checkpoint(str(part.parent), tag=part.name, save_latest=False)
+    let_go_of_whole_parameters(engine)
     if average is not None:
         _try(lambda: average.save(part), failures)
         state = {**state, "average_steps": average.steps}
@@ -110,6 +111,16 @@ def _writing_errors_kept(engine: Any, failures: list[str]) -> Iterator[None]:
         writer.save, engine._copy_recovery_script = save, copy_script
 
 
+def let_go_of_whole_parameters(engine: Any) -> None:
+    """Drop the small parameters that DeepSpeed has gathered after saving or loading under ZeRO 3.
+
+    As at the start of a run: in its first steps it notes which parameters are fetched when, misses those that are
+    whole, and fails where it needs them later.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()
+
+
 def random_states() -> dict[str, torch.Tensor]:
     """Return the states of all ranks' generators of random numbers, [ranks, bytes] of each kind of device."""
     states = {"cpu": torch.stack(gather_objects(torch.get_rng_state()))}
@@ -147,9 +158,7 @@ def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) ->
         load_from_layout(engine, folder, saved)
     elif engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
         raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
-    if engine.zero_optimization_stage() == 3:
-        # As at the start of a run: with small parameters held whole from here on, steps that accumulate fail.
-        engine.optimizer.checkpoint_event_prologue()
+    let_go_of_whole_parameters(engine)
     set_random_states(state["random"])
     if average is not None and "average_steps" in state:
         average.load(folder, state["average_steps"])

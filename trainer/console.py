@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hydrazero.trainer.distributed import rank
-from hydrazero.trainer.run_files import append_metrics
+from hydrazero.trainer.run_files import MetricsWriter
 
 TENSORBOARD = "tensorboard"
+ROOM = 1_000_000
+"""Bytes that a disk must have for TensorBoard, which writes in a thread that would die with a traceback."""
 
 
 def shown(value: float | None, digits: int = 1) -> str:
@@ -46,6 +49,8 @@ class RunLog:
         self.run_dir, self.total_steps, self.start = run_dir, total_steps, start
         self.console = Console(stderr=True)
         self._progress: Progress | None = None
+        self._metrics = MetricsWriter(run_dir)
+        self._full = False
 
     def __enter__(self) -> RunLog:
         if rank() != 0:
@@ -85,13 +90,22 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, loss=f"{loss:.4f}")
 
+    def _row(self, row: dict[str, Any]) -> bool:
+        """Write a row to metrics.jsonl; returns whether there is room for TensorBoard too. A full disk is said once."""
+        reason = self._metrics.append(row)
+        if reason is not None and not self._full:
+            self.say(f"warning: metrics.jsonl cannot be written ({reason}); its lines wait until it can.")
+        self._full = reason is not None
+        return not self._full and shutil.disk_usage(self.run_dir).free > ROOM
+
     def train_row(self, row: dict[str, Any]) -> None:
         """Log an interval of training."""
         if self._progress is None:
             return
-        append_metrics(self.run_dir, {"kind": "train", **row})
         rate = f"{row['structures_per_s']:.0f} structures/s, waits {100 * row['data_wait_share']:.0f}%,"
         self._progress.update(self._bar, rate=rate)
+        if not self._row({"kind": "train", **row}):
+            return
         for name in ("loss", "learning_rate", "gradient_norm", "structures_per_s", "atoms_per_s", "data_wait_share"):
             if row[name] is not None:
                 self._writer.add_scalar(f"train/{name}", row[name], row["step"])
@@ -101,7 +115,8 @@ class RunLog:
         """Log what was measured of the tasks' gradients, and the weights that follow."""
         if self._progress is None:
             return
-        append_metrics(self.run_dir, {"kind": "balance", **row})
+        if not self._row({"kind": "balance", **row}):
+            return
         for key in ("gradient_norms", "weights"):
             for name, value in row[key].items():
                 if value is not None:
@@ -112,10 +127,10 @@ class RunLog:
         if self._progress is None:
             return
         facts = {"kind": "evaluation", "split": split, "step": step, "loss": loss}
-        append_metrics(self.run_dir, {**facts, "tasks": tasks})
-        if loss is not None:
-            self._writer.add_scalar(f"{split}/loss", loss, step)
-        self._add_tasks(split, step, tasks)
+        if self._row({**facts, "tasks": tasks}):
+            if loss is not None:
+                self._writer.add_scalar(f"{split}/loss", loss, step)
+            self._add_tasks(split, step, tasks)
         table = Table(title=f"step {step}, {split}", title_justify="left")
         targets = sorted({target for row in tasks.values() for target in row["target_mae"]})
         stress = any(row["stress_mae_mev_per_angstrom3"] is not None for row in tasks.values())

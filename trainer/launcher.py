@@ -117,10 +117,10 @@ class _Ranks:
                 self._kill()
             time.sleep(POLL)
         bad += [rank for rank, process in enumerate(self.processes) if process.returncode and rank not in bad]
-        return _outcome([(rank, self.processes[rank].returncode) for rank in bad], hung)
+        return outcome_of([(rank, self.processes[rank].returncode) for rank in bad], hung)
 
 
-def _outcome(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
+def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
     """Judge the ranks that ended badly, as (rank, exit status), the first one first; `hung` had to be killed."""
     if not bad:
         return Outcome(status=0)
