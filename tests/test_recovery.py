@@ -53,7 +53,7 @@ from hydrazero.trainer.step_guard import SETTLED, NonFiniteLossError, StepGuard
 
 ranks_start = pytest.mark.ranks
 BIN = Path(sys.executable).parent
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture(scope="module")

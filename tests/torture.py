@@ -33,8 +33,8 @@ from hydrazero.trainer.run_files import RUN_NAME, read_metrics
 from hydrazero.trainer.weight_average import AVERAGE_NAME
 
 RANKS = 2
-STEPS_PER_KILL = 30
-"""More than any life lasts: killed after at most ten steps, or the evaluation or checkpoint after them."""
+STEPS_PER_KILL = 20
+"""More than any life gains: it is killed after at most eight steps, or the evaluation or checkpoint after them."""
 MINUTE = 60.0
 AIMS = ("any moment", "step", "evaluation", "checkpoint", "start")
 CLOCKED = ("structures_per_s", "atoms_per_s", "steps_per_s", "data_wait_share")
@@ -135,18 +135,18 @@ class Life:
                 raise RuntimeError(f"a rank ended with {process.returncode}: {self.output()}")
 
     def wait_for(self, rank: int, aim: str, generator: random.Random) -> None:
-        """Return when a rank should be killed: somewhere in what is aimed at, after up to ten steps."""
+        """Return when a rank should be killed: somewhere in what is aimed at, after up to eight steps."""
         if aim == "start":
             time.sleep(generator.uniform(0.0, 10.0))
             return
-        steps = generator.randint(1, 10)
+        steps = generator.randint(1, 8)
         while not self.ended():
             begun, doing = self.doing(rank)
             if begun >= steps and aim in (doing, "any moment"):
                 break
             time.sleep(0.0005)
         # What is aimed at takes some hundredths of a second, so that the kill falls anywhere in it, or just behind it.
-        time.sleep(generator.uniform(0.0, 0.3 if aim == "any moment" else 0.06))
+        time.sleep(generator.uniform(0.0, 0.15 if aim == "any moment" else 0.06))
 
     def kill(self, ranks: list[int]) -> float:
         """Kill ranks, wait for the others to end, return how many seconds that took."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,18 @@ def _try(write: Callable[[], object], failures: list[str]) -> None:
 
 
 def _sums_of_share(part: Path) -> dict[str, str]:
-    """Read back this rank's share of a checkpoint's files, once they are on the disk."""
+    """Read back this rank's share of a checkpoint's files, once they are on the disk; OSError if one is not whole."""
     files = sorted(path for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
     sums = {}
     for path in files[rank() :: ranks()]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+        # torch writes archives with checksums of what it had in memory.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise OSError(f"{path}: {damaged} does not read back as it was written")
         sums[str(path.relative_to(part))] = file_sum(path)
     return sums
 
