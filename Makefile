@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
+KILLS ?= 20
+SEED ?= 0
 
-.PHONY: demo test test-compiled check bench real results sixteen links clean
+.PHONY: demo test test-compiled torture check bench real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -16,6 +18,10 @@ test: .venv/.installed
 # Every encoder through the compiler; some seven minutes.
 test-compiled: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compiler
+
+# Kills a run at random moments and resumes it each time; the end must be that of a run which was never killed.
+torture: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills $(KILLS) --seed $(SEED)
 
 check: .venv/.installed links
 	$(BIN)/ruff check .

@@ -334,25 +334,6 @@ def test_other_tasks_cannot_be_resumed(data, finished, tmp_path):
     assert result.returncode != 0 and message.count("another model") == 1 and "Traceback" not in message
 
 
-def test_another_number_of_ranks_goes_on(data, finished, tmp_path):
-    """From two ranks under ZeRO 1 to one without ZeRO; the data go on exactly once (`what_is_left` of test_stream)."""
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
-    run = write_run(tmp_path, data)
-    changes = ("data.workers=2", "deepspeed.gradient_accumulation_steps=2", "deepspeed.zero_optimization.stage=0")
-    in_process(run, "--resume", *(f"--set={change}" for change in changes))
-    rows = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, 9)) and losses(tmp_path / "run")[:4] == losses(finished)[:4]
-    rates = [row["learning_rate"] for row in read_metrics(finished) if row["kind"] == "train"]
-    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
-    drawn = sum(task["structures"] for row in rows for task in row["tasks"].values())
-    state = read_state(latest_checkpoint(tmp_path / "run"))["stream"]
-    plans = SplitReader(StreamSettings(folders=(f"{data}/molecules", f"{data}/metals"), cutoff=4.0, shape=SHAPE), "train")
-    left = what_is_left(plans.plans(), (1, 2), state)
-    epochs = 1 + max(lane["epoch"] for rank in state["ranks"] for lane in rank["lanes"])
-    assert state["past"] and drawn + len(left) == epochs * sum(plan.structures for plan in plans.plans())
-
-
 def test_from_run_to_model_and_report(finished, data, tmp_path):
     succeeded(start(BIN / "hydrazero", "evaluate", finished))
     evaluation = json.loads((finished / "evaluation.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def save_checkpoint(
     state = {**state, "random": random_states(), "layout": layout_of(engine).document()}
     with _writing_errors_kept(engine, failures):
         engine.save_checkpoint(str(part.parent), tag=part.name, save_latest=False)
+    let_go_of_whole_parameters(engine)
     if average is not None:
         _try(lambda: average.save(part), failures)
         state = {**state, "average_steps": average.steps}
@@ -82,12 +84,18 @@ def _try(write: Callable[[], object], failures: list[str]) -> None:
 
 
 def _sums_of_share(part: Path) -> dict[str, str]:
-    """Read back this rank's share of a checkpoint's files, once they are on the disk."""
+    """Read back this rank's share of a checkpoint's files, once they are on the disk; OSError if one is not whole."""
     files = sorted(path for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
     sums = {}
     for path in files[rank() :: ranks()]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+        # torch writes archives with checksums of what it had in memory.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise OSError(f"{path}: {damaged} does not read back as it was written")
         sums[str(path.relative_to(part))] = file_sum(path)
     return sums
 
@@ -108,6 +116,16 @@ def _writing_errors_kept(engine: Any, failures: list[str]) -> Iterator[None]:
         yield
     finally:
         writer.save, engine._copy_recovery_script = save, copy_script
+
+
+def let_go_of_whole_parameters(engine: Any) -> None:
+    """Drop the small parameters that DeepSpeed has gathered after saving or loading under ZeRO 3.
+
+    As at the start of a run: in its first steps it notes which parameters are fetched when, misses those that are
+    whole, and fails where it needs them later.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()
 
 
 def random_states() -> dict[str, torch.Tensor]:
@@ -147,9 +165,7 @@ def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) ->
         load_from_layout(engine, folder, saved)
     elif engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
         raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
-    if engine.zero_optimization_stage() == 3:
-        # As at the start of a run: with small parameters held whole from here on, steps that accumulate fail.
-        engine.optimizer.checkpoint_event_prologue()
+    let_go_of_whole_parameters(engine)
     set_random_states(state["random"])
     if average is not None and "average_steps" in state:
         average.load(folder, state["average_steps"])

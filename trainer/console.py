@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.distributed import rank, together
 from hydrazero.trainer.progress_line import ProgressLine, wide_console
-from hydrazero.trainer.run_files import append_metrics
+from hydrazero.trainer.run_files import MetricsWriter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,8 @@ TRAIN_SCALARS = (
     "skipped_steps",
 )
 """Of rows of training, those in TensorBoard that are of no task."""
+ROOM = 1_000_000
+"""Bytes that a disk must have for TensorBoard, which writes in a thread that would die with a traceback."""
 
 
 def shown(value: float | None, digits: int = 1) -> str:
@@ -62,6 +65,8 @@ class RunLog:
         self.config, self.start = config, start
         self.run_dir = Path(config.run.out)
         self._line: ProgressLine | None = None
+        self._metrics = MetricsWriter(self.run_dir)
+        self._full = False
 
     def __enter__(self) -> RunLog:
         # All ranks learn of it if rank 0 cannot open it.
@@ -92,12 +97,26 @@ class RunLog:
         if self._line is not None:
             self._line.advance(step, loss)
 
+    def _row(self, row: dict[str, Any]) -> bool:
+        """Write a row to metrics.jsonl; returns whether there is room for TensorBoard too. A full disk is said once."""
+        reason = self._metrics.append(row)
+        if reason is not None and not self._full:
+            self.say(f"warning: metrics.jsonl cannot be written ({reason}); its lines wait until it can.")
+        self._full = reason is not None
+        return self._there_is_room()
+
+    def _there_is_room(self) -> bool:
+        """Whether there is room for TensorBoard."""
+        return not self._full and shutil.disk_usage(self.run_dir).free > ROOM
+
     def train_row(self, row: dict[str, Any]) -> None:
         """Log an interval of training."""
         if self._line is None:
             return
-        append_metrics(self.run_dir, {"kind": "train", **row})
+        there_is_room = self._row({"kind": "train", **row})
         self._line.interval(row["structures_per_s"], row["data_wait_share"])
+        if not there_is_room:
+            return
         values = {f"train/{name}": row[name] for name in TRAIN_SCALARS}
         for key in ("weights", "sampling_shares"):
             values |= {f"{key}/{task}": value for task, value in row[key].items()}
@@ -108,7 +127,8 @@ class RunLog:
         """Log what was measured of the tasks' gradients."""
         if self._line is None:
             return
-        append_metrics(self.run_dir, {"kind": "balance", **row})
+        if not self._row({"kind": "balance", **row}):
+            return
         names = list(row["gradient_norms"])
         cosines = {
             f"cosines/{names[one]}-{names[other]}": row["cosines"][one][other]
@@ -119,7 +139,7 @@ class RunLog:
 
     def pictures(self, step: int, figures: Callable[[], dict[str, Figure]]) -> None:
         """Log figures, which are made where they are logged alone."""
-        if self._line is not None:
+        if self._line is not None and self._there_is_room():
             self._scalars.add_pictures(step, figures())
             self._scalars.flush()
 
@@ -128,9 +148,9 @@ class RunLog:
         if self._line is None:
             return
         facts = {"kind": "evaluation", "split": split, "step": step, "loss": loss}
-        append_metrics(self.run_dir, {**facts, "tasks": tasks})
-        self._scalars.add(step, {f"{split}/loss": loss, **by_task(split, tasks)})
-        self._scalars.flush()
+        if self._row({**facts, "tasks": tasks}):
+            self._scalars.add(step, {f"{split}/loss": loss, **by_task(split, tasks)})
+            self._scalars.flush()
         table = Table(title=f"step {step}, {split}", title_justify="left")
         targets = sorted({target for row in tasks.values() for target in row["target_mae"]})
         stress = any(row["stress_mae_mev_per_angstrom3"] is not None for row in tasks.values())

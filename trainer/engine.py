@@ -39,7 +39,7 @@ class StepResult:
     rescaled: bool
     """Whether it was skipped only for the scale of the loss, which was too large for fp16 and is smaller now."""
     suspects: list[str]
-    """Structures of batches whose loss was not finite."""
+    """Of a step that was skipped: structures of batches whose loss was not finite, or all if each was."""
     stop: bool
     """Whether a rank wants to stop."""
 
@@ -148,7 +148,7 @@ def train_step(engine: Any, batches: Sequence[GraphBatch], guard: StepGuard, *, 
         atoms=int(everything[-2]),
         skipped=skipped,
         rescaled=skipped and can_rescale and math.isfinite(float(everything[-3])) and math.isfinite(factor),
-        suspects=_suspects(batches, total) if skipped else [],
+        suspects=_suspects(batches, total, float(everything[-3])) if skipped else [],
         stop=bool(everything[-1]),
     )
 
@@ -171,7 +171,8 @@ def _step_unless_broken(engine: Any) -> None:
         held.update(dict.fromkeys(held))
 
 
-def _suspects(batches: Sequence[GraphBatch], local: Tensor) -> list[str]:
-    """Names of the structures of every rank whose own part of the loss is not finite."""
-    mine = [] if torch.isfinite(local) else [name for batch in batches for name in batch.source_ids()]
+def _suspects(batches: Sequence[GraphBatch], local: Tensor, loss: float) -> list[str]:
+    """Names of the structures of every rank whose own part of the loss is not finite, of all ranks if the loss is."""
+    innocent = bool(torch.isfinite(local)) and not math.isfinite(loss)
+    mine = [] if innocent else [name for batch in batches for name in batch.source_ids()]
     return [name for part in gather_objects(mine) for name in part]

@@ -17,7 +17,7 @@ from types import FrameType
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.distributed import MAY_PASS, free_port
+from hydrazero.trainer.distributed import FAILED, MAY_PASS, exit_rank, free_port
 from hydrazero.trainer.run_files import RUN_NAME
 from hydrazero.trainer.stop_request import SIGNALS
 
@@ -68,7 +68,8 @@ class _Ranks:
     """Processes of one try."""
 
     def __init__(self, run_file: Path, ranks: int, options: Sequence[str]) -> None:
-        self.command = [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), "--launched", *options]
+        parent = f"--launched-by={os.getpid()}"
+        self.command = [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), parent, *options]
         self.environment = _environment(ranks)
         self.ranks = ranks
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -80,9 +81,7 @@ class _Ranks:
         self._exits.enter_context(_handling(self._pass_on))
         for rank in range(self.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(
-                subprocess.Popen(self.command, env={**self.environment, **own}, preexec_fn=_end_with_parent)
-            )
+            self.processes.append(subprocess.Popen(self.command, env={**self.environment, **own}))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -117,10 +116,10 @@ class _Ranks:
                 self._kill()
             time.sleep(POLL)
         bad += [rank for rank, process in enumerate(self.processes) if process.returncode and rank not in bad]
-        return _outcome([(rank, self.processes[rank].returncode) for rank in bad], hung)
+        return outcome_of([(rank, self.processes[rank].returncode) for rank in bad], hung)
 
 
-def _outcome(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
+def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
     """Judge the ranks that ended badly, as (rank, exit status), the first one first; `hung` had to be killed."""
     if not bad:
         return Outcome(status=0)
@@ -155,10 +154,12 @@ def _environment(ranks: int) -> dict[str, str]:
     return {**environment, **meet, "LOCAL_SIZE": str(ranks)}
 
 
-def _end_with_parent() -> None:
-    """Let a rank be killed when the process that watches it is: two runs in one folder would spoil each other."""
+def end_with(parent: int) -> None:
+    """Let this rank be killed when the process that watches it is: two runs in one folder would spoil each other."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        exit_rank(FAILED)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -48,10 +49,28 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid JSON ({error}).") from error
 
 
-def append_metrics(run_dir: Path, row: dict[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
-    with open(run_dir / METRICS_NAME, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+class MetricsWriter:
+    """Adds lines to metrics.jsonl, and keeps those for which the disk has no room until it has."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / METRICS_NAME
+        self._waiting: list[bytes] = []
+
+    def append(self, row: dict[str, Any]) -> str | None:
+        """Add a row; returns why it, or one before it, could not be written yet, None if all are."""
+        self._waiting.append((json.dumps(row) + "\n").encode())
+        try:
+            # Unbuffered: what a buffer could not write it would try again when the file is closed.
+            with open(self.path, "ab", buffering=0) as file:
+                while self._waiting:
+                    end = file.tell()
+                    if file.write(self._waiting[0]) < len(self._waiting[0]):
+                        file.truncate(end)  # half a line would make the file unreadable
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    del self._waiting[0]
+        except OSError as error:
+            return error.strerror
+        return None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -274,14 +274,22 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
 @click.option("--dry-run", "trial", flag_value="dry-run", help="Check everything and do two steps; write nothing.")
 @click.option("--profile", "trial", flag_value="profile", help="Profile a few steps, without the run itself.")
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # DeepSpeed's launcher passes it
-@click.option("--launched", is_flag=True, hidden=True)  # by `hydrazero train`, which says which rank has ended
+@click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero train`
 def main(
-    run_file: Path, overrides: Sequence[str], resume: bool, trial: str | None, local_rank: int | None, launched: bool
+    run_file: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    trial: str | None,
+    local_rank: int | None,
+    launched_by: int | None,
 ) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
     from hydrazero.trainer.distributed import FAILED, LostContactError, exit_rank, launcher_rank
+    from hydrazero.trainer.launcher import end_with
     from hydrazero.trainer.trial import run_trial
 
+    if launched_by is not None:
+        end_with(launched_by)
     try:
         config = load_run_config(run_file, overrides)
         if trial is None:
@@ -290,7 +298,8 @@ def main(
             run_trial(trial, config, resume)
     except HydrazeroError as error:
         # The process group is gone by now, or was never there; what the launcher has told is.
-        lost_and_known = launched and isinstance(error, LostContactError)
+        # `hydrazero train` sees which rank has ended, and says so itself.
+        lost_and_known = launched_by is not None and isinstance(error, LostContactError)
         if not lost_and_known and (launcher_rank() == 0 or not error.on_every_rank):
             click.echo(f"Error: {error}", err=True)
         exit_rank(error.exit_status)
