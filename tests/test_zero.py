@@ -88,11 +88,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return json.loads((folder / "result.json").read_text())
 
 
-# Of losses, of the norm of the gradient before clipping (a factor that Adam would hide shows there), and of weights over
-# how far the steps have moved those of the same parameter. In float64 the norm that gradients are clipped by is
-# DeepSpeed's, in float32, which Adam all but divides out. With bfloat16, where the order of sums differs by an ulp of
-# float32 some feature may be rounded the other way, to a part in 256, and Adam makes steps of full size of small changes
-# to small gradients.
+# Of losses, of the gradient's norm before clipping (a factor that Adam would hide shows there), and of weights over how
+# far the steps have moved those of the same parameter. In float64 the norm for clipping is DeepSpeed's, in float32,
+# which Adam all but divides out. With bfloat16, where the order of sums differs by an ulp of float32 some
+# feature may be rounded the other way, to a part in 256, and Adam makes steps of full size of small gradients.
 TOLERANCES = {
     "float32": {"loss": 1e-5, "norm": 1e-4, "change": 1e-3},
     "float64": {"loss": 1e-7, "norm": 1e-6, "change": 1e-6},
