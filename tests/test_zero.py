@@ -17,10 +17,12 @@ class PlainPyTorch:
     """The same steps without DeepSpeed: all micro-batches of both ranks summed, one AdamW on the master weights."""
 
     def __init__(self, weights: torch.dtype, *, masters: torch.dtype, encoder: torch.dtype | None = None) -> None:
-        self.model = small_model(tasks=zero_ranks.TASKS, dtype=torch.float32).to(weights).train()
+        self.model = small_model(tasks=zero_ranks.TASKS, dtype=torch.float32).to(masters).train()
         self.model.autocast = encoder
         self.goal = zero_ranks.objective(self.model)
         self.named = dict(self.model.named_parameters())
+        for parameter in self.named.values():
+            parameter.data = parameter.data.to(weights)
         self.masters = {name: p.detach().to(masters, copy=True).requires_grad_() for name, p in self.named.items()}
         stays = {name for name in self.named if name.endswith(("bias", "elements"))}
         groups = [
@@ -53,6 +55,7 @@ class PlainPyTorch:
 
     def result(self) -> dict:
         averaged = {name: p.detach().clone() for name, p in self.masters.items()}
+        start = zero_ranks.flat(self.masters)
         losses, norms = [], []
         for step in range(zero_ranks.STEPS):
             loss, norm = self.step()
@@ -63,7 +66,8 @@ class PlainPyTorch:
                 averaged[name] = keep * averaged[name] + (1 - keep) * p.detach()
         weights = zero_ranks.flat(self.masters)
         losses.append(self.step()[0])
-        return {"losses": losses, "norms": norms, "weights": weights, "averaged": zero_ranks.flat(averaged)}
+        means = zero_ranks.flat(averaged)
+        return {"start": start, "losses": losses, "norms": norms, "weights": weights, "averaged": means}
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +88,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return json.loads((folder / "result.json").read_text())
 
 
-# A step moves a weight by some 0.01. In float64 the norm that gradients are clipped by is DeepSpeed's, in float32,
-# which Adam all but divides out; master weights in float32 would be off by 1e-7. With bfloat16, where the order of sums
-# differs by an ulp of float32 some weight or feature is rounded the other way, to a part in 256, and goes on so.
+# Of losses, of the gradient's norm before clipping (a factor that Adam would hide shows there), and of weights over how
+# far the steps have moved those of the same parameter. In float64 the norm for clipping is DeepSpeed's, in float32,
+# which Adam all but divides out. With bfloat16, where the order of sums differs by an ulp of float32 some
+# feature may be rounded the other way, to a part in 256, and Adam makes steps of full size of small gradients.
 TOLERANCES = {
-    "float32": {"loss": 1e-5, "norm": 1e-4, "rtol": 1e-3, "atol": 2e-5},
-    "float64": {"loss": 1e-9, "norm": 1e-6, "rtol": 1e-8, "atol": 1e-9},
-    "autocast": {"loss": 1e-3, "norm": 1e-2, "rtol": 1e-3, "atol": 5e-4},
-    "bf16": {"loss": 1e-3, "norm": 1e-2, "rtol": 1e-3, "atol": 5e-4},
+    "float32": {"loss": 1e-5, "norm": 1e-4, "change": 1e-3},
+    "float64": {"loss": 1e-7, "norm": 1e-6, "change": 1e-6},
+    "autocast": {"loss": 1e-3, "norm": 3e-3, "change": 0.05},
+    "bf16": {"loss": 1e-3, "norm": 3e-3, "change": 0.05},
 }
 PAIRS = [
     (precision, name)
@@ -115,20 +120,20 @@ def test_equal_to_plain_pytorch(precision, name, found, plain):
     for kind in ("weights", "averaged"):
         assert expected["weights"] != expected["averaged"]
         for key, values in expected[kind].items():
-            torch.testing.assert_close(
-                torch.tensor(found[name][kind][f"model.{key}"], dtype=torch.float64),
-                torch.tensor(values, dtype=torch.float64),
-                rtol=tolerance["rtol"],
-                atol=tolerance["atol"],
-                msg=lambda text, kind=kind, key=key: f"{kind}: {key}: {text}",
-            )
+            wanted, begun = float64(values), float64(expected["start"][key])
+            off = (float64(found[name][kind][f"model.{key}"]) - wanted).norm()
+            assert off <= tolerance["change"] * (wanted - begun).norm(), f"{kind}: {key}"
+
+
+def float64(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_precisions_differ(plain):
-    """What is compared within tolerances above is told apart by them."""
+    """The tolerances above would not take one precision for another."""
     for one, other in (("float64", "float32"), ("float32", "autocast"), ("autocast", "bf16")):
-        first, second = (
-            torch.cat([torch.tensor(values) for values in plain[precision]["weights"].values()])
-            for precision in (one, other)
-        )
-        assert (first - second).abs().max() > 2 * TOLERANCES[one]["atol"]
+        ratios = []
+        for key, values in plain[one]["weights"].items():
+            wanted, begun = float64(values), float64(plain[one]["start"][key])
+            ratios.append(float((float64(plain[other]["weights"][key]) - wanted).norm() / (wanted - begun).norm()))
+        assert max(ratios) > TOLERANCES[one]["change"]

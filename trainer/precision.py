@@ -138,8 +138,12 @@ def for_deepspeed(document: dict[str, Any], precision: Precision) -> dict[str, A
     config = {key: value for key, value in copy.deepcopy(document).items() if key not in OWN_KEYS}
     if precision.key in ("bf16", "fp16"):
         config |= copy.deepcopy(SUMS)
+    zero = config.setdefault("zero_optimization", {})
     if precision.weights == torch.float64:
-        config.setdefault("zero_optimization", {})["reduce_scatter"] = False  # DeepSpeed's knows no float64
+        zero["reduce_scatter"] = False  # DeepSpeed's knows no float64
+    if zero.get("stage") == 3:
+        # DeepSpeed would put a linear layer of its own in PyTorch's place, whose derivatives it rounds otherwise.
+        zero.setdefault("memory_efficient_linear", False)
     return config
 
 

@@ -91,14 +91,17 @@ class Job:
 
 
 def plan(job: Job, shards: Path) -> dict[str, Any]:
-    """Find how many steps fit the time, by a short run; nothing else should need the machine meanwhile."""
+    """Find by a short run how many steps fit the time, or how long so many steps take.
+
+    Nothing else should need the machine meanwhile.
+    """
     steps, out = job.spec["probe_steps"], job.folder / "probe"
     job.train(shards, out, steps)  # compiles; the next one starts as the run will, from the compiler's cache
     seconds = job.train(shards, out, steps)
     rows = train_rows(out)[1:]
     per_step = 1.0 / statistics.median(row["steps_per_s"] for row in rows)
     start = max(seconds - steps * per_step, 0.0)
-    planned = int((job.spec["seconds"] - start) / per_step)
+    planned = job.spec["steps"] if "steps" in job.spec else int((job.spec["seconds"] - start) / per_step)
     rate = statistics.median(row["structures_per_s"] for row in rows)
     return {"steps": planned, "seconds": start + planned * per_step, "structures_per_s": rate}
 
@@ -109,7 +112,9 @@ def result(job: Job, shards: Path) -> dict[str, Any]:
     out = job.folder / "run"
     job.train(shards, out, planned["steps"])
     command("evaluate", out)
-    return {**planned, "tasks": read(out / "evaluation.json")["tasks"], "model": read(out / "run.json")["model"]}
+    memory = max(row["max_memory_mb"] for row in train_rows(out))
+    tasks, model = read(out / "evaluation.json")["tasks"], read(out / "run.json")["model"]
+    return {**planned, "max_memory_mb": memory, "tasks": tasks, "model": model}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -127,20 +132,21 @@ def write_table(spec: dict[str, Any], name: str) -> Path:
             "",
             f"{data['text']}.",
             "",
-            "| run | energy MAE, meV/atom | force MAE, meV/Å | structures/s | steps | seconds |",
-            "|---|---|---|---|---|---|",
+            "| run | energy MAE, meV/atom | force MAE, meV/Å | structures/s | steps | seconds | MB per rank |",
+            "|---|---|---|---|---|---|---|",
         ]
         for run in spec["runs"]:
             path = Job(spec=spec, name=name, data=data, run=run).path("result")
             if not path.exists():
-                lines.append(f"| `{run['name']}` | not run yet | | | | |")
+                lines.append(f"| `{run['name']}` | not run yet | | | | | |")
                 continue
             row = read(path)
             errors = row["tasks"][data["name"]]
             energy, force = errors["energy_mae_mev_per_atom"], errors["force_mae_mev_per_angstrom"]
+            memory = f"{row['max_memory_mb']:,.0f}" if "max_memory_mb" in row else "not measured"
             lines.append(
                 f"| `{run['name']}` | {energy:.2f} | {force:.1f} | {row['structures_per_s']:.0f} | {row['steps']:,} | "
-                f"{row['seconds']:.0f} |"
+                f"{row['seconds']:.0f} | {memory} |"
             )
         lines.append("")
     lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
