@@ -112,9 +112,9 @@ def result(job: Job, shards: Path) -> dict[str, Any]:
     out = job.folder / "run"
     job.train(shards, out, planned["steps"])
     command("evaluate", out)
-    memory = max(row["max_memory_mb"] for row in train_rows(out))
+    memory = max(row["memory_mb"] for row in train_rows(out))
     tasks, model = read(out / "evaluation.json")["tasks"], read(out / "run.json")["model"]
-    return {**planned, "max_memory_mb": memory, "tasks": tasks, "model": model}
+    return {**planned, "memory_mb": memory, "tasks": tasks, "model": model}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -126,27 +126,29 @@ def read(path: Path) -> dict[str, Any]:
 def write_table(spec: dict[str, Any], name: str) -> Path:
     """Write NAME.md of the results that are there."""
     lines = [f"# {spec['title']}", spec["text"], ""]
+    headings = ["run", "energy MAE, meV/atom", "force MAE, meV/Å", "structures/s", "steps", "seconds"]
+    headings += ["MB per rank"] if spec.get("memory") else []
     for data in spec["data"]:
         lines += [
             f"## {data['name']}",
             "",
             f"{data['text']}.",
             "",
-            "| run | energy MAE, meV/atom | force MAE, meV/Å | structures/s | steps | seconds | MB per rank |",
-            "|---|---|---|---|---|---|---|",
+            "| " + " | ".join(headings) + " |",
+            "|" + "---|" * len(headings),
         ]
         for run in spec["runs"]:
             path = Job(spec=spec, name=name, data=data, run=run).path("result")
             if not path.exists():
-                lines.append(f"| `{run['name']}` | not run yet | | | | | |")
+                lines.append(f"| `{run['name']}` | not run yet" + " |" * (len(headings) - 1))
                 continue
             row = read(path)
             errors = row["tasks"][data["name"]]
             energy, force = errors["energy_mae_mev_per_atom"], errors["force_mae_mev_per_angstrom"]
-            memory = f"{row['max_memory_mb']:,.0f}" if "max_memory_mb" in row else "not measured"
+            memory = f" {row['memory_mb']:,.0f} |" if spec.get("memory") else ""
             lines.append(
                 f"| `{run['name']}` | {energy:.2f} | {force:.1f} | {row['structures_per_s']:.0f} | {row['steps']:,} | "
-                f"{row['seconds']:.0f} | {memory} |"
+                f"{row['seconds']:.0f} |{memory}"
             )
         lines.append("")
     lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
