@@ -18,7 +18,8 @@ from zero_ranks import micro_batches, objective
 from hydrazero.trainer import distributed
 from hydrazero.trainer.checkpoint import load_checkpoint, read_state, save_checkpoint
 from hydrazero.trainer.checkpoint_files import Kept, folder_of
-from hydrazero.trainer.checkpoint_layout import SavedTensors, layout_in
+from hydrazero.trainer.checkpoint_layout import layout_in
+from hydrazero.trainer.checkpoint_transfer import SavedTensors
 from hydrazero.trainer.engine import make_engine, train_step
 from hydrazero.trainer.parameter_groups import freeze
 from hydrazero.trainer.step_guard import StepGuard

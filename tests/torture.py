@@ -27,7 +27,8 @@ from sources import make_shards, metals, molecules
 
 from hydrazero.trainer.checkpoint import read_state
 from hydrazero.trainer.checkpoint_files import latest_checkpoint
-from hydrazero.trainer.checkpoint_layout import SavedTensors, layout_in
+from hydrazero.trainer.checkpoint_layout import layout_in
+from hydrazero.trainer.checkpoint_transfer import SavedTensors
 from hydrazero.trainer.distributed import MAY_PASS, free_port
 from hydrazero.trainer.launcher import GRACE
 from hydrazero.trainer.run_files import RUN_NAME, read_metrics
