@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from structures import small_model
-from zero_ranks import ds_config, micro_batches, objective
+from zero_ranks import micro_batches, objective
 
 from hydrazero.trainer import distributed
 from hydrazero.trainer.checkpoint import load_checkpoint, read_state, save_checkpoint
 from hydrazero.trainer.checkpoint_files import Kept, folder_of
-from hydrazero.trainer.checkpoint_layout import SavedTensors, layout_in
+from hydrazero.trainer.checkpoint_layout import layout_in
+from hydrazero.trainer.checkpoint_transfer import SavedTensors
 from hydrazero.trainer.engine import make_engine, train_step
 from hydrazero.trainer.parameter_groups import freeze
 from hydrazero.trainer.step_guard import StepGuard
@@ -30,6 +31,20 @@ STAGES = (1, 0, 2, 3, 0, 3, 1)
 """That two ranks hand the checkpoint through, in both directions between no ZeRO and each stage."""
 
 
+def ds_config(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2 // distributed.ranks(),
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-3, "torch_adam": True}},
+        "scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 9}},
+        # Some parameters are held whole under ZeRO 3, others are not.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 50},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+
+
 class Rank:
     """An engine with what goes with it."""
 
@@ -39,11 +54,8 @@ class Rank:
         if stage != 1:
             with torch.no_grad():
                 next(p for p in model.parameters() if not p.requires_grad).zero_()  # must come from the checkpoint
-        config = {**ds_config(stage), "scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 9}}}
-        config["gradient_accumulation_steps"] = 2 // distributed.ranks()
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 50  # some parameters are held whole
         self.dtype = dtype
-        self.engine = make_engine(TrainedModel(model, objective(model)), config)
+        self.engine = make_engine(TrainedModel(model, objective(model)), ds_config(stage))
         self.average = WeightAverage(self.engine, 0.6)
 
     def step(self) -> float:

@@ -23,7 +23,8 @@ from hydrazero.trainer.checkpoint_files import (
     folder_of,
     remove_leftovers,
 )
-from hydrazero.trainer.checkpoint_layout import layout_in, layout_of, load_from_layout
+from hydrazero.trainer.checkpoint_layout import layout_in, layout_of
+from hydrazero.trainer.checkpoint_transfer import load_from_layout
 from hydrazero.trainer.distributed import gather_objects, rank, ranks, wait_for_all
 from hydrazero.trainer.weight_average import WeightAverage
 
