@@ -107,6 +107,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) -> dict[str, Any]:
     """Restore weights, optimizer, schedule and random state; returns the run's state. Called on every rank."""
     state = read_state(folder)
+    written, now = state["layout"]["precision"], precision_of(engine)
+    if written != now:
+        raise ConfigError(
+            f"checkpoint {folder} holds {written} weights and cannot go on with {now}; resume with the precision that "
+            "the run was started in."
+        )
     path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
