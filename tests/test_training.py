@@ -143,7 +143,7 @@ def test_a_checkpoint_keeps_random_states_as_bytes(finished):
     assert random.dtype == torch.uint8 and random.shape == (2, len(torch.get_rng_state()))
 
 
-@pytest.mark.parametrize("config", ["zero1", "zero3"])
+@pytest.mark.parametrize("config", ["zero1", "zero3", "zero1_bf16"])
 def test_resume_is_equal_to_the_bit(config, data, finished, tmp_path, tmp_path_factory):
     """Killed after step 6, gone on from step 4: the same losses and weights as never killed."""
     whole = finished

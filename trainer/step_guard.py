@@ -83,7 +83,7 @@ class StepGuard:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        kept = ("skipped", "in_a_row", "mean", "variance", "steps")
+        kept = ("skipped", "rescaled", "in_a_row", "mean", "variance", "steps")
         return {name: getattr(self, name) for name in kept}
 
     def load(self, state: dict[str, Any]) -> None:
