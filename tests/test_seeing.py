@@ -314,3 +314,12 @@ def test_a_profile_leaves_the_run_as_it_is(finished):
     shares = [float(line.split()[-1].rstrip("%")) for line in rows]
     assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100
     assert "trace-rank0.json" in result.stdout and np.isfinite(shares).all()
+
+
+def test_compiled_steps_are_profiled_as_the_run_does_them(data, tmp_path, monkeypatch):
+    """Traced, but not compiled, which would take a minute; gradients of the tasks are measured in the third step."""
+    monkeypatch.setattr("torch.compile", lambda graph, **_: graph)
+    monkeypatch.setattr("hydrazero.trainer.trained_model.use_kernels", lambda model: "left out by a test")
+    result = train(write_run(tmp_path, data), "--profile", "--set", "train.compile=true")
+    assert result.exit_code == 0, result.output
+    assert "each step is one graph" in result.stderr and "the 10 dearest operations" in result.stdout

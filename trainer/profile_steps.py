@@ -27,16 +27,16 @@ FOLDER = "profile"
 
 def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
     """Do some steps, profile those after the first ones, write RUN/profile/trace-rankN.json, print the dearest."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says on stderr that it starts and stops
     # Generated kernels are told apart by their names; without it, a compiled step is one operation.
     torch._inductor.config.cpp.enable_kernel_profile = True
     engine = engine_of(config, checked)
+    # Its balance says whether gradients of the tasks are part of a step before that is compiled.
+    trainer = trial_trainer(config, checked, engine, TrialLog(config))
     console = wide_console(stderr=True)
     if config.train.compile:
         sentence = compile_steps(engine)
         if distributed.rank() == 0:
             console.print(sentence, highlight=False, soft_wrap=True)
-    trainer = trial_trainer(config, checked, engine, TrialLog(config))
     batches, interval = iter(trainer.parts.stream), Interval()
     engine.train()
     for _ in range(WARM_UP):
