@@ -125,7 +125,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_table(spec: dict[str, Any], name: str) -> Path:
     """Write NAME.md of the results that are there."""
-    lines = [f"# {spec['title']}", spec["text"], ""]
+    lines = [f"# {spec['title']}", "", spec["text"], ""]
     headings = ["run", "energy MAE, meV/atom", "force MAE, meV/Å", "structures/s", "steps", "seconds"]
     headings += ["MB per rank"] if spec.get("memory") else []
     for data in spec["data"]:
