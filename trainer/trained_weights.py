@@ -27,8 +27,9 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
     In float32 at least, and with the average of the weights where the run keeps one, unless it is not wanted. Raises
     ConfigError for a run or a checkpoint that is not there.
     """
+    facts = read_json(run_dir / MODEL_FACTS_NAME)
     folder = checkpoint_named(run_dir, checkpoint)
-    model = model_from_facts(read_json(run_dir / MODEL_FACTS_NAME))
+    model = model_from_facts(facts)
     weights = last_weights(folder)
     if averaged and (folder / AVERAGE_NAME).is_file():
         weights.update(load_file(str(folder / AVERAGE_NAME)))
