@@ -31,8 +31,9 @@ STAGES = (1, 0, 2, 3, 0, 3, 1)
 """That two ranks hand the checkpoint through, in both directions between no ZeRO and each stage."""
 
 
-def ds_config(stage: int) -> dict[str, Any]:
+def ds_config(stage: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
+        "fp64": {"enabled": dtype == torch.float64},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2 // distributed.ranks(),
         "gradient_clipping": 0.5,
@@ -55,7 +56,7 @@ class Rank:
             with torch.no_grad():
                 next(p for p in model.parameters() if not p.requires_grad).zero_()  # must come from the checkpoint
         self.dtype = dtype
-        self.engine = make_engine(TrainedModel(model, objective(model)), ds_config(stage))
+        self.engine = make_engine(TrainedModel(model, objective(model)), ds_config(stage, dtype))
         self.average = WeightAverage(self.engine, 0.6)
 
     def step(self) -> float:
