@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -153,6 +155,13 @@ def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -
         yield batch
 
 
+def _end_readers(reading: weakref.ref[Any]) -> None:
+    """Let workers end when the process does: Python would send them SIGTERM, which they ignore, and wait for ever."""
+    loader_iterator = reading()
+    if loader_iterator is not None:  # an error that is still being told may hold it
+        loader_iterator._shutdown_workers()
+
+
 class TrainStream:
     """A rank's endless training batches, with a place that can be saved and gone back to."""
 
@@ -186,7 +195,10 @@ class TrainStream:
         )
 
     def __iter__(self) -> Iterator[GraphBatch]:
-        for handed in self._loader:
+        reading = iter(self._loader)
+        if self.settings.workers:
+            atexit.register(_end_readers, weakref.ref(reading))
+        for handed in reading:
             if isinstance(handed, HydrazeroError):
                 handed.on_every_rank = False
                 raise handed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -301,3 +303,20 @@ def test_reading_from_shards_gives_what_was_written(folders):
         and sample.structure.pbc.all()
         and Path(sample.structure.source_id).suffix.startswith(".extxyz")
     )
+
+
+def test_a_process_that_still_holds_a_stream_ends(folders):
+    """Its readers ignore SIGTERM, by which Python asks them to end, and would be waited for."""
+    script = (
+        "import sys\n"
+        "from hydrazero.shards.graph import BatchShape\n"
+        "from hydrazero.shards.stream import StreamSettings, TrainStream\n"
+        "shape = BatchShape(structures=8, atoms=48, slots=2304)\n"
+        "options = StreamSettings(folders=tuple(sys.argv[1:]), cutoff=4.0, shape=shape, workers=2)\n"
+        "walk = iter(TrainStream(options, 0, 1))\n"
+        "sys.held = walk\n"
+        "print(len(next(walk).task))\n"
+    )
+    command = [sys.executable, "-c", script, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "8" and "Traceback" not in done.stderr

@@ -40,6 +40,7 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
 
 def last_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights in a checkpoint, those that the optimizer steps where it has its own, by the model's names."""
+    quiet_deepspeed()  # files of optimizers hold objects of its
     whole = folder / "mp_rank_00_model_states.pt"  # under ZeRO 3 no rank has it
     weights = _load(whole)["module"] if whole.is_file() else {}
     files = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=_rank_of)
@@ -72,7 +73,6 @@ def _of_bf16(files: Sequence[Path], shapes: dict[str, torch.Size]) -> dict[str, 
 
 def _consolidated(folder: Path) -> dict[str, Tensor]:
     """Join the ranks' parts of a ZeRO checkpoint into the weights that its optimizer steps."""
-    quiet_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # It prints its progress, which is over in a moment, on both channels.
