@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
+import os
 import signal
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from threading import Thread
 from typing import Any
 
 import torch
@@ -133,8 +133,16 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
 
 def _outlive_requests_to_stop(worker: int) -> None:
     """Let a worker ignore what schedulers send to every process: its rank stops it, after the step and a checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_when_the_rank_says_so, daemon=True).start()
+
+
+def _end_when_the_rank_says_so() -> None:
+    """End this process at a SIGTERM of its parent, by which Python ends the workers of a process that is to end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -> Iterator[GraphBatch]:
@@ -153,13 +161,6 @@ def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -
         after = LaneState(epoch=place.epoch, delivered=tuple(place.delivered), pending=tuple(pending))
         batch.place = {"state": after, "skipped": dict(reader.skipped)}
         yield batch
-
-
-def _end_readers(reading: weakref.ref[Any]) -> None:
-    """Let workers end when the process does: Python would send them SIGTERM, which they ignore, and wait for ever."""
-    loader_iterator = reading()
-    if loader_iterator is not None:  # an error that is still being told may hold it
-        loader_iterator._shutdown_workers()
 
 
 class TrainStream:
@@ -195,10 +196,7 @@ class TrainStream:
         )
 
     def __iter__(self) -> Iterator[GraphBatch]:
-        reading = iter(self._loader)
-        if self.settings.workers:
-            atexit.register(_end_readers, weakref.ref(reading))
-        for handed in reading:
+        for handed in self._loader:
             if isinstance(handed, HydrazeroError):
                 handed.on_every_rank = False
                 raise handed

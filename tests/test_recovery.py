@@ -212,8 +212,9 @@ def sending(number: int, call: int) -> Callable[..., Any]:
         if len(calls) == call:
             readers = multiprocessing.active_children()
             assert readers
-            for process in [*readers, multiprocessing.current_process()]:
-                os.kill(process.pid, number)
+            # Not by this process itself, which its readers obey.
+            to = [str(process.pid) for process in [*readers, multiprocessing.current_process()]]
+            subprocess.run(["kill", f"-{number:d}", *to], check=True)
         return step(*arguments, **named)
 
     return signalled

@@ -305,18 +305,27 @@ def test_reading_from_shards_gives_what_was_written(folders):
     )
 
 
-def test_a_process_that_still_holds_a_stream_ends(folders):
-    """Its readers ignore SIGTERM, by which Python asks them to end, and would be waited for."""
-    script = (
-        "import sys\n"
-        "from hydrazero.shards.graph import BatchShape\n"
-        "from hydrazero.shards.stream import StreamSettings, TrainStream\n"
-        "shape = BatchShape(structures=8, atoms=48, slots=2304)\n"
-        "options = StreamSettings(folders=tuple(sys.argv[1:]), cutoff=4.0, shape=shape, workers=2)\n"
-        "walk = iter(TrainStream(options, 0, 1))\n"
-        "sys.held = walk\n"
-        "print(len(next(walk).task))\n"
-    )
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_process_that_still_holds_a_stream_ends(folders, stuck):
+    """Python asks readers to end by SIGTERM and waits, also for one that reads from where nothing comes any more."""
+    script = f"""
+import sys, time
+from itertools import islice
+from hydrazero.shards import stream
+from hydrazero.shards.graph import BatchShape
+
+def first_alone(*arguments, batches=stream.lane_batches):
+    yield from islice(batches(*arguments), 1)
+    time.sleep(1000)
+
+if {stuck}:
+    stream.lane_batches = first_alone
+shape = BatchShape(structures=8, atoms=48, slots=2304)
+options = stream.StreamSettings(folders=tuple(sys.argv[1:]), cutoff=4.0, shape=shape, workers=2)
+walk = iter(stream.TrainStream(options, 0, 1))
+sys.held = walk
+print(len(next(walk).task))
+"""
     command = [sys.executable, "-c", script, *folders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "8" and "Traceback" not in done.stderr
