@@ -1,0 +1,67 @@
+"""Tables of results: plans that come of other runs, and errors over the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hydrazero.launch.results import jobs, tables
+from hydrazero.launch.results.jobs import all_jobs, plan
+from hydrazero.trainer.run_files import write_json
+
+SPEC: dict[str, Any] = {
+    "title": "Two methods",
+    "text": "On two tasks.",
+    "ranks": 2,
+    "data": [{"name": "a", "shards": "a"}, {"name": "b", "shards": "b"}],
+    "runs": [
+        {"name": "plain1", "method": "plain", "together": True, "structures": 16},
+        {"name": "plain2", "method": "plain", "together": True, "steps_of": "plain1"},
+        {"name": "other1", "method": "other", "together": True, "steps_of": "plain1"},
+        {"name": "alone", "structures": 4, "structures_of": "plain1"},
+    ],
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results of all joint runs; task b has no forces."""
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    (tmp_path / "two").mkdir()
+    for name, energy in (("plain1", 1.0), ("plain2", 4.0), ("other1", 3.0), ("a-alone", 0.5)):
+        a = {"energy_mae_mev_per_atom": energy, "force_mae_mev_per_angstrom": 10.0 * energy}
+        b = {"energy_mae_mev_per_atom": 6.0, "force_mae_mev_per_angstrom": None}
+        document = {"tasks": {"a": a} if "alone" in name else {"a": a, "b": b}, "structures": {"a": 804, "b": 80}}
+        write_json(tmp_path / "two" / f"{name}.result.json", document)
+    write_json(tmp_path / "two" / "plain1.plan.json", {"steps": 55, "seconds": 900.0})
+    return tmp_path
+
+
+def test_plans_follow_other_runs(results):
+    by_label = {job.label: job for job in all_jobs(SPEC, "two")}
+    assert list(by_label) == ["plain1", "plain2", "other1", "a-alone", "b-alone"]
+    assert plan(by_label["other1"], []) == {"steps": 55, "seconds": 900.0}
+    # 804 structures in batches of 4 on 2 ranks
+    assert plan(by_label["a-alone"], []) == {"steps": 100}
+    assert plan(by_label["b-alone"], []) == {"steps": 10}
+
+
+def test_errors_stand_over_the_best_joint_run(results):
+    page = tables.write_table(SPEC, "two", all_jobs(SPEC, "two")).read_text().splitlines()
+    energies = page[page.index("## Energies") :]
+    assert "| task | best, meV/atom | plain | other | alone |" in energies
+    assert "| `a` | 1 | 2.00 | 3.00 | 0.50 |" in energies  # plain: the geometric mean of 1 and 4
+    assert "| `b` | 6 | 1.00 | 1.00 |  |" in energies
+    forces = page[page.index("## Forces") :]
+    assert "| `a` | 10 | 2.00 | 3.00 | 0.50 |" in forces and not any("`b`" in line for line in forces)
+    assert "| `plain` | 2 | 2.00 | 1.41 | 2.00 | 2.00 | 1.587 |" in page
+    assert "| `other` | 1 | 3.00 | 1.73 | 3.00 | 3.00 | 2.080 |" in page
+
+
+def test_a_table_of_nothing_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    assert "Nothing has been run yet." in tables.write_table(SPEC, "two", all_jobs(SPEC, "two")).read_text()
