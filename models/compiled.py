@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
+from hydrazero.models.compiler_cache import remove_cut_off_files
 from hydrazero.models.kernels import KernelsUnavailable, load_kernels
 from hydrazero.shards.graph import GraphBatch
 
@@ -43,6 +44,7 @@ def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
     # What autograd would have needed for inputs that nobody differentiates goes, kernels among it.
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    remove_cut_off_files()
     compiled = torch.compile(graph, fullgraph=True, dynamic=False)
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,22 @@ def test_rows_out_of_order_are_refused():
     for owner in ([1, 0, 2], [0, 1, 3], [-1, 0, 1]):
         with pytest.raises(RuntimeError, match="in the order of their atoms"):
             torch.ops.hydrazero.segment_sum(torch.tensor(owner), values, None, 3)
+
+
+@pytest.mark.compiler
+def test_what_a_killed_compiler_left_is_compiled_again(tmp_path):
+    script = (
+        "import torch\n"
+        "from hydrazero.models.compiled import compile_traced\n"
+        "inputs = [torch.ones(1000), torch.ones(1000)]\n"
+        "print(float(compile_traced(lambda given: (given[0].sqrt() * given[1],), inputs)(inputs)[0].sum()))\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "1000.0\n"
+        libraries = [path for path in tmp_path.rglob("*.so") if path.stat().st_size > 100]
+        assert libraries
+        for number, path in enumerate(libraries):
+            path.write_bytes(path.read_bytes()[: 100 * (number % 2)])
