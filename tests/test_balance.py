@@ -69,17 +69,26 @@ def test_gradients_of_tasks_are_those_of_a_layer_that_is_the_identity(encoder, m
     torch.testing.assert_close(found, expected.flatten(1), rtol=1e-9, atol=1e-12)
 
 
-def test_a_compiled_step_measures_the_same(monkeypatch):
+def test_compiled_steps_measure_the_same_or_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)  # the trace; test_compiled.py compiles
     batch, trained = labelled_batch(), trained_model()
     expected = measured(trained, batch)
     reference = {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
     trained.zero_grad()
+    trained.measuring = False
     assert trained.compile_steps() is None
     torch.testing.assert_close(measured(trained, batch, factor=3.0), expected, rtol=1e-9, atol=1e-12)
     for name, p in trained.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, 3.0 * reference[name], rtol=1e-9, atol=1e-12)
+    trained.zero_grad()
+    trained.measuring = False
+    loss, _ = trained(batch, trained.objective.counts(batch))
+    loss.backward()
+    assert trained.take_task_gradients() is None
+    for name, p in trained.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, reference[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.ranks

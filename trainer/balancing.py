@@ -22,7 +22,6 @@ class RunBalance:
         self.balancer = make_balancer(settings, facts)
         # One task has nothing to be balanced against.
         self.every = settings.every if len(self.names) > 1 else 0
-        trained.measuring = self.every > 0
         self._use()
 
     def _use(self) -> None:

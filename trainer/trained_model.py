@@ -35,7 +35,7 @@ class TrainedModel(nn.Module):
         self.model = model
         self.objective = objective
         self.measuring = False
-        """Whether gradients of the tasks' losses are measured in passing; compiled steps keep to what it is first."""
+        """Whether gradients of the tasks' losses are measured in passing; compiled steps have a graph for either."""
         self.not_compiled = ""
         """Why steps that were to be compiled run eagerly, if they do."""
         self._measured: list[Callable[[], Tensor]] = []
@@ -48,7 +48,7 @@ class TrainedModel(nn.Module):
         Returns why the kernels for the CPU cannot be had, in which case the compiler makes do without them.
         """
         reason = use_kernels(self.model)
-        self._compiled, self._compiled_model = CompiledLoss(self.model, self.measuring), CompiledModel(self.model)
+        self._compiled, self._compiled_model = CompiledLoss(self.model), CompiledModel(self.model)
         return reason
 
     def forward(self, batch: GraphBatch, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class TrainedModel(nn.Module):
         """
         if self._compiled is not None:
             try:
-                loss, sums, gradients = self._compiled(batch, counts, self.objective)
+                loss, sums, gradients = self._compiled(batch, counts, self.objective, self.measuring)
             except CompilationError as error:
                 self._run_eagerly(error)
             else:
@@ -123,24 +123,29 @@ def _gradient_once_there(loss: Tensor, probe: Tensor) -> Callable[[], Tensor]:
 
 
 class CompiledLoss:
-    """Loss, sums and the gradients of all parameters in one graph, one for each shape of batch."""
+    """Loss, sums and the gradients of all parameters in one graph, for each shape of batch.
 
-    def __init__(self, model: AtomisticModel, measuring: bool) -> None:
-        self.model, self.measuring = model, measuring
-        self._graphs: dict[tuple[Any, ...], tuple[BatchTensors, Any, list[bool]]] = {}
+    Steps that measure the tasks' gradients have a graph of their own, made when the first of them comes: in every step
+    the measurement would cost 6%.
+    """
+
+    def __init__(self, model: AtomisticModel) -> None:
+        self.model = model
+        self._graphs: dict[tuple[Any, ...], tuple[Any, list[bool]]] = {}
 
     def __call__(
-        self, batch: GraphBatch, counts: Tensor, objective: Objective
+        self, batch: GraphBatch, counts: Tensor, objective: Objective, measuring: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the loss, whose gradients are at hand, the sums, and the gradients of the tasks if it measures."""
+        probes = [new_probe(self.model)] if measuring else []
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        key = layout_key(batch)
+        key = (measuring, layout_key(batch))
+        layout = BatchTensors(batch)
+        given = [counts, objective.task_weights, objective.weights]
+        rest = [*given, *self._fixed().values(), *layout.flat(batch), *probes]
         if key not in self._graphs:
-            self._graphs[key] = self._trace(batch, counts, objective, parameters)
-        layout, graph, used = self._graphs[key]
-        rest = [counts, objective.task_weights, objective.weights, *self._fixed().values(), *layout.flat(batch)]
-        if self.measuring:
-            rest.append(new_probe(self.model))
+            self._graphs[key] = self._trace(layout, objective, parameters, rest)
+        graph, used = self._graphs[key]
         loss, sums, *measured = _GradientsAtHand.apply(graph, used, rest, *parameters)
         return loss, sums, measured[0] if measured else None
 
@@ -150,23 +155,23 @@ class CompiledLoss:
         return {**frozen, **dict(self.model.named_buffers())}
 
     def _trace(
-        self, batch: GraphBatch, counts: Tensor, objective: Objective, parameters: Sequence[Tensor]
-    ) -> tuple[BatchTensors, Any, list[bool]]:
-        layout, used = BatchTensors(batch), [True] * len(parameters)
+        self, layout: BatchTensors, objective: Objective, parameters: Sequence[Tensor], rest: Sequence[Tensor]
+    ) -> tuple[Any, list[bool]]:
+        used = [True] * len(parameters)
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         fixed, wide = list(self._fixed()), self.model.dtype
 
         def step(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             # Gradients of weights in lower precision are handed over whole: they are rounded once, by autograd.
             weights = [tensor.detach().to(wide).requires_grad_() for tensor in tensors[: len(trained)]]
-            given, task_weights, quantity_weights, *rest = tensors[len(trained) :]
-            others, held = rest[: len(fixed)], rest[len(fixed) :]
+            counts, task_weights, quantity_weights, *held = tensors[len(trained) :]
+            others, held = held[: len(fixed)], held[len(fixed) :]
             now = layout.batch(held[: len(layout.names)])
             probes = [probe.detach().requires_grad_() for probe in held[len(layout.names) :]]
             state = dict(zip([*trained, *fixed], [*weights, *others], strict=True))
             weighted = replace(objective, task_weights=task_weights, weights=quantity_weights)
             sums = weighted.sums(functional_call(self.model, state, (now, *probes)), now)
-            loss = weighted.total(sums, given)
+            loss = weighted.total(sums, counts)
             gradients = torch.autograd.grad(loss, [*weights, *probes], allow_unused=True)
             used[:] = [gradient is not None for gradient in gradients[: len(weights)]]
             return (
@@ -176,11 +181,7 @@ class CompiledLoss:
                 *(gradient for gradient in gradients[: len(weights)] if gradient is not None),
             )
 
-        given = [counts, objective.task_weights, objective.weights]
-        inputs = [*parameters, *given, *self._fixed().values(), *layout.flat(batch)]
-        if self.measuring:
-            inputs.append(new_probe(self.model))
-        return layout, compile_traced(step, inputs), used
+        return compile_traced(step, [*parameters, *rest]), used
 
 
 class _GradientsAtHand(Function):

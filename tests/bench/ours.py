@@ -119,7 +119,7 @@ def main() -> None:
         for _ in range(3):  # in turn: what else the machine does falls on both
             for label, steps in (("one", one), ("many", many)):
                 seconds.setdefault(f"heads_{kind}_{label}", []).extend(step_seconds(getattr(steps, kind), repeats))
-    seconds.update(balance_seconds(3))
+    seconds.update(balance_seconds(7))
     hand_over(seconds)
 
 
