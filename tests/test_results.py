@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hydrazero.launch.results import jobs, tables
+from hydrazero.launch.results import jobs, sixteen_page, tables
 from hydrazero.launch.results.jobs import all_jobs, plan
 from hydrazero.trainer.run_files import write_json
 
@@ -65,3 +66,21 @@ def test_a_table_of_nothing_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "HERE", tmp_path)
     assert "Nothing has been run yet." in tables.write_table(SPEC, "two", all_jobs(SPEC, "two")).read_text()
+
+
+def test_the_page_of_a_run_has_a_line_for_each_task(results, monkeypatch):
+    run = results / "run"
+    run.mkdir()
+    model = {"encoder": "painn", "features": 64, "layers": 3}
+    write_json(run / "run.json", {"ranks": 2, "model": model, "balance": {"method": "famo"}})
+    rows = [{"kind": "train", "step": step, "steps_per_s": rate} for step, rate in ((10, 1.0), (130, 0.25))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task: dict[str, Any] = {"fidelity": "PBE", "structures": 1200}
+    for key in tables.ERRORS.values():
+        task |= {key: 1.234, f"trivial_{key}": None}
+    write_json(run / "evaluation.json", {"tasks": {"a": task}})
+    monkeypatch.setattr(sixteen_page, "ROOT", results)
+    (results / "two").rename(results / "balancing")
+    found = sixteen_page.numbers(run)
+    assert (found["steps"], found["minutes"], found["method"]) == (130, pytest.approx(490 / 60), "famo")
+    assert "| `a` | PBE | 1,200 | 1.23 |  | 0.500 | 1.23 |  | 5.00 |" in sixteen_page.errors(run)
