@@ -34,7 +34,7 @@ def remove_cut_off_files() -> None:
     """
     folder = Path(cache_dir())
     for path in [*folder.rglob("*.so"), *folder.rglob("*.o")]:
-        # Another rank may have removed it.
-        with contextlib.suppress(FileNotFoundError):
+        # Another rank may have removed it, or it is somebody else's; what cannot be used is found out in compiling.
+        with contextlib.suppress(OSError):
             if path.stat().st_mtime < _STARTED and is_cut_off(path):
                 path.unlink()

@@ -38,7 +38,7 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
     rows = [known.index(name) for name in names]
     tasks = [model.tasks[row] for row in rows]
     attention = tuple(name for name in model.settings.attention_targets if any(name in t.targets for t in tasks))
-    smaller = AtomisticModel(replace(model.settings, attention_targets=attention), tasks)
+    smaller = AtomisticModel(replace(model.settings, attention_targets=attention), tasks).to(model.dtype)
     wanted = smaller.state_dict().keys()
     weights = {
         key: value[rows] if key.startswith(STACKED) else value
@@ -46,7 +46,7 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
         if key in wanted  # a head that none of these tasks uses is left behind
     }
     smaller.load_state_dict(weights, strict=True)
-    return smaller.to(model.dtype).eval()
+    return smaller.eval()
 
 
 def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32") -> None:

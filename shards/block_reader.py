@@ -34,7 +34,7 @@ class BlockReader:
             for shard in self.manifest.splits.get(split, [])
             for index in range(len(shard.block_structures))
         ]
-        self._damaged: dict[int, ShardError] = {}
+        self._damaged: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -51,14 +51,14 @@ class BlockReader:
         structures than the manifest says.
         """
         if number in self._damaged:
-            raise self._damaged[number]
+            raise ShardError(self._damaged[number])
         shard, index = self._blocks[number]
         for wait in (*RETRY_AFTER, None):
             try:
                 return self._read(shard, index)
             except ShardError as error:
                 if wait is None:
-                    self._damaged[number] = error
+                    self._damaged[number] = str(error)
                     raise
                 time.sleep(wait)
         raise RuntimeError("unreachable")

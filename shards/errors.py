@@ -36,6 +36,10 @@ class ConfigError(HydrazeroError):
     """A run file, DeepSpeed JSON or command-line value that cannot be used."""
 
 
+class CheckpointError(HydrazeroError):
+    """A run that ends without the checkpoint that it should have left."""
+
+
 class ModelFileError(HydrazeroError):
     """An exported model that cannot be read, or is asked for something that it does not hold."""
 

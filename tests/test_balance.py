@@ -15,6 +15,7 @@ from hydrazero.models import atomistic
 from hydrazero.models.task_linear import TaskRows
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import GraphBatch
+from hydrazero.trainer import trained_model as trained_model_module
 from hydrazero.trainer.balance import METHODS, BalanceFacts, BalanceSection, Seen, check_balance, make_balancer
 from hydrazero.trainer.balance.base import bounded
 from hydrazero.trainer.balancing import RunBalance
@@ -89,6 +90,37 @@ def test_compiled_steps_measure_the_same_or_nothing(monkeypatch):
     for name, p in trained.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, reference[name], rtol=1e-9, atol=1e-12)
+
+
+def test_what_one_rank_cannot_compile_runs_eagerly_on_all(monkeypatch):
+    """Each kind of graph by itself; ranks that mixed them would hand gradients over in different orders."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    batch, trained = labelled_batch(), trained_model()
+    trained.compile_steps()
+    reasons = iter([["", ""], ["", "no room"], ["", ""]])
+    monkeypatch.setattr(trained_model_module, "gather_objects", lambda own: next(reasons))
+    for measuring in (False, True, False, True):
+        trained.measuring = measuring
+        loss, _ = trained(batch, trained.objective.counts(batch))
+        assert ("_GradientsAtHand" in str(loss.grad_fn)) != measuring
+        loss.backward()
+        assert (trained.take_task_gradients() is not None) == measuring
+    trained.predict(batch)
+    assert trained.not_compiled == {"steps that measure the tasks' gradients": "rank 1: no room"}
+
+
+def test_another_method_than_the_checkpoints_starts_afresh():
+    def balance(method: str) -> RunBalance:
+        return RunBalance(BalanceSection(method=method), BalanceFacts(structures=(10, 100, 1000)), trained_model())
+
+    before, static = balance("gradnorm"), balance("static")
+    before.balancer.weights = torch.tensor([0.1, 0.2, 2.7], dtype=torch.float64)
+    own = static.weights()
+    assert "was gradnorm and is static now" in static.load(before.state()) and static.weights() == own
+    same = balance("gradnorm")
+    assert same.load(before.state()) is None and same.weights() == pytest.approx(
+        {"task0": 0.1, "task1": 0.06, "task2": 5.4}
+    )
 
 
 @pytest.mark.ranks

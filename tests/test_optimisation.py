@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -215,6 +216,14 @@ def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     assert first.forces_head is not None and second.forces_head is None
     before = first.state_dict()
     for name, value in second.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # A run that was killed before its first checkpoint starts from there again.
+    shutil.rmtree(tmp_path / "second" / "run" / "checkpoints")
+    again = CliRunner().invoke(
+        main, ["train", str(path), "--resume", *(w for change in changes for w in ("--set", change))]
+    )
+    assert again.exit_code == 0 and "starts again from step 0" in again.output and "started from" in again.output
+    for name, value in model_of_run(tmp_path / "second" / "run").state_dict().items():
         assert torch.equal(value, before[name]), name
     wrong = CliRunner().invoke(
         main,

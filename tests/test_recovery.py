@@ -40,6 +40,8 @@ from hydrazero.trainer.distributed import MAY_PASS, lost_contact
 from hydrazero.trainer.launcher import outcome_of
 from hydrazero.trainer.run_files import read_metrics
 from hydrazero.trainer.step_guard import StepGuard
+from hydrazero.trainer.stop_request import StopRequest
+from hydrazero.trainer.trained_weights import model_of_run
 
 ranks_start = pytest.mark.ranks
 BIN = Path(sys.executable).parent
@@ -258,6 +260,46 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(data, tmp_path, monkeyp
         assert not list((disk / "run" / "checkpoints").glob(f"*{PART}"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_without_its_last_checkpoint_is_no_success(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *arguments: "No space left on device")
+    run_file = write_run(tmp_path, data, 3)
+    result = CliRunner().invoke(main, ["train", str(run_file)])
+    assert result.exit_code == 1 and "trained:" not in result.output
+    assert "Error: the checkpoint of step 3 could not be written (No space left on device)" in result.stderr
+
+
+def test_damaged_weights_are_not_used(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    file = best_checkpoint(run) / "average.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for command in (["evaluate", str(run)], ["export", str(run), "--out", str(tmp_path / "model")]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1 and f"{file} is not what was written" in result.output, result.output
+    shutil.rmtree(file.parent)
+    result = CliRunner().invoke(main, ["evaluate", str(run)])
+    assert result.exit_code == 1 and "use the checkpoint 'last'" in result.output
+
+
+def test_an_average_that_is_kept_from_a_resume_on_begins_with_the_weights_of_then(data, tmp_path):
+    run_file = write_run(tmp_path, data, 5)
+    in_process(run_file, "--set=train.average=0.0")
+    in_process(run_file, "--resume", "--set=train.average=0.9", "--set=train.steps=6")
+    before, plain, average = (
+        model_of_run(tmp_path / "run", step, averaged=averaged).state_dict()
+        for step, averaged in (("5", False), ("6", False), ("6", True))
+    )
+    for name, value in average.items():
+        torch.testing.assert_close(value, torch.lerp(before[name], plain[name], 9 / 11))
+
+
+def test_the_time_of_earlier_tries_counts():
+    assert not StopRequest(1.0, used_hours=0.9).wanted()
+    assert StopRequest(1.0, used_hours=1.1).wanted()
 
 
 def test_a_spike_changes_no_weight(data, tmp_path, monkeypatch):

@@ -77,6 +77,19 @@ def test_chosen_heads_only(path, tmp_path):
         with_tasks(whole.model, ["task_1"])
 
 
+def test_chosen_heads_keep_every_digit():
+    whole = small_model(dtype=torch.float64)
+    chosen = with_tasks(whole, ["task1", "task0"])
+    assert chosen.dtype == torch.float64
+    for name, value in whole.state_dict().items():
+        if name.startswith("encoder."):
+            assert torch.equal(chosen.state_dict()[name], value), name
+    atoms = [rattled_molecule()]
+    for task in ("task0", "task1"):
+        ours, theirs = (Potential(model).predict(atoms, tasks=[task])[0]["forces"] for model in (whole, chosen))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-11)
+
+
 def test_a_file_that_would_not_reproduce_the_model_is_refused(tmp_path, monkeypatch):
     import safetensors.torch
 

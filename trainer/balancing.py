@@ -19,6 +19,7 @@ class RunBalance:
         self.trained = trained
         self.names = [task.name for task in trained.model.tasks]
         self.own_weights = trained.objective.task_weights.clone()
+        self.method = settings.method
         self.balancer = make_balancer(settings, facts)
         # One task has nothing to be balanced against.
         self.every = settings.every if len(self.names) > 1 else 0
@@ -79,12 +80,16 @@ class RunBalance:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
-        return self.balancer.state()
+        return {"method": self.method, **self.balancer.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.balancer.load(state)
+    def load(self, state: dict[str, Any]) -> str | None:
+        """Go on from a state; one of another method is left alone, which the returned sentence tells."""
+        method, kept = state["method"], {name: value for name, value in state.items() if name != "method"}
+        if method != self.method:
+            return f"balance.method was {method} and is {self.method} now, which starts with what it knows of the data."
+        self.balancer.load(kept)
         self._use()
+        return None
 
 
 def _plain(values: Tensor) -> list[float | None]:

@@ -170,4 +170,6 @@ def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) ->
     set_random_states(state["random"])
     if average is not None and "average_steps" in state:
         average.load(folder, state["average_steps"])
+    elif average is not None:  # it is kept only from here on
+        average.start_here()
     return state

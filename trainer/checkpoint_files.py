@@ -42,6 +42,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and (p / CHECKSUMS_NAME).is_file())
 
 
+def is_kept(run_dir: Path, step: int) -> bool:
+    """Whether the complete checkpoint of a step is there."""
+    return folder_of(run_dir, step) in checkpoints(run_dir)
+
+
 def latest_checkpoint(run_dir: Path) -> Path:
     """Return the last complete checkpoint; raises ConfigError if the run has none."""
     found = checkpoints(run_dir)
@@ -51,13 +56,17 @@ def latest_checkpoint(run_dir: Path) -> Path:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Return the checkpoint of the lowest validation loss, or the last one of a run that keeps no best."""
+    """Return the checkpoint of the lowest validation loss, or the last one of a run that keeps no best.
+
+    Raises ConfigError if it has been taken away.
+    """
     pointer = run_dir / CHECKPOINTS / BEST_NAME
-    if pointer.is_file():
-        folder = folder_of(run_dir, int(read_json(pointer)["step"]))
-        if folder in checkpoints(run_dir):
-            return folder
-    return latest_checkpoint(run_dir)
+    if not pointer.is_file():
+        return latest_checkpoint(run_dir)
+    folder = folder_of(run_dir, int(read_json(pointer)["step"]))
+    if folder not in checkpoints(run_dir):
+        raise ConfigError(f"{pointer} names {folder.name}, which is not there; use the checkpoint 'last'.")
+    return folder
 
 
 def checkpoint_named(run_dir: Path, name: str) -> Path:
@@ -159,6 +168,8 @@ def finish_checkpoint(part: Path, sums: dict[str, str], kept: Kept) -> None:
     complete = checkpoints(run_dir)
     if best_folder in complete:
         write_json(folder.parent / BEST_NAME, kept.best)
+    elif kept.best is None:  # the one that it names may be of steps that are done again
+        (folder.parent / BEST_NAME).unlink(missing_ok=True)
     for old in complete[: -kept.last]:
         if old != best_folder:
             remove_checkpoint(old)

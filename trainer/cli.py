@@ -50,9 +50,7 @@ def task_list(text: str | None) -> list[str] | None:
 
 @main.command()
 @click.argument("run_file", metavar="RUN.toml", type=FOLDER)
-@click.option(
-    "--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes on this machine."
-)
+@click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes on this machine.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
 )

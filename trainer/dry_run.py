@@ -17,13 +17,14 @@ from hydrazero.shards.stream import SplitReader, evaluation_batches
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.dry_run_tables import Findings, Tried, run_table, tasks_table
-from hydrazero.trainer.loop import Interval, Trainer, next_on_any_rank
+from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.progress_line import wide_console
 from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, state_bytes, step_bytes
 from hydrazero.trainer.step_guard import NonFiniteLossError
 from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of
 from hydrazero.trainer.trial import TrialLog, trial_trainer
+from hydrazero.trainer.validation import next_on_any_rank
 
 LOOKED_AT = 8
 """Batches of each rank that are looked at for how full they are, those of the steps among them."""

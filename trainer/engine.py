@@ -157,7 +157,7 @@ def _step_unless_broken(engine: Any) -> None:
     """Let the engine step; without ZeRO, nothing in it looks whether gradients are finite before it does."""
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        if not torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all():
             engine.zero_grad()
             engine.skipped_steps += 1
             engine.global_steps += 1

@@ -48,10 +48,12 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
 
     Raises RanksEndedError when that was not enough, SystemExit for errors of users, which the ranks have told.
     """
+    began = time.monotonic()
     for retry in range(retries + 1):
+        used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours is of all tries together
         # A first try that died before it had made its folder is simply made again.
         resume = ["--resume"] if retry and (run_dir / RUN_NAME).exists() and "--resume" not in options else []
-        with _Ranks(run_file, ranks, [*options, *resume]) as running:
+        with _Ranks(run_file, ranks, [*options, *resume, used]) as running:
             outcome = running.wait()
         if outcome.status == 0:
             return

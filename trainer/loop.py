@@ -14,31 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.models.task_facts import known_elements
-from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.errors import CheckpointError
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream, empty_batch, evaluation_batches
+from hydrazero.shards.stream import SplitReader, TrainStream
 from hydrazero.trainer.balancing import RunBalance
 from hydrazero.trainer.batch_memory import peak_memory_mb
 from hydrazero.trainer.checkpoint import save_checkpoint
-from hydrazero.trainer.checkpoint_files import Kept
+from hydrazero.trainer.checkpoint_files import Kept, is_kept
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
-from hydrazero.trainer.distributed import (
-    device,
-    fail_together,
-    gather_objects,
-    max_over_ranks,
-    rank,
-    ranks,
-    sum_over_ranks,
-)
+from hydrazero.trainer.distributed import device, gather_objects, max_over_ranks, sum_over_ranks
 from hydrazero.trainer.engine import train_step
-from hydrazero.trainer.losses import errors_by_task, leave_out_unseen
+from hydrazero.trainer.losses import errors_by_task
 from hydrazero.trainer.parity_sample import ParitySample
 from hydrazero.trainer.schedules import Schedule
 from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.stop_request import StopRequest
+from hydrazero.trainer.validation import evaluate_engine
 from hydrazero.trainer.weight_average import WeightAverage
 
 
@@ -95,13 +87,18 @@ class Trainer:
         self.interval = Interval()
         self.run_dir = Path(config.run.out)
         self.names = [task.name for task in self.engine.module.model.tasks]
+        self._said_of: set[str] = set()
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from the state of a checkpoint."""
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
         self.skipped_before = self.skipped_structures = state["skipped_structures"]
         self.interval = interval_in(state["interval"])
-        self.parts.balance.load(state["balance"])
+        # Its checkpoint may have been damaged, or have made way for one of steps that are done again.
+        is_there = self.best is not None and is_kept(self.run_dir, int(self.best["step"]))
+        self.best = self.best if gather_objects(is_there)[0] else None
+        if (sentence := self.parts.balance.load(state["balance"])) is not None:
+            self.parts.log.say(sentence)
         self.parts.guard.load(state["guard"])
 
     def _state(self) -> dict[str, Any]:
@@ -125,25 +122,26 @@ class Trainer:
         settings = self.config.train
         batches = iter(self.parts.stream)
         self.engine.train()
-        stopped, begun = False, self.step
-        while self.step < settings.steps and not stopped:
+        reason = ""
+        while self.step < settings.steps and not reason:
             wanted = self.one_step(batches, self.interval)
-            if self.config.train.compile and self.step == begun + 1:
-                self._say_if_not_compiled()
             if self._due(settings.log_every):
                 self._log_interval(self.interval)
                 self.interval = Interval()
             evaluated, before = self._due(settings.evaluate_every), self.best
             is_best = evaluated and self._evaluate() and settings.keep_best
-            stopped = self._says_stop(wanted, evaluated)
-            if (self._due(settings.checkpoint_every) or is_best or stopped) and not self._save() and is_best:
-                self.best = before  # the best one must be there to be evaluated and exported
+            self._say_what_is_not_compiled()
+            reason = self._reason_to_stop(wanted, evaluated)
+            if (self._due(settings.checkpoint_every) or is_best or reason) and not self._save(ends=bool(reason)):
+                self.best = before if is_best else self.best  # it must be there to be evaluated and exported
+        if self.step < settings.steps:
+            self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
 
-    def _say_if_not_compiled(self) -> None:
-        """Say on which ranks, and why, compiled steps are none after all; called once each rank has taken one."""
-        for number, reason in enumerate(gather_objects(self.engine.module.not_compiled)):
-            if reason:
-                self.parts.log.say(f"compile: rank {number} cannot ({reason}); its steps run eagerly.")
+    def _say_what_is_not_compiled(self) -> None:
+        for kind, why in self.engine.module.not_compiled.items():
+            if kind not in self._said_of:
+                self._said_of.add(kind)
+                self.parts.log.say(f"compile: {kind} run eagerly, since they cannot be compiled ({why}).")
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.train.steps
@@ -155,27 +153,28 @@ class Trainer:
         yield
         self.interval.since += time.monotonic() - start
 
-    def _save(self) -> bool:
-        """Save a checkpoint; returns whether it was possible."""
+    def _save(self, *, ends: bool) -> bool:
+        """Save a checkpoint; returns whether it was possible. Raises CheckpointError if not, and the run ends here."""
         settings = self.config.train
         kept = Kept(last=settings.keep_checkpoints, best=self.best if settings.keep_best else None)
         with self._pause():
             reason = save_checkpoint(self.engine, self.run_dir, self._state(), self.parts.average, kept)
-        if reason is not None:
-            self.parts.log.say(
-                f"warning: the checkpoint of step {self.step} could not be written ({reason}); the run goes on, the "
-                "last complete one stays."
+        if reason is None:
+            return True
+        sentence = f"the checkpoint of step {self.step} could not be written ({reason})"
+        if ends or self.step == settings.steps:
+            raise CheckpointError(
+                f"{sentence}, and the run ends here; make room, then --resume goes on."
             )
-        return reason is None
+        self.parts.log.say(f"warning: {sentence}; the run goes on, the last complete one stays.")
+        return False
 
-    def _says_stop(self, wanted: bool, evaluated: bool) -> bool:
-        """Whether the run stops here; says why."""
+    def _reason_to_stop(self, wanted: bool, evaluated: bool) -> str:
+        """Why the run stops here, the same on every rank; empty if it goes on."""
         reason = next((each for each in gather_objects(self.parts.stop.reason) if each), "") if wanted else ""
         if not reason and evaluated and self.config.train.patience and self.stale >= self.config.train.patience:
             reason = f"no evaluation of the last {self.stale} has a lower validation loss (train.patience)"
-        if reason and self.step < self.config.train.steps:
-            self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
-        return bool(reason)
+        return reason
 
     def one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> bool:
         """Do a step; returns whether a rank wants to stop after it."""
@@ -288,44 +287,3 @@ class Trainer:
             return False
         self.best, self.stale = {"step": self.step, "loss": score}, 0
         return True
-
-
-def evaluate_engine(engine: Any, reader: SplitReader, sample: ParitySample | None = None) -> tuple[Tensor, Tensor]:
-    """Return the table of sums over a reader's split, all ranks together; each structure is counted once.
-
-    Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
-    counts them. Some predictions are kept in `sample`. Raises what the data raise, on every rank, whichever has met it.
-    """
-    model = engine.module.model
-    known = known_elements(model.tasks).to(device())
-    sums = torch.zeros(len(model.tasks), engine.module.objective.columns, dtype=torch.float64, device=device())
-    unseen = torch.zeros(len(model.tasks), dtype=torch.float64, device=device())
-    batches = evaluation_batches(reader, rank(), ranks())
-    engine.eval()
-    while (batch := next_on_any_rank(batches, reader.settings)) is not None:
-        batch = batch.to(device())
-        unseen += leave_out_unseen(batch, model, known)
-        predictions = engine.module.predict(batch)
-        sums += engine.module.objective.sums(predictions, batch).detach()
-        if sample is not None:
-            sample.add(batch, predictions)
-    engine.train()
-    return sum_over_ranks(sums), sum_over_ranks(unseen)
-
-
-def next_on_any_rank(batches: Iterator[GraphBatch], settings: StreamSettings) -> GraphBatch | None:
-    """Return this rank's next batch, padding if it has nothing left while others have, None when all are done.
-
-    Every rank goes along to the end: under ZeRO-3 every forward needs every rank.
-    """
-    batch, error = None, None
-    try:
-        batch = next(batches, None)
-    except HydrazeroError as met:
-        error = met
-    busy, failed = sum_over_ranks(torch.tensor([batch is not None, error is not None], dtype=torch.float64)).tolist()
-    if failed:
-        fail_together(error)
-    if not busy:
-        return None
-    return empty_batch(settings) if batch is None else batch

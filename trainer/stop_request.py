@@ -15,9 +15,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Whether this rank has been asked to stop; the ranks agree on it at the end of each step."""
 
-    def __init__(self, max_hours: float) -> None:
+    def __init__(self, max_hours: float, used_hours: float = 0.0) -> None:
+        """`used_hours` of the time are over already, by tries before this one; `max_hours` of 0 sets no limit."""
         self.reason = ""
-        self._until = time.monotonic() + 3600 * max_hours if max_hours else None
+        self._until = time.monotonic() + 3600 * (max_hours - used_hours) if max_hours else None
         self._max_hours = max_hours
         self._before: dict[signal.Signals, Any] = {}
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.checkpoint_files import checkpoints
 from hydrazero.trainer.config import RunConfig, load_run_config
 from hydrazero.trainer.engine_config import deepspeed_config
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, truncate_metrics, write_json, writing
 from hydrazero.trainer.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
-
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.models.task_facts import TaskFacts
     from hydrazero.shards.stream import StreamSettings
@@ -48,7 +48,8 @@ def check_run(config: RunConfig, resume: bool) -> CheckedRun:
         read_record(run_dir)
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
-    elif config.run.start_from:
+    # A run that was resumed before it had a checkpoint starts as it did at first.
+    if config.run.start_from and not checkpoints(run_dir):
         from hydrazero.trainer.start_weights import model_to_start_from
 
         return replace(checked, start=model_to_start_from(config.run.start_from, config.model.settings().encoder))
@@ -97,14 +98,17 @@ def check_settings(config: RunConfig) -> CheckedRun:
     )
 
 
-def run_rank(config: RunConfig, resume: bool) -> None:
-    """Train on this rank; raises HydrazeroError on every rank that a fault concerns."""
+def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
+    """Train on this rank; raises HydrazeroError on every rank that a fault concerns.
+
+    Of `train.max_hours` some may be over, by tries before this one.
+    """
     from hydrazero.trainer import distributed
 
     def job() -> None:
         # Nobody goes on before all have checked: rank 0 would make the folder that the others want to see absent.
         checked = distributed.together(lambda: check_run(config, resume))
-        _train(config, resume, checked)
+        _train(config, resume, checked, used_hours)
 
     on_ranks(config, job)
 
@@ -126,7 +130,7 @@ def on_ranks(config: RunConfig, job: Callable[[], None]) -> None:
     distributed.stop_ranks()
 
 
-def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
+def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: float) -> None:
     from hydrazero.shards.stream import TrainStream
     from hydrazero.trainer import distributed
     from hydrazero.trainer.balance import BalanceFacts
@@ -168,7 +172,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun) -> None:
     distributed.together(lambda: writing(run_dir, note_start) if distributed.rank() == 0 else None)
     guard = StepGuard(config.train.max_skipped, config.train.skip_spikes)
     log = RunLog(config, state["step"])
-    with log, StopRequest(config.train.max_hours) as stop:
+    with log, StopRequest(config.train.max_hours, used_hours) as stop:
         for sentence in [*said, *checked.warnings]:
             log.say(sentence)
         if resume and state["step"] == 0:
@@ -275,6 +279,7 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
 @click.option("--profile", "trial", flag_value="profile", help="Profile a few steps, without the run itself.")
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # DeepSpeed's launcher passes it
 @click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero train`
+@click.option("--used-hours", default=0.0, hidden=True)  # by its tries before this one
 def main(
     run_file: Path,
     overrides: Sequence[str],
@@ -282,6 +287,7 @@ def main(
     trial: str | None,
     local_rank: int | None,
     launched_by: int | None,
+    used_hours: float,
 ) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
     from hydrazero.trainer.distributed import FAILED, LostContactError, exit_rank, launcher_rank
@@ -293,7 +299,7 @@ def main(
     try:
         config = load_run_config(run_file, overrides)
         if trial is None:
-            run_rank(config, resume)
+            run_rank(config, resume, used_hours)
         else:
             run_trial(trial, config, resume)
     except HydrazeroError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,12 @@ from hydrazero.models.compiled import (
     use_kernels,
 )
 from hydrazero.shards.graph import GraphBatch
+from hydrazero.trainer.distributed import gather_objects
 from hydrazero.trainer.losses import Objective
+
+STEPS, MEASURING_STEPS, PREDICTIONS = "steps", "steps that measure the tasks' gradients", "predictions"
+"""What is compiled, each as a graph of its own."""
+Result = TypeVar("Result")
 
 PREFIX = "model."
 """Of the model's weights in the engine's checkpoints."""
@@ -36,8 +41,9 @@ class TrainedModel(nn.Module):
         self.objective = objective
         self.measuring = False
         """Whether gradients of the tasks' losses are measured in passing; compiled steps have a graph for either."""
-        self.not_compiled = ""
-        """Why steps that were to be compiled run eagerly, if they do."""
+        self.not_compiled: dict[str, str] = {}
+        """What was to be compiled and runs eagerly, and why; the same on every rank."""
+        self._tried: set[tuple[Any, ...]] = set()
         self._measured: list[Callable[[], Tensor]] = []
         self._compiled: CompiledLoss | None = None
         self._compiled_model: CompiledModel | None = None
@@ -56,12 +62,11 @@ class TrainedModel(nn.Module):
 
         The counts are [tasks, quantities]; the sums, [tasks, columns], carry no gradient.
         """
-        if self._compiled is not None:
-            try:
-                loss, sums, gradients = self._compiled(batch, counts, self.objective, self.measuring)
-            except CompilationError as error:
-                self._run_eagerly(error)
-            else:
+        if (compiled := self._compiled) is not None:
+            kind = MEASURING_STEPS if self.measuring else STEPS
+            found = self._by_graph(kind, batch, lambda: compiled(batch, counts, self.objective, self.measuring))
+            if found is not None:
+                loss, sums, gradients = found
                 if gradients is not None:
                     self._measured.append(lambda: gradients)
                 return loss, sums
@@ -72,10 +77,27 @@ class TrainedModel(nn.Module):
             self._measured.append(_gradient_once_there(loss, probe))
         return loss, sums.detach()
 
-    def _run_eagerly(self, error: CompilationError) -> None:
-        """Do without compiled graphs; other ranks may keep theirs, which compute the same."""
-        self.not_compiled = str(error)
-        self._compiled = self._compiled_model = None
+    def _by_graph(self, kind: str, batch: GraphBatch, run: Callable[[], Result]) -> Result | None:
+        """Return what a compiled graph gives, None if it cannot be compiled on every rank; all ranks must call it.
+
+        Ranks do the same, since a graph hands gradients over in another order than autograd, and ZeRO 2 adds them up in
+        the order in which they come.
+        """
+        if kind in self.not_compiled:
+            return None
+        found, reason = None, ""
+        try:
+            found = run()
+        except CompilationError as error:
+            reason = str(error)
+        if (kind, layout_key(batch)) in self._tried:
+            return found
+        self._tried.add((kind, layout_key(batch)))
+        reasons = [f"rank {number}: {why}" for number, why in enumerate(gather_objects(reason)) if why]
+        if reasons:
+            self.not_compiled[kind] = "; ".join(reasons)
+            return None
+        return found
 
     def take_task_gradients(self) -> Tensor | None:
         """Return the gradients of the weighted losses of the tasks since the last call, by this rank's structures.
@@ -93,11 +115,10 @@ class TrainedModel(nn.Module):
 
     def predict(self, batch: GraphBatch) -> Predictions:
         """Return what the model in evaluation mode predicts."""
-        if self._compiled_model is not None:
-            try:
-                return self._compiled_model(batch)
-            except CompilationError as error:
-                self._run_eagerly(error)
+        if (compiled := self._compiled_model) is not None:
+            found = self._by_graph(PREDICTIONS, batch, lambda: compiled(batch))
+            if found is not None:
+                return found
         predictions: Predictions = self.model(batch)
         return predictions
 
@@ -188,9 +209,7 @@ class _GradientsAtHand(Function):
     """Runs a graph that gives loss, sums and gradients; backward hands the gradients over, so hooks fire as ever."""
 
     @staticmethod
-    def forward(
-        ctx: Any, graph: Any, used: list[bool], rest: list[Tensor], *parameters: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graph: Any, used: list[bool], rest: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
         loss, sums, *found = graph([*parameters, *rest])
         count = sum(used)
         measured, gradients = found[: len(found) - count], found[len(found) - count :]

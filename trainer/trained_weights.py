@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
-from hydrazero.trainer.checkpoint_files import checkpoint_named
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.checkpoint_files import checkpoint_named, checkpoints, damage, step_of
 from hydrazero.trainer.distributed import quiet_deepspeed
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
 from hydrazero.trainer.trained_model import PREFIX
@@ -25,10 +26,15 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
     """Build the model of a run with the weights of a checkpoint ('best', 'last' or a step), on the CPU.
 
     In float32 at least, and with the average of the weights where the run keeps one, unless it is not wanted. Raises
-    ConfigError for a run or a checkpoint that is not there.
+    ConfigError for a run or a checkpoint that is not there, or whose files are not what was written.
     """
     facts = read_json(run_dir / MODEL_FACTS_NAME)
     folder = checkpoint_named(run_dir, checkpoint)
+    if (wrong := damage(folder)) is not None:
+        others = ", ".join(str(step_of(each)) for each in checkpoints(run_dir) if each != folder)
+        raise ConfigError(
+            f"{wrong}; bring it back from a copy, or use another one ({others or 'none is left'})."
+        )
     model = model_from_facts(facts)
     weights = last_weights(folder)
     if averaged and (folder / AVERAGE_NAME).is_file():

@@ -26,11 +26,11 @@ class WeightAverage:
     """
 
     def __init__(self, engine: Any, decay: float) -> None:
-        self.engine, self.decay, self.steps = engine, decay, 0
+        self.engine, self.decay = engine, decay
         self.parameters: dict[str, Any] = {
             name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad
         }
-        self.parts = [weights.detach().clone() for weights in stepped_weights(engine)]
+        self.start_here()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -76,6 +76,10 @@ class WeightAverage:
         if rank() == 0:
             named = {name.removeprefix(PREFIX): value.contiguous().cpu() for name, value in whole.items()}
             save_file(named, str(folder / AVERAGE_NAME), metadata={"steps": str(self.steps)})
+
+    def start_here(self) -> None:
+        """Begin with the weights as they are now."""
+        self.steps, self.parts = 0, [weights.detach().clone() for weights in stepped_weights(self.engine)]
 
     def load(self, folder: Path, steps: int) -> None:
         """Go on from the average in a checkpoint's folder, which has taken in so many steps."""

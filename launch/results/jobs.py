@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
     if "structures_of" in job.run:
         joint = read(ROOT / job.name / f"{job.run['structures_of']}.result.json")
         seen = joint["structures"][job.datasets[0]["name"]]
-        return {"steps": max(round(seen / (job.structures * job.spec["ranks"])), 1)}
+        return {"steps": max(round(seen / structures_per_step(job, shards)), 1)}
     steps, out = job.spec["probe_steps"], job.folder / "probe"
     job.train(shards, out, steps)  # compiles; the next one starts as the run will, from the compiler's cache
     seconds = job.train(shards, out, steps)
@@ -137,22 +138,32 @@ def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
     return {"steps": planned, "seconds": start + planned * per_step, "structures_per_s": rate}
 
 
+def structures_per_step(job: Job, shards: list[Path]) -> float:
+    """How many structures a step of a job takes, found by some steps."""
+    out = job.folder / "probe"
+    job.train(shards, out, job.spec["probe_steps"])
+    return sum(structures_seen(out).values()) / job.spec["probe_steps"]
+
+
+def structures_seen(out: Path) -> Counter[str]:
+    """How many structures of each task a run has trained on."""
+    seen: Counter[str] = Counter()
+    for row in train_rows(out):
+        seen.update({name: task["structures"] for name, task in row["tasks"].items()})
+    return seen
+
+
 def result(job: Job, shards: list[Path]) -> dict[str, Any]:
     """Train the planned steps and evaluate."""
     planned = read(job.path("plan"))
     out = job.folder / "run"
     took = job.train(shards, out, planned["steps"])
     command("evaluate", out)
-    rows = train_rows(out)
-    seen = {
-        data["name"]: sum(row["tasks"].get(data["name"], {}).get("structures", 0) for row in rows)
-        for data in job.datasets
-    }
     return {
         **planned,
         "took": took,
-        "memory_mb": max(row["memory_mb"] for row in rows),
-        "structures": seen,
+        "memory_mb": max(row["memory_mb"] for row in train_rows(out)),
+        "structures": structures_seen(out),
         "tasks": read(out / "evaluation.json")["tasks"],
         "model": read(out / "run.json")["model"],
     }
