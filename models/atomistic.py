@@ -224,25 +224,29 @@ class AtomisticModel(nn.Module):
         direct = torch.tensor([getattr(facts, way) == DIRECT for facts in self.tasks], device=task.device)
         return direct[task]
 
-    @torch.no_grad()
     def energies_of_all_tasks(self, batch: GraphBatch) -> Tensor:
         """Energies of each structure by every task's head, in one pass of the encoder: eV, [S, T] float64.
 
         Where tasks differ in what the encoder is told, it passes once for each.
         """
+        return self.members_of_all_tasks(batch).mean(2)
+
+    @torch.no_grad()
+    def members_of_all_tasks(self, batch: GraphBatch) -> Tensor:
+        """As `energies_of_all_tasks`, by each member of the heads' ensembles: eV, [S, T, M] float64."""
         count = len(self.tasks)
         strain = batch.positions.new_zeros(batch.task.shape[0], 3, 3)
         columns = []
         for index in range(count if self.embedding.by_task else 1):
             task = torch.full_like(batch.task, index)
             features, pairs = self._encode(batch, task, batch.positions, strain)
-            atomic = self.energy_head.all_tasks(features.scalars).mean(2)
-            column = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales
+            atomic = self.energy_head.all_tasks(features.scalars)
+            column = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales.unsqueeze(1)
             if self.repulsion is not None:
-                column = column + self._sum_atoms(batch, self.repulsion(batch.numbers, pairs)).unsqueeze(1)
+                column = column + self._sum_atoms(batch, self.repulsion(batch.numbers, pairs)).view(-1, 1, 1)
             columns.append(column[:, index : index + 1] if self.embedding.by_task else column)
         references = [self.reference_energy(batch, torch.full_like(batch.task, index)) for index in range(count)]
-        return torch.cat(columns, dim=1) + torch.stack(references, dim=1)
+        return torch.cat(columns, dim=1) + torch.stack(references, dim=1).unsqueeze(2)
 
     def facts(self) -> dict[str, Any]:
         """Return settings and task facts as plain types, from which `model_from_facts` builds the model again."""

@@ -108,6 +108,8 @@ def _compute_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
 
 def read_header(path: Path) -> dict[str, Any]:
     """Return the description in a model file's header; raises ModelFileError if it is not ours, newer or cut short."""
+    if path.is_dir():
+        raise ModelFileError(f"{path} is a folder; if it is a run's, export its model first: hydrazero export {path}.")
     if not path.is_file():
         raise ModelFileError(f"model file {path} does not exist.")
     try:

@@ -187,9 +187,9 @@ class Potential:
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
                     )
 
-    def energies(self, batch: GraphBatch) -> NDArray[np.float64]:
-        """Energies of a batch by every task's head in one pass: eV, [structures, tasks]."""
-        return self.model.energies_of_all_tasks(batch).cpu().numpy()
+    def member_energies(self, batch: GraphBatch) -> NDArray[np.float64]:
+        """Energies of a batch by every task's head in one pass: eV, [structures, tasks, members of the ensembles]."""
+        return self.model.members_of_all_tasks(batch).cpu().numpy()
 
     def calculator(self, task: str) -> HydrazeroCalculator:
         """Return an ASE calculator of one task."""

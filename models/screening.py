@@ -55,11 +55,11 @@ def screen(
 ) -> ScreenSummary:
     """Predict for every structure and write `out`, which appears only when it is complete.
 
-    Columns: index, source_id, formula, atoms; for each task energy_TASK (eV) and interaction_per_atom_TASK (eV, the
-    energy above the task's references), null where the task has no energies, has not seen an element of the structure
-    or lacks its multiplicity; with forces also forces_TASK (eV/Å, flat list of 3 * atoms). Raises StructureError for a
-    structure that no task can take or that is faulty, SourceError if there is none or `out` exists, ModelFileError for
-    an unknown task, ConfigError for a first task that cannot rank.
+    Columns: index, source_id, formula, atoms; for each task energy_TASK (eV), interaction_per_atom_TASK (eV, the energy
+    above the task's references) and, by ensembles, energy_spread_TASK (eV), null where the task has no energies, has
+    not seen an element of the structure or lacks its multiplicity; with forces also forces_TASK (eV/Å, flat list of
+    3 * atoms). Raises StructureError for a structure that no task can take or that is faulty, SourceError if there is
+    none or `out` exists, ModelFileError for an unknown task, ConfigError for a first task that cannot rank.
     """
     first = settings.tasks[0]
     if settings.top is not None and not potential.facts(first).has_energy:
@@ -70,7 +70,7 @@ def screen(
         raise SourceError(f"{out} exists; remove it or choose another name.")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    schema, started = _schema(settings), time.monotonic()
+    schema, started = _schema(settings, potential.has_spread), time.monotonic()
     count = written = 0
     best: list[tuple[float, int, dict[str, Any]]] = []
     try:
@@ -96,10 +96,12 @@ def screen(
     return ScreenSummary(structures=count, written=written, seconds=time.monotonic() - started)
 
 
-def _schema(settings: ScreenSettings) -> pa.Schema:
+def _schema(settings: ScreenSettings, has_spread: bool) -> pa.Schema:
     columns = [("index", pa.int64()), ("source_id", pa.string()), ("formula", pa.string()), ("atoms", pa.int32())]
     for task in settings.tasks:
         columns += [(f"energy_{task}", pa.float64()), (f"interaction_per_atom_{task}", pa.float64())]
+        if has_spread:
+            columns.append((f"energy_spread_{task}", pa.float64()))
         if settings.forces:
             columns.append((f"forces_{task}", pa.list_(pa.float32())))
     return pa.schema(columns)
@@ -137,7 +139,9 @@ def _screened(
 ) -> Iterator[list[dict[str, Any]]]:
     indices = [potential.task_index(task) for task in settings.tasks]
     for packed, batch in potential.batches(_samples(potential, structures, settings), SCREEN_SHAPE):
-        energies = potential.energies(batch)
+        members = potential.member_energies(batch)
+        energies = members.mean(2)
+        spreads = members.std(2, ddof=1) if potential.has_spread else None
         forces = (
             {task: _forces(potential, batch, index) for task, index in zip(settings.tasks, indices, strict=True)}
             if (settings.forces)
@@ -165,6 +169,8 @@ def _screened(
                     energy = float(energies[number, index])
                     row[f"energy_{task}"] = energy
                     row[f"interaction_per_atom_{task}"] = (energy - float(references[index][number])) / len(structure)
+                    if spreads is not None:
+                        row[f"energy_spread_{task}"] = float(spreads[number, index])
                 if task in forces and potential.facts(task).forces != NONE:
                     row[f"forces_{task}"] = forces[task][atoms].reshape(-1)
             rows.append(row)

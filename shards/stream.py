@@ -133,7 +133,8 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
 
 def _outlive_requests_to_stop(worker: int) -> None:
     """Let a worker ignore what schedulers send to every process: its rank stops it, after the step and a checkpoint."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_end_when_the_rank_says_so, daemon=True).start()
 

@@ -41,7 +41,7 @@ def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
     assert (config.balance.method, config.loss.final_weight("energy"), config.train.freeze) == (
         "gradnorm",
         10.0,
-        ("encoder.*",),
+        ("encoder.*", "embedding.*"),
     )
     assert deepspeed_config(config)["scheduler"]["params"] == {
         "warmup_num_steps": 500,

@@ -25,7 +25,7 @@ from torture import differences, kill_once, make_data, train, write_run
 
 from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.stream import SplitReader, StreamSettings
-from hydrazero.trainer import loop
+from hydrazero.trainer import loop, stop_request
 from hydrazero.trainer.checkpoint import read_state
 from hydrazero.trainer.checkpoint_files import (
     PART,
@@ -170,6 +170,8 @@ def test_data_go_on_exactly_once_with_another_number_of_ranks(data, whole, tmp_p
     result = in_process(run_file, "--resume", *(f"--set={change}" for change in changes))
     assert f"{last / 'run_state.pt'} is not what was written" in result.stderr
     assert f"{last.name} is kept as {last.name}.damaged" in result.stderr
+    now_and_then = "1 ranks, ZeRO 0, float32; before it was 2 ranks, ZeRO 1, float32"
+    assert f"goes on from step {step_of(first)}: {now_and_then}." in result.stderr
     (resumed,) = json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]
     assert (resumed["step"], resumed["ranks"]) == (step_of(first), 1)
     now, before = rows(tmp_path / "run"), rows(whole)
@@ -188,21 +190,34 @@ def test_data_go_on_exactly_once_with_another_number_of_ranks(data, whole, tmp_p
 
 
 def test_requests_to_stop_leave_a_checkpoint_from_which_all_goes_on(data, tmp_path, monkeypatch):
-    """By the clock after step 1, by SIGUSR1 in step 4, by SIGTERM to all processes in step 7."""
+    """By the clock after step 1, by SIGUSR1 in step 4, by Ctrl-C in step 6, by SIGTERM in step 8, to all processes."""
     changes = ("--set=train.steps=10", "--set=train.checkpoint_every=100")
     in_process(write_run(tmp_path / "whole", data, 10), *changes)
     run_file = write_run(tmp_path / "stopped", data, 10)
     result = in_process(run_file, *changes, "--set=train.max_hours=1e-9")
     assert "stopped after step 1: train.max_hours = 1e-09; --resume goes on from here" in result.stderr
     run = tmp_path / "stopped" / "run"
-    for number, during in ((signal.SIGUSR1, 4), (signal.SIGTERM, 7)):
+    for number, during in ((signal.SIGUSR1, 4), (signal.SIGINT, 6), (signal.SIGTERM, 8)):
         with monkeypatch.context() as patched:
             patched.setattr(loop, "train_step", sending(number, during - step_of(latest_checkpoint(run))))
             result = in_process(run_file, *changes, "--resume")
         assert f"stopped after step {during + 1}: {number.name}" in result.stderr
+        assert f"stopped at step {during + 1} of 10" in result.stdout
         assert step_of(latest_checkpoint(run)) == during + 1
     in_process(run_file, *changes, "--resume")
     assert differences(run, tmp_path / "whole" / "run") == []
+
+
+def test_who_presses_ctrl_c_twice_does_not_wait(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stop_request.time, "monotonic", lambda: now[0])
+    with StopRequest(0.0) as stop:
+        for _ in range(2):  # from the terminal and from the process that has started this one
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wanted()
+        now[0] += 5.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def sending(number: int, call: int) -> Callable[..., Any]:

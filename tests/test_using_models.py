@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sources import labelled, make_shards, molecules, write_extxyz
 from structures import facts, rattled_crystal, rattled_molecule, small_model, to_structure
 
 from hydrazero.models import Potential, load_model, save_model
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.model_file import with_tasks
 from hydrazero.models.potential import DEFAULT_SHAPE
 from hydrazero.models.screening import ScreenSettings
@@ -176,6 +178,19 @@ def test_screen(tmp_path):
     top = pq.read_table(tmp_path / "top.parquet").to_pylist()
     ranked = sorted(rows, key=lambda row: row["interaction_per_atom_task0"])[:7]
     assert [row["index"] for row in top] == [row["index"] for row in ranked]
+
+
+def test_a_screen_tells_how_sure_an_ensemble_is(tmp_path):
+    alone = small_model()
+    model = AtomisticModel(replace(alone.settings, ensemble=3), alone.tasks)
+    save_model(model, tmp_path / "m.safetensors")
+    source = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule("H2O", seed) for seed in range(4)])
+    screen(tmp_path / "m.safetensors", source, "--out", tmp_path / "all.parquet")
+    rows = sorted(pq.read_table(tmp_path / "all.parquet").to_pylist(), key=lambda row: row["index"])
+    for task in ("task0", "task1"):
+        expected = load_model(tmp_path / "m.safetensors").predict([rattled_molecule("H2O", 0)], tasks=[task])[0]
+        assert rows[0][f"energy_spread_{task}"] == pytest.approx(expected["energy_spread"], rel=1e-4)
+        assert rows[0][f"energy_{task}"] == pytest.approx(expected["energy"], abs=1e-5)
 
 
 def test_screen_of_shards(tmp_path):

@@ -154,6 +154,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def resumed_from(state: dict[str, Any], engine: Any) -> str:
+    """Say where a run goes on, and what is another way of cutting than the checkpoint's."""
+    saved, here = layout_in(state["layout"]), layout_of(engine)
+    ways = [f"{way.ranks} ranks, ZeRO {way.stage}, {way.precision}" for way in (saved, here)]
+    changed = "" if ways[0] == ways[1] else f": {ways[1]}; before it was {ways[0]}"
+    return f"goes on from step {state['step']}{changed}."
+
+
 def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) -> dict[str, Any]:
     """Restore weights, optimizer, schedule and random state; returns the run's state. Called on every rank.
 

@@ -80,6 +80,7 @@ def train(
     run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, retries: int, trial: str | None
 ) -> None:
     """Train what RUN.toml describes."""
+    from hydrazero.trainer.checkpoint_files import latest_checkpoint, step_of
     from hydrazero.trainer.config import load_run_config
     from hydrazero.trainer.launcher import train_ranks
     from hydrazero.trainer.train import check_run, run_rank
@@ -99,7 +100,9 @@ def train(
         run_rank(config, resume)
     else:
         train_ranks(run_file, ranks, options, Path(config.run.out), retries)
-    click.echo(f"trained: {config.run.out}")
+    step, steps = step_of(latest_checkpoint(Path(config.run.out))), config.train.steps
+    state = "trained" if step == steps else f"stopped at step {step} of {steps}"
+    click.echo(f"{state}: {config.run.out}")
 
 
 @main.command()

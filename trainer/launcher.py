@@ -59,11 +59,16 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
             return
         if outcome.status == 1:
             raise SystemExit(1)
+        if running.interrupted:  # again, or before the first step
+            raise KeyboardInterrupt
         if running.asked_to_stop or retry == retries:
             break
         again = f"the run starts again from its last checkpoint (retry {retry + 1} of {retries})."
         click.echo(f"{outcome.reason}; {again}", err=True)
-    raise RanksEndedError(f"{outcome.reason}; --resume goes on from the last checkpoint, --retries N does it unasked.")
+    raise RanksEndedError(
+        f"{outcome.reason}; --resume goes on from the last checkpoint, or from step 0 if there is none; --retries N "
+        "does so unasked."
+    )
 
 
 class _Ranks:
@@ -75,7 +80,7 @@ class _Ranks:
         self.environment = _environment(ranks)
         self.ranks = ranks
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.asked_to_stop = False
+        self.asked_to_stop = self.interrupted = False
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> _Ranks:
@@ -91,7 +96,7 @@ class _Ranks:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Let the ranks stop with a checkpoint when this process is asked to."""
-        self.asked_to_stop = True
+        self.asked_to_stop, self.interrupted = True, self.interrupted or number == signal.SIGINT
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)

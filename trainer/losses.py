@@ -140,13 +140,15 @@ class Objective:
     def _spread(self, error: Tensor, spread: Tensor, batch: GraphBatch, scales: Tensor) -> Errors:
         """Return minus the log-likelihood of errors per atom [S] under a normal distribution as wide as the spread.
 
-        As shallow ensembles are trained (Kellner, Ceriotti 2024, arXiv 2402.16621), for the spread alone.
+        As shallow ensembles are trained (Kellner, Ceriotti 2024, arXiv 2402.16621), for the spread alone, and times the
+        spread without its gradient (Seitzer et al. 2022, arXiv 2203.09168, beta = 1/2): otherwise gradients grow with
+        one over a small spread, and clipping takes away those of everything else.
         """
         scale, mask = scales.to(error.dtype)[batch.task], batch.energy_mask
         variance = (spread / scale) ** 2 + SMALLEST_SPREAD
         scaled = (error.detach() / scale) ** 2
         return Errors(
-            loss=0.5 * (scaled / variance + torch.log(variance)) * mask,
+            loss=0.5 * (scaled / variance + torch.log(variance)) * variance.detach().sqrt() * mask,
             absolute=spread.detach() * mask,
             labelled=mask,
             components=1,

@@ -30,6 +30,13 @@ def freeze(model: AtomisticModel, patterns: Sequence[str]) -> None:
         raise ConfigError("train.freeze leaves no parameter to be trained.")
 
 
+def frozen(module: nn.Module) -> str | None:
+    """Say how many parameters are left as they are; None if all are trained."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]  # ZeRO 3 empties them
+    held = sum(size for size, is_trained in sizes if not is_trained)
+    return f"frozen: {held:,} of {sum(size for size, _ in sizes):,} parameters." if held else None
+
+
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Return the trained parameters for an optimizer: those that decay, then biases and embeddings, which do not.
 

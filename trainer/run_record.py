@@ -18,6 +18,10 @@ from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
 
 
+OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
+"""Options that no user writes."""
+
+
 def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
     """Return what `run.json` holds at the start: configuration, versions, data, git commit, command, ranks, time."""
     versions = {}
@@ -34,7 +38,7 @@ def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict
 def _start(ranks: int) -> dict[str, Any]:
     words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # alone, the rank is the command itself
     return {
-        "command": " ".join(["hydrazero train", *(word for word in words if not word.startswith("--local_rank"))]),
+        "command": " ".join(["hydrazero train", *(word for word in words if not word.startswith(OF_LAUNCHERS))]),
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_commit(),
@@ -64,8 +68,8 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def add_resume(run_dir: Path, step: int, ranks: int) -> None:
-    """Add to `run.json` that the run goes on from `step`."""
+def add_resume(run_dir: Path, config: RunConfig, step: int, ranks: int) -> None:
+    """Add to `run.json` that the run goes on from `step`, and to how many steps."""
     record = read_record(run_dir)
-    resumes = [*record.get("resumes", []), {"step": step, **_start(ranks)}]
+    resumes = [*record.get("resumes", []), {"step": step, "steps": config.train.steps, **_start(ranks)}]
     write_json(run_dir / RUN_NAME, {**record, "resumes": resumes})

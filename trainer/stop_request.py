@@ -8,8 +8,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm and launchers send before they kill; SIGUSR1 with `#SBATCH --signal=USR1@300`."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What Slurm and launchers send before they kill (SIGUSR1 with `#SBATCH --signal=USR1@300`), and Ctrl-C."""
+ONE_PRESS = 1.0
+"""Seconds within which a Ctrl-C may arrive twice: from the terminal, and from the process that started the ranks."""
 
 
 class StopRequest:
@@ -21,6 +23,7 @@ class StopRequest:
         self._until = time.monotonic() + 3600 * (max_hours - used_hours) if max_hours else None
         self._max_hours = max_hours
         self._before: dict[signal.Signals, Any] = {}
+        self._interrupted: float | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -34,6 +37,11 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > ONE_PRESS:
+                raise KeyboardInterrupt  # who presses again does not want to wait for a checkpoint
+            self._interrupted = self._interrupted or now
         self.reason = signal.Signals(number).name
 
     def wanted(self) -> bool:

@@ -47,7 +47,9 @@ def check_run(config: RunConfig, resume: bool) -> CheckedRun:
     if resume:
         read_record(run_dir)
     elif (run_dir / RUN_NAME).exists():
-        raise ConfigError(f"run folder {run_dir} holds a run already; use --resume to go on with it, or set run.out.")
+        raise ConfigError(
+            f"run folder {run_dir} holds a run already; use --resume to go on with it, remove it, or set run.out."
+        )
     # A run that was resumed before it had a checkpoint starts as it did at first.
     if config.run.start_from and not checkpoints(run_dir):
         from hydrazero.trainer.start_weights import model_to_start_from
@@ -135,9 +137,10 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     from hydrazero.trainer import distributed
     from hydrazero.trainer.balance import BalanceFacts
     from hydrazero.trainer.balancing import RunBalance
-    from hydrazero.trainer.checkpoint import load_checkpoint
+    from hydrazero.trainer.checkpoint import load_checkpoint, resumed_from
     from hydrazero.trainer.console import RunLog
     from hydrazero.trainer.loop import RunParts, Trainer
+    from hydrazero.trainer.parameter_groups import frozen
     from hydrazero.trainer.start_weights import started_from
     from hydrazero.trainer.step_guard import StepGuard
     from hydrazero.trainer.stop_request import StopRequest
@@ -149,12 +152,14 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     average = WeightAverage(engine, config.train.average) if config.train.average else None
     state: dict[str, Any] = {"step": 0, "stream": None}
     said = [] if checked.start is None else [started_from(config, checked.start)]
+    said += [sentence] if (sentence := frozen(trained)) is not None else []
     if resume:
         check_same_model(run_dir, described)
         folder, damaged = _checkpoint_to_resume(run_dir)
         said += damaged
         if folder is not None:
             state = load_checkpoint(engine, folder, average)
+            said.append(resumed_from(state, engine))
     settings = stream_settings(config, checked)
     stream = TrainStream(settings, distributed.rank(), distributed.ranks(), state["stream"])
     balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
@@ -162,7 +167,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     def note_start() -> None:
         if resume:
             truncate_metrics(run_dir, state["step"])
-            add_resume(run_dir, state["step"], distributed.ranks())
+            add_resume(run_dir, config, state["step"], distributed.ranks())
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / MODEL_FACTS_NAME, described)
@@ -265,7 +270,7 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
     if read_json(run_dir / MODEL_FACTS_NAME) != json.loads(json.dumps(described)):
         raise ConfigError(
             f"{run_dir} was started with another model, other tasks or other shards than the run file names now; "
-            "resume with the same ones, or start a new run."
+            "resume with the same ones, or start a new run (remove the folder, or set run.out)."
         )
 
 

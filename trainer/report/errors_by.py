@@ -208,17 +208,17 @@ def calibration_plots(run: RunData) -> Figure | None:
     for ax, (name, all_errors) in zip(axes, errors.items(), strict=True):
         known = np.isfinite(all_errors)
         spread, error = 1000 * run.predictions[name].energy_spread[known], 1000 * all_errors[known]
-        bins = np.array_split(np.argsort(spread), min(SPREAD_BINS, len(spread)))
+        bins = np.array_split(np.argsort(spread), int(np.clip(len(spread) // SMALLEST_BIN, 1, SPREAD_BINS)))
         across = [float(np.sqrt((spread[part] ** 2).mean())) for part in bins]
         upward = [float(np.sqrt((error[part] ** 2).mean())) for part in bins]
-        ax.scatter(spread, error, s=6, color="#bbbbbb", linewidths=0, label="structures")
+        ax.scatter(spread, error, s=8, color="#999999", linewidths=0, label="structures")
         ax.plot(across, upward, "o-", color=COLOURS[0], markersize=4, label="bins")
         positive = [value for value in (*across, *upward) if value > 0] or [1.0]
         ends = [0.5 * min(positive), 2 * max(positive)]
         ax.plot(ends, ends, color=GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel="spread, meV/atom", ylabel="error, meV/atom")
         ax.set_title(name, fontweight="bold", fontsize=10)
-        ax.set_ylim(bottom=0.1 * min(positive))
+        ax.set_ylim(bottom=0.1 * min(upward))
         plain_logarithms(ax.xaxis)
         plain_logarithms(ax.yaxis)
     axes[0].legend(frameon=False, fontsize=8)

@@ -160,7 +160,7 @@ def cosines(run: RunData) -> list[tuple[str, NDArray[np.float64]]]:
     known = np.isfinite(measured)
     total = np.where(known, measured, 0.0).sum(axis=0)
     mean = np.divide(total, known.sum(axis=0), out=np.full(total.shape, np.nan), where=known.any(axis=0))
-    return [(f"step {rows[-1]['step']:,}", measured[-1]), (f"mean of {len(rows):,} measurements", mean)]
+    return [(f"step {rows[-1]['step']:,}", measured[-1]), (f"mean of {len(rows):,}", mean)]
 
 
 def cosine_maps(tasks: Sequence[str], matrices: Sequence[tuple[str, NDArray[np.float64]]]) -> Figure:

@@ -54,6 +54,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
     """Write a document in one piece and return its path."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     part.write_text(page(title, parts), encoding="utf-8")
     os.replace(part, out)

@@ -31,7 +31,8 @@ def _command(run: RunData) -> str:
 
 def progress(run: RunData) -> str:
     """How far a run has come."""
-    steps = run.record["train"]["steps"]
+    resumes = run.record.get("resumes", [])
+    steps = resumes[-1]["steps"] if resumes else run.record["train"]["steps"]
     ended = run.step >= steps
     return f"{run.step:,} of {steps:,} steps{'' if ended else ' (in progress, or stopped)'}"
 
@@ -149,7 +150,7 @@ def _balance(run: RunData) -> list[str]:
     figures = (
         ("train", "weights", "weight", "Loss weights"),
         ("train", "sampling_shares", "share", "Shares of the structures drawn"),
-        ("balance", "gradient_norms", "norm", "Gradient norms"),
+        ("balance", "gradient_norms", "norm", "Gradient norms, of the losses without their weights"),
     )
     for kind, key, label, title in figures:
         if key == "weights" and _constant(run):
