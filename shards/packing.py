@@ -24,14 +24,20 @@ def fits(sample: GraphSample, shape: BatchShape) -> bool:
 
 def check_fits(sample: GraphSample, shape: BatchShape) -> None:
     """Raise StructureError, with the budget that it would need, if no batch holds the sample."""
+    if fits(sample, shape):
+        return
     n, slots = len(sample.structure), sample.rows * ROW_SLOTS
-    if not fits(sample, shape):
-        raise StructureError(
-            "too_large",
-            f"{sample.structure.source_id} has {n} atoms, {sample.edges} edges and takes {slots} neighbour slots, more "
-            f"than a batch holds; set batch.atoms to at least {n}, batch.slots to {slots} and batch.edges to "
-            f"{sample.edges} (or 0).",
-        )
+    needs = {
+        "atoms": (n, shape.atoms),
+        "slots": (slots, shape.rows * ROW_SLOTS),
+        "edges": (sample.edges, shape.most_edges),
+    }
+    wanted = " and ".join(f"batch.{name} to at least {need}" for name, (need, held) in needs.items() if need > held)
+    raise StructureError(
+        "too_large",
+        f"{sample.structure.source_id} has {n} atoms, {sample.edges} edges and takes {slots} neighbour slots, more "
+        f"than a batch holds; set {wanted}.",
+    )
 
 
 class Packer:

@@ -11,7 +11,7 @@ from typing import Any
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.stream import TrainStream
-from hydrazero.trainer import loop, run_tasks, train
+from hydrazero.trainer import run_tasks, train, validation
 
 
 def fail(*_: object) -> None:
@@ -33,7 +33,7 @@ def read_slowly(stream: TrainStream) -> Iterator[GraphBatch]:
 
 PLACES: dict[str, tuple[Any, str, Any]] = {
     "check": (run_tasks, "check_shard_files", fail),
-    "validation": (loop, "evaluation_batches", fail_at_the_first),
+    "validation": (validation, "evaluation_batches", fail_at_the_first),
     "data": (TrainStream, "__iter__", read_slowly),
 }
 

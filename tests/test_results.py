@@ -41,11 +41,12 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_plans_follow_other_runs(results):
+def test_plans_follow_other_runs(results, monkeypatch):
     by_label = {job.label: job for job in all_jobs(SPEC, "two")}
     assert list(by_label) == ["plain1", "plain2", "other1", "a-alone", "b-alone"]
     assert plan(by_label["other1"], []) == {"steps": 55, "seconds": 900.0}
-    # 804 structures in batches of 4 on 2 ranks
+    # 804 structures, 8 in a step
+    monkeypatch.setattr(jobs, "structures_per_step", lambda *of: 8.0)
     assert plan(by_label["a-alone"], []) == {"steps": 100}
     assert plan(by_label["b-alone"], []) == {"steps": 10}
 

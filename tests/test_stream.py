@@ -291,8 +291,10 @@ def test_nothing_waits_for_ever():
 
 def test_a_structure_too_large_for_any_batch_is_named():
     sample = graph_sample(to_structure(rattled_crystal(), "big.xyz#4"), 0, 4.0)
-    with pytest.raises(StructureError, match=r"big.xyz#4 has 8 atoms.* batch.atoms to at least 8, batch.slots to"):
+    with pytest.raises(StructureError, match=r"big.xyz#4 has 8 atoms.* set batch.atoms to at least 8\.$"):
         Packer(BatchShape(structures=4, atoms=7, slots=10_000)).add(sample)
+    with pytest.raises(StructureError, match=r"set batch.slots to at least \d+ and batch.edges to at least \d+\.$"):
+        Packer(BatchShape(structures=4, atoms=9, slots=8, edges=2)).add(sample)
 
 
 def test_reading_from_shards_gives_what_was_written(folders):

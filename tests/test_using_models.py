@@ -269,6 +269,18 @@ def test_evaluating_a_model_leaves_the_run_around_it_alone(path, tmp_path):
     assert sorted(file.name for file in (tmp_path / "e").iterdir()) == ["evaluation.json", "predictions"]
 
 
+def test_tasks_without_test_structures_are_left_out_of_an_evaluation(path, tmp_path):
+    there = make_split_shards(tmp_path / "a", "task0", train=molecules(1), test=[labelled(rattled_molecule("H2O"))])
+    empty = make_split_shards(tmp_path / "b", "task1", train=molecules(1))
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(path.read_bytes())
+    said = succeeded("evaluate", model, there, empty).stderr
+    assert f"warning: {empty} has no structures in the split 'test'; it is left out." in said
+    assert list(evaluation(model)) == ["task0"]
+    refused = CliRunner().invoke(main, ["evaluate", str(model), str(empty)])
+    assert refused.exit_code == 1 and f"{empty} has no structures in the split 'test'" in refused.output
+
+
 def test_a_screen_needs_no_labels(path, tmp_path):
     atoms = labelled(rattled_molecule("H2O"))
     atoms.calc.results["energy"] = np.nan

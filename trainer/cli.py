@@ -129,7 +129,12 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
     chosen = list(folders) or own_folders
     if not chosen:
         raise ConfigError("name the shard folders to evaluate the model on: hydrazero evaluate MODEL DIR...")
-    total = sum(read_manifest(folder).structures(split) for folder in chosen)
+    counts = {folder: read_manifest(folder).structures(split) for folder in chosen}
+    if any(counts.values()):  # or else all are named in an error
+        chosen = [folder for folder in chosen if counts[folder]]
+        for folder in counts.keys() - set(chosen):
+            click.echo(f"warning: {folder} has no structures in the split '{split}'; it is left out.", err=True)
+    total = sum(counts.values())
     bar, advance = progress_bar("evaluating", total)
     with bar:
         files = files if out is None else results_in(out)
