@@ -63,10 +63,10 @@ def best_checkpoint(run_dir: Path) -> Path:
     pointer = run_dir / CHECKPOINTS / BEST_NAME
     if not pointer.is_file():
         return latest_checkpoint(run_dir)
-    folder = folder_of(run_dir, int(read_json(pointer)["step"]))
-    if folder not in checkpoints(run_dir):
-        raise ConfigError(f"{pointer} names {folder.name}, which is not there; use the checkpoint 'last'.")
-    return folder
+    step = int(read_json(pointer)["step"])
+    if not is_kept(run_dir, step):
+        raise ConfigError(f"{pointer} names step {step}, whose checkpoint is not there; use the checkpoint 'last'.")
+    return folder_of(run_dir, step)
 
 
 def checkpoint_named(run_dir: Path, name: str) -> Path:

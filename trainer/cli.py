@@ -130,9 +130,9 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
     if not chosen:
         raise ConfigError("name the shard folders to evaluate the model on: hydrazero evaluate MODEL DIR...")
     counts = {folder: read_manifest(folder).structures(split) for folder in chosen}
-    if any(counts.values()):  # or else all are named in an error
+    if any(counts.values()):  # else the evaluation refuses
         chosen = [folder for folder in chosen if counts[folder]]
-        for folder in counts.keys() - set(chosen):
+        for folder in (folder for folder, count in counts.items() if not count):
             click.echo(f"warning: {folder} has no structures in the split '{split}'; it is left out.", err=True)
     total = sum(counts.values())
     bar, advance = progress_bar("evaluating", total)

@@ -132,7 +132,8 @@ class Trainer:
             is_best = evaluated and self._evaluate() and settings.keep_best
             self._say_what_is_not_compiled()
             reason = self._reason_to_stop(wanted, evaluated)
-            if (self._due(settings.checkpoint_every) or is_best or reason) and not self._save(ends=bool(reason)):
+            ends = bool(reason) or self.step == settings.steps
+            if (self._due(settings.checkpoint_every) or is_best or ends) and not self._save(ends=ends):
                 self.best = before if is_best else self.best  # it must be there to be evaluated and exported
         if self.step < settings.steps:
             self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
@@ -162,10 +163,8 @@ class Trainer:
         if reason is None:
             return True
         sentence = f"the checkpoint of step {self.step} could not be written ({reason})"
-        if ends or self.step == settings.steps:
-            raise CheckpointError(
-                f"{sentence}, and the run ends here; make room, then --resume goes on."
-            )
+        if ends:
+            raise CheckpointError(f"{sentence}, and the run ends here; make room, then --resume goes on.")
         self.parts.log.say(f"warning: {sentence}; the run goes on, the last complete one stays.")
         return False
 

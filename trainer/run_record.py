@@ -16,8 +16,6 @@ from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
-
-
 OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
 """Options that no user writes."""
 

@@ -1,7 +1,7 @@
 """Schedules of the learning rate that DeepSpeed does not have, by the names that a DeepSpeed JSON gives them.
 
-"scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 100}}
-"scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 100, "factor": 0.5, "patience": 3}}
+    "scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 100}}
+    "scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 100, "factor": 0.5, "patience": 3}}
 """
 
 from __future__ import annotations

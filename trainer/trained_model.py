@@ -43,7 +43,8 @@ class TrainedModel(nn.Module):
         """Whether gradients of the tasks' losses are measured in passing; compiled steps have a graph for either."""
         self.not_compiled: dict[str, str] = {}
         """What was to be compiled and runs eagerly, and why; the same on every rank."""
-        self._tried: set[tuple[Any, ...]] = set()
+        self._agreed: set[str] = set()
+        """Graphs of which every rank has its own."""
         self._measured: list[Callable[[], Tensor]] = []
         self._compiled: CompiledLoss | None = None
         self._compiled_model: CompiledModel | None = None
@@ -64,7 +65,7 @@ class TrainedModel(nn.Module):
         """
         if (compiled := self._compiled) is not None:
             kind = MEASURING_STEPS if self.measuring else STEPS
-            found = self._by_graph(kind, batch, lambda: compiled(batch, counts, self.objective, self.measuring))
+            found = self._by_graph(kind, lambda: compiled(batch, counts, self.objective, self.measuring))
             if found is not None:
                 loss, sums, gradients = found
                 if gradients is not None:
@@ -77,7 +78,7 @@ class TrainedModel(nn.Module):
             self._measured.append(_gradient_once_there(loss, probe))
         return loss, sums.detach()
 
-    def _by_graph(self, kind: str, batch: GraphBatch, run: Callable[[], Result]) -> Result | None:
+    def _by_graph(self, kind: str, run: Callable[[], Result]) -> Result | None:
         """Return what a compiled graph gives, None if it cannot be compiled on every rank; all ranks must call it.
 
         Ranks do the same, since a graph hands gradients over in another order than autograd, and ZeRO 2 adds them up in
@@ -85,18 +86,18 @@ class TrainedModel(nn.Module):
         """
         if kind in self.not_compiled:
             return None
+        if kind in self._agreed:
+            return run()
         found, reason = None, ""
         try:
             found = run()
         except CompilationError as error:
             reason = str(error)
-        if (kind, layout_key(batch)) in self._tried:
-            return found
-        self._tried.add((kind, layout_key(batch)))
         reasons = [f"rank {number}: {why}" for number, why in enumerate(gather_objects(reason)) if why]
         if reasons:
             self.not_compiled[kind] = "; ".join(reasons)
             return None
+        self._agreed.add(kind)
         return found
 
     def take_task_gradients(self) -> Tensor | None:
@@ -116,7 +117,7 @@ class TrainedModel(nn.Module):
     def predict(self, batch: GraphBatch) -> Predictions:
         """Return what the model in evaluation mode predicts."""
         if (compiled := self._compiled_model) is not None:
-            found = self._by_graph(PREDICTIONS, batch, lambda: compiled(batch))
+            found = self._by_graph(PREDICTIONS, lambda: compiled(batch))
             if found is not None:
                 return found
         predictions: Predictions = self.model(batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -13,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hydrazero.trainer.run_files import read_json, read_metrics
 
 HERE = Path(__file__).parent
 ROOT = Path("runs/results")
@@ -28,16 +29,9 @@ def command(*words: object) -> str:
     return done.stdout
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a JSON document."""
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
-
-
 def train_rows(out: Path) -> list[dict[str, Any]]:
     """Rows of training in a run's metrics."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == "train"]
+    return [row for row in read_metrics(out) if row["kind"] == "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +60,10 @@ class Job:
         """File of its 'plan' or 'result'."""
         return ROOT / self.name / f"{self.label}.{kind}.json"
 
-    def of_table(self, key: str, default: Any) -> Any:
-        """A value of the run, or else of the whole table."""
-        return self.run.get(key, self.spec.get(key, default))
-
     @property
     def structures(self) -> int:
         """Structures wanted in each rank's batch."""
-        return int(self.of_table("structures", 4))
+        return int(self.run.get("structures", self.spec.get("structures", 4)))
 
     def shards(self, root: Path) -> list[Path]:
         """Each dataset's shards, converted from sources below `root` unless they are there."""
@@ -122,9 +112,9 @@ def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
     machine.
     """
     if "steps_of" in job.run:
-        return read(ROOT / job.name / f"{job.run['steps_of']}.plan.json")
+        return read_json(ROOT / job.name / f"{job.run['steps_of']}.plan.json")
     if "structures_of" in job.run:
-        joint = read(ROOT / job.name / f"{job.run['structures_of']}.result.json")
+        joint = read_json(ROOT / job.name / f"{job.run['structures_of']}.result.json")
         seen = joint["structures"][job.datasets[0]["name"]]
         return {"steps": max(round(seen / structures_per_step(job, shards)), 1)}
     steps, out = job.spec["probe_steps"], job.folder / "probe"
@@ -155,7 +145,7 @@ def structures_seen(out: Path) -> Counter[str]:
 
 def result(job: Job, shards: list[Path]) -> dict[str, Any]:
     """Train the planned steps and evaluate."""
-    planned = read(job.path("plan"))
+    planned = read_json(job.path("plan"))
     out = job.folder / "run"
     took = job.train(shards, out, planned["steps"])
     command("evaluate", out)
@@ -164,6 +154,6 @@ def result(job: Job, shards: list[Path]) -> dict[str, Any]:
         "took": took,
         "memory_mb": max(row["memory_mb"] for row in train_rows(out)),
         "structures": structures_seen(out),
-        "tasks": read(out / "evaluation.json")["tasks"],
-        "model": read(out / "run.json")["model"],
+        "tasks": read_json(out / "evaluation.json")["tasks"],
+        "model": read_json(out / "run.json")["model"],
     }

@@ -7,15 +7,15 @@ trained alone are those of the table of balancing, where it has been made.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from hydrazero.launch.results.jobs import HERE, ROOT, read
+from hydrazero.launch.results.jobs import HERE, ROOT, train_rows
 from hydrazero.launch.results.tables import ERRORS, table
 from hydrazero.trainer.report.history import learning_curves
 from hydrazero.trainer.report.page import parity_picture
 from hydrazero.trainer.report.run_data import read_run
+from hydrazero.trainer.run_files import read_json
 
 SHORT = {"energies": "E", "forces": "F"}
 
@@ -39,11 +39,9 @@ many of its structures as a quarter of an hour of all tasks gives it, see [balan
 
 def numbers(run: Path) -> dict[str, Any]:
     """What the page says of the run as a whole."""
-    record = read(run / "run.json")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    trained = [row for row in rows if row["kind"] == "train"]
+    record = read_json(run / "run.json")
     before, seconds = 0, 0.0
-    for row in trained:
+    for row in train_rows(run):
         seconds += (row["step"] - before) / row["steps_per_s"]
         before = row["step"]
     return {
@@ -59,9 +57,9 @@ def numbers(run: Path) -> dict[str, Any]:
 def errors(run: Path) -> list[str]:
     """The table of the tasks."""
     rows = []
-    for name, found in read(run / "evaluation.json")["tasks"].items():
+    for name, found in read_json(run / "evaluation.json")["tasks"].items():
         path = ROOT / "balancing" / f"{name}-alone.result.json"
-        alone = read(path)["tasks"][name] if path.exists() else {}
+        alone = read_json(path)["tasks"][name] if path.exists() else {}
         row = [f"`{name}`", found["fidelity"], f"{found['structures']:,}"]
         for key in ERRORS.values():
             row += [number(found[key]), number(found[f"trivial_{key}"]), number(alone.get(key))]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydrazero.launch.results.jobs import HERE, Job, read
+from hydrazero.launch.results.jobs import HERE, Job
+from hydrazero.trainer.run_files import read_json
 
 ERRORS = {"energies": "energy_mae_mev_per_atom", "forces": "force_mae_mev_per_angstrom"}
 UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
@@ -45,7 +46,7 @@ def run_line(job: Job, headings: Sequence[str], dataset: str) -> list[str]:
     name = f"`{job.run['name']}`"
     if not job.path("result").exists():
         return [name, "not run yet", *[""] * (len(headings) - 2)]
-    found = read(job.path("result"))
+    found = read_json(job.path("result"))
     errors = found["tasks"][dataset]
     line = [name, f"{errors[ERRORS['energies']]:.2f}", f"{errors[ERRORS['forces']]:.1f}"]
     line += [f"{found['structures_per_s']:.0f}", f"{found['steps']:,}", f"{found['seconds']:.0f}"]
@@ -64,9 +65,9 @@ def methods_side_by_side(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]
         if not job.path("result").exists():
             continue
         if job.run.get("together"):
-            joint.setdefault(str(job.run["method"]), []).append(read(job.path("result"))["tasks"])
+            joint.setdefault(str(job.run["method"]), []).append(read_json(job.path("result"))["tasks"])
         else:
-            alone |= read(job.path("result"))["tasks"]
+            alone |= read_json(job.path("result"))["tasks"]
     if not joint:
         return ["Nothing has been run yet.", ""]
     lines, overall = [], {method: dict[str, list[float]]() for method in [*joint, "alone"]}

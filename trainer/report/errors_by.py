@@ -218,7 +218,7 @@ def calibration_plots(run: RunData) -> Figure | None:
         ax.plot(ends, ends, color=GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel="spread, meV/atom", ylabel="error, meV/atom")
         ax.set_title(name, fontweight="bold", fontsize=10)
-        ax.set_ylim(bottom=0.1 * min(upward))
+        ax.set_ylim(bottom=0.1 * min((value for value in upward if value > 0), default=1.0))
         plain_logarithms(ax.xaxis)
         plain_logarithms(ax.yaxis)
     axes[0].legend(frameon=False, fontsize=8)
