@@ -11,6 +11,7 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.cli_data import convert_command
 from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_report import report_command
+from hydrazero.trainer.screen import screen_command, task_list
 
 FOLDER = click.Path(path_type=Path)
 
@@ -36,16 +37,7 @@ def main() -> None:
 main.add_command(convert_command)
 main.add_command(inspect_command)
 main.add_command(report_command)
-
-
-def task_list(text: str | None) -> list[str] | None:
-    """Split 'a,b' into names; raises ConfigError if there is none."""
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"--tasks '{text}' names no task; give names, or leave it out for all tasks.")
-    return names
+main.add_command(screen_command)
 
 
 @main.command()
@@ -158,35 +150,6 @@ def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
     chosen = task_list(tasks)
     save_model(model if chosen is None else with_tasks(model, chosen), out, dtype=dtype)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(chosen or [t.name for t in model.tasks])}")
-
-
-@main.command()
-@click.argument("model", type=FOLDER)
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
-@click.option("--out", required=True, metavar="FILE.parquet", type=FOLDER, help="File to write.")
-@click.option("--tasks", metavar="A,B", help="Heads to use; all by default. The first one ranks.")
-@click.option(
-    "--top", type=click.IntRange(1), metavar="K", help="Keep only the K of lowest energy above the references."
-)
-@click.option("--forces", is_flag=True, help="Also compute forces.")
-def screen(model: Path, sources: tuple[Path, ...], out: Path, tasks: str | None, top: int | None, forces: bool) -> None:
-    """Predict every structure of files or shard folders with a model's heads."""
-    from hydrazero.models import load_model
-    from hydrazero.models.screening import ScreenSettings
-    from hydrazero.models.screening import screen as run_screen
-    from hydrazero.trainer.console import progress_bar
-    from hydrazero.trainer.screen_sources import structures_of
-
-    potential = load_model(model)
-    chosen = task_list(tasks)
-    settings = ScreenSettings(tasks=tuple(potential.tasks if chosen is None else chosen), top=top, forces=forces)
-    bar, advance = progress_bar("screening", None)
-    with bar:
-        summary = run_screen(potential, structures_of(sources), out, settings, advance)
-    rate = summary.structures / summary.seconds
-    click.echo(
-        f"{out}: {summary.written} of {summary.structures} structures, {summary.seconds:.1f} s, {rate:.0f} structures/s"
-    )
 
 
 @main.command()
