@@ -149,8 +149,8 @@ def said(out: Path, summary: ScreenSummary, ranks: int) -> str:
     share = summary.model_seconds / max(summary.seconds - summary.start_seconds, 1e-9)
     lines.append(
         f"{'' if ranks == 1 else 'the last rank: '}{summary.structures:,} in {summary.seconds:.1f} s, {rate:,.0f} "
-        f"structures/s; {summary.start_seconds:.1f} s to start, the model {summary.model_seconds:.1f} s, {share:.0%} of "
-        "the rest"
+        f"structures/s; {summary.start_seconds:.1f} s to start, the model {summary.model_seconds:.1f} s, {share:.0%} "
+        "of the rest"
     )
     return "\n".join(lines)
 
