@@ -339,3 +339,22 @@ def test_compiled_and_eager_agree(model, tmp_path):
     for one, other in zip(eager, compiled, strict=True):
         assert one["energy_task0"] == pytest.approx(other["energy_task0"], abs=2e-5)
         np.testing.assert_allclose(one["forces_task0"], other["forces_task0"], atol=1e-4)
+
+
+@pytest.mark.compiler
+def test_neighbours_found_in_batch_are_those_of_the_workers(model, tmp_path):
+    """Of molecules, crystals with atoms outside of the cell, slabs; and where slots are more than was expected."""
+    pytest.importorskip("nvalchemiops")
+    far = rattled_crystal(2)
+    far.positions += np.random.default_rng(0).integers(-3, 4, (len(far), 3)) @ far.cell[:]
+    slab = bulk("Na", cubic=True)
+    slab.pbc = (True, True, False)
+    frames = [*(rattled_molecule("H2O", seed) for seed in range(80)), *[rattled_crystal(1), far, slab, bulk("Na")] * 5]
+    structures = [to_structure(atoms, f"s#{n}") for n, atoms in enumerate(frames)]
+    settings_ = ScreenSettings(tasks=("task0",), forces=("task0",))
+    for name, on_device in (("device", True), ("host", False)):
+        plan = ScreenPlan(workers=0, device_neighbours=on_device)
+        screen(load_model(model), [MadeSource("s", lambda: structures)], tmp_path / f"{name}.parquet", settings_, plan)
+    for one, other in zip(rows_of(tmp_path / "device.parquet"), rows_of(tmp_path / "host.parquet"), strict=True):
+        assert one["energy_task0"] == pytest.approx(other["energy_task0"], abs=1e-4)
+        np.testing.assert_allclose(one["forces_task0"], other["forces_task0"], atol=1e-4)

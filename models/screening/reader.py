@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from hydrazero.models.task_facts import known_elements, reference_table
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.graph import BatchShape, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.handover import HandedBatch, to_buffer
-from hydrazero.shards.neighbours import ROW_SLOTS
+from hydrazero.shards.neighbours import ROW_SLOTS, HalfPairs
 from hydrazero.shards.packing import Packer, fits
 from hydrazero.shards.structure import Structure
 
@@ -96,6 +97,8 @@ class Lookup:
 
     def __init__(self, potential: Potential, settings: ScreenSettings) -> None:
         self.potential, self.settings = potential, settings
+        self.rows_per_atom: float | None = None
+        """Of neighbour slots, an estimate, where neighbours are found on the model's device and not by the workers."""
         facts = [potential.facts(task) for task in settings.tasks]
         self._references = reference_table(facts).numpy().T
         self._known = known_elements(facts).numpy().T
@@ -130,7 +133,12 @@ class Lookup:
         if not self.usable(structure).any():
             reasons = (self.potential.why_not(structure, task) for task in self.settings.tasks)
             raise TooStrange(structure, "unseen", next(reason for reason in reasons if reason))
-        return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
+        if self.rows_per_atom is None:
+            return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
+        rows = math.ceil(self.rows_per_atom * len(structure))
+        none = np.zeros(0, dtype=np.int64)
+        pairs = HalfPairs(first=none, second=none, shift=None, degrees=np.zeros(len(structure), dtype=np.int64))
+        return GraphSample(structure=structure, pairs=pairs, task=0, rows=rows, edges=0, origin=(item.index,))
 
     def rows(self, packed: Sequence[GraphSample], names: dict[int, str]) -> Rows:
         """What is known of the structures of a batch; `names` gives up those of its structures."""
@@ -219,6 +227,9 @@ class Lane(IterableDataset):  # type: ignore[type-arg]
         shape = self.shape if usual else shape_holding(packed)
         batch = collate(packed, shape, self.lookup.potential.model.dtype)
         del batch.names
+        if self.lookup.rows_per_atom is not None:
+            batch.pbc = torch.zeros(shape.structures, 3, dtype=torch.bool)
+            batch.pbc[: len(packed)] = torch.from_numpy(np.stack([sample.structure.pbc for sample in packed]))
         news.batch, news.rows, news.usual = to_buffer(batch), self.lookup.rows(packed, names), usual
         return news
 
@@ -250,9 +261,9 @@ def shape_for_screen(sources: Sequence[Source], lookup: Lookup, atoms: int) -> B
     rows = np.array([sample.rows for sample in samples])
     atoms = max(atoms, int(sizes.max()))
     return BatchShape(
-        structures=int(np.ceil(1.25 * atoms / sizes.mean())),
+        structures=math.ceil(1.25 * atoms / sizes.mean()),
         atoms=atoms,
-        slots=max(int(np.ceil(atoms * rows.sum() / sizes.sum())), int(rows.max())) * ROW_SLOTS,
+        slots=max(math.ceil(atoms * rows.sum() / sizes.sum()), int(rows.max())) * ROW_SLOTS,
     )
 
 

@@ -15,6 +15,7 @@ from hydrazero.models.screening.predictor import Columns, Found, Predictor
 from hydrazero.models.screening.reader import Lane, Lookup, Rows, Screenful, Share, screenfuls, shape_for_screen
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_settings
 from hydrazero.models.screening.sources import Source
+from hydrazero.shards.device_neighbours import find_neighbours, has_device_neighbours
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.handover import from_buffer
 
@@ -35,6 +36,8 @@ class ScreenPlan:
     """Atoms in a batch; by default what suits the device."""
     compile_after: float = COMPILE_AFTER
     """Seconds of the model's work after which it is compiled."""
+    device_neighbours: bool | None = None
+    """Whether neighbours are found on the model's device; by default on a GPU where the extra `gpu` is installed."""
     model_id: str = ""
     """What tells the model from others when a screen goes on, its file's checksum for example."""
 
@@ -118,6 +121,8 @@ class _Work:
         self.columns = Columns(potential, settings)
         self.writer = PartWriter(output.parts, settings, self.columns.schema)
         self.progress = progress or (lambda count: None)
+        wanted = plan.device_neighbours
+        self._on_device = potential.device.type == "cuda" and has_device_neighbours() if wanted is None else wanted
         self.structures = 0
         self.waited_for_first = 0.0
         self._computing: _Batch | None = None
@@ -129,6 +134,8 @@ class _Work:
         lookup = Lookup(self.potential, self.settings)
         atoms = self.plan.atoms or (ATOMS_ON_GPU if self.potential.device.type == "cuda" else ATOMS_ON_CPU)
         shape = shape_for_screen(sources, lookup, atoms)
+        if self._on_device:
+            lookup.rows_per_atom = shape.rows / shape.atoms
         self._mine = structures_of(sources, share)
         total = 0
         for news in screenfuls(Lane(sources, lookup, shape, share), self.plan.workers):
@@ -143,8 +150,11 @@ class _Work:
     def _take(self, news: Screenful) -> None:
         """Start a batch, and only then fetch the one before: on a GPU both go on at once."""
         if news.batch is not None and news.rows is not None:
-            batch = from_buffer(news.batch).to(self.potential.device, non_blocking=True)
-            found = self.predictor(batch, usual=news.usual)
+            batch, usual = from_buffer(news.batch).to(self.potential.device, non_blocking=True), news.usual
+            if self._on_device:
+                usual &= find_neighbours(batch, len(batch.row_atom), self.potential.cutoff)
+                del batch.pbc
+            found = self.predictor(batch, usual=usual)
             self._collect()
             self._computing = _Batch(rows=news.rows, found=found)
         if news.refused:

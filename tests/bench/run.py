@@ -114,8 +114,12 @@ def rate_of(seconds: dict[str, float], system: str) -> float:
 
 def gpu_rows(repeats: int) -> list[dict[str, Any]]:
     """Steps on the GPU, with the share of its peak arithmetic that matrix products reach."""
+    near = run_worker(sys.executable, "gpu_neighbours.py", str(repeats))
+    rows = [
+        row("gpu_neighbour_lists", 1.0 / statistics.median(near["lists"]), "atoms/s, 64-atom cells"),
+        row("gpu_neighbour_slots", 1.0 / statistics.median(near["slots"]), "atoms/s, laid out in slots"),
+    ]
     handed = run_worker(sys.executable, "gpu_steps.py", str(repeats))
-    rows = []
     for system, make in SYSTEMS.items():
         atoms = sum(len(s) for s in make())
         for kind in ("train", "infer"):

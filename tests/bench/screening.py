@@ -56,7 +56,7 @@ def make_shards(folder: Path, structures: list[Structure]) -> None:
 
 def run(root: Path, name: str, kind: str, heads: int) -> ScreenSummary:
     """Screen a system by all heads of a model, in a new output each time."""
-    potential = Potential(model_of(heads))
+    potential = Potential(model_of(heads), "cuda" if torch.cuda.is_available() else "cpu")
     tasks = tuple(potential.tasks)
     settings = ScreenSettings(tasks=tasks, forces=tasks[:1] if kind == "forces" else ())
     out = Path(tempfile.mkdtemp(dir=root)) / "out"
