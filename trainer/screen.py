@@ -41,6 +41,7 @@ def task_list(text: str | None) -> list[str] | None:
 @click.option("--forces-of", metavar="A,B", help="Also forces, by these heads.")
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Keep only the K structures that rank lowest.")
 @click.option("--by", default="", metavar="EXPR", help="What ranks, of columns: 'abs(energy_a - energy_b) / atoms'.")
+@click.option("--relax", default=0, metavar="STEPS", type=click.IntRange(0), help="Relax first, with the first head.")
 @click.option("--max-atoms", default=10_000, show_default=True, help="Larger structures are not computed.")
 @click.option("--bf16", is_flag=True, help="The encoder's matrix products in bfloat16: faster, energies to about 1%.")
 @click.option("--config", metavar="FILE", type=FOLDER, help="TOML of a conversion: how to read the sources.")
@@ -58,6 +59,7 @@ def screen_command(
     forces_of: str | None,
     top: int | None,
     by: str,
+    relax: int,
     max_atoms: int,
     bf16: bool,
     config: Path | None,
@@ -84,8 +86,9 @@ def screen_command(
     potential = load_model(model, device())
     potential.model.autocast = torch.bfloat16 if bf16 else None
     chosen = tuple(task_list(tasks) or potential.tasks)
-    forces = tuple(task_list(forces_of) or ()) or chosen[:1] * with_forces
-    settings = ScreenSettings(tasks=chosen, forces=forces, top=top, by=by, max_atoms=max_atoms)
+    # How far a relaxation has come shows in its forces.
+    forces = tuple(task_list(forces_of) or ()) or chosen[: with_forces or relax > 0]
+    settings = ScreenSettings(tasks=chosen, forces=forces, top=top, by=by, relax=relax, max_atoms=max_atoms)
     plan = ScreenPlan(
         rank=launcher_rank(), ranks=launcher_ranks(), workers=workers, model_id=f"{file_sha256(model)} bf16={bf16}"
     )

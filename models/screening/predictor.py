@@ -137,6 +137,10 @@ class Columns:
             if task in found.forces:
                 forces = found.forces[task][: int(rows.atoms.sum())].cpu().numpy().astype(np.float32)
                 columns |= _force_columns(task, forces, rows.atoms, unusable)
+        if self.settings.relax:
+            flat = pa.list_(pa.float64())
+            columns["positions"] = pa.array([each.positions.reshape(-1) for each in rows.structures], flat)
+            columns["cell"] = pa.array([each.cell.reshape(-1) for each in rows.structures], flat)
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
 
     def refused(self, refused: list[Refused]) -> pa.Table:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hydrazero.models.potential import Potential
+from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
-from hydrazero.models.screening.sources import Item, Source, structure_at, walk
+from hydrazero.models.screening.sources import Item, Items, Source, structure_at, walk
 from hydrazero.models.task_facts import known_elements, reference_table
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.graph import BatchShape, GraphSample, collate, graph_sample, shape_holding
@@ -70,6 +71,8 @@ class Rows:
     """Whether a task can take a structure, [S, T]."""
     reference: NDArray[np.float64]
     """eV, [S, T]."""
+    structures: list[Structure]
+    """Where they have been relaxed; else none."""
 
 
 @dataclass(kw_only=True)
@@ -152,6 +155,7 @@ class Lookup:
             atoms=np.array([len(structure) for structure in structures], dtype=np.int32),
             usable=np.stack([self.usable(structure) for structure in structures]),
             reference=np.stack([composition.reference for composition in compositions]),
+            structures=structures if self.settings.relax else [],
         )
 
 
@@ -178,17 +182,15 @@ class Lane(IterableDataset):  # type: ignore[type-arg]
 
     def __init__(self, sources: Sequence[Source], lookup: Lookup, shape: BatchShape, share: Share) -> None:
         self.sources, self.lookup, self.shape, self.share = sources, lookup, shape, share
+        self.relaxer: Relaxer | None = None
         self._total = 0
+        self._ended: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[Screenful]:
         packer, news, names = Packer(self.shape), Screenful(), dict[int, str]()
-        chunk, count = -1, 0
         for item in self._items():
-            if item.index // CHUNK != chunk:
-                if chunk >= 0:
-                    news.finished[chunk] = count
-                chunk, count = item.index // CHUNK, 0
-            count += 1
+            news.finished |= self._ended
+            self._ended = {}
             try:
                 sample = self.lookup.sample(item)
             except StructureError as error:
@@ -206,8 +208,7 @@ class Lane(IterableDataset):  # type: ignore[type-arg]
             while (packed := packer.pop_full()) is not None:
                 yield self._with_batch(news, packed, names)
                 news = Screenful()
-        if chunk >= 0:
-            news.finished[chunk] = count
+        news.finished |= self._ended
         while (packed := packer.pop_any()) is not None:
             yield self._with_batch(news, packed, names)
             news = Screenful()
@@ -219,7 +220,25 @@ class Lane(IterableDataset):  # type: ignore[type-arg]
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         lane, lanes = self.share.rank * workers + worker, self.share.ranks * workers
         done = self.share.done
-        self._total = yield from walk(self.sources, lambda chunk: chunk % lanes == lane and chunk not in done)
+        items = walk(self.sources, lambda chunk: chunk % lanes == lane and chunk not in done)
+        counted = self._counted(items)
+        yield from counted if self.relaxer is None else self.relaxer.items(counted)
+
+    def _counted(self, items: Items) -> Iterator[Item]:
+        """Pass items on, and note which chunks have ended and how many items they had."""
+        chunk, count = -1, 0
+        while True:
+            try:
+                item = next(items)
+            except StopIteration as end:
+                self._total = end.value
+                break
+            if item.index // CHUNK != chunk and chunk >= 0:
+                self._ended[chunk], count = count, 0
+            chunk, count = item.index // CHUNK, count + 1
+            yield item
+        if chunk >= 0:
+            self._ended[chunk] = count
 
     def _with_batch(
         self, news: Screenful, packed: list[GraphSample], names: dict[int, str], usual: bool = True

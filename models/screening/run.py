@@ -13,6 +13,7 @@ from hydrazero.models.screening.output import Output
 from hydrazero.models.screening.parts import PartWriter
 from hydrazero.models.screening.predictor import Columns, Found, Predictor
 from hydrazero.models.screening.reader import Lane, Lookup, Rows, Screenful, Share, screenfuls, shape_for_screen
+from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_settings
 from hydrazero.models.screening.sources import Source
 from hydrazero.shards.device_neighbours import find_neighbours, has_device_neighbours
@@ -72,8 +73,8 @@ def screen(
     formula, atoms; for each task energy_TASK (eV), interaction_per_atom_TASK (eV, the energy above the task's
     references) and, by ensembles, energy_spread_TASK (eV), null where the task has no energies, has not seen an element
     of the structure or lacks its multiplicity; for tasks with forces max_force_TASK (eV/Å) and forces_TASK (eV/Å, flat
-    list of 3 * atoms); and reason, which says why a structure was not computed. Rows of a file are in the order of the
-    sources, with `top` by rank.
+    list of 3 * atoms); where they are relaxed positions and cell (Å, flat); and reason, which says why a structure was
+    not computed. Rows of a file are in the order of the sources, with `top` by rank.
 
     Raises SourceError if there is no structure or `out` is there already, ModelFileError for an unknown task,
     ConfigError for settings that do not fit.
@@ -138,7 +139,10 @@ class _Work:
             lookup.rows_per_atom = shape.rows / shape.atoms
         self._mine = structures_of(sources, share)
         total = 0
-        for news in screenfuls(Lane(sources, lookup, shape, share), self.plan.workers):
+        lane, workers = Lane(sources, lookup, shape, share), self.plan.workers
+        if self.settings.relax:  # which is the model's work: in this process
+            lane.relaxer, workers = Relaxer(self.potential, self.settings.tasks[0], self.settings.relax), 0
+        for news in screenfuls(lane, workers):
             if self.waited_for_first == 0.0:
                 self.waited_for_first = time.monotonic() - started
             self._take(news)

@@ -33,6 +33,8 @@ class ScreenSettings:
     """Expression of columns; by default the first task's energy above its references, per atom."""
     max_atoms: int = 10_000
     """Structures of more atoms are not computed."""
+    relax: int = 0
+    """Steps for which structures are relaxed at most, by the first task, before all tasks see them."""
 
     @property
     def ranking(self) -> str:
@@ -59,6 +61,7 @@ def schema_of(potential: Potential, settings: ScreenSettings) -> pa.Schema:
     columns = [("index", pa.int64()), ("source_id", pa.string()), ("formula", pa.string()), ("atoms", pa.int32())]
     columns += [(name, pa.float64()) for name in number_columns(potential, settings)]
     columns += [(f"forces_{task}", pa.list_(pa.float32())) for task in settings.forces]
+    columns += [("positions", pa.list_(pa.float64())), ("cell", pa.list_(pa.float64()))] if settings.relax else []
     return pa.schema([*columns, ("reason", pa.string())])
 
 
