@@ -99,7 +99,7 @@ def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path
     expected.load_state_dict(weights, strict=True)
     loaded = read_model(part)
     for task, facts in enumerate(model.tasks):
-        probe = _probe(facts.elements)
+        probe = probe_structure(facts.elements)
         sample = graph_sample(probe, task, model.settings.encoder.cutoff)
         batch = collate([sample], shape_holding([sample]), expected.dtype)
         ours, theirs = expected(batch), loaded(batch)
@@ -111,8 +111,8 @@ def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path
             )
 
 
-def _probe(elements: Sequence[str]) -> Structure:
-    """A cluster of all of a task's elements, 1.5 Å apart on a helix."""
+def probe_structure(elements: Sequence[str]) -> Structure:
+    """Return a cluster of two atoms of each of the elements, 1.5 Å apart on a helix."""
     numbers = np.array([atomic_numbers[symbol] for symbol in elements] * 2, dtype=np.uint8)
     turn = np.arange(len(numbers))
     positions = np.stack([2.0 * np.cos(turn), 2.0 * np.sin(turn), 0.9 * turn], axis=1)

@@ -25,6 +25,7 @@ from hydrazero.shards.structure import Structure, check_structure
 if TYPE_CHECKING:
     from hydrazero.models.ase_calculator import HydrazeroCalculator
     from hydrazero.models.compiled import CompiledModel
+    from hydrazero.models.torch_sim_model import TorchSimModel
 
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` that predictions may depend on."""
@@ -204,6 +205,12 @@ class Potential:
         from hydrazero.models.ase_calculator import HydrazeroCalculator
 
         return HydrazeroCalculator(self, task, others=others, skin=skin, compile=compile)
+
+    def torch_sim(self, task: str, dtype: torch.dtype = torch.float64) -> TorchSimModel:
+        """Return a torch-sim model of one task, for states of `dtype`; raises SourceError if it is not installed."""
+        from hydrazero.models.torch_sim_model import TorchSimModel
+
+        return TorchSimModel(self, task, dtype=dtype)
 
     def compiled(self) -> CompiledModel:
         """Return the model as compiled graphs, with the C++ kernels; warns where those cannot be had."""

@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ase import Atoms, units
+from ase import Atoms
 from ase.build import molecule
 from ase.io import read
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
-from ase.md.verlet import VelocityVerlet
 from structures import facts, rattled_crystal, rattled_molecule, small_model
 
 from hydrazero.models import Potential
@@ -184,18 +182,3 @@ def test_an_ensemble_that_disagrees_more_than_before_is_warned_of():
         model.tasks[0] = replace(model.tasks[0], largest_spread=factor * per_atom)
         found = warned(potential.calculator("task0"), atoms)
         assert len(found) == count and all("the ensemble disagrees by" in text for text in found)
-
-
-def test_dynamics_keep_their_energy():
-    """A picosecond of each; `python -m hydrazero.launch.results.conserved_energy` runs ten with a trained model."""
-    potential = Potential(small_model())
-    for start, step in ((molecule("H2O"), 0.25), (rattled_crystal(), 1.0)):
-        atoms = start.copy()
-        MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(0))
-        atoms.calc = potential.calculator("task0")
-        dynamics = VelocityVerlet(atoms, step * units.fs)
-        totals = []
-        dynamics.attach(lambda atoms=atoms, totals=totals: totals.append(atoms.get_total_energy()), interval=10)
-        dynamics.run(400)
-        totals = 1000 * (np.array(totals) - totals[0]) / len(atoms)
-        assert np.abs(totals).max() < 5.0

@@ -160,6 +160,22 @@ def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
 
 @main.command()
 @click.argument("model", type=FOLDER)
+@click.option("--task", required=True, help="The head to compile.")
+@click.option("--out", required=True, metavar="FILE.pt2", type=FOLDER, help="File to write.")
+def package(model: Path, task: str, out: Path) -> None:
+    """Compile one head of MODEL.safetensors ahead of time, for PyTorch without hydrazero.
+
+    The package is for this kind of processor and this version of PyTorch; it takes one to two minutes.
+    """
+    from hydrazero.models.aot_package import write_package
+    from hydrazero.models.model_file import read_card, read_model, with_tasks
+
+    write_package(with_tasks(read_model(model), [task]), out, read_card(model))
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, task {task}")
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
 @click.option("--out", required=True, metavar="FILE.parquet", type=FOLDER, help="File to write.")
 @click.option("--tasks", metavar="A,B", help="Heads to use; all by default. The first one ranks.")
