@@ -35,7 +35,14 @@ from hydrazero.shards.manifest import SPLITS, Histogram, LabelRange, Manifest, O
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.targets import TargetFacts
-from hydrazero.shards.task_statistics import FORCE_EDGES, Moments, Statistics, histogram_of, strongest
+from hydrazero.shards.task_statistics import (
+    FORCE_EDGES,
+    Moments,
+    Statistics,
+    closest_pairs,
+    histogram_of,
+    strongest,
+)
 from hydrazero.shards.units import target_unit
 from hydrazero.shards.workers import Workers, one_worker
 
@@ -206,6 +213,8 @@ def _manifest(
         charged_structures=total.charged,
         multiplicity_known=total.multiplicity_known,
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
+        closest=closest_pairs(total.closest),
+        closest_within=max(job.settings.degree_cutoffs, default=0.0),
         distributions=distributions,
         outliers=dict(sorted(outliers.items())),
         duplicates=index.duplicates,

@@ -121,8 +121,9 @@ def test_ase_calculator_relaxes_a_crystal_and_a_molecule(tmp_path):
     atoms = rattled_crystal()
     atoms.calc = potential.calculator(task="task1")
     row = potential.predict([atoms], tasks=["task1"])[0]
-    assert atoms.get_potential_energy() == row["energy"] == atoms.get_potential_energy(force_consistent=True)
-    np.testing.assert_array_equal(atoms.get_forces(), row["forces"])
+    assert atoms.get_potential_energy() == atoms.get_potential_energy(force_consistent=True)
+    assert atoms.get_potential_energy() == pytest.approx(row["energy"], abs=1e-9)
+    np.testing.assert_allclose(atoms.get_forces(), row["forces"], atol=1e-10)
     np.testing.assert_allclose(atoms.get_stress(voigt=False), row["stress"], atol=1e-12)
     before = atoms.get_potential_energy()
     BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax=1e-5, steps=10)

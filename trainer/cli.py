@@ -140,16 +140,30 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
 @click.option("--tasks", metavar="A,B", help="Heads to export; all by default.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float64.")
 def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
-    """Write the model of a run's last checkpoint as one safetensors file."""
-    from hydrazero.models.model_file import save_model, with_tasks
-    from hydrazero.trainer.trained_weights import model_of_run
+    """Write the model of a run's best checkpoint as one safetensors file, with a card that 'inspect' shows.
 
-    if out.exists():
-        raise ConfigError(f"{out} exists; remove it or choose another name.")
-    model = model_of_run(run_dir)
-    chosen = task_list(tasks)
-    save_model(model if chosen is None else with_tasks(model, chosen), out, dtype=dtype)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(chosen or [t.name for t in model.tasks])}")
+    The card has test errors if the run was evaluated before.
+    """
+    from hydrazero.trainer.exporting import export_run
+
+    model = export_run(run_dir, out, task_list(tasks), dtype)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(task.name for task in model.tasks)}")
+
+
+@main.command()
+@click.argument("model", type=FOLDER)
+@click.option("--task", required=True, help="The head to compile.")
+@click.option("--out", required=True, metavar="FILE.pt2", type=FOLDER, help="File to write.")
+def package(model: Path, task: str, out: Path) -> None:
+    """Compile one head of MODEL.safetensors ahead of time, for PyTorch without hydrazero.
+
+    The package is for this kind of processor and this version of PyTorch; it takes one to two minutes.
+    """
+    from hydrazero.models.aot_package import write_package
+    from hydrazero.models.model_file import read_card, read_model, with_tasks
+
+    write_package(with_tasks(read_model(model), [task]), out, read_card(model))
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, task {task}")
 
 
 @main.command()

@@ -93,10 +93,9 @@ def _evaluate(out: Path) -> dict[str, object]:
 
 
 def _export(out: Path) -> Potential:
-    from hydrazero.models.model_file import save_model
-    from hydrazero.trainer.trained_weights import model_of_run
+    from hydrazero.trainer.exporting import export_run
 
-    save_model(model_of_run(out), out / "model.safetensors")
+    export_run(out, out / "model.safetensors")
     return load_model(out / "model.safetensors")
 
 
