@@ -48,7 +48,7 @@ class Relaxer:
         periodic = bool(structures[0].pbc.all())
         cells = [structure.cell if periodic else np.eye(3) for structure in structures]
         atoms = [Atoms(s.numbers, s.positions, cell=c, pbc=periodic) for s, c in zip(structures, cells, strict=True)]
-        optimizer = self._sim.frechet_cell_fire if periodic else self._sim.fire
+        optimizer = getattr(self._sim.optimizers, "frechet_cell_fire" if periodic else "fire")
         state = self._sim.io.atoms_to_state(atoms, self._model.device, torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the most steps were taken shows in the forces
