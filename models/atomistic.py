@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hydrazero.models.embedding import AtomConditions, AtomEmbedding
-from hydrazero.models.encoder import AtomInputs, EncoderSettings, NodeFeatures, PairGeometry, check_encoder
+from hydrazero.models.encoder import (
+    SMALLEST_WIDTH,
+    AtomInputs,
+    EncoderSettings,
+    NodeFeatures,
+    PairGeometry,
+    check_encoder,
+)
 from hydrazero.models.encoders import encoder_class, make_encoder
 from hydrazero.models.exact import exact_matmul
 from hydrazero.models.heads import ScalarHead, VectorHead, VirialHead
@@ -313,7 +320,8 @@ def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
     """Build an untrained model from what `AtomisticModel.facts` gave; raises ConfigError if a field is unknown."""
     try:
         settings = dict(facts["settings"])
-        encoder = EncoderSettings(**settings.pop("encoder"))
+        # What does not say its width was made before there was one to set.
+        encoder = EncoderSettings(**{"norm_width": SMALLEST_WIDTH, **settings.pop("encoder")})
         settings["attention_targets"] = tuple(settings.get("attention_targets", ()))
         tasks = [task_facts_from(task) for task in facts["tasks"]]
         return AtomisticModel(ModelSettings(encoder=encoder, **settings), tasks)

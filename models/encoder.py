@@ -13,6 +13,8 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 MAX_DEGREE = 6
 MAX_CORRELATION = 4
+SMALLEST_WIDTH = 1e-4
+"""Of norms, so that their slope at zero is finite; that of models which do not say theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,9 @@ class EncoderSettings:
     """Highest degree of the node features (mace)."""
     correlation: int = 3
     """Most neighbours that one message sees at once, the body order less one (mace)."""
+    norm_width: float = 0.1
+    """Lengths of node vectors are sqrt(v² + width²) (painn, egnn, pna_eq). At sites of high symmetry vectors vanish; a
+    small width makes a kink there, with forces that hardly grow with the displacement, hence wrong phonons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,8 @@ def check_encoder(settings: EncoderSettings) -> None:
         )
     if not 1 <= settings.correlation <= MAX_CORRELATION:
         raise ConfigError(f"model.correlation is {settings.correlation}; it must be from 1 to {MAX_CORRELATION}.")
+    if settings.norm_width < SMALLEST_WIDTH:
+        raise ConfigError(f"model.norm_width is {settings.norm_width:g}; it must be {SMALLEST_WIDTH:g} or more.")
     check_known("radial_basis", settings.radial_basis, list(BASES))
     check_known("cutoff_function", settings.cutoff_function, list(CUTOFFS))
 

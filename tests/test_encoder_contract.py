@@ -125,6 +125,24 @@ def test_smooth_at_the_cutoff(model):
     assert not torch.equal(at(CUTOFF - 0.3).interaction, outside.interaction)
 
 
+def test_forces_grow_with_the_displacement_at_sites_of_high_symmetry(model):
+    """Where node vectors vanish, roots of their squares must not make a kink: phonons are taken there."""
+    crystal = bulk("NaCl", "rocksalt", a=5.6, cubic=True) * (2, 1, 1)
+
+    def force_constants(atom: int, displacement: float) -> np.ndarray:
+        forces = []
+        for sign in (1, -1):
+            atoms = crystal.copy()
+            atoms.positions[atom, 0] += sign * displacement
+            forces.append(predict(model, atoms).forces.detach().numpy())
+        return (forces[1] - forces[0])[:, 0] / (2 * displacement)
+
+    small, large = force_constants(0, 0.002), force_constants(0, 0.01)
+    np.testing.assert_allclose(small, large, atol=0.03 * np.abs(large).max())
+    neighbour = int(np.argsort(-np.abs(large))[1])
+    assert force_constants(neighbour, 0.01)[0] == pytest.approx(large[neighbour], abs=0.01 * np.abs(large).max())
+
+
 def test_a_batch_gives_what_single_structures_give(model):
     many = [rattled_molecule(), rattled_crystal(), molecule("H2O"), bulk("Cu")]
     tasks = [0, 1, 1, 0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hydrazero.models.atomistic import model_from_facts
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.checkpoint_files import checkpoints
 from hydrazero.trainer.config import RunConfig, load_run_config
@@ -267,7 +268,11 @@ def compile_steps(engine: Any) -> str:
 
 def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
     """Raise ConfigError unless the run file still describes the model and tasks that the run was started with."""
-    if read_json(run_dir / MODEL_FACTS_NAME) != json.loads(json.dumps(described)):
+    known = model_from_facts(read_json(run_dir / MODEL_FACTS_NAME)).facts()  # an older run says less
+    if json.loads(json.dumps(known)) != json.loads(json.dumps(described)):
+        width, own = (facts["settings"]["encoder"]["norm_width"] for facts in (known, described))
+        if width != own:
+            raise ConfigError(f"{run_dir} was started with model.norm_width = {width:g}; set the same to resume it.")
         raise ConfigError(
             f"{run_dir} was started with another model, other tasks or other shards than the run file names now; "
             "resume with the same ones, or start a new run (remove the folder, or set run.out)."

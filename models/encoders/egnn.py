@@ -14,15 +14,13 @@ from torch.nn import functional
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.exact import ExactLinear, exact_matmul
 
-NORM_EPSILON = 1e-8
-"""Under the root of vector norms, so that their slope at zero is finite."""
-
 
 class EGNNLayer(nn.Module):
     """Messages of pairs, and what they change in scalars and vectors (paper, eqs. 3 to 6)."""
 
-    def __init__(self, features: int, radial_functions: int) -> None:
+    def __init__(self, features: int, radial_functions: int, norm_width: float) -> None:
         super().__init__()
+        self.norm_width = norm_width
         # phi_e of the concatenated inputs, taken apart: what belongs to an atom is computed for the atom.
         self.own = nn.Linear(features, features)
         self.other = nn.Linear(features, features, bias=False)
@@ -41,7 +39,7 @@ class EGNNLayer(nn.Module):
         messages = functional.silu(self.message(inner)) * pairs.inside
         pushed = self.turn(slots.sum_rows(exact_matmul(pairs.directions.transpose(1, 2), messages)))
         vectors = pushed if vectors is None else vectors + pushed
-        norm = torch.sqrt((vectors * vectors).sum(1) + NORM_EPSILON)
+        norm = torch.sqrt((vectors * vectors).sum(1) + self.norm_width**2)
         known = torch.cat([scalars, slots.sum_rows(messages.sum(1)), norm], dim=-1)
         return scalars + self.update_out(functional.silu(self.update_in(known))), vectors
 
@@ -54,7 +52,8 @@ class EGNN(Encoder):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)
         self.layers = nn.ModuleList(
-            EGNNLayer(settings.features, settings.radial_functions) for _ in range(settings.layers)
+            EGNNLayer(settings.features, settings.radial_functions, settings.norm_width)
+            for _ in range(settings.layers)
         )
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:

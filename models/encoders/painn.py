@@ -11,9 +11,6 @@ from torch.nn import functional
 from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.pair_sums import pair_sum
 
-NORM_EPSILON = 1e-8
-"""Under the root of vector norms, so that their slope at zero is finite."""
-
 
 class PaiNNMessage(nn.Module):
     """Message block: neighbours' scalars and vectors, filtered by distance (paper, eqs. 7 and 8)."""
@@ -44,9 +41,9 @@ class PaiNNMessage(nn.Module):
 class PaiNNUpdate(nn.Module):
     """Update block: scalars and vectors of one atom exchange information (paper, eqs. 9 and 10)."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, norm_width: float) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.norm_width = features, norm_width
         self.mix = nn.Linear(features, 2 * features, bias=False)
         self.gates_in = nn.Linear(2 * features, features)
         self.gates_out = nn.Linear(features, 3 * features)
@@ -55,7 +52,7 @@ class PaiNNUpdate(nn.Module):
         """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
         f, weight, bias = self.features, self.gates_out.weight, self.gates_out.bias
         u, v = self.mix(vectors).split(f, dim=-1)
-        norm = torch.sqrt((v * v).sum(1) + NORM_EPSILON)
+        norm = torch.sqrt((v * v).sum(1) + self.norm_width**2)
         hidden = functional.silu(self.gates_in(torch.cat([scalars, norm], dim=-1)))
         for_product, for_scalars = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
         # A product of its own, which a compiled step leaves out where nobody asks for the last vectors.
@@ -72,7 +69,7 @@ class PaiNN(Encoder):
         super().__init__(settings)
         f = settings.features
         self.messages = nn.ModuleList(PaiNNMessage(f, settings.radial_functions) for _ in range(settings.layers))
-        self.updates = nn.ModuleList(PaiNNUpdate(f) for _ in range(settings.layers))
+        self.updates = nn.ModuleList(PaiNNUpdate(f, settings.norm_width) for _ in range(settings.layers))
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Encode atoms."""

@@ -25,14 +25,15 @@ TYPICAL_DEGREE = 10.0
 """Neighbours, counted by their cutoff functions, at which scalers are one."""
 SOFT_RANGE = 5.0
 """Logits of the soft maximum stay within it, so that exponentials are finite."""
-SPREAD_EPSILON = 1e-6
-"""Under the root of the standard deviation, so that its slope is finite where neighbours agree."""
+SMALLEST_SPREAD = 1e-3
+"""Width of the root of the standard deviation, so that its slope is finite where neighbours agree, at least."""
 
 
-def aggregates(slots: Slots, messages: Tensor, inside: Tensor) -> Tensor:
+def aggregates(slots: Slots, messages: Tensor, inside: Tensor, width: float) -> Tensor:
     """Sum, mean, deviation and soft maximum of messages [R, K, F] with weights [R, K, 1]: [A, 4 F].
 
-    One neighbour of weight 0 and message 0 is counted in, so that all of them are 0 without neighbours, and smooth.
+    One neighbour of weight 0 and message 0 is counted in, so that all of them are 0 without neighbours, and smooth. The
+    deviation is rounded off below `width`, where neighbours agree.
     """
     features = messages.shape[-1]
     weighted = messages * inside
@@ -42,16 +43,16 @@ def aggregates(slots: Slots, messages: Tensor, inside: Tensor) -> Tensor:
     total, squares, soft_weight, soft_total = sums[:, :-1].split(features, dim=-1)
     count = 1.0 + sums[:, -1:]
     mean = total / count
-    deviation = torch.sqrt(squares / count - mean * mean + SPREAD_EPSILON) - math.sqrt(SPREAD_EPSILON)
+    deviation = torch.sqrt(squares / count - mean * mean + width**2) - width
     return torch.cat([total, mean, deviation, soft_total / (1.0 + soft_weight)], dim=-1)
 
 
 class PNAMessage(nn.Module):
     """Messages as in PaiNN; the scalar ones are aggregated in several ways."""
 
-    def __init__(self, features: int, radial_functions: int) -> None:
+    def __init__(self, features: int, radial_functions: int, norm_width: float) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.width = features, max(norm_width, SMALLEST_SPREAD)
         self.context_in = nn.Linear(features, features)
         self.context_out = nn.Linear(features, 3 * features)
         self.scalar_filter = ExactLinear(radial_functions, features)
@@ -71,7 +72,7 @@ class PNAMessage(nn.Module):
         weight = torch.cat([torch.zeros_like(self.vector_filter[:, : self.features]), self.vector_filter], dim=1)
         _, turned = pair_sum(slots, pairs.radial, pairs.directions, weight, (None, gated, for_directions))
         messages = self.scalar_filter(functions) * slots.gather(for_scalars)
-        found = aggregates(slots, messages, pairs.inside)
+        found = aggregates(slots, messages, pairs.inside, self.width)
         degree = torch.log1p(slots.sum_rows(pairs.inside.sum(1))) / math.log1p(TYPICAL_DEGREE)
         return self.mix(torch.cat([found, found * degree, found * (2.0 / (1.0 + degree))], dim=-1)), turned
 
@@ -83,9 +84,9 @@ class PNAEquivariant(Encoder):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)
-        f = settings.features
-        self.messages = nn.ModuleList(PNAMessage(f, settings.radial_functions) for _ in range(settings.layers))
-        self.updates = nn.ModuleList(PaiNNUpdate(f) for _ in range(settings.layers))
+        f, width = settings.features, settings.norm_width
+        self.messages = nn.ModuleList(PNAMessage(f, settings.radial_functions, width) for _ in range(settings.layers))
+        self.updates = nn.ModuleList(PaiNNUpdate(f, width) for _ in range(settings.layers))
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Encode atoms."""

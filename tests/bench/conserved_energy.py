@@ -12,7 +12,7 @@ import click
 import numpy as np
 from ase import Atoms, units
 from ase.build import bulk, molecule
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from numpy.typing import NDArray
@@ -67,7 +67,7 @@ def run_at_constant_energy(potential: Potential, system: System, picoseconds: fl
     BFGS(atoms, logfile=None).run(fmax=0.02, steps=200)
     atoms.calc = potential.calculator(system.task, skin=0.5, compile=compile)
     # Twice the temperature: the atoms start where the potential energy is lowest.
-    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * TEMPERATURE, rng=np.random.default_rng(SEED))
+    thermalize_momenta(atoms, temperature_K=2 * TEMPERATURE, rng=np.random.default_rng(SEED))
     Stationary(atoms)
     if not atoms.pbc.any():
         ZeroRotation(atoms)
