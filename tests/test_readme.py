@@ -31,7 +31,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
-    _, _, optimisation, models, targets = blocks("toml")
+    _, _, optimisation, models, targets, _ = blocks("toml")
     (tmp_path / "run.toml").write_text('[run]\nout = "x"\n' + models)
     config = load_run_config(tmp_path / "run.toml")
     assert (config.model.encoder, config.model.features, config.tasks[0].forces) == ("mace", 32, "direct")

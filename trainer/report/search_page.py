@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from hydrazero.trainer.console import shown
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table, write_page
 from hydrazero.trainer.report.search_plots import (
     RATES,
     colours_of,
     front_picture,
-    front_rows,
     importance_picture,
     progress_picture,
     settings_picture,
@@ -21,7 +21,17 @@ from hydrazero.trainer.search.campaign import command_of
 from hydrazero.trainer.search.importances import importances
 from hydrazero.trainer.search.journal import Journal
 from hydrazero.trainer.search.space import Choices
-from hydrazero.trainer.search.trial_rows import STATES, TrialRow, ranked, short_names, shown_value, trial_rows
+from hydrazero.trainer.search.trial_rows import (
+    STATES,
+    TrialRow,
+    by_choice,
+    front_rows,
+    headings_of,
+    ranked,
+    short_names,
+    shown_value,
+    trial_rows,
+)
 
 PAGE_NAME = "search.html"
 SHOWN = 10
@@ -57,16 +67,15 @@ def _heading(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
 
 def _results(journal: Journal, rows: Sequence[TrialRow], marked: bool = False) -> str:
     """Table of trials: error, seconds, rates, and their values."""
-    names = short_names(list(journal.space.vary))
-    headings = ["trial", "error", "seconds", "training\nstructures/s", "inference\nstructures/s", *names.values()]
+    headings = ["trial", "error", "seconds", "training\nstructures/s", "inference\nstructures/s"]
+    headings += headings_of(list(journal.space.vary))
     cells = []
     for row in rows:
         last = row.results[-1]
         numbers = [f"{last['error']:.4f}", f"{last['seconds']:.0f}", f"{last['training']:.0f}"]
         values = [shown_value(row.values[key]) for key in journal.space.vary]
         cells.append([str(row.number), *numbers, f"{last['inference']:.0f}", *values])
-    texts = [0, *(n for n, p in enumerate(journal.space.vary.values(), start=5) if isinstance(p, Choices))]
-    return table(headings, cells, texts=texts, best={(0, 1)} if marked else ())
+    return table(headings, cells, best={(0, 1)} if marked else ())
 
 
 def _best(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
@@ -76,9 +85,12 @@ def _best(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
         "<h2>Best trials</h2>",
         _results(journal, best[:SHOWN], marked=True),
         paragraph("The best one in full, with the schedule and the steps of the run file:"),
-        f"<pre>{escape(command)}</pre>",
+        f"<pre>{escape(command.replace(' --set ', _NEXT_LINE))}</pre>",
         *_errors_by_task(journal, best[0]),
     ]
+
+
+_NEXT_LINE = " \\\n    --set "
 
 
 def _errors_by_task(journal: Journal, row: TrialRow) -> list[str]:
@@ -100,29 +112,31 @@ def _errors_by_task(journal: Journal, row: TrialRow) -> list[str]:
 def _choices(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
     """The best of each choice, of settings that are chosen from a list."""
     parts: list[str] = []
-    rungs = journal.space.search.rungs
+    seconds = journal.space.rungs
+    headings = ["", "trials", "finished", f"lowest error\nat {seconds[0]:.3g} s", f"at {seconds[-1]:.3g} s"]
+    headings += ["its training\nstructures/s", "its inference\nstructures/s"]
     for key, parameter in journal.space.vary.items():
         if not isinstance(parameter, Choices) or len(parameter.values) < 2:
             continue
-        cells, errors = [], []
-        for value in parameter.values:
-            tried = [row for row in rows if row.values.get(key) == value and row.results]
-            finished = [row.results[-1] for row in tried if len(row.results) == rungs]
-            first = min((row.results[0]["error"] for row in tried), default=None)
-            last = min(finished, key=lambda each: each["error"], default=None)
-            shown = ["-"] * 3 if last is None else [f"{last[k]:.{d}f}" for k, d in _SHOWN]
-            cells.append([str(value), str(len(tried)), str(len(finished)), f"{first:.4f}" if first else "-", *shown])
-            errors.append(last["error"] if last else float("inf"))
-        seconds = journal.space.rungs
-        headings = ["", "trials", "finished", f"lowest error\nat {seconds[0]:.3g} s", f"at {seconds[-1]:.3g} s"]
-        headings += ["its training\nstructures/s", "its inference\nstructures/s"]
-        best = {(errors.index(min(errors)), 4)} if min(errors) < float("inf") else set()
+        found = by_choice(rows, len(seconds), key, parameter.values)
+        cells = [
+            [
+                str(each.value),
+                str(each.tried),
+                str(each.finished),
+                shown(each.first, 4),
+                *(shown(None if each.best is None else each.best[k], d) for k, d in _OF_THE_BEST),
+            ]
+            for each in found
+        ]
+        errors = [each.best["error"] for each in found if each.best is not None]
+        best = {(n, 4) for n, each in enumerate(found) if each.best is not None and each.best["error"] == min(errors)}
         name = short_names(list(journal.space.vary))[key]
         parts += [f"<h3>By {escape(name)}</h3>", table(headings, cells, best=best)]
     return parts
 
 
-_SHOWN = (("error", 4), ("training", 0), ("inference", 0))
+_OF_THE_BEST = (("error", 4), ("training", 0), ("inference", 0))
 
 
 def _pictures(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
@@ -155,13 +169,13 @@ def _failed(rows: Sequence[TrialRow]) -> list[str]:
 
 def _everything(journal: Journal, rows: Sequence[TrialRow]) -> str:
     """All trials, folded."""
-    names = short_names(list(journal.space.vary))
+    keys = list(journal.space.vary)
     cells = []
     for row in rows:
         errors = [f"{each['error']:.4f}" for each in row.results]
         errors += [""] * (journal.space.search.rungs - len(errors))
-        values = [shown_value(row.values[key]) if key in row.values else "" for key in names]
+        values = [shown_value(row.values[key]) if key in row.values else "" for key in keys]
         cells.append([str(row.number), row.state, *errors, *values])
-    headings = ["trial", "", *(f"error at\n{seconds:.3g} s" for seconds in journal.space.rungs), *names.values()]
+    headings = ["trial", "", *(f"error at\n{seconds:.3g} s" for seconds in journal.space.rungs), *headings_of(keys)]
     held = table(headings, cells, texts=(0, 1))
     return f'<details class="run"><summary>All trials</summary>{held}</details>'

@@ -20,9 +20,8 @@ from hydrazero.trainer.report.panels import (
     plain_logarithms,
     small_multiples,
 )
-from hydrazero.trainer.search.halving import pareto_front
 from hydrazero.trainer.search.space import Choices, Range, SearchSpace
-from hydrazero.trainer.search.trial_rows import TrialRow, short_names
+from hydrazero.trainer.search.trial_rows import TrialRow, front_rows, short_names
 
 RATES = {"inference": "inference, structures/s", "training": "training, structures/s"}
 
@@ -106,13 +105,6 @@ def _logarithmic_errors(ax: Axes) -> None:
     plain_logarithms(ax.yaxis)
 
 
-def front_rows(rows: Sequence[TrialRow], rate: str, rungs: int) -> list[TrialRow]:
-    """Return the finished trials that no other finished one beats in both error and structures/s, by their errors."""
-    finished = [row for row in rows if len(row.results) == rungs]
-    points = [(float(row.results[-1]["error"]), -float(row.results[-1][rate])) for row in finished]
-    return [finished[place] for place in pareto_front(points)]
-
-
 def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours) -> Figure:
     """Errors against structures/s in inference and in training: finished trials, and the Pareto fronts."""
     figure = Figure(figsize=(PAGE, 3.8), layout="constrained")
@@ -121,7 +113,7 @@ def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours
         ax = plain_axes(figure.add_subplot(1, 2, place))
         for row in rows:
             last, finished = row.results[-1], len(row.results) == rungs
-            face, ink = (colours.of(row), 1.0) if finished else ("none", 0.45)
+            face, ink = (colours.of(row), 1.0) if finished else ("none", 0.7)
             style: dict[str, Any] = {"markerfacecolor": face, "alpha": ink, "markersize": 6 if finished else 4}
             ax.plot(last[rate], last["error"], "o", color=colours.of(row), **style)
         front = [(row.results[-1][rate], row.results[-1]["error"]) for row in front_rows(rows, rate, rungs)]

@@ -11,7 +11,7 @@ from rich.table import Table
 from hydrazero.trainer.progress_line import wide_console
 from hydrazero.trainer.search.campaign import command_of
 from hydrazero.trainer.search.journal import Journal
-from hydrazero.trainer.search.trial_rows import STATES, ranked, short_names, shown_value, trial_rows
+from hydrazero.trainer.search.trial_rows import STATES, headings_of, ranked, shown_value, trial_rows
 
 SHOWN = 10
 
@@ -24,12 +24,11 @@ def print_best(journal: Journal) -> bool:
     best = ranked(rows)
     if not best:
         return False
-    names = short_names(list(journal.space.vary))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "error", "seconds", "training\nstructures/s", "inference\nstructures/s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key in journal.space.vary:
-        table.add_column(names[key])
+    for heading in headings_of(list(journal.space.vary)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in best[:SHOWN]:
         last = row.results[-1]
         numbers = [f"{row.error:.4f}", f"{last['seconds']:.0f}", f"{last['training']:.0f}", f"{last['inference']:.0f}"]

@@ -81,10 +81,11 @@ def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
         with Ranks(journal.run_file, journal.space.search.ranks, [*options, *resuming], output) as running:
             outcome = running.wait()
     result = result_at(run_dir, seconds, journal.trivial)
+    # Asked in its last moments, it has come to the rung nevertheless; that is found when the trial is taken up again.
+    if running.asked_to_stop or (outcome.status == 0 and result is None):
+        raise SearchStoppedError(f"trial {held.number} was stopped; the search goes on with it when started again.")
     if outcome.status == 0 and result is not None:
         return result
-    if running.asked_to_stop or outcome.status == 0:
-        raise SearchStoppedError(f"trial {held.number} was stopped; the search goes on with it when started again.")
     said = _last_line(journal.output(held.number))
     raise TrialFailedError(f"{outcome.reason} ({said})" if outcome.reason else said)
 
