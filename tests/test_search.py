@@ -269,26 +269,11 @@ def test_two_workers_share_a_search_and_one_takes_up_what_the_other_has_left(roo
 
 
 @pytest.mark.ranks
-def test_trials_that_fail_are_noted_and_the_search_goes_on(root, capsys):
-    """Two rungs, two objectives, and a learning rate that takes the weights out of all bounds."""
-    vary = '"deepspeed.optimizer.params.lr" = [1e30, 1e-3]'
-    journal = begin(write_space(root, "failing", vary=vary, seconds=0.4, more='rate = "training"'))
-    work(journal, 1)
-    failed, finished = trial_rows(journal)
-    assert (failed.state, finished.state) == ("failed", "finished")
-    assert "finite" in failed.reason and failed.results == []
-    assert [result["goes_on"] for result in finished.results] == [True, False]
-    assert finished.results[0]["seconds"] < finished.results[1]["seconds"] and len(finished.results) == 2
-    assert journal.study.best_trials[0].values == [finished.error, finished.results[1]["training"]]
-    printed = capsys.readouterr().out
-    assert "trial 0 failed: " in printed and "trial 1 finished at 0.4 s: " in printed
-    assert "Failed trials" in write_search_page(journal).read_text()
-
-
-@pytest.mark.ranks
-def test_a_trial_that_was_stopped_goes_on_from_its_checkpoint(root):
-    journal = begin(write_space(root, "stopped", vary='"model.layers" = [1, 2]', seconds=3, rungs=1))
-    run = journal.run_dir(0)
+def test_a_trial_fails_and_one_that_was_stopped_goes_on_from_its_checkpoint(root, capsys):
+    """Two rungs, two objectives; values that do not go together in the first trial, a stop in the second."""
+    vary = '"model.node_degree" = [2, 1]\n"model.max_degree" = [1, 3]'
+    journal = begin(write_space(root, "stopped", vary=vary, seconds=4, more='rate = "training"'))
+    run = journal.run_dir(1)
 
     def ask_to_stop() -> None:
         checked(run / "metrics.jsonl")
@@ -296,17 +281,23 @@ def test_a_trial_that_was_stopped_goes_on_from_its_checkpoint(root):
 
     thread = Thread(target=ask_to_stop)
     thread.start()
-    with pytest.raises(SearchStoppedError, match="trial 0 was stopped"):
+    with pytest.raises(SearchStoppedError, match="trial 1 was stopped"):
         work(journal, 1)
     thread.join()
     held = journal.take(1)
-    assert held is not None and held.number == 0 and held.values == {"model.layers": 1}
-    assert journal.take(1) is None  # there are no more to be trained, and this one is in other hands
+    assert held is not None and held.number == 1 and held.values == {"model.node_degree": 1, "model.max_degree": 3}
+    assert journal.take(1) is None  # no more are wanted, and this one is in other hands
     held.lock.close()
     work(open_journal(journal.out), 1)
-    (row,) = trial_rows(journal)
-    (resumed,) = json.loads((run / "run.json").read_text())["resumes"]
-    assert row.state == "finished" and 0 < resumed["step"] < row.results[0]["step"]
-    steps = [each for each in read_metrics(run) if each["kind"] == "train"]
-    spent = sum(1 / each["steps_per_s"] for each in steps)
-    assert 3 <= row.results[0]["seconds"] <= spent < 13  # the first steps of both starts do not count
+    failed, finished = trial_rows(journal)
+    assert (failed.state, failed.results) == ("failed", []) and "must obey 1 <= node_degree <= max" in failed.reason
+    assert finished.state == "finished" and [each["goes_on"] for each in finished.results] == [True, False]
+    first, last = finished.results
+    assert 2 <= first["seconds"] < 4 <= last["seconds"] and first["step"] < last["step"]
+    resumes = [each["step"] for each in json.loads((run / "run.json").read_text())["resumes"]]
+    assert 0 < resumes[0] <= resumes[1] == first["step"]
+    spent = sum(1 / each["steps_per_s"] for each in read_metrics(run) if each["kind"] == "train")
+    assert last["seconds"] <= spent  # the first steps of all starts do not count
+    assert journal.study.best_trials[0].values == [last["error"], last["training"]]
+    assert "trial 0 failed: " in (printed := capsys.readouterr().out) and "trial 1 finished at 4 s: " in printed
+    assert "Failed trials" in write_search_page(journal).read_text()
