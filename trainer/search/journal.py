@@ -220,7 +220,10 @@ def _study(out: Path, directions: list[str] | None) -> Any:
 
 
 def _go_through_choices(study: Any, space: SearchSpace) -> None:
-    """Let the first trials try every choice at least once; a sampler might not."""
+    """Let the first trials go through all choices, each time in other combinations."""
     lists = {key: p.values for key, p in space.vary.items() if isinstance(p, Choices) and len(p.values) > 1}
-    for n in range(max(map(len, lists.values()), default=0)):
-        study.enqueue_trial({key: values[n % len(values)] for key, values in lists.items()})
+    longest = max(map(len, lists.values()), default=0)
+    for tried in range(space.search.tries):
+        for n in range(longest):
+            places = {key: (n + tried * shift) % len(lists[key]) for shift, key in enumerate(lists)}
+            study.enqueue_trial({key: lists[key][place] for key, place in places.items()})

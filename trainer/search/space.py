@@ -36,6 +36,8 @@ class SearchSection:
     """Halts at which trials are compared; at the last one they are finished."""
     reduction: int = 3
     """One trial in so many goes on from a rung, to so many times the seconds."""
+    tries: int = 1
+    """First trials for each choice of the lists: a sampler leaves alone what has failed it once."""
     ranks: int = 1
     """Of each trial."""
     rate: str = ""
@@ -157,7 +159,7 @@ def read_space(path: Path) -> SearchSpace:
 def _check_section(section: SearchSection, where: str) -> None:
     if not 0 < section.seconds < math.inf:
         raise ConfigError(f"{where}.seconds is {section.seconds}; it must be a number above 0.")
-    for key, least in (("rungs", 1), ("reduction", 2), ("ranks", 1), ("seed", 0)):
+    for key, least in (("rungs", 1), ("reduction", 2), ("tries", 1), ("ranks", 1), ("seed", 0)):
         if getattr(section, key) < least:
             raise ConfigError(f"{where}.{key} is {getattr(section, key)}; it must be at least {least}.")
     if section.rate not in RATES:
