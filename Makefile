@@ -63,7 +63,7 @@ links:
 	$(BIN)/pip install -q --upgrade pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,formats,torch-sim]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,formats,search,torch-sim]'
 	touch $@
 
 $(SCHNETPACK)/.installed:

@@ -79,11 +79,15 @@ def test_the_readme_counts_parameters(encoder):
 
 def test_the_readme_runs(tmp_path):
     make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
-    settings, run_file = toml_with("[fields]"), toml_with("# every batch has this size")
+    markers = ("[fields]", "# every batch has this size", "[vary]")
+    settings, run_file, space = map(toml_with, markers)
     (tmp_path / "convert.toml").write_text(settings)
     assert load_convert_settings(tmp_path / "convert.toml").fields.energy == "TotEnergy"
     assert "steps = 300" in run_file
     (tmp_path / "runs" / "first.toml").write_text(run_file.replace("steps = 300", "steps = 4"))
+    quick = space.replace("seconds = 90", "seconds = 0.5").replace("rungs = 3", "rungs = 1")
+    assert quick.count("seconds = 0.5") == quick.count("rungs = 1") == 1
+    (tmp_path / "runs" / "space.toml").write_text(quick)
     shown = [line for block in blocks("console") for line in block.splitlines()]
     lines = [line.removeprefix("$ ") for line in shown if line.startswith("$ hydrazero ")]
     # mpirun, srun and deepspeed start what is tested in test_training.py; here is what hydrazero itself does.
@@ -91,7 +95,7 @@ def test_the_readme_runs(tmp_path):
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    for line in lines:
+    for line in (line.replace("--trials 12 --workers 2", "--trials 1") for line in lines):
         result = subprocess.run(
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
         )
@@ -100,3 +104,4 @@ def test_the_readme_runs(tmp_path):
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=100)
     for name in ("model.safetensors", "screen.parquet", "report.html", "evaluation.json"):
         assert (tmp_path / "runs" / "first" / name).is_file()
+    assert (tmp_path / "runs" / "search" / "search.html").is_file()

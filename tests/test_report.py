@@ -20,8 +20,8 @@ from hydrazero.trainer.evaluation_errors import schema_of
 from hydrazero.trainer.report import parity_picture, write_report
 from hydrazero.trainer.report.errors_by import binned
 from hydrazero.trainer.report.history import cosines
-from hydrazero.trainer.report.parity import cloud
-from hydrazero.trainer.report.run_data import read_predictions, read_run, run_labels
+from hydrazero.trainer.report.parity import cloud, parity_plots
+from hydrazero.trainer.report.run_data import Parity, read_predictions, read_run, run_labels
 from hydrazero.trainer.run_files import read_metrics, truncate_metrics
 
 TASKS = ("a<b>", "plain")
@@ -210,6 +210,13 @@ def test_density_counts_every_point():
     true = np.random.default_rng(0).normal(size=5000)
     one = cloud(Figure().add_subplot(), np.append(true, np.nan), np.append(true + 0.1, 0.0), "x", "meV")
     assert one.counts.sum() == 5000 and "MAE 100 meV" in one.error and "n = 5,000" in one.error
+
+
+def test_predictions_that_are_not_finite_are_said_to_be_so():
+    labels, lost = np.zeros(3), np.full(3, np.nan)
+    parity = Parity(energy=labels, energy_predicted=lost, forces=lost, forces_predicted=lost)
+    said = [text.get_text() for ax in parity_plots({"a": parity}).axes for text in ax.texts]
+    assert said == ["energies are not finite", "no forces"]
 
 
 def test_mean_cosines_leave_out_what_was_not_measured(tmp_path):

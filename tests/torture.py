@@ -39,7 +39,7 @@ STEPS_PER_KILL = 20
 """More than any life gains: it is killed after at most eight steps, or the evaluation or checkpoint after them."""
 MINUTE = 60.0
 AIMS = ("any moment", "step", "evaluation", "checkpoint", "start")
-CLOCKED = ("structures_per_s", "atoms_per_s", "steps_per_s", "data_wait_share", "memory_mb")
+CLOCKED = ("structures_per_s", "atoms_per_s", "steps_per_s", "data_wait_share", "memory_mb", "trained_seconds")
 """Of rows of the metrics, what depends on the clock, or on how the process came to be."""
 RUN = """
 [run]

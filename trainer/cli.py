@@ -11,6 +11,7 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.cli_data import convert_command
 from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_report import report_command
+from hydrazero.trainer.cli_search import search_command
 from hydrazero.trainer.screen import screen_command, task_list
 
 FOLDER = click.Path(path_type=Path)
@@ -38,6 +39,7 @@ main.add_command(convert_command)
 main.add_command(inspect_command)
 main.add_command(report_command)
 main.add_command(screen_command)
+main.add_command(search_command)
 
 
 @main.command()

@@ -160,6 +160,9 @@ class TrainSection:
     """Patterns of names of parameters that are not trained: 'encoder.*'."""
     max_hours: float = 0.0
     """The run stops with a checkpoint after so many hours; 0: it has time."""
+    budget_seconds: float = 0.0
+    """Seconds of steps, those before a resume among them, after which the run evaluates and ends; 0: it has time.
+    Evaluations, checkpoints, and the first step after a start, which compiles, do not count."""
     timeout_minutes: float = 10.0
     """Minutes that ranks wait for one that does not answer before the run stops."""
     max_skipped: int = 10
@@ -294,6 +297,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "batch.edges": config.batch.edges,
         "train.patience": config.train.patience,
         "train.max_hours": config.train.max_hours,
+        "train.budget_seconds": config.train.budget_seconds,
         "train.skip_spikes": config.train.skip_spikes,
         "loss.energy_weight": config.loss.energy_weight,
         "loss.forces_weight": config.loss.forces_weight,

@@ -143,13 +143,13 @@ class RunLog:
             self._scalars.add_pictures(step, figures())
             self._scalars.flush()
 
-    def evaluation_row(self, step: int, split: str, tasks: dict[str, dict[str, Any]], loss: float | None) -> None:
-        """Log an evaluation, with the loss by which evaluations are compared, and show it as a table."""
+    def evaluation_row(self, row: dict[str, Any]) -> None:
+        """Log an evaluation, with the loss by which evaluations are compared, and show its errors as a table."""
         if self._line is None:
             return
-        facts = {"kind": "evaluation", "split": split, "step": step, "loss": loss}
-        if self._row({**facts, "tasks": tasks}):
-            self._scalars.add(step, {f"{split}/loss": loss, **by_task(split, tasks)})
+        step, split, tasks = row["step"], row["split"], row["tasks"]
+        if self._row({"kind": "evaluation", **row}):
+            self._scalars.add(step, {f"{split}/loss": row["loss"], **by_task(split, tasks)})
             self._scalars.flush()
         table = Table(title=f"step {step}, {split}", title_justify="left")
         targets = sorted({target for row in tasks.values() for target in row["target_mae"]})

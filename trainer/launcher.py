@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import click
 
@@ -53,8 +54,7 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
         used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours is of all tries together
         # A first try that died before it had made its folder is simply made again.
         resume = ["--resume"] if retry and (run_dir / RUN_NAME).exists() and "--resume" not in options else []
-        command = [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), f"--launched-by={os.getpid()}"]
-        with Ranks([*command, *options, *resume, used], ranks) as running:
+        with Ranks([*train_command(run_file), *options, *resume, used], ranks) as running:
             outcome = running.wait()
         if outcome.status == 0:
             return
@@ -72,23 +72,31 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
     )
 
 
-class Ranks:
-    """Processes of one command on this machine, each told its rank."""
+def train_command(run_file: Path) -> list[str]:
+    """Return the command of a rank that this process watches."""
+    return [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), f"--launched-by={os.getpid()}"]
 
-    def __init__(self, command: Sequence[str], ranks: int) -> None:
+
+class Ranks:
+    """Processes of one command on this machine, each told its rank; they print where this process does, or into a file."""
+
+    def __init__(self, command: Sequence[str], ranks: int, output: BinaryIO | None = None) -> None:
         self.command = list(command)
         self.environment = _environment(ranks)
-        self.ranks = ranks
+        self.ranks, self.output = ranks, output
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked_to_stop = self.interrupted = False
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Ranks:
         self._exits.callback(self._kill)
-        self._exits.enter_context(_handling(self._pass_on))
+        self._exits.enter_context(handling(self._pass_on))
         for rank in range(self.ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(subprocess.Popen(self.command, env={**self.environment, **own}))
+            environment = {**self.environment, **own}
+            self.processes.append(
+                subprocess.Popen(self.command, env=environment, stdout=self.output, stderr=self.output)
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -170,7 +178,8 @@ def end_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a handler have the signals that ask to stop, for a while."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

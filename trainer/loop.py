@@ -85,6 +85,9 @@ class Trainer:
         self.skipped_before = 0
         """Structures that had been skipped when the run was resumed."""
         self.interval = Interval()
+        self.over = False
+        """Whether the last step has been done, by their number or by train.budget_seconds."""
+        self._started = False
         self.run_dir = Path(config.run.out)
         self.names = [task.name for task in self.engine.module.model.tasks]
         self._said_of: set[str] = set()
@@ -94,6 +97,7 @@ class Trainer:
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
         self.skipped_before = self.skipped_structures = state["skipped_structures"]
         self.interval = interval_in(state["interval"])
+        self.parts.stop.trained = state.get("trained_seconds", 0.0)  # not in checkpoints of earlier versions
         # Its checkpoint may have been damaged, or have made way for one of steps that are done again.
         is_there = self.best is not None and is_kept(self.run_dir, int(self.best["step"]))
         self.best = self.best if gather_objects(is_there)[0] else None
@@ -109,6 +113,7 @@ class Trainer:
             "stale": self.stale,
             "skipped_structures": self._skipped(),
             "interval": self.interval.state(),
+            "trained_seconds": self.parts.stop.trained,
             "stream": stream.saved_state(gather_objects(stream.state())),
             "balance": self.parts.balance.state(),
             "guard": self.parts.guard.state(),
@@ -124,15 +129,15 @@ class Trainer:
         self.engine.train()
         reason = ""
         while self.step < settings.steps and not reason:
-            wanted = self.one_step(batches, self.interval)
+            reason = self._asked_to_stop(self._timed_step(batches))
             if self._due(settings.log_every):
                 self._log_interval(self.interval)
                 self.interval = Interval()
             evaluated, before = self._due(settings.evaluate_every), self.best
             is_best = evaluated and self._evaluate() and settings.keep_best
             self._say_what_is_not_compiled()
-            reason = self._reason_to_stop(wanted, evaluated)
-            ends = bool(reason) or self.step == settings.steps
+            reason = reason or self._out_of_patience(evaluated)
+            ends = bool(reason) or self.over
             if (self._due(settings.checkpoint_every) or is_best or ends) and not self._save(ends=ends):
                 self.best = before if is_best else self.best  # it must be there to be evaluated and exported
         if self.step < settings.steps:
@@ -145,7 +150,15 @@ class Trainer:
                 self.parts.log.say(f"compile: {kind} run eagerly, since they cannot be compiled ({why}).")
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.train.steps
+        return self.step % every == 0 or self.over
+
+    def _timed_step(self, batches: Iterator[GraphBatch]) -> bool:
+        """Do a step and count its time, but not of the first since the start, which compiles and waits for readers."""
+        began = time.monotonic()
+        wanted = self.one_step(batches, self.interval)
+        self.parts.stop.trained += (time.monotonic() - began) * self._started
+        self._started = True
+        return wanted
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
@@ -168,12 +181,19 @@ class Trainer:
         self.parts.log.say(f"warning: {sentence}; the run goes on, the last complete one stays.")
         return False
 
-    def _reason_to_stop(self, wanted: bool, evaluated: bool) -> str:
-        """Why the run stops here, the same on every rank; empty if it goes on."""
-        reason = next((each for each in gather_objects(self.parts.stop.reason) if each), "") if wanted else ""
-        if not reason and evaluated and self.config.train.patience and self.stale >= self.config.train.patience:
-            reason = f"no evaluation of the last {self.stale} has a lower validation loss (train.patience)"
+    def _asked_to_stop(self, wanted: bool) -> str:
+        """Why a rank wants to stop here, the same on every rank; empty if none does. Notes whether the run is over."""
+        stop = self.parts.stop
+        asked = gather_objects((stop.reason, stop.at_the_end)) if wanted else []
+        reason, at_the_end = next((each for each in asked if each[0]), ("", False))
+        self.over = at_the_end or self.step == self.config.train.steps
         return reason
+
+    def _out_of_patience(self, evaluated: bool) -> str:
+        """Why the run stops after an evaluation; empty if it goes on."""
+        if evaluated and self.config.train.patience and self.stale >= self.config.train.patience:
+            return f"no evaluation of the last {self.stale} has a lower validation loss (train.patience)"
+        return ""
 
     def one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> bool:
         """Do a step; returns whether a rank wants to stop after it."""
@@ -261,7 +281,7 @@ class Trainer:
         A picture of each task takes its time, which so stays small beside that of the run.
         """
         number = -(-self.step // self.config.train.evaluate_every)
-        return number.bit_count() == 1 or self.step == self.config.train.steps
+        return number.bit_count() == 1 or self.over
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; returns whether it is the best so far."""
@@ -269,14 +289,25 @@ class Trainer:
         average = self.parts.average
         with self._pause(), contextlib.nullcontext() if average is None else average.applied():
             sample = ParitySample(self.names, self.engine.module.objective) if self._pictures_due() else None
+            began = time.monotonic()
             sums, unseen = evaluate_engine(self.engine, reader, sample)
+            seconds = max_over_ranks(time.monotonic() - began)
         self._say_skipped("validation", reader.skipped)
         objective = self.engine.module.objective
         score = objective.score(sums, self.parts.balance.own_weights)
         tasks = errors_by_task(sums, self.names, objective)
         for name, count in zip(self.names, unseen.tolist(), strict=True):
             tasks[name]["unseen"] = int(count)
-        self.parts.log.evaluation_row(self.step, "val", tasks, None if math.isnan(score) else score)
+        self.parts.log.evaluation_row(
+            {
+                "split": "val",
+                "step": self.step,
+                "loss": None if math.isnan(score) else score,
+                "trained_seconds": self.parts.stop.trained,
+                "structures_per_s": float(sums[:, -1].sum()) / seconds,
+                "tasks": tasks,
+            }
+        )
         if sample is not None:
             self.parts.log.pictures(self.step, sample.gathered().figures)
         if isinstance(self.engine.lr_scheduler, Schedule) and not math.isnan(score):

@@ -17,9 +17,14 @@ ONE_PRESS = 1.0
 class StopRequest:
     """Whether this rank has been asked to stop; the ranks agree on it at the end of each step."""
 
-    def __init__(self, max_hours: float, used_hours: float = 0.0) -> None:
-        """`used_hours` of the time are over already, by tries before this one; `max_hours` of 0 sets no limit."""
+    def __init__(self, max_hours: float, used_hours: float = 0.0, budget_seconds: float = 0.0) -> None:
+        """`used_hours` of the time are over already, by tries before this one; limits of 0 are none."""
         self.reason = ""
+        self.trained = 0.0
+        """Seconds of steps so far, those before a resume among them."""
+        self.at_the_end = False
+        """Whether the reason is that the run has had its seconds, and so is over."""
+        self._budget = budget_seconds
         self._until = time.monotonic() + 3600 * (max_hours - used_hours) if max_hours else None
         self._max_hours = max_hours
         self._before: dict[signal.Signals, Any] = {}
@@ -48,4 +53,6 @@ class StopRequest:
         """Whether this rank wants to stop after the step that it is in."""
         if not self.reason and self._until is not None and time.monotonic() > self._until:
             self.reason = f"train.max_hours = {self._max_hours:g}"
+        if not self.reason and self._budget and self.trained >= self._budget:
+            self.reason, self.at_the_end = f"train.budget_seconds = {self._budget:g}", True
         return bool(self.reason)

@@ -178,7 +178,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     distributed.together(lambda: writing(run_dir, note_start) if distributed.rank() == 0 else None)
     guard = StepGuard(config.train.max_skipped, config.train.skip_spikes)
     log = RunLog(config, state["step"])
-    with log, StopRequest(config.train.max_hours, used_hours) as stop:
+    with log, StopRequest(config.train.max_hours, used_hours, config.train.budget_seconds) as stop:
         for sentence in [*said, *checked.warnings]:
             log.say(sentence)
         if resume and state["step"] == 0:

@@ -78,7 +78,7 @@ def plain_logarithms(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     decades = float(np.log10(high / low))
     steps = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
-    if decades > 0.45:
+    if decades > 0.7:
         axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     else:  # too little of a decade for these
         axis.set_major_locator(MaxNLocator(3))

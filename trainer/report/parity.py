@@ -61,14 +61,14 @@ def parity_plots(tasks: Mapping[str, Parity]) -> Figure:
     figure, pairs = pairs_of_tasks(list(tasks), height=2.75)
     clouds = []
     for (upper, lower), data in zip(pairs, tasks.values(), strict=True):
-        if np.isfinite(data.energy).any():
-            clouds.append(cloud(upper, data.energy, data.energy_predicted, "energy, eV/atom", "meV/atom"))
-        else:
-            nothing(upper, "no energies")
-        if np.isfinite(data.forces).any():
-            clouds.append(cloud(lower, data.forces, data.forces_predicted, "force, eV/Å", "meV/Å"))
-        else:
-            nothing(lower, "no forces")
+        for ax, name, true, predicted, what, unit in (
+            (upper, "energies", data.energy, data.energy_predicted, "energy, eV/atom", "meV/atom"),
+            (lower, "forces", data.forces, data.forces_predicted, "force, eV/Å", "meV/Å"),
+        ):
+            if (np.isfinite(true) & np.isfinite(predicted)).any():
+                clouds.append(cloud(ax, true, predicted, what, unit))
+            else:  # of a run that has diverged, there are labels
+                nothing(ax, f"{name} are not finite" if np.isfinite(true).any() else f"no {name}")
     draw(figure, clouds)
     return figure
 

@@ -1,0 +1,181 @@
+"""The page of a search."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from hydrazero.trainer.console import shown
+from hydrazero.trainer.report.markup import facts, paragraph, picture, table, write_page
+from hydrazero.trainer.report.search_plots import (
+    RATES,
+    colours_of,
+    front_picture,
+    importance_picture,
+    progress_picture,
+    settings_picture,
+)
+from hydrazero.trainer.search.campaign import command_of
+from hydrazero.trainer.search.importances import importances
+from hydrazero.trainer.search.journal import Journal
+from hydrazero.trainer.search.space import Choices
+from hydrazero.trainer.search.trial_rows import (
+    STATES,
+    TrialRow,
+    by_choice,
+    front_rows,
+    headings_of,
+    ranked,
+    short_names,
+    shown_value,
+    trial_rows,
+)
+
+PAGE_NAME = "search.html"
+SHOWN = 10
+OBJECTIVE = (
+    "Error: the mean absolute error on the validation split over that of the trivial predictor (the task's reference "
+    "energies alone, zero forces), as the geometric mean over tasks, each of its energies and forces."
+)
+
+
+def write_search_page(journal: Journal) -> Path:
+    """Write search.html into the search's folder, of what is there, and return its path."""
+    rows = trial_rows(journal)
+    parts = [*_heading(journal, rows), *_best(journal, rows), *_choices(journal, rows), *_pictures(journal, rows)]
+    parts += [*_failed(rows), _everything(journal, rows)]
+    return write_page(f"search {journal.out.name}", parts, journal.out / PAGE_NAME)
+
+
+def _heading(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
+    section, states = journal.space.search, Counter(row.state for row in rows)
+    counted = ", ".join(f"{states[name]} {name}" for name in STATES.values() if states[name])
+    rungs = ", ".join(f"{seconds:.3g}" for seconds in journal.space.rungs)
+    trained = sum(row.results[-1]["seconds"] for row in rows if row.results)
+    ends = [each["at"] for row in rows for each in row.results]
+    wall = (max(ends) - min(row.began for row in rows)) / 60 if ends else 0.0
+    return [
+        f"<h1>{escape(str(journal.out))}</h1>",
+        facts(f"{len(rows)} trials: {counted}; {wall:.0f} minutes, {trained / 60:.0f} of them training, all workers"),
+        facts(f"{section.run}: tasks {', '.join(journal.trivial)}"),
+        facts(f"compared after {rungs} s of training; of {section.reduction} trials one goes on"),
+        paragraph(OBJECTIVE),
+    ]
+
+
+def _results(journal: Journal, rows: Sequence[TrialRow], marked: bool = False) -> str:
+    """Table of trials: error, seconds, rates, and their values."""
+    headings = ["trial", "error", "seconds", "training\nstructures/s", "inference\nstructures/s"]
+    headings += headings_of(list(journal.space.vary))
+    cells = []
+    for row in rows:
+        last = row.results[-1]
+        numbers = [f"{last['error']:.4f}", f"{last['seconds']:.0f}", f"{last['training']:.0f}"]
+        values = [shown_value(row.values[key]) for key in journal.space.vary]
+        cells.append([str(row.number), *numbers, f"{last['inference']:.0f}", *values])
+    return table(headings, cells, best={(0, 1)} if marked else ())
+
+
+def _best(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
+    best = ranked(rows)
+    command = command_of(journal, best[0])
+    return [
+        "<h2>Best trials</h2>",
+        _results(journal, best[:SHOWN], marked=True),
+        paragraph("The best one in full, with the schedule and the steps of the run file:"),
+        f"<pre>{escape(command.replace(' --set ', _NEXT_LINE))}</pre>",
+        *_errors_by_task(journal, best[0]),
+    ]
+
+
+_NEXT_LINE = " \\\n    --set "
+
+
+def _errors_by_task(journal: Journal, row: TrialRow) -> list[str]:
+    """What the best trial has come to in each task."""
+    headings = ["task", "energy MAE\nmeV/atom", "trivial", "force MAE\nmeV/Å", "trivial"]
+    cells = []
+    for task, quantities in journal.trivial.items():
+        line = [task]
+        for quantity, digits in (("energy", 2), ("forces", 1)):
+            if quantity in quantities:
+                found = row.results[-1]["tasks"][task][quantity]
+                line += [f"{found:.{digits}f}", f"{quantities[quantity]:.1f}"]
+            else:
+                line += ["-", "-"]
+        cells.append(line)
+    return [paragraph(f"Trial {row.number} on the validation splits:"), table(headings, cells)]
+
+
+def _choices(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
+    """The best of each choice, of settings that are chosen from a list."""
+    parts: list[str] = []
+    seconds = journal.space.rungs
+    headings = ["", "trials", "finished", f"lowest error\nat {seconds[0]:.3g} s", f"at {seconds[-1]:.3g} s"]
+    headings += ["its training\nstructures/s", "its inference\nstructures/s"]
+    for key, parameter in journal.space.vary.items():
+        if not isinstance(parameter, Choices) or len(parameter.values) < 2:
+            continue
+        found = by_choice(rows, len(seconds), key, parameter.values)
+        cells = [
+            [
+                str(each.value),
+                str(each.tried),
+                str(each.finished),
+                shown(each.first, 4),
+                *(shown(None if each.best is None else each.best[k], d) for k, d in _OF_THE_BEST),
+            ]
+            for each in found
+        ]
+        errors = [each.best["error"] for each in found if each.best is not None]
+        best = {(n, 4) for n, each in enumerate(found) if each.best is not None and each.best["error"] == min(errors)}
+        name = short_names(list(journal.space.vary))[key]
+        parts += [f"<h3>By {escape(name)}</h3>", table(headings, cells, best=best)]
+    return parts
+
+
+_OF_THE_BEST = (("error", 4), ("training", 0), ("inference", 0))
+
+
+def _pictures(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
+    space, colours = journal.space, colours_of(journal.space)
+    known = [row for row in rows if row.results]
+    parts = ["<h2>Errors over time</h2>", picture(progress_picture(known, space, colours), "errors over time, by rung")]
+    parts += ["<h2>Errors against speed</h2>", picture(front_picture(known, space, colours), "errors against speed")]
+    for rate in RATES if not space.search.rate else [space.search.rate]:
+        if front := front_rows(known, rate, space.search.rungs):
+            parts += [f"<h3>Pareto front, error and structures/s in {rate}</h3>", _results(journal, front)]
+    parts += [f"<h2>Errors by setting, at {space.rungs[0]:.3g} s</h2>"]
+    parts += [picture(settings_picture(known, space, colours), "errors at the first rung against each setting")]
+    found = importances(journal, rows)
+    if found is None:
+        return [*parts, "<h2>Importances</h2>", paragraph("Too few trials yet.")]
+    text = (
+        f"How much it depends on each setting whether a trial is among the best {found.best} of {found.trials} at the "
+        f"first rung (PED-ANOVA, Watanabe et al. 2023); they add up to 1."
+    )
+    return [*parts, "<h2>Importances</h2>", paragraph(text), picture(importance_picture(found.values), "importances")]
+
+
+def _failed(rows: Sequence[TrialRow]) -> list[str]:
+    failed = [row for row in rows if row.state == "failed"]
+    if not failed:
+        return []
+    cells = [[str(row.number), row.reason] for row in failed]
+    return ["<h2>Failed trials</h2>", table(["trial", "why"], cells, texts=(0, 1))]
+
+
+def _everything(journal: Journal, rows: Sequence[TrialRow]) -> str:
+    """All trials, folded."""
+    keys = list(journal.space.vary)
+    cells = []
+    for row in rows:
+        errors = [f"{each['error']:.4f}" for each in row.results]
+        errors += [""] * (journal.space.search.rungs - len(errors))
+        values = [shown_value(row.values[key]) if key in row.values else "" for key in keys]
+        cells.append([str(row.number), row.state, *errors, *values])
+    headings = ["trial", "", *(f"error at\n{seconds:.3g} s" for seconds in journal.space.rungs), *headings_of(keys)]
+    held = table(headings, cells, texts=(0, 1))
+    return f'<details class="run"><summary>All trials</summary>{held}</details>'

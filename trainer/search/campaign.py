@@ -1,0 +1,93 @@
+"""A whole search from one command: checks, workers, and what they have found."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.launcher import handling
+from hydrazero.trainer.search.journal import Journal, begin_search
+from hydrazero.trainer.search.objective import trivial_errors
+from hydrazero.trainer.search.space import SearchSpace, require_optuna
+from hydrazero.trainer.search.space_check import check_space
+from hydrazero.trainer.search.trial_rows import TrialRow
+from hydrazero.trainer.search.trial_settings import trial_overrides
+from hydrazero.trainer.search.worker import STOPPED
+
+
+def begin(path: Path) -> Journal:
+    """Check a space file, and begin the search or go on with it; raises HydrazeroError for whatever is wrong."""
+    require_optuna()
+    checked = check_space(path)
+    try:
+        trivial = trivial_errors(checked.base)
+    except HydrazeroError as error:
+        raise ConfigError(f"{path}: search.run: {error}") from error
+    return begin_search(checked.space, checked.text, trivial)
+
+
+def run_workers(journal: Journal, trials: int, workers: int) -> list[int]:
+    """Let workers train trials until so many are done; returns their exit statuses.
+
+    Ctrl-C and what schedulers send to stop jobs are passed on: runs end with a checkpoint, and their trials are taken
+    up again when the search goes on. Whatever happens to this process, no worker outlives it.
+    """
+    command = [sys.executable, "-m", "hydrazero.trainer.search.worker", str(journal.out), f"--trials={trials}"]
+    command.append(f"--launched-by={os.getpid()}")
+    environments = [_environment(journal.space, number, workers) for number in range(workers)]
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    with handling(pass_on):
+        try:
+            processes += [subprocess.Popen(command, env=environment) for environment in environments]
+            return [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def check_ended(journal: Journal, trials: int, statuses: Sequence[int]) -> None:
+    """Raise HydrazeroError if the search has not come to its end, saying why and how it goes on."""
+    done = len(journal.of_state("COMPLETE", "PRUNED"))
+    if all(status == 0 for status in statuses) or done >= trials:
+        return
+    if any(status == 1 for status in statuses):
+        raise SystemExit(1)  # it has been said
+    bad = next((s for s in statuses if s not in (0, STOPPED, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)), None)
+    what = "the search was stopped" if bad is None else f"a worker has ended with exit status {bad}"
+    raise HydrazeroError(f"{what} after {done} of {trials} trials; the same command goes on.")
+
+
+def _environment(space: SearchSpace, worker: int, workers: int) -> dict[str, str]:
+    """Return a worker's environment: its part of the cores or GPUs; raises ConfigError if there are too few GPUs."""
+    import torch
+
+    environment, ranks = dict(os.environ), space.search.ranks
+    environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // (workers * ranks), 1)))
+    if torch.cuda.is_available() and workers > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+        if len(gpus) < workers * ranks:
+            raise ConfigError(
+                f"--workers {workers} with search.ranks = {ranks} need {workers * ranks} GPUs, and {len(gpus)} are "
+                "there; trials that share one would not have equal time."
+            )
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[worker * ranks : (worker + 1) * ranks])
+    return environment
+
+
+def command_of(journal: Journal, row: TrialRow) -> str:
+    """Return the command that trains what a trial has tried, with the schedule and the steps of the run file."""
+    words = [word for each in trial_overrides(journal.run_file, row.values) for word in ("--set", each)]
+    return shlex.join(["hydrazero", "train", journal.space.search.run, *words])

@@ -1,0 +1,50 @@
+"""How much each setting matters for being among the best trials."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydrazero.trainer.search.journal import Journal
+from hydrazero.trainer.search.space import require_optuna
+from hydrazero.trainer.search.trial_rows import TrialRow
+
+FEWEST = 10
+"""Trials without which nothing can be said."""
+BEST_SHARE, BEST_COUNT = 0.1, 5
+"""Trials that count as the best: a share, but so many at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importances:
+    """Of each setting that has been varied, largest first; they add up to 1."""
+
+    values: dict[str, float]
+    best: int
+    """Trials that counted as the best."""
+    trials: int
+
+
+def importances(journal: Journal, rows: Sequence[TrialRow]) -> Importances | None:
+    """Return how much being among the best depends on each setting (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255).
+
+    Compared are the errors at the first rung, where all trials have had the same time. None for too few trials.
+    """
+    compared = [row for row in rows if row.results]
+    if len(compared) < FEWEST:
+        return None
+    optuna = require_optuna()
+    distributions = {trial.number: trial.distributions for trial in journal.trials()}
+    study = optuna.create_study()
+    for row in compared:
+        error = row.results[0]["error"]
+        study.add_trial(
+            optuna.trial.create_trial(params=row.values, distributions=distributions[row.number], value=error)
+        )
+    share = max(BEST_SHARE, BEST_COUNT / len(compared))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return Importances(values=found, best=round(share * len(compared)), trials=len(compared))

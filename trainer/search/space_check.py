@@ -1,0 +1,102 @@
+"""A space file checked against its run file before anything starts: keys, types, and every value by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError, HydrazeroError, did_you_mean
+from hydrazero.trainer.config import RunConfig, load_run_config
+from hydrazero.trainer.engine_config import deepspeed_config
+from hydrazero.trainer.search.space import OF_THE_BATCH, WANTED_STRUCTURES, Choices, Range, SearchSpace, read_space
+from hydrazero.trainer.search.trial_settings import SET_BY_SEARCH, WARM_UP, trial_overrides
+
+TARGET_WEIGHTS = "loss.target_weights."
+"""Settings with names that the data have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedSpace:
+    """A space whose values are fit to be tried, and what was read on the way."""
+
+    space: SearchSpace
+    base: RunConfig
+    """The run file that trials share."""
+    text: str
+    """Its content."""
+
+
+def check_space(path: Path) -> CheckedSpace:
+    """Read and check a space file; raises ConfigError, one sentence with file and key, for whatever is wrong in it."""
+    space = read_space(path)
+    try:
+        base = load_run_config(space.search.run)
+        text = Path(space.search.run).read_text(encoding="utf-8")
+        known = {key: value for key, value in _settings(base).items() if not key.startswith("deepspeed.")}
+        known |= _settings(deepspeed_config(base), "deepspeed.") | {"deepspeed.config": "", WARM_UP: 1}
+    except HydrazeroError as error:
+        raise ConfigError(f"{path}: search.run: {error}") from error
+    for key in space.vary:
+        _check_key(key, known, str(path))
+    vary = {key: _typed(parameter, known.get(key, 1.0)) for key, parameter in space.vary.items()}
+    space = replace(space, vary=vary)
+    if WANTED_STRUCTURES not in vary and (found := [key for key in OF_THE_BATCH if key in vary]):
+        raise ConfigError(
+            f"{path}: vary, '{found[0]}' changes what a batch holds, so [batch] must be worked out for each trial: say "
+            f"for how many structures, as \"{WANTED_STRUCTURES}\" = [16]."
+        )
+    _check_values(space)
+    return CheckedSpace(space=space, base=base, text=text)
+
+
+def _settings(of: Any, prefix: str = "") -> dict[str, Any]:
+    """Return all single settings of nested sections by dotted keys."""
+    pairs = [(each.name, getattr(of, each.name)) for each in fields(of)] if is_dataclass(of) else list(of.items())
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if (is_dataclass(value) and not isinstance(value, type)) or isinstance(value, dict):
+            found |= _settings(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _check_key(key: str, known: dict[str, Any], where: str) -> None:
+    for owned, reason in SET_BY_SEARCH.items():
+        if key != WARM_UP and (key == owned or key.startswith(f"{owned}.")):
+            raise ConfigError(f"{where}: vary, '{key}' cannot be varied: {reason}.")
+    if key in known or key.startswith(TARGET_WEIGHTS):
+        return
+    hint = did_you_mean(key, list(known))
+    hint = hint if hint.startswith(" (did") else ""  # else a list of everything
+    if key.startswith("deepspeed."):
+        raise ConfigError(
+            f"{where}: vary, '{key}' is not in the DeepSpeed configuration{hint}; where it belongs there, give it a "
+            "value in the run file, then it can be varied."
+        )
+    raise ConfigError(f"{where}: vary, '{key}' is no setting of a run file{hint}.")
+
+
+def _typed(parameter: Range | Choices, present: Any) -> Range | Choices:
+    """Let a range of a setting that any number fits, written with whole ones, hold all numbers in between."""
+    if isinstance(parameter, Range) and isinstance(present, float) and not parameter.step:
+        return replace(parameter, whole=False)
+    return parameter
+
+
+def _check_values(space: SearchSpace) -> None:
+    """Check every value that a parameter may have, of ranges both ends; what batches depend on is at its first."""
+    from hydrazero.trainer.train import check_settings
+
+    def check(values: dict[str, Any], where: str) -> None:
+        try:
+            check_settings(load_run_config(space.search.run, trial_overrides(space.search.run, values)))
+        except HydrazeroError as error:
+            raise ConfigError(f"{space.path}: {where}: {error}") from error
+
+    plain = {key: parameter.ends[0] for key, parameter in space.vary.items() if key in OF_THE_BATCH}
+    check(plain, "vary" if plain else "search.run")
+    for key, parameter in space.vary.items():
+        for value in parameter.ends:
+            check({**plain, key: value}, f"vary, '{key}'")

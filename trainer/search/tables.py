@@ -1,0 +1,39 @@
+"""The table of a search's best trials."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import click
+from rich import box
+from rich.table import Table
+
+from hydrazero.trainer.progress_line import wide_console
+from hydrazero.trainer.search.campaign import command_of
+from hydrazero.trainer.search.journal import Journal
+from hydrazero.trainer.search.trial_rows import STATES, headings_of, ranked, shown_value, trial_rows
+
+SHOWN = 10
+
+
+def print_best(journal: Journal) -> bool:
+    """Print the best trials and how to train the best one in full; returns whether there are any."""
+    rows = trial_rows(journal)
+    states = Counter(row.state for row in rows)
+    click.echo(f"{journal.out}: " + (", ".join(f"{states[s]} {s}" for s in STATES.values() if states[s]) or "no trial"))
+    best = ranked(rows)
+    if not best:
+        return False
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("trial", "error", "seconds", "training\nstructures/s", "inference\nstructures/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in headings_of(list(journal.space.vary)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in best[:SHOWN]:
+        last = row.results[-1]
+        numbers = [f"{row.error:.4f}", f"{last['seconds']:.0f}", f"{last['training']:.0f}", f"{last['inference']:.0f}"]
+        table.add_row(str(row.number), *numbers, *(shown_value(row.values[key]) for key in journal.space.vary))
+    wide_console(stderr=False).print(table)
+    click.echo("error: validation MAE over the trivial predictor's, geometric mean over tasks, energies and forces")
+    click.echo(f"the best one in full: {command_of(journal, best[0])}")
+    return True

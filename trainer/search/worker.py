@@ -1,0 +1,154 @@
+"""One worker of a search: takes trials, trains them from rung to rung, and tells the journal.
+
+    python -m hydrazero.trainer.search.worker OUT --trials N
+
+Several may work on one journal, on this machine or others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import click
+
+from hydrazero.shards.errors import HydrazeroError
+from hydrazero.trainer.checkpoint_files import CHECKPOINTS
+from hydrazero.trainer.config import load_run_config
+from hydrazero.trainer.distributed import FAILED, MPI_VARIABLES, RANK_VARIABLES, exit_rank
+from hydrazero.trainer.launcher import Ranks, end_with, train_command
+from hydrazero.trainer.run_files import RUN_NAME
+from hydrazero.trainer.search.journal import HeldTrial, Journal, open_journal
+from hydrazero.trainer.search.objective import RungResult, result_at
+from hydrazero.trainer.search.trial_rows import describe
+from hydrazero.trainer.search.trial_settings import search_overrides, trial_overrides
+
+STOPPED = 3
+"""Exit status of a worker that was asked to stop: what it holds is taken up again when the search goes on."""
+MOST_FAILURES = 10
+"""Trials in a row that may fail before the search gives up."""
+
+
+class TrialFailedError(HydrazeroError):
+    """A trial that cannot be trained, or whose run has ended badly; the search goes on."""
+
+
+class SearchStoppedError(HydrazeroError):
+    """A worker that was asked to stop."""
+
+    exit_status = STOPPED
+
+
+def work(journal: Journal, wanted: int) -> None:
+    """Train trials until `wanted` are done or in others' hands; raises SearchStoppedError if asked to stop before."""
+    while (held := journal.take(wanted)) is not None:
+        with held.lock:
+            try:
+                run_trial(journal, held)
+            except TrialFailedError as error:
+                journal.fail(held, str(error))
+                click.echo(f"trial {held.number} failed: {error}  {describe(held.values)}")
+        _check_failures(journal)
+
+
+def run_trial(journal: Journal, held: HeldTrial) -> None:
+    """Train a trial until it is finished or pruned; raises TrialFailedError if that is impossible."""
+    for rung, seconds in enumerate(journal.space.rungs):
+        result = result_at(journal.run_dir(held.number), seconds, journal.trivial)
+        if result is None:
+            result = _train(journal, held, seconds)
+        if not math.isfinite(result.error):
+            raise TrialFailedError("the errors of its validation are not finite")
+        goes_on = journal.goes_on(held, rung, result)
+        if not goes_on:
+            pruned = rung < len(journal.space.rungs) - 1
+            if pruned:  # never used again
+                shutil.rmtree(journal.run_dir(held.number) / CHECKPOINTS, ignore_errors=True)
+            state = "pruned" if pruned else "finished"
+            click.echo(f"trial {held.number} {state} at {seconds:g} s: {result.error:.4f}  {describe(held.values)}")
+            return
+
+
+def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
+    """Train a trial up to a rung; raises TrialFailedError, or SearchStoppedError if it was stopped before."""
+    run_dir = journal.run_dir(held.number)
+    resume = (run_dir / RUN_NAME).exists()
+    options = _options(journal, held, seconds)
+    with open(journal.output(held.number), "ab") as output:
+        resuming = ["--resume"] if resume else []
+        command = [*train_command(journal.run_file), *options, *resuming]
+        with Ranks(command, journal.space.search.ranks, output) as running:
+            outcome = running.wait()
+    result = result_at(run_dir, seconds, journal.trivial)
+    # Asked in its last moments, it has come to the rung nevertheless; that is found when the trial is taken up again.
+    if running.asked_to_stop or (outcome.status == 0 and result is None):
+        raise SearchStoppedError(f"trial {held.number} was stopped; the search goes on with it when started again.")
+    if outcome.status == 0 and result is not None:
+        return result
+    said = _last_line(journal.output(held.number))
+    raise TrialFailedError(f"{outcome.reason} ({said})" if outcome.reason else said)
+
+
+def _options(journal: Journal, held: HeldTrial, seconds: float) -> list[str]:
+    """Return the options of a trial's run; raises TrialFailedError if its values do not go together."""
+    from hydrazero.trainer.train import check_settings
+
+    base = load_run_config(journal.run_file)
+    try:
+        overrides = trial_overrides(journal.run_file, held.values)
+        # The trial's own come last: they may hold a warm-up.
+        overrides = [*search_overrides(base, journal.run_dir(held.number), seconds), *overrides]
+        check_settings(load_run_config(journal.run_file, overrides))
+    except HydrazeroError as error:
+        raise TrialFailedError(str(error).rstrip(".")) from error
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def _last_line(output: Path) -> str:
+    """Return the last thing that a run has said: an error's sentence, or the last line of its traceback."""
+    lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip().removeprefix("Error: ").rstrip(".") if lines else "it has said nothing"
+
+
+def _check_failures(journal: Journal) -> None:
+    """Raise HydrazeroError if the last trials have all failed."""
+    ended = journal.of_state("COMPLETE", "PRUNED", "FAIL")[-MOST_FAILURES:]
+    if len(ended) == MOST_FAILURES and all(trial.state.name == "FAIL" for trial in ended):
+        last = ended[-1]
+        raise HydrazeroError(
+            f"the last {MOST_FAILURES} trials have all failed, trial {last.number} since {last.user_attrs['reason']}; "
+            f"look at {journal.output(last.number)}, and at the space."
+        )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--trials", required=True, type=click.IntRange(1))
+@click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero search`
+def main(out: Path, trials: int, launched_by: int | None) -> None:
+    """Work on the search in OUT until TRIALS are done."""
+    if launched_by is not None:
+        end_with(launched_by)
+    for name in (*RANK_VARIABLES, *MPI_VARIABLES):  # those of this worker among its like, not of a trial's ranks
+        os.environ.pop(name, None)
+    try:
+        work(open_journal(out), trials)
+    except SearchStoppedError as error:
+        exit_rank(error.exit_status)
+    except HydrazeroError as error:
+        click.echo(f"Error: {error}", err=True)
+        exit_rank(error.exit_status)
+    except KeyboardInterrupt:
+        exit_rank(STOPPED)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        exit_rank(FAILED)
+    exit_rank(0)
+
+
+if __name__ == "__main__":
+    main()
