@@ -211,14 +211,15 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path} is not valid TOML: {error}.") from error
     for override in overrides:
-        _apply_override(table, override)
+        apply_override(table, override)
     _apply_size(table, f"{path}:")
     config = parse_settings(RunConfig, table, f"{path}:")
     _check(config, f"{path}:")
     return config
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set a value of a run file's tables by 'section.key=value'; raises ConfigError for what is not of that form."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

@@ -62,11 +62,21 @@ def check_heads(config: RunConfig, start: AtomisticModel) -> None:
                 )
 
 
-def compare_heads(start: AtomisticModel, task: TaskSection, facts: TaskFacts) -> list[HeadErrors]:
-    """Return the errors of every head of a model on a sample of a task's training structures, the nearest first."""
+def rows_of(init_head: str, start: AtomisticModel) -> tuple[int, ...]:
+    """Return the heads of a model whose mean is the one called 'mean', or by its name."""
+    names = [task.name for task in start.tasks]
+    return tuple(range(len(names))) if init_head == MEAN and MEAN not in names else (names.index(init_head),)
+
+
+def compare_heads(
+    start: AtomisticModel, task: TaskSection, facts: TaskFacts, heads: Sequence[tuple[int, ...]]
+) -> list[HeadErrors]:
+    """Return the errors of heads, or of means of some, on a sample of a task's training structures, nearest first."""
     samples = spread_samples(task.shards, start.settings.encoder.cutoff, COMPARED)
-    every = range(len(start.tasks))
-    found = [head_errors(start, taken_over(task, facts, [start.tasks[row]], {}), [row], samples) for row in every]
+    found = []
+    for rows in heads:
+        bare = taken_over(task, facts, [start.tasks[row] for row in rows], {})
+        found.append(head_errors(start, bare, rows, samples))
     return sorted(found, key=lambda errors: errors.order)
 
 
@@ -90,15 +100,12 @@ def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own
     if task.init_head == OWN:
         old = start.tasks[names.index(task.name)]
         return HeadStart(rows=same, facts=taken_over(task, own, [old], old.reference_energies))
-    if task.init_head == NEAREST:
-        order = compare_heads(start, task, own)
-        rows: tuple[int, ...] = (names.index(order[0].name),)
-        said.append(f"task '{task.name}': the nearest head is '{order[0].name}' ({shown_errors(order[0])}).")
-        nearest = order[0]
-    else:
-        rows = tuple(range(len(names))) if task.init_head == MEAN else (names.index(task.init_head),)
-        samples = spread_samples(task.shards, start.settings.encoder.cutoff, COMPARED)
-        nearest = head_errors(start, taken_over(task, own, [start.tasks[row] for row in rows], {}), rows, samples)
+    is_nearest = task.init_head == NEAREST and NEAREST not in names
+    heads = [(row,) for row in range(len(names))] if is_nearest else [rows_of(task.init_head, start)]
+    nearest = compare_heads(start, task, own, heads)[0]
+    rows = (names.index(nearest.name),) if is_nearest else heads[0]
+    if is_nearest:
+        said.append(f"task '{task.name}': the nearest head is '{nearest.name}' ({shown_errors(nearest)}).")
     check_units(config, task, nearest)
     return HeadStart(rows=rows, facts=refit(start, task, own, rows), said=tuple(said))
 
