@@ -106,7 +106,7 @@ def _check(request: Request, start: AtomisticModel) -> None:
             "--replay needs structures of old tasks; name their shards with --replay-data DIR, once for each task."
         )
     if request.method == HEADS:
-        raise ConfigError("--replay is of no use with --method heads, which leaves old tasks as they are; leave it out.")
+        raise ConfigError("--replay is of no use with --method heads, which changes no old task; leave it out.")
 
 
 def _head(request: Request, start: AtomisticModel) -> HeadErrors | None:
