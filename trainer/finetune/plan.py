@@ -23,7 +23,7 @@ RATES = {FULL: 5e-4, HEADS: 2e-3, LORA: 2e-3, LAYERWISE: 1e-3}
 """Learning rates: fewer weights, or smaller changes of them, bear larger ones."""
 LONG = 2000
 """Steps from which on averages of the weights go as far back as in other runs."""
-COMPILED = 1_000_000
+COMPILED = 500_000
 """Atoms, padding among them, in all steps of a rank from which on the minute that compiling takes is worth it."""
 EVALUATIONS = 20
 PATIENCE = 6
