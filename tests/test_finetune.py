@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -337,3 +340,21 @@ def test_a_head_that_knows_all_elements_leaves_open_what_compositions_do(teacher
     before = facts("task1").reference_energies
     assert 2 * references["H"] + references["O"] == pytest.approx(2 * before["H"] + before["O"] + offset, abs=1e-3)
     assert references["O"] < 100 * references["H"] < 0  # not one mean for both
+
+
+@pytest.mark.ranks
+def test_two_ranks_begin_with_the_same_head(teacher, data, tmp_path):
+    """Also by a run file that leaves it to the run which head is the nearest."""
+    done(teacher, data / "new", "--out", tmp_path / "one", "--steps", 1, "--lr", 0)
+    text = (tmp_path / "one" / "run.toml").read_text().replace('"task1"', '"nearest"')
+    (tmp_path / "run.toml").write_text(text.replace(str(tmp_path / "one"), str(tmp_path / "two")))
+    told = CliRunner().invoke(main, ["train", str(tmp_path / "run.toml"), "--dry-run"])
+    assert told.exit_code == 0 and "the nearest head is 'task1'" in told.output, told.output
+    words = [Path(sys.executable).with_name("hydrazero"), "train", tmp_path / "run.toml", "--ranks", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    trained = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert trained.returncode == 0, trained.stderr
+    assert "the nearest head is 'task1'" in trained.stderr
+    ours, theirs = (model_of_run(tmp_path / name) for name in ("one", "two"))
+    assert theirs.tasks[0].reference_energies == pytest.approx(ours.tasks[0].reference_energies, abs=1e-6)
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())

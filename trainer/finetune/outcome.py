@@ -51,11 +51,12 @@ def measure_outcome(
     joined = with_old_heads(after, run_dir) if old else after
     document["old"] = {}
     for folder in old:
-        old_split = split_to_judge_by(folder)
+        old_split, name = split_to_judge_by(folder), read_manifest(folder).task
         if old_split is not None:
-            name = read_manifest(folder).task
             errors = {"before": _errors(start, folder, old_split), "after": _errors(joined, folder, old_split)}
             document["old"][name] = {"split": old_split, **errors}
+        else:
+            document["old"][name] = None
     write_json(run_dir / OUTCOME_NAME, document)
     return document
 
@@ -109,6 +110,9 @@ def print_forgetting(old: dict[str, Any]) -> None:
     for heading in ("struc-\ntures", "E MAE\nmeV/atom", "\nafter", "F MAE\nmeV/Å", "\nafter"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in old.items():
+        if row is None:
+            table.add_row(name, "no test or val")
+            continue
         both = row["before"], row["after"]
         cells = [shown(each[key], digits) for key, digits in zip(COLUMNS, (2, 1), strict=True) for each in both]
         table.add_row(name, row["split"], str(both[0]["structures"]), *cells)

@@ -24,10 +24,8 @@ FORCE_UNITS = (
 )
 ALIKE = 0.8
 """Correlation above which a factor between labels and predictions means something."""
-MAY_DIFFER = 3.0
-"""Factor between labels and predictions that another level of theory, or a poor head, may still explain."""
 NEAR = 0.25
-"""Of the logarithm of a factor; one that is farther from every known one is of no known unit."""
+"""Of the logarithm of a factor; one that is farther from that of every unit is the head's own fault."""
 FEWEST = 5
 """Structures beyond those that the reference energies take, below which energies tell nothing."""
 
@@ -65,7 +63,10 @@ def energy_likeness(
 
 
 def suspicion(forces: Likeness | None, energies: Likeness | None) -> str | None:
-    """Say in which unit the labels of a task seem to be, in words that follow its name; None if nothing is odd."""
+    """Say in which unit the labels of a task seem to be, in words that follow its name; None if nothing is odd.
+
+    No unit is taken for another for a factor of less than seven, which a poor head may miss too.
+    """
     force_units = {unit: force_factor(unit) for unit in FORCE_UNITS}
     energy_units = {unit: energy_factor(unit) for unit in ENERGY_UNITS}
     return _of("forces", "eV/Å", forces, force_units) or _of("energies", "eV", energies, energy_units)
@@ -79,11 +80,9 @@ def _of(what: str, internal: str, found: Likeness | None, units: Mapping[str, fl
             f"has {what} of the opposite sign of what the head predicts (correlation {found.correlation:.2f}): "
             f"{'gradients, most likely' if what == 'forces' else 'of the wrong sign, most likely'}"
         )
-    if 1 / MAY_DIFFER < found.ratio < MAY_DIFFER:
-        return None
     size = f"has {what} {found.ratio:.3g} times those that the head predicts (correlation {found.correlation:.2f}): "
     # Numbers in a unit are one over its factor times those in eV; those in eV, read as in it, its factor times.
     guesses = [(1 / factor, f"in {unit}, most likely, read as {internal}") for unit, factor in units.items()]
     guesses += [(factor, f"in {internal}, most likely, read as {unit}") for unit, factor in units.items()]
     distance, guess = min((abs(math.log(found.ratio / factor)), text) for factor, text in guesses)
-    return size + (guess if distance < NEAR else f"in another unit than {internal}")
+    return size + guess if distance < NEAR else None
