@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
+MACE := .bench/mace
 KILLS ?= 20
 SEED ?= 0
 
@@ -46,9 +47,11 @@ sixteen: .venv/.installed
 results: .venv/.installed
 	$(BIN)/python -m hydrazero.launch.results.runner $(NAME) $(DATA)
 
-# SchNetPack gets an environment of its own, since it wants an older torch; it is several gigabytes.
-bench: .venv/.installed $(SCHNETPACK)/.installed
-	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --sixteen runs/data/sixteen --out runs/bench.json
+# The peers get environments of their own, since SchNetPack wants an older torch and MACE an older e3nn; several gigabytes.
+# ONLY=data, steps or screen: that part alone.
+bench: .venv/.installed $(SCHNETPACK)/.installed $(MACE)/.installed
+	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --mace-python $(MACE)/bin/python \
+		--sixteen runs/data/sixteen --out runs/bench.json $(if $(ONLY),--only $(ONLY))
 
 links:
 	mkdir -p .links/hydrazero
@@ -60,12 +63,18 @@ links:
 	$(BIN)/pip install -q --upgrade pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,formats]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,formats,torch-sim]'
 	touch $@
 
 $(SCHNETPACK)/.installed:
 	$(PYTHON) -m venv $(SCHNETPACK)
 	$(SCHNETPACK)/bin/pip install -q schnetpack==2.1.1
+	touch $@
+
+$(MACE)/.installed:
+	$(PYTHON) -m venv $(MACE)
+	$(MACE)/bin/pip install -q torch==2.13.0
+	$(MACE)/bin/pip install -q mace-torch==0.3.16
 	touch $@
 
 clean:

@@ -157,6 +157,12 @@ class AtomisticModel(nn.Module):
 
         A probe [tasks, F, F] finds what each task wants of the node scalars that the encoder gives; see `probed`.
         """
+        return self._predict(batch, probe)[0]
+
+    def _predict(
+        self, batch: GraphBatch, probe: Tensor | None = None
+    ) -> tuple[Predictions, NodeFeatures, PairGeometry]:
+        """Predictions, and what the encoder gave and saw."""
         conservative = self._any("forces", CONSERVATIVE) or self._any("stress", CONSERVATIVE)
         with torch.set_grad_enabled(torch.is_grad_enabled() or conservative):
             positions = batch.positions.detach().requires_grad_(conservative)
@@ -187,7 +193,7 @@ class AtomisticModel(nn.Module):
             pairs = replace(pairs, radial=pairs.radial.detach(), directions=pairs.directions.detach())
         virial = 0.5 * (virial + virial.transpose(1, 2))
         forces, virial = self._direct(batch, features, pairs, forces, virial)
-        return Predictions(
+        predictions = Predictions(
             interaction=interaction if self.training else interaction.detach(),
             reference=self.reference_energy(batch, batch.task),
             forces=forces,
@@ -195,6 +201,7 @@ class AtomisticModel(nn.Module):
             spread=spread if self.training else spread.detach(),
             targets=self.targets(features, rows, self._structures(batch), batch.atom_mask),
         )
+        return predictions, features, pairs
 
     def _member_energies(self, batch: GraphBatch, scalars: Tensor, rows: TaskRows) -> Tensor:
         """Node scalars [A, F] -> energies of each member of the ensemble, eV, [S, M]."""
@@ -234,19 +241,34 @@ class AtomisticModel(nn.Module):
     @torch.no_grad()
     def members_of_all_tasks(self, batch: GraphBatch) -> Tensor:
         """As `energies_of_all_tasks`, by each member of the heads' ensembles: eV, [S, T, M] float64."""
-        count = len(self.tasks)
         strain = batch.positions.new_zeros(batch.task.shape[0], 3, 3)
         columns = []
-        for index in range(count if self.embedding.by_task else 1):
+        for index in range(len(self.tasks) if self.embedding.by_task else 1):
             task = torch.full_like(batch.task, index)
-            features, pairs = self._encode(batch, task, batch.positions, strain)
-            atomic = self.energy_head.all_tasks(features.scalars)
-            column = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales.unsqueeze(1)
-            if self.repulsion is not None:
-                column = column + self._sum_atoms(batch, self.repulsion(batch.numbers, pairs)).view(-1, 1, 1)
+            column = self._members_by_task(batch, *self._encode(batch, task, batch.positions, strain))
             columns.append(column[:, index : index + 1] if self.embedding.by_task else column)
-        references = [self.reference_energy(batch, torch.full_like(batch.task, index)) for index in range(count)]
-        return torch.cat(columns, dim=1) + torch.stack(references, dim=1).unsqueeze(2)
+        return torch.cat(columns, dim=1)
+
+    def members_and_forces(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Return what `members_of_all_tasks` gives, and the forces by the structures' own tasks, eV/Å, [A, 3].
+
+        Both come from one pass of the encoder, where it is told the same for all tasks.
+        """
+        predictions, features, pairs = self._predict(batch)
+        if self.embedding.by_task:
+            return self.members_of_all_tasks(batch), predictions.forces
+        return self._members_by_task(batch, features, pairs), predictions.forces
+
+    @torch.no_grad()
+    def _members_by_task(self, batch: GraphBatch, features: NodeFeatures, pairs: PairGeometry) -> Tensor:
+        """Energies by every task's head of what the encoder gave, eV, [S, T, M] float64."""
+        atomic = self.energy_head.all_tasks(features.scalars)
+        energies = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales.unsqueeze(1)
+        if self.repulsion is not None:
+            energies = energies + self._sum_atoms(batch, self.repulsion(batch.numbers, pairs)).view(-1, 1, 1)
+        tasks = range(len(self.tasks))
+        references = [self.reference_energy(batch, torch.full_like(batch.task, index)) for index in tasks]
+        return energies + torch.stack(references, dim=1).unsqueeze(2)
 
     def facts(self) -> dict[str, Any]:
         """Return settings and task facts as plain types, from which `model_from_facts` builds the model again."""

@@ -113,11 +113,24 @@ class CompiledModel:
 
     def energies_of_all_tasks(self, batch: GraphBatch) -> Tensor:
         """Return what the model's method of this name gives, eV, [S, T] float64."""
+        return self.members_of_all_tasks(batch).mean(2)
 
-        def energies(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
-            return (model.energies_of_all_tasks(given),)
+    def members_of_all_tasks(self, batch: GraphBatch) -> Tensor:
+        """Return what the model's method of this name gives, eV, [S, T, M] float64."""
 
-        return self._run(energies, batch)[0]
+        def members(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
+            return (model.members_of_all_tasks(given),)
+
+        return self._run(members, batch)[0]
+
+    def members_and_forces(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """Return what the model's method of this name gives: eV, [S, T, M] float64; eV/Å, [A, 3]."""
+
+        def members_and_forces(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
+            return model.members_and_forces(given)
+
+        members, forces = self._run(members_and_forces, batch)
+        return members, forces
 
     def _run(self, call: Call, batch: GraphBatch) -> tuple[Tensor, ...]:
         key = (call.__name__, layout_key(batch))

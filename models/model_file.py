@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +18,15 @@ import torch
 from ase.data import atomic_numbers
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.models.model_card import Origin, model_card
 from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
 from hydrazero.shards.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
 FORMAT = "hydrazero-model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = ("2", "3")
+"""Versions that this hydrazero reads; 2 had no card, and the facts as plain JSON."""
 STACKED = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
 """Beginnings of the names of parameters with a leading task dimension."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -75,8 +80,10 @@ def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticMode
     return joined.eval()
 
 
-def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32") -> None:
+def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", origin: Origin | None = None) -> None:
     """Write a model to one file, read it back and compare its predictions; nothing is left behind on failure.
+
+    The card in its header says what can be told from the model, and where it comes from.
 
     Raises ModelFileError if the dtype is unknown or the file gives other predictions than the model.
     """
@@ -87,7 +94,8 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32") -> 
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "dtype": dtype,
-        "facts": json.dumps(model.facts()),
+        "card": json.dumps(model_card(model, dtype, origin or Origin()), ensure_ascii=False),
+        "facts": _packed(model.facts()),
     }
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
@@ -101,13 +109,23 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32") -> 
         part.unlink(missing_ok=True)
 
 
+def _packed(facts: dict[str, Any]) -> str:
+    """Return plain types as text that is short: with many tasks and elements facts would outweigh a small model."""
+    return base64.b85encode(zlib.compress(json.dumps(facts, separators=(",", ":")).encode(), level=9)).decode()
+
+
+def _unpacked(text: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(zlib.decompress(base64.b85decode(text)))
+    return facts
+
+
 def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path) -> None:
     """Raise unless the file gives exactly what a model with these weights gives, for every task."""
     expected = model_from_facts(model.facts()).to(_compute_dtype(weights)).eval()
     expected.load_state_dict(weights, strict=True)
     loaded = read_model(part)
     for task, facts in enumerate(model.tasks):
-        probe = _probe(facts.elements)
+        probe = probe_structure(facts.elements)
         sample = graph_sample(probe, task, model.settings.encoder.cutoff)
         batch = collate([sample], shape_holding([sample]), expected.dtype)
         ours, theirs = expected(batch), loaded(batch)
@@ -119,8 +137,8 @@ def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path
             )
 
 
-def _probe(elements: Sequence[str]) -> Structure:
-    """A cluster of all of a task's elements, 1.5 Å apart on a helix."""
+def probe_structure(elements: Sequence[str]) -> Structure:
+    """Return a cluster of two atoms of each of the elements, 1.5 Å apart on a helix."""
     numbers = np.array([atomic_numbers[symbol] for symbol in elements] * 2, dtype=np.uint8)
     turn = np.arange(len(numbers))
     positions = np.stack([2.0 * np.cos(turn), 2.0 * np.sin(turn), 0.9 * turn], axis=1)
@@ -133,7 +151,28 @@ def _compute_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return the description in a model file's header; raises ModelFileError if it is not ours, newer or cut short."""
+    """Return settings, tasks and dtype in a model file's header; raises ModelFileError as `read_card` does."""
+    metadata = _metadata(path)
+    try:
+        facts = json.loads(metadata["facts"]) if metadata["format_version"] == "2" else _unpacked(metadata["facts"])
+        return {"dtype": metadata["dtype"], **facts}
+    except (KeyError, ValueError, TypeError, zlib.error) as error:
+        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+
+
+def read_card(path: Path | str) -> dict[str, Any] | None:
+    """Return the card of a model file as plain types, without reading its weights; None if it is of version 2.
+
+    Raises ModelFileError if the file is missing, not ours, newer, cut short or damaged.
+    """
+    metadata = _metadata(Path(path))
+    try:
+        return json.loads(metadata["card"]) if metadata["format_version"] != "2" else None
+    except (KeyError, ValueError) as error:
+        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
     if path.is_dir():
         raise ModelFileError(f"{path} is a folder; if it is a run's, export its model first: hydrazero export {path}.")
     if not path.is_file():
@@ -146,15 +185,12 @@ def read_header(path: Path) -> dict[str, Any]:
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{path} is a safetensors file, but not a model exported by hydrazero.")
     version = metadata.get("format_version", "")
-    if version != str(FORMAT_VERSION):
+    if version not in READABLE:
         raise ModelFileError(
-            f"{path} has model format version {version}, this hydrazero reads version {FORMAT_VERSION}; "
+            f"{path} has model format version {version}, this hydrazero reads versions {' and '.join(READABLE)}; "
             "use a matching hydrazero or export the model again."
         )
-    try:
-        return {"dtype": metadata["dtype"], **json.loads(metadata["facts"])}
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+    return metadata
 
 
 def read_model(path: Path) -> AtomisticModel:

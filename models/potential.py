@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.model_file import read_model
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
@@ -22,6 +24,8 @@ from hydrazero.shards.structure import Structure, check_structure
 
 if TYPE_CHECKING:
     from hydrazero.models.ase_calculator import HydrazeroCalculator
+    from hydrazero.models.compiled import CompiledModel
+    from hydrazero.models.torch_sim_model import TorchSimModel
 
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` that predictions may depend on."""
@@ -152,9 +156,12 @@ class Potential:
                 rows[n * len(names) + position] = {"structure": n, "task": names[position], **row}
         return rows
 
-    def rows(self, packed: list[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
+    def rows(self, packed: Sequence[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
         """Predict a batch, each sample by the head of its task: rows as those of `predict`, with 'reference_energy'."""
-        predictions = self.model(batch)
+        return self.rows_of(packed, self.model(batch))
+
+    def rows_of(self, packed: Sequence[GraphSample], predictions: Predictions) -> Iterator[dict[str, Any]]:
+        """Take predictions of a batch apart, as `rows` gives them."""
         energy = predictions.energy.detach().cpu().numpy()
         spread = predictions.spread.detach().cpu().numpy().astype(np.float64)
         forces = predictions.forces.detach().cpu().numpy().astype(np.float64)
@@ -191,11 +198,28 @@ class Potential:
         """Energies of a batch by every task's head in one pass: eV, [structures, tasks, members of the ensembles]."""
         return self.model.members_of_all_tasks(batch).cpu().numpy()
 
-    def calculator(self, task: str) -> HydrazeroCalculator:
-        """Return an ASE calculator of one task."""
+    def calculator(
+        self, task: str, *, others: Sequence[str] = (), skin: float = 0.3, compile: bool = False
+    ) -> HydrazeroCalculator:
+        """Return an ASE calculator of one task; see `HydrazeroCalculator`."""
         from hydrazero.models.ase_calculator import HydrazeroCalculator
 
-        return HydrazeroCalculator(self, task)
+        return HydrazeroCalculator(self, task, others=others, skin=skin, compile=compile)
+
+    def torch_sim(self, task: str, dtype: torch.dtype = torch.float64) -> TorchSimModel:
+        """Return a torch-sim model of one task, for states of `dtype`; raises SourceError if it is not installed."""
+        from hydrazero.models.torch_sim_model import TorchSimModel
+
+        return TorchSimModel(self, task, dtype=dtype)
+
+    def compiled(self) -> CompiledModel:
+        """Return the model as compiled graphs, with the C++ kernels; warns where those cannot be had."""
+        from hydrazero.models.compiled import CompiledModel, use_kernels
+
+        model = copy.copy(self.model)  # the same weights, and a choice of kernels of its own
+        if (reason := use_kernels(model)) is not None:
+            warnings.warn(f"compiled steps do without the C++ kernels, and are slower: {reason}.", stacklevel=2)
+        return CompiledModel(model)
 
 
 def shape_for(samples: Sequence[GraphSample]) -> BatchShape:

@@ -104,8 +104,9 @@ def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None
         return out
     if slots is not None:
         values = values.index_select(0, slots.reshape(-1))
-    items = len(segments.owner)
-    if len(values) != items:
+    # Sizes of shapes, not len(): in a graph of variable sizes they stay variable.
+    items = segments.owner.shape[0]
+    if values.shape[0] != items:
         values = values.view(items, -1, values.shape[1]).sum(1)
     if values.is_cuda:
         return sum_in_order(segments, values)

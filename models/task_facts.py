@@ -68,6 +68,12 @@ class TaskFacts:
     """Whether every structure of the shards says its spin multiplicity."""
     targets: dict[str, TargetFacts] = field(default_factory=dict)
     """Other quantities that the training labels hold."""
+    closest: dict[str, float] = field(default_factory=dict)
+    """Two elements as 'Al-Cu', the lighter first -> smallest distance in the training split, Å."""
+    closest_within: float = 0.0
+    """Å: pairs of elements that `closest` lacks are nowhere closer than this; 0: not known."""
+    largest_spread: float = 0.0
+    """eV per atom: spread of the ensemble that 99% of the evaluated structures stay below; 0: not known."""
 
 
 def reference_table(tasks: Sequence[TaskFacts]) -> Tensor:

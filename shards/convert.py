@@ -29,7 +29,7 @@ from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.targets import TargetFacts
-from hydrazero.shards.task_statistics import Statistics
+from hydrazero.shards.task_statistics import Statistics, closest_pairs
 from hydrazero.shards.units import target_unit
 from hydrazero.shards.workers import Workers, one_worker
 
@@ -193,6 +193,8 @@ def _manifest(
         charged_structures=total.charged,
         multiplicity_known=total.multiplicity_known,
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
+        closest=closest_pairs(total.closest),
+        closest_within=max(job.settings.degree_cutoffs, default=0.0),
         distributions=found.distributions,
         outliers=found.outliers,
         duplicates=index.duplicates,

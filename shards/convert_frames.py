@@ -18,7 +18,7 @@ from hydrazero.shards.convert_work import Job, write_whole
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
-from hydrazero.shards.splits import group_key, split_of, split_of_file
+from hydrazero.shards.splits import group_key, is_isolated_atom, split_of, split_of_file
 from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
@@ -52,7 +52,10 @@ class Chunk:
             if frame.structure is None:
                 raise frame.error or StructureError("unreadable", "the frame cannot be read")
             key = group_key(frame, frame.structure, settings.split.group)
-            split = split_of_file(source, settings.split) or split_of(key, settings.split)
+            split = split_of_file(source, settings.split)
+            if split is None and settings.split.train and is_isolated_atom(frame.structure):
+                split = "train"  # references that were fitted without it would be wrong for it by any amount
+            split = split or split_of(key, settings.split)
         except StructureError as error:
             if not job.skip_bad:
                 number = frame.source_id.rpartition("#")[2]

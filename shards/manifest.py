@@ -140,6 +140,10 @@ class Manifest:
     """Structures that say their spin multiplicity."""
     degrees: dict[str, Degrees] = field(default_factory=dict)
     """Cutoff in Å, as text -> neighbours within it, over all splits."""
+    closest: dict[str, float] = field(default_factory=dict)
+    """Two elements as 'Al-Cu', the lighter first -> smallest distance in the training split, Å, in hundredths."""
+    closest_within: float = 0.0
+    """Å: pairs of elements that `closest` lacks are nowhere closer than this; 0: nobody has looked."""
     distributions: dict[str, Histogram] = field(default_factory=dict)
     """Of the training split: 'energy_residual_per_atom' eV/atom and 'force_norm' eV/Å."""
     outliers: dict[str, list[Outlier]] = field(default_factory=dict)

@@ -36,6 +36,11 @@ def split_of_file(source: Path, settings: SplitSection) -> str | None:
     return None
 
 
+def is_isolated_atom(structure: Structure) -> bool:
+    """Whether it is one atom alone: no sample of anything, but what tells reference energies."""
+    return len(structure) == 1 and not structure.pbc.any()
+
+
 def split_of(key: bytes, settings: SplitSection) -> str:
     """Return 'train', 'val' or 'test' for a group key, with the shares that the settings give."""
     digest = hashlib.blake2b(key, digest_size=8, salt=str(settings.seed).encode()[:16]).digest()

@@ -18,7 +18,7 @@ from hydrazero.shards.label_statistics import label_statistics, residuals_of, ta
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, read_manifest, write_manifest
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.structure import Structure
-from hydrazero.shards.task_statistics import Statistics
+from hydrazero.shards.task_statistics import Statistics, closest_pairs
 from hydrazero.shards.writer import BLOCKS_PER_SHARD, write_shard
 
 
@@ -85,6 +85,8 @@ def _write(
         charged_structures=total.charged,
         multiplicity_known=total.multiplicity_known,
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
+        closest=closest_pairs(total.closest),
+        closest_within=max(cutoffs, default=0.0),
         distributions=found.distributions,
         outliers=found.outliers,
         duplicates=[],

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock
@@ -15,6 +16,8 @@ from hydrazero.shards.manifest import Degrees, Histogram, LabelRange, Outlier
 from hydrazero.shards.neighbours import ROW_SLOTS, half_pairs
 
 NAMED_OUTLIERS = 10
+ELEMENTS = 119
+"""Atomic numbers 0 to 118."""
 
 FORCE_EDGES = np.concatenate([[0.0], np.logspace(-4, 3, 57)])
 """eV/Å; bins of force norms, eight a decade."""
@@ -84,6 +87,8 @@ class Statistics:
     """Structures with the largest forces, of all splits."""
     degrees: dict[float, Degrees] = field(default_factory=dict)
     """Cutoff, Å -> neighbours within it."""
+    closest: NDArray[np.float32] = field(default_factory=lambda: np.full(ELEMENTS**2, np.inf, dtype=np.float32))
+    """Å: smallest distance of two elements in the training split, at 119 times the lighter one plus the heavier."""
 
     def add(
         self, block: StructureBlock, split: str, cutoffs: Sequence[float], extensive: Collection[str] = ()
@@ -110,7 +115,7 @@ class Statistics:
         for cutoff in cutoffs:
             self.degrees.setdefault(cutoff, Degrees())
         for index in range(len(block)):
-            self._add_degrees(block, index, cutoffs)
+            self._add_pairs(block, index, split, cutoffs)
 
     def _add_labels(self, block: StructureBlock) -> None:
         labels = {"energy_per_atom": block.energy / block.n_atoms, "forces": block.forces, "stress": block.stress}
@@ -125,7 +130,7 @@ class Statistics:
         stacked: Any = np.linalg.qr(np.concatenate([self.triangle, rows]), mode="r")
         self.triangle = stacked
 
-    def _add_degrees(self, block: StructureBlock, index: int, cutoffs: Sequence[float]) -> None:
+    def _add_pairs(self, block: StructureBlock, index: int, split: str, cutoffs: Sequence[float]) -> None:
         if not cutoffs:
             return
         structure = block.structure(index)
@@ -137,6 +142,9 @@ class Statistics:
             ends = np.concatenate([pairs.first[near], pairs.second[near]])
             degrees = np.bincount(ends, minlength=len(structure))
             self.degrees[cutoff].add(degrees, structure.source_id, ROW_SLOTS)
+        if split == "train":
+            places = pair_places(structure.numbers[pairs.first], structure.numbers[pairs.second])
+            np.minimum.at(self.closest, places, distances.astype(np.float32))
 
     def merge(self, other: Statistics) -> None:
         """Count what another has counted."""
@@ -152,9 +160,28 @@ class Statistics:
             self.targets.setdefault(name, Moments()).merge(moments)
         self._add_rows(other.triangle)
         self.forces = self.forces + other.forces
+        self.closest = np.minimum(self.closest, other.closest)
         self.strongest = strongest([*self.strongest, *other.strongest])
         for cutoff, degrees in other.degrees.items():
             self.degrees.setdefault(cutoff, Degrees()).merge(degrees)
+
+
+def pair_places(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the place of each pair of atomic numbers [P] in a flat table of pairs of elements [119 * 119]."""
+    low, high = np.minimum(first, second).astype(np.int64), np.maximum(first, second).astype(np.int64)
+    places: NDArray[np.int64] = ELEMENTS * low + high
+    return places
+
+
+def closest_pairs(table: NDArray[np.floating]) -> dict[str, float]:
+    """Return 'Al-Cu' -> smallest distance, Å, rounded down to 0.01, of the pairs that a flat table [119 * 119] has."""
+    found = np.flatnonzero(np.isfinite(table))
+    return {
+        f"{chemical_symbols[place // ELEMENTS]}-{chemical_symbols[place % ELEMENTS]}": float(
+            np.floor(100.0 * table[place] + 1e-4) / 100.0
+        )
+        for place in found.tolist()
+    }
 
 
 def _top(values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -169,8 +196,8 @@ def strongest(entries: Iterable[Outlier]) -> list[Outlier]:
 def compositions(block: StructureBlock) -> NDArray[np.float64]:
     """Atoms of each element 0 to 118 in each structure, [S, 119]."""
     owner = np.repeat(np.arange(len(block)), block.n_atoms)
-    flat = np.bincount(owner * 119 + block.numbers, minlength=119 * len(block))
-    return flat.reshape(len(block), 119).astype(np.float64)
+    flat = np.bincount(owner * ELEMENTS + block.numbers, minlength=ELEMENTS * len(block))
+    return flat.reshape(len(block), ELEMENTS).astype(np.float64)
 
 
 def histogram_of(values: Iterable[NDArray[np.float64]], moments: Moments, bins: int = 60) -> Histogram:

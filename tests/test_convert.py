@@ -10,6 +10,7 @@ import ase.db
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import make_shards, metals, molecules, write_extxyz
@@ -118,6 +119,18 @@ def test_two_conversions_give_the_same_bytes(tmp_path):
     assert any(name.startswith("train") for name in names)
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_isolated_atoms_are_for_training(tmp_path):
+    """All molecules have one composition here: only the atoms tell what an element's energy is."""
+    atoms = [Atoms(symbol) for symbol in ("H", "C", "O", "N")]
+    cells = [Atoms("Ne", cell=[a, a, a], pbc=True) for a in np.linspace(3.0, 5.0, 30)]
+    for number, frame in enumerate([*atoms, *cells]):
+        frame.calc = SinglePointCalculator(frame, energy=-float(number), forces=np.zeros((1, 3)))
+    folder = make_shards(tmp_path, "atoms", [*atoms, *cells], split=SplitSection(train=0.3, val=0.3, test=0.4))
+    found = {split: [s.source_id for s in part] for split, part in all_structures(folder).items()}
+    assert {f"atoms.extxyz#{n}" for n in range(4)} <= set(found["train"])
+    assert found["val"] and found["test"]  # crystals of one atom are samples like others
 
 
 @pytest.mark.parametrize("what", ["keep", "drop"])

@@ -14,6 +14,7 @@ from structures import facts
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.encoders import ENCODERS
+from hydrazero.models.screening.generated import GeneratedSource
 from hydrazero.models.sizes import SIZES, size_settings
 from hydrazero.shards.convert_settings import load_convert_settings
 from hydrazero.trainer.config import load_run_config
@@ -30,8 +31,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def toml_with(text: str) -> str:
+    """The one block of TOML that holds a text."""
+    (block,) = [block for block in blocks("toml") if text in block]
+    return block
+
+
 def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
-    _, _, optimisation, models, targets = blocks("toml")
+    optimisation, models, targets = map(toml_with, ("[balance]", "[model]\nencoder", "[targets.band_gap]"))
     (tmp_path / "run.toml").write_text('[run]\nout = "x"\n' + models)
     config = load_run_config(tmp_path / "run.toml")
     assert (config.model.encoder, config.model.features, config.tasks[0].forces) == ("mace", 32, "direct")
@@ -52,6 +59,11 @@ def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
     assert set(load_convert_settings(tmp_path / "targets.toml").targets) == {"band_gap", "charges", "dipole"}
 
 
+def test_what_the_readme_says_of_generated_structures_is_understood(tmp_path):
+    (tmp_path / "spec.toml").write_text(toml_with("[[prototypes]]"))
+    assert GeneratedSource(tmp_path / "spec.toml").known_length() == 27
+
+
 @pytest.mark.parametrize("encoder", list(ENCODERS))
 def test_the_readme_counts_parameters(encoder):
     (row,) = [line for line in README.splitlines() if line.startswith(f"| `{encoder}` |")]
@@ -67,7 +79,7 @@ def test_the_readme_counts_parameters(encoder):
 
 def test_the_readme_runs(tmp_path):
     make_demo_sources(tmp_path / "runs" / "demo" / "sources", counts={"emt": 60, "tersoff": 40})
-    settings, run_file, _, _, _ = blocks("toml")
+    settings, run_file = toml_with("[fields]"), toml_with("# every batch has this size")
     (tmp_path / "convert.toml").write_text(settings)
     assert load_convert_settings(tmp_path / "convert.toml").fields.energy == "TotEnergy"
     assert "steps = 300" in run_file

@@ -12,6 +12,7 @@ from hydrazero.trainer.cli_data import convert_command, subset_command
 from hydrazero.trainer.cli_finetune import finetune_command
 from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_report import report_command
+from hydrazero.trainer.screen import screen_command, task_list
 
 FOLDER = click.Path(path_type=Path)
 
@@ -39,16 +40,7 @@ main.add_command(subset_command)
 main.add_command(finetune_command)
 main.add_command(inspect_command)
 main.add_command(report_command)
-
-
-def task_list(text: str | None) -> list[str] | None:
-    """Split 'a,b' into names; raises ConfigError if there is none."""
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ConfigError(f"--tasks '{text}' names no task; give names, or leave it out for all tasks.")
-    return names
+main.add_command(screen_command)
 
 
 @main.command()
@@ -145,47 +137,30 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
     "--old-heads", is_flag=True, help="Also the heads of the model that the run started from which it has not trained."
 )
 def export(run_dir: Path, out: Path, tasks: str | None, dtype: str, old_heads: bool) -> None:
-    """Write the model of a run's last checkpoint as one safetensors file."""
-    from hydrazero.models.model_file import save_model, with_tasks
-    from hydrazero.trainer.finetune.old_heads import with_old_heads
-    from hydrazero.trainer.trained_weights import model_of_run
+    """Write the model of a run's best checkpoint as one safetensors file, with a card that 'inspect' shows.
 
-    if out.exists():
-        raise ConfigError(f"{out} exists; remove it or choose another name.")
-    model = model_of_run(run_dir)
-    model = with_old_heads(model, run_dir) if old_heads else model
-    chosen = task_list(tasks)
-    save_model(model if chosen is None else with_tasks(model, chosen), out, dtype=dtype)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(chosen or [t.name for t in model.tasks])}")
+    The card has test errors if the run was evaluated before.
+    """
+    from hydrazero.trainer.exporting import export_run
+
+    model = export_run(run_dir, out, task_list(tasks), dtype, old_heads=old_heads)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(task.name for task in model.tasks)}")
 
 
 @main.command()
 @click.argument("model", type=FOLDER)
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
-@click.option("--out", required=True, metavar="FILE.parquet", type=FOLDER, help="File to write.")
-@click.option("--tasks", metavar="A,B", help="Heads to use; all by default. The first one ranks.")
-@click.option(
-    "--top", type=click.IntRange(1), metavar="K", help="Keep only the K of lowest energy above the references."
-)
-@click.option("--forces", is_flag=True, help="Also compute forces.")
-def screen(model: Path, sources: tuple[Path, ...], out: Path, tasks: str | None, top: int | None, forces: bool) -> None:
-    """Predict every structure of files or shard folders with a model's heads."""
-    from hydrazero.models import load_model
-    from hydrazero.models.screening import ScreenSettings
-    from hydrazero.models.screening import screen as run_screen
-    from hydrazero.trainer.console import progress_bar
-    from hydrazero.trainer.screen_sources import structures_of
+@click.option("--task", required=True, help="The head to compile.")
+@click.option("--out", required=True, metavar="FILE.pt2", type=FOLDER, help="File to write.")
+def package(model: Path, task: str, out: Path) -> None:
+    """Compile one head of MODEL.safetensors ahead of time, for PyTorch without hydrazero.
 
-    potential = load_model(model)
-    chosen = task_list(tasks)
-    settings = ScreenSettings(tasks=tuple(potential.tasks if chosen is None else chosen), top=top, forces=forces)
-    bar, advance = progress_bar("screening", None)
-    with bar:
-        summary = run_screen(potential, structures_of(sources), out, settings, advance)
-    rate = summary.structures / summary.seconds
-    click.echo(
-        f"{out}: {summary.written} of {summary.structures} structures, {summary.seconds:.1f} s, {rate:.0f} structures/s"
-    )
+    The package is for this kind of processor and this version of PyTorch; it takes one to two minutes.
+    """
+    from hydrazero.models.aot_package import write_package
+    from hydrazero.models.model_file import read_card, read_model, with_tasks
+
+    write_package(with_tasks(read_model(model), [task]), out, read_card(model))
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, task {task}")
 
 
 @main.command()

@@ -10,7 +10,7 @@ from hydrazero.shards.errors import ConfigError
 
 
 @click.command("inspect")
-@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="DIR...|MODEL", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON, for programs.")
 @click.option("--html", "page", metavar="FILE", type=click.Path(path_type=Path), help="Write them as a page.")
 @click.option("--verify", is_flag=True, help="Also compare every shard's SHA-256 with the manifest.")
@@ -32,7 +32,7 @@ def inspect_command(
     memory: float | None,
     run_file: Path | None,
 ) -> None:
-    """Show what shard folders hold: one in full, several side by side."""
+    """Show what shard folders hold, one in full, several side by side, or the card of an exported model."""
     import json
 
     from rich.console import Console
@@ -42,6 +42,12 @@ def inspect_command(
     from hydrazero.trainer.batch_memory import proposal
     from hydrazero.trainer.inspect_page import write_page
 
+    models = [path for path in folders if path.is_file() or path.suffix == ".safetensors"]
+    if models:
+        if len(folders) > 1 or page or verify or propose_batch:
+            raise ConfigError(f"{models[0]} is a model; it is shown alone, and with no option but --json.")
+        _show_model(models[0], as_json)
+        return
     manifests = [read_manifest(folder) for folder in folders]
     names = [manifest.task for manifest in manifests]
     for name, folder in zip(names, folders, strict=True):
@@ -63,3 +69,16 @@ def inspect_command(
         click.echo(f"{page}")
     if verify and not as_json:
         click.echo("every shard has the checksum that the manifest says")
+
+
+def _show_model(path: Path, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from hydrazero.trainer.model_console import card_of, describe_model
+
+    if as_json:
+        click.echo(json.dumps(card_of(path), indent=1, ensure_ascii=False))
+    else:
+        Console().print(describe_model(path))

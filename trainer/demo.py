@@ -93,10 +93,9 @@ def _evaluate(out: Path) -> dict[str, object]:
 
 
 def _export(out: Path) -> Potential:
-    from hydrazero.models.model_file import save_model
-    from hydrazero.trainer.trained_weights import model_of_run
+    from hydrazero.trainer.exporting import export_run
 
-    save_model(model_of_run(out), out / "model.safetensors")
+    export_run(out, out / "model.safetensors")
     return load_model(out / "model.safetensors")
 
 
@@ -119,7 +118,7 @@ def _relax(potential: Potential, out: Path) -> str:
 
 def _screen(potential: Potential, out: Path) -> str:
     """Screen generated structures with every head; returns a sentence about it."""
-    from hydrazero.models.screening import ScreenSettings, screen
+    from hydrazero.models.screening import MadeSource, ScreenSettings, screen
 
     def structures() -> Iterator[Structure]:
         for number, atoms in enumerate(screening_structures(SCREENED, SEED)):
@@ -128,6 +127,7 @@ def _screen(potential: Potential, out: Path) -> str:
     bar, advance = progress_bar("screening ", SCREENED)
     with bar:
         settings = ScreenSettings(tasks=tuple(potential.tasks))
-        summary = screen(potential, structures(), out / "screen.parquet", settings, advance)
+        made = MadeSource("generated", structures, SCREENED)
+        summary = screen(potential, [made], out / "screen.parquet", settings, progress=advance)
     rate = summary.structures / summary.seconds
     return f"screened {summary.structures:,} structures with {len(potential.tasks)} heads at {rate:,.0f} structures/s"

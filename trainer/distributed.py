@@ -122,6 +122,12 @@ def launcher_rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
+def launcher_ranks() -> int:
+    """Number of processes that the launcher has started; 1 without a launcher."""
+    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", *SIZE_VARIABLES))
+    return next((int(size) for size in told if size.isdigit()), 1)
+
+
 def free_port() -> int:
     """Return a TCP port of this machine that nobody listens on."""
     import socket

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hydrazero.models.model_card import weights_fingerprint
 from hydrazero.models.potential import DEFAULT_SHAPE, Potential, load_model
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graph import GraphSample
@@ -76,7 +77,7 @@ def evaluate(
     files.predictions.mkdir(parents=True, exist_ok=True)
     for name, table in results.items():
         _write_table(table, files.predictions / f"{name}.parquet")
-    document = {"split": split, "tasks": tasks}
+    document = {"split": split, "weights": weights_fingerprint(potential.model), "tasks": tasks}
     write_json(files.evaluation, document)
     return document
 

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from hydrazero.models.task_facts import TargetFacts, TaskFacts
 from hydrazero.shards.structure import Structure
 
+MOST = 0.99
+"""Share of the structures whose spread is not above 'most_mev_per_atom'."""
+
 
 @dataclass(kw_only=True)
 class Mean:
@@ -163,6 +166,7 @@ def spread_summary(errors: NDArray[np.float64], spread: NDArray[np.float64]) -> 
     return {
         "count": int(known.sum()),
         "mean_mev_per_atom": 1000.0 * float(spread[known].mean()),
+        "most_mev_per_atom": 1000.0 * float(np.quantile(spread[known], MOST)),
         "error_over_spread": float(np.sqrt((ratio**2).mean())),
         "within_one": float((ratio <= 1).mean()),
         "within_two": float((ratio <= 2).mean()),

@@ -81,7 +81,8 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
         used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours is of all tries together
         # A first try that died before it had made its folder is simply made again.
         resume = ["--resume"] if retry and (run_dir / RUN_NAME).exists() and "--resume" not in options else []
-        with _Ranks(run_file, ranks, [*options, *resume, used]) as running:
+        command = [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), f"--launched-by={os.getpid()}"]
+        with Ranks([*command, *options, *resume, used], ranks) as running:
             outcome = running.wait()
         if outcome.status == 0:
             return
@@ -99,19 +100,18 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
     )
 
 
-class _Ranks:
-    """Processes of one try."""
+class Ranks:
+    """Processes of one command on this machine, each told its rank."""
 
-    def __init__(self, run_file: Path, ranks: int, options: Sequence[str]) -> None:
-        parent = f"--launched-by={os.getpid()}"
-        self.command = [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), parent, *options]
+    def __init__(self, command: Sequence[str], ranks: int) -> None:
+        self.command = list(command)
         self.environment = _environment(ranks)
         self.ranks = ranks
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked_to_stop = self.interrupted = False
         self._exits = contextlib.ExitStack()
 
-    def __enter__(self) -> _Ranks:
+    def __enter__(self) -> Ranks:
         self._exits.callback(self._kill)
         self._exits.enter_context(_handling(self._pass_on))
         for rank in range(self.ranks):

@@ -80,6 +80,8 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
         charge_spin=bool(manifest.charged_structures) if task.charge_spin is None else task.charge_spin,
         multiplicity_known=manifest.multiplicity_known == manifest.structures(),
         targets=_targets(task, manifest),
+        closest=manifest.closest,
+        closest_within=manifest.closest_within,
     )
 
 

@@ -21,7 +21,7 @@ READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error
 """What reading a file that is damaged, cut short or not of its kind raises."""
 
 
-def optional_module(module: str, package: str, wanted_for: str) -> Any:
+def optional_module(module: str, package: str, wanted_for: str, extra: str = "formats") -> Any:
     """Import a module of an optional package; raises SourceError that says what to install if it is not there.
 
     `wanted_for` begins the sentence: the file, or the format.
@@ -29,7 +29,7 @@ def optional_module(module: str, package: str, wanted_for: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise SourceError(f"{wanted_for} needs the package {package}: pip install 'hydrazero[formats]'.") from error
+        raise SourceError(f"{wanted_for} needs the package {package}: pip install 'hydrazero[{extra}]'.") from error
 
 
 def plain_suffix(path: Path) -> str:

@@ -12,7 +12,7 @@ from schnetpack.atomistic import Atomwise, Forces, PairwiseDistances
 from schnetpack.model import NeuralNetworkPotential
 from schnetpack.nn import CosineCutoff, GaussianRBF
 from schnetpack.representation import PaiNN
-from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SYSTEMS, THREADS
+from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SCREENED, SYSTEMS, THREADS
 from timing import hand_over, peak_megabytes, step_seconds
 
 
@@ -47,9 +47,8 @@ def inputs_of(structures: list) -> dict[str, torch.Tensor]:
     }
 
 
-def main() -> None:
-    repeats = int(sys.argv[1])
-    torch.set_num_threads(THREADS)
+def potential(*, forces: bool) -> NeuralNetworkPotential:
+    """PaiNN with one head for energies, and with their gradient or without."""
     torch.manual_seed(0)
     painn = PaiNN(
         n_atom_basis=FEATURES,
@@ -57,11 +56,38 @@ def main() -> None:
         radial_basis=GaussianRBF(n_rbf=RADIAL_FUNCTIONS, cutoff=CUTOFF),
         cutoff_fn=CosineCutoff(CUTOFF),
     )
-    model = NeuralNetworkPotential(
+    heads = [Atomwise(n_in=FEATURES, output_key="energy")]
+    heads += [Forces(energy_key="energy", force_key="forces")] if forces else []
+    return NeuralNetworkPotential(
         representation=painn,
         input_modules=[PairwiseDistances()],
-        output_modules=[Atomwise(n_in=FEATURES, output_key="energy"), Forces(energy_key="energy", force_key="forces")],
+        output_modules=heads,
     )
+
+
+def screen_seconds(repeats: int) -> dict[str, list[float]]:
+    """Seconds of a batch of what is screened, its neighbours found before."""
+    seconds = {}
+    for name, make in SCREENED.items():
+        inputs = inputs_of(make())
+        for kind in ("energy", "forces"):
+            model = potential(forces=kind == "forces").eval()
+
+            def predict(model=model, inputs=inputs, kind=kind) -> None:
+                with torch.set_grad_enabled(kind == "forces"):
+                    model(dict(inputs))
+
+            seconds[f"screen_{kind}_{name}"] = step_seconds(predict, repeats)
+    return seconds
+
+
+def main() -> None:
+    repeats = int(sys.argv[1])
+    torch.set_num_threads(THREADS)
+    if sys.argv[2:] == ["screen"]:
+        hand_over(screen_seconds(repeats))
+        return
+    model = potential(forces=True)
     seconds = {}
     for name, make in SYSTEMS.items():
         inputs = inputs_of(make())

@@ -20,15 +20,21 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from systems import SYSTEMS, THREADS
+from systems import SCREENED, SYSTEMS, THREADS
 
 HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
+MACE = "mace-torch 0.3.16"
+ALONE = "sixteen models of one head in turn"
+REFERENCE_STRUCTURES, REFERENCE_SECONDS = 1.1e9, 50.0
+"""What HydraGNN screened (arXiv 2604.15380)."""
 
 
 def run_worker(python: str, script: str, *arguments: str, threads: int = THREADS) -> dict[str, list[float]]:
     """Run a worker and return what it hands over."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if "mace" in script:
+        environment["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # e3nn 0.4 keeps its constants in a pickle
     command = [python, str(HERE / script), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("SECONDS ")]
@@ -74,10 +80,46 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
     return rows
 
 
+def screen_rows(peer_python: str, mace_python: str | None, rounds: int, repeats: int) -> list[dict[str, Any]]:
+    """Screening from shards to parquet by sixteen heads, against one head at a time and the peers' bare models."""
+    sides = [(sys.executable, "screening.py", ()), (peer_python, "peer_schnetpack.py", (str(repeats), "screen"))]
+    sides += [] if mace_python is None else [(mace_python, "peer_mace.py", (str(repeats),))]
+    seconds: list[dict[str, list[float]]] = [{} for _ in sides]
+    for _ in range(rounds):
+        for found, (python, script, arguments) in zip(seconds, sides, strict=True):
+            for name, values in run_worker(python, script, *arguments).items():
+                found.setdefault(name, []).extend(values)
+    ours, *peers = ({name: statistics.median(values) for name, values in found.items()} for found in seconds)
+    rows = []
+    for system, make in SCREENED.items():
+        count = len(make())
+        for kind in ("energy", "forces"):
+            name = f"screen_{kind}_{system}"
+            rate = 1.0 / ours[f"{name}_all"]
+            for suffix, peer, label in zip(("", "_over_mace"), peers, (PEER, MACE), strict=False):
+                rows.append(row(f"{name}{suffix}", rate, "structures/s, 16 heads", label, count / peer[name]))
+        alone = 1.0 / ours[f"screen_energy_{system}_one"] / 16
+        rows.append(row(f"screen_energy_{system}_over_single", rate_of(ours, system), "structures/s", ALONE, alone))
+    shares = [value for name, value in ours.items() if name.endswith("_all_model")]
+    rows.append(row("screen_efficiency", min(shares), "of the time in the model, the least of the four"))
+    dies = REFERENCE_STRUCTURES / REFERENCE_SECONDS * ours["screen_energy_molecules_all"]
+    rows.append(row("screen_billion_processors", dies, "of these for 1.1 billion in 50 s, by arithmetic"))
+    return rows
+
+
+def rate_of(seconds: dict[str, float], system: str) -> float:
+    """Structures/s of a screen of energies by all heads."""
+    return 1.0 / seconds[f"screen_energy_{system}_all"]
+
+
 def gpu_rows(repeats: int) -> list[dict[str, Any]]:
     """Steps on the GPU, with the share of its peak arithmetic that matrix products reach."""
+    near = run_worker(sys.executable, "gpu_neighbours.py", str(repeats))
+    rows = [
+        row("gpu_neighbour_lists", 1.0 / statistics.median(near["lists"]), "atoms/s, 64-atom cells"),
+        row("gpu_neighbour_slots", 1.0 / statistics.median(near["slots"]), "atoms/s, laid out in slots"),
+    ]
     handed = run_worker(sys.executable, "gpu_steps.py", str(repeats))
-    rows = []
     for system, make in SYSTEMS.items():
         atoms = sum(len(s) for s in make())
         for kind in ("train", "infer"):
@@ -126,16 +168,24 @@ def data_rows(sixteen: Path | None) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="of an environment with SchNetPack; without it, only the data side")
+    parser.add_argument("--mace-python", help="of an environment with mace-torch; without it, screening without MACE")
+    parser.add_argument("--only", choices=["data", "steps", "screen"], help="a part; other rows of --out are kept")
     parser.add_argument("--sixteen", type=Path, help="folder of the sixteen real tasks, for the packing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    rows = data_rows(options.sixteen)
-    if options.peer_python:
+    parts = [options.only] if options.only else ["data", "steps", "screen"]
+    rows = data_rows(options.sixteen) if "data" in parts else []
+    if options.peer_python and "steps" in parts:
         rows += step_rows(options.peer_python, options.rounds, options.repeats)
-    if torch.cuda.is_available():
+    if options.peer_python and "screen" in parts:
+        rows += screen_rows(options.peer_python, options.mace_python, options.rounds, options.repeats)
+    if torch.cuda.is_available() and "steps" in parts:
         rows += gpu_rows(options.repeats)
+    if options.only and options.out.is_file():
+        new = {each["name"] for each in rows}
+        rows = [each for each in json.loads(options.out.read_text()) if each["name"] not in new] + rows
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from ase import Atoms
 from ase.build import bulk, molecule
 
@@ -30,4 +31,20 @@ def benzenes(count: int = 64) -> list[Atoms]:
     return molecules
 
 
+def hexanes(count: int = 96) -> list[Atoms]:
+    """Rattled molecules of 20 atoms, C6H14."""
+    carbons = [(1.27 * n, 0.44 * (-1) ** n, 0.0) for n in range(6)]
+    hydrogens = [(x, y + np.sign(y) * 0.63, z) for x, y, _ in carbons for z in (0.89, -0.89)]
+    ends = [(-0.9, -0.19, 0.0), (7.25, 0.19, 0.0)]
+    plain = Atoms("C6H14", positions=[*carbons, *hydrogens, *ends])
+    molecules = []
+    for seed in range(count):
+        atoms = plain.copy()
+        atoms.rattle(0.05, seed=seed)
+        molecules.append(atoms)
+    return molecules
+
+
+SCREENED = {"molecules": hexanes, "metals": copper_cells}
+"""What is screened: 20-atom molecules and 32-atom metal cells."""
 SYSTEMS = {"cu": copper_cells, "benzene": benzenes}

@@ -1,0 +1,89 @@
+"""The card of an exported model, in its file's header: what it is, what it was trained on, and how well it does."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.task_facts import NONE, TaskFacts
+from hydrazero.shards.units import INTERNAL_UNITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the weights of a model come from, which the model itself does not know."""
+
+    run: str = ""
+    """Run folder and step, as people name them."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Task -> SHA-256 of the manifest of its shards, which holds those of the shards."""
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Task -> mean absolute errors of these very weights on the test split, and the 'structures' that it holds."""
+    no_errors: str = "it was not exported from a run"
+    """Why there are none, where there are none."""
+
+
+ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
+"""Of errors; those of targets are in the targets' units."""
+
+
+def weights_fingerprint(model: AtomisticModel) -> str:
+    """Return the SHA-256 of a model's weights and their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_card(model: AtomisticModel, dtype: str, origin: Origin) -> dict[str, Any]:
+    """Return the card of a model that is written now, as plain types."""
+    written = {"hydrazero": hydrazero_version(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**written, **model_facts(model, dtype, origin)}
+
+
+def model_facts(model: AtomisticModel, dtype: str, origin: Origin) -> dict[str, Any]:
+    """Return what a card tells beside when it was written, and by what."""
+    settings = model.settings
+    card: dict[str, Any] = {
+        "run": origin.run,
+        "encoder": settings.encoder.encoder,
+        "cutoff": settings.encoder.cutoff,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": dtype,
+        "units": INTERNAL_UNITS,
+        "error_units": ERROR_UNITS,
+        "tasks": {task.name: _task_card(task, origin) for task in model.tasks},
+    }
+    return card if origin.errors else {**card, "no_errors": origin.no_errors}
+
+
+def _task_card(task: TaskFacts, origin: Origin) -> dict[str, Any]:
+    return {
+        "method": task.fidelity,
+        "elements": " ".join(task.elements),
+        "predicts": predicted(task),
+        "data": origin.data.get(task.name, ""),
+        "errors": origin.errors.get(task.name),
+    }
+
+
+def predicted(task: TaskFacts) -> dict[str, str]:
+    """Return what a task predicts -> its unit."""
+    found = {"energy": task.has_energy, "forces": task.forces != NONE, "stress": task.stress != NONE}
+    units = {name: INTERNAL_UNITS[name] for name, there in found.items() if there}
+    return units | {name: target.unit for name, target in task.targets.items()}
+
+
+def hydrazero_version() -> str:
+    """Return the version of this hydrazero, 'unknown' where it is not installed as a package."""
+    try:
+        return metadata.version("hydrazero")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,156 @@
+"""Parts of a screen's result: files that appear whole, and say which chunks they hold, so that a screen can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hydrazero.models.screening.settings import CHUNK, Ranking, ScreenSettings, rankable
+from hydrazero.shards.errors import SourceError
+
+PART_ROWS = 262_144
+PART_SECONDS = 60.0
+"""A part is written when it has so many rows, or when its first is so old."""
+KEY = b"hydrazero.screen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartNote:
+    """What a part says of itself."""
+
+    chunks: dict[int, int]
+    """Chunk -> rows of it in this part, in order."""
+    structures: int
+    """Structures in the chunks, whether they have rows or not."""
+    refused: Counter[str]
+    """Of them, those not computed, by kind."""
+
+
+def note_of(path: Path) -> PartNote:
+    """Read what a part says of itself; raises SourceError if it cannot be read."""
+    try:
+        document = json.loads((pq.read_schema(path).metadata or {})[KEY])
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise SourceError(f"{path} is no readable part of a screen ({error}); remove it, and start again.") from error
+    return PartNote(
+        chunks={int(chunk): rows for chunk, rows in document["chunks"]},
+        structures=document["structures"],
+        refused=Counter(document["refused"]),
+    )
+
+
+class Best:
+    """The rows of lowest rank among all that were added."""
+
+    def __init__(self, settings: ScreenSettings, schema: pa.Schema) -> None:
+        self.top = settings.top or 0
+        self._ranking = Ranking(settings.ranking, rankable(schema))
+        self._held: list[pa.Table] = []
+        self._rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take a table's rows into account."""
+        self._held.append(table)
+        self._rows += table.num_rows
+        if self._rows > 2 * self.top + CHUNK:
+            self._thin()
+
+    def _thin(self) -> None:
+        table = pa.concat_tables(self._held)
+        given = {name: table[name].to_numpy() for name in self._ranking.columns.values()}
+        values = self._ranking(given) if table.num_rows else np.zeros(0)
+        # Equal ones in the order of the sources, so that the result is one and the same however it was shared out.
+        order = np.lexsort((table["index"].to_numpy(), values))
+        order = order[~np.isnan(values[order])][: self.top]
+        self._held, self._rows = [table.take(pa.array(order))], len(order)
+
+    def table(self) -> pa.Table:
+        """The best rows, the lowest first."""
+        self._thin()
+        return self._held[0]
+
+
+class PartWriter:
+    """Collects a rank's rows, and writes those of chunks that are whole."""
+
+    def __init__(self, folder: Path, settings: ScreenSettings, schema: pa.Schema) -> None:
+        self.folder = folder
+        self._rows: dict[int, list[pa.Table]] = {}
+        self._counts: Counter[int] = Counter()
+        self._expected: dict[int, int] = {}
+        self._refused: dict[int, Counter[str]] = {}
+        self._whole: dict[int, pa.Table] = {}
+        self._since = time.monotonic()
+        self._best = None if settings.top is None else Best(settings, schema)
+        self._best_note = PartNote(chunks={}, structures=0, refused=Counter())
+        self._name = f"part-{uuid.uuid4().hex}.parquet"
+
+    def add(self, table: pa.Table, kinds: list[str] | None = None) -> None:
+        """Take rows, of any chunks; `kinds` says of each why it was refused."""
+        chunks = table["index"].to_numpy() // CHUNK
+        for chunk in np.unique(chunks).tolist():
+            mine = chunks == chunk
+            self._rows.setdefault(chunk, []).append(table if mine.all() else table.filter(pa.array(mine)))
+            self._counts[chunk] += int(mine.sum())
+            if kinds is not None:
+                there = [kind for kind, is_mine in zip(kinds, mine, strict=True) if is_mine]
+                self._refused.setdefault(chunk, Counter()).update(there)
+            self._look_at(chunk)
+
+    def finished(self, chunks: dict[int, int]) -> None:
+        """Learn that chunks have been read to their end, and how many structures they hold."""
+        self._expected.update(chunks)
+        for chunk in chunks:
+            self._look_at(chunk)
+
+    def _look_at(self, chunk: int) -> None:
+        if self._counts[chunk] != self._expected.get(chunk):
+            return
+        del self._counts[chunk]
+        rows = pa.concat_tables(self._rows.pop(chunk))
+        self._whole[chunk] = rows.sort_by("index")
+        late = time.monotonic() - self._since > PART_SECONDS
+        if late or sum(table.num_rows for table in self._whole.values()) >= PART_ROWS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the chunks that are whole."""
+        self._since = time.monotonic()
+        if not self._whole:
+            return
+        chunks = {chunk: table.num_rows for chunk, table in sorted(self._whole.items())}
+        refused: Counter[str] = sum((self._refused.pop(chunk, Counter()) for chunk in chunks), Counter())
+        note = PartNote(chunks=chunks, structures=sum(chunks.values()), refused=refused)
+        table = pa.concat_tables([self._whole[chunk] for chunk in chunks])
+        self._whole.clear()
+        if self._best is None:
+            self._write(f"part-{min(chunks):09d}.parquet", table, note)
+            return
+        self._best.add(table)
+        before = self._best_note
+        self._best_note = PartNote(
+            chunks={**before.chunks, **dict.fromkeys(chunks, 0)},
+            structures=before.structures + note.structures,
+            refused=before.refused + refused,
+        )
+        self._write(self._name, self._best.table(), self._best_note)  # instead of the one before
+
+    def _write(self, name: str, table: pa.Table, note: PartNote) -> None:
+        said = {"chunks": list(note.chunks.items()), "structures": note.structures, "refused": note.refused}
+        table = table.replace_schema_metadata({KEY: json.dumps(said).encode()})
+        path = self.folder / name
+        part = path.with_name(f".{name}.{os.getpid()}")
+        try:
+            pq.write_table(table, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)

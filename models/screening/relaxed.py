@@ -1,0 +1,124 @@
+"""Relaxation on the way: structures of a screen in batches, by the first task's forces, through torch-sim."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from hydrazero.models.potential import Potential
+from hydrazero.models.screening.sources import Item, structure_at
+from hydrazero.models.task_facts import CONSERVATIVE
+from hydrazero.shards.errors import ConfigError, HydrazeroError, StructureError
+from hydrazero.shards.readers.opening import optional_module
+from hydrazero.shards.structure import Structure, check_structure
+
+AT_ONCE = 1024
+"""Atoms that are relaxed together."""
+CONVERGED = 0.05
+"""eV/Å: largest force, and of a crystal the largest force on its cell, at which a relaxation ends."""
+CHECK_EVERY = 5
+"""Steps between looks at the forces."""
+
+
+class Relaxer:
+    """Relaxes structures by FIRE (Bitzek 2006), crystals with their cells (Frechet filter), for at most some steps."""
+
+    def __init__(self, potential: Potential, task: str, steps: int) -> None:
+        """Raise ConfigError for a task whose forces are not the energy's gradient, or where torch-sim is missing."""
+        facts = potential.facts(task)
+        if facts.forces != CONSERVATIVE:
+            raise ConfigError(f"task '{task}' has no conservative forces to relax with; name one first that has.")
+        if facts.charge_spin:
+            raise ConfigError(f"task '{task}' depends on charge and spin, torch-sim does not: relax with ASE.")
+        self._sim = optional_module("torch_sim", "torch-sim-atomistic", "--relax", "torch-sim")
+        from hydrazero.models.torch_sim_model import TorchSimModel
+
+        self.potential, self.task, self.steps = potential, task, steps
+        self._model: Any = TorchSimModel(potential, task)
+
+    def relaxed(self, structures: Sequence[Structure]) -> list[Structure]:
+        """Relax structures that are all periodic in three directions, or all of them not; raises StructureError."""
+        periodic = bool(structures[0].pbc.all())
+        cells = [structure.cell if periodic else np.eye(3) for structure in structures]
+        atoms = [Atoms(s.numbers, s.positions, cell=c, pbc=periodic) for s, c in zip(structures, cells, strict=True)]
+        optimizer = getattr(self._sim.optimizers, "frechet_cell_fire" if periodic else "fire")
+        state = self._sim.io.atoms_to_state(atoms, self._model.device, torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the most steps were taken shows in the forces
+            done = self._sim.optimize(
+                state,
+                self._model,
+                optimizer=optimizer,
+                convergence_fn=self._sim.generate_force_convergence_fn(CONVERGED, include_cell_forces=periodic),
+                max_steps=self.steps,
+                steps_between_swaps=min(CHECK_EVERY, self.steps),
+            )
+        found = []
+        for number, structure in enumerate(structures):
+            positions = done.positions[done.system_idx == number].detach().cpu().numpy().astype(np.float64)
+            cell = done.cell[number].T.detach().cpu().numpy().astype(np.float64) if periodic else structure.cell
+            relaxed = replace(structure, positions=positions, cell=cell)
+            check_structure(relaxed)
+            found.append(relaxed)
+        return found
+
+    def items(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Give each item with its structure relaxed; what cannot be read or relaxed raises when it is read."""
+        waiting: dict[bool, list[tuple[Item, Structure]]] = {True: [], False: []}
+        for item in items:
+            try:
+                structure = structure_at(item)
+            except StructureError as error:
+                yield replace(item, read=partial(_raise, error))
+                continue
+            if self.potential.why_not(structure, self.task) is not None or structure.pbc.any() != structure.pbc.all():
+                yield replace(item, read=partial(_unrelaxed, structure, self))
+                continue
+            group = waiting[bool(structure.pbc.all())]
+            group.append((item, structure))
+            if sum(len(each) for _, each in group) >= AT_ONCE:
+                yield from self._all(group)
+                group.clear()
+        for group in waiting.values():
+            yield from self._all(group)
+
+    def _all(self, group: Sequence[tuple[Item, Structure]]) -> Iterator[Item]:
+        """Relax together; if that fails each alone, so that the one at fault is known."""
+        if not group:
+            return
+        try:
+            found = self.relaxed([structure for _, structure in group])
+        except (HydrazeroError, RuntimeError, ValueError):
+            if len(group) == 1:
+                item, structure = group[0]
+                yield replace(item, read=partial(_unrelaxed, structure, self))
+                return
+            for one in group:
+                yield from self._all([one])
+            return
+        for (item, _), structure in zip(group, found, strict=True):
+            yield replace(item, read=partial(_same, structure))
+
+
+def _same(structure: Structure) -> Structure:
+    return structure
+
+
+def _raise(error: StructureError) -> Structure:
+    raise error
+
+
+def _unrelaxed(structure: Structure, relaxer: Relaxer) -> Structure:
+    reason = relaxer.potential.why_not(structure, relaxer.task)
+    if reason is not None:
+        raise StructureError("unseen", f"it {reason}")
+    if structure.pbc.any() != structure.pbc.all():
+        raise StructureError("not_relaxed", "it is periodic in one or two directions, which --relax does not do")
+    raise StructureError("not_relaxed", "its relaxation fell apart")

@@ -1,0 +1,135 @@
+"""Dynamics at constant energy with an exported model: how the total energy drifts, in numbers and as a picture.
+
+python tests/bench/conserved_energy.py MODEL.safetensors --out energy.png [--picoseconds 10]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from ase import Atoms, units
+from ase.build import bulk, molecule
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import BFGS
+from numpy.typing import NDArray
+
+from hydrazero.models import Potential, load_model
+from hydrazero.shards.errors import HydrazeroError
+
+TEMPERATURE = 300.0
+"""K, at the start; half of it goes into the potential energy."""
+SAMPLES = 1000
+"""Total energies that are kept of a run."""
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What moves, by which head, in which steps."""
+
+    label: str
+    atoms: Atoms
+    task: str
+    step: float
+    """fs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conserved:
+    """Total energies of a run."""
+
+    times: NDArray[np.float64]
+    """ps."""
+    energies: NDArray[np.float64]
+    """meV/atom, from the first one on."""
+    drift: float
+    """meV/atom/ps: slope of a straight line through them."""
+    temperature: float
+    """K, mean."""
+
+
+def systems(molecule_task: str, crystal_task: str) -> list[System]:
+    """A molecule of nine atoms and a crystal of 32."""
+    return [
+        System(label="ethanol", atoms=molecule("CH3CH2OH"), task=molecule_task, step=0.5),
+        System(label="copper, 32 atoms", atoms=bulk("Cu", cubic=True) * (2, 2, 2), task=crystal_task, step=2.0),
+    ]
+
+
+def run_at_constant_energy(potential: Potential, system: System, picoseconds: float, *, compile: bool) -> Conserved:
+    """Relax, heat to TEMPERATURE, and follow the total energy with velocity Verlet."""
+    atoms = system.atoms.copy()
+    atoms.calc = potential.calculator(system.task)
+    BFGS(atoms, logfile=None).run(fmax=0.02, steps=200)
+    atoms.calc = potential.calculator(system.task, skin=0.5, compile=compile)
+    # Twice the temperature: the atoms start where the potential energy is lowest.
+    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * TEMPERATURE, rng=np.random.default_rng(SEED))
+    Stationary(atoms)
+    if not atoms.pbc.any():
+        ZeroRotation(atoms)
+    steps = round(1000.0 * picoseconds / system.step)
+    found: list[tuple[float, float]] = []
+    dynamics = VelocityVerlet(atoms, system.step * units.fs)
+    dynamics.attach(
+        lambda: found.append((atoms.get_total_energy(), atoms.get_temperature())), interval=max(steps // SAMPLES, 1)
+    )
+    dynamics.run(steps)
+    totals, temperatures = np.array(found).T
+    times = np.linspace(0.0, picoseconds, len(totals))
+    energies = 1000.0 * (totals - totals[0]) / len(atoms)
+    drift = float(np.polyfit(times, energies, 1)[0])
+    return Conserved(times=times, energies=energies, drift=drift, temperature=float(temperatures.mean()))
+
+
+def draw(runs: dict[str, Conserved], out: Path) -> None:
+    """Write a picture of total energies over time, the drift in the legend."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for label, run in runs.items():
+        text = f"{label}, {run.temperature:.0f} K: {run.drift:+.4f} meV/atom/ps"
+        axes.plot(run.times, run.energies, linewidth=0.8, label=text)
+    axes.set_xlabel("time / ps")
+    axes.set_ylabel("total energy, change / (meV/atom)")
+    axes.axhline(0.0, color="0.6", linewidth=0.6, zorder=0)
+    axes.margins(x=0.01, y=0.25)
+    axes.legend(frameon=False, loc="upper center", ncols=2)
+    figure.savefig(out, dpi=150)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="Picture to write.")
+@click.option("--picoseconds", default=10.0, show_default=True, type=click.FloatRange(0.1))
+@click.option("--molecule-task", default="gfn2", show_default=True)
+@click.option("--crystal-task", default="emt", show_default=True)
+@click.option("--compile", is_flag=True, help="Compile the steps.")
+def main(
+    model: Path, out: Path, picoseconds: float, molecule_task: str, crystal_task: str, compile: bool
+) -> None:
+    """Follow the total energy of a molecule and a crystal at constant energy."""
+    try:
+        potential = load_model(model)
+        runs = {}
+        for system in systems(molecule_task, crystal_task):
+            runs[f"{system.label} ({system.task})"] = found = run_at_constant_energy(
+                potential, system, picoseconds, compile=compile
+            )
+            spread = float(found.energies.max() - found.energies.min())
+            click.echo(
+                f"{system.label}, {system.task}, steps of {system.step:g} fs, {picoseconds:g} ps, "
+                f"{found.temperature:.0f} K: drift {found.drift:+.4f} meV/atom/ps, within {spread:.3f} meV/atom"
+            )
+    except HydrazeroError as error:
+        raise click.ClickException(str(error)) from error
+    draw(runs, out)
+    click.echo(f"{out}")
+
+
+if __name__ == "__main__":
+    main()

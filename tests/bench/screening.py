@@ -1,0 +1,86 @@
+"""Screening, from shards to parquet: structures/s with all heads, and the share of the time that the model has."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from ours import MANY_HEADS, model_of
+from systems import SCREENED, THREADS
+from timing import hand_over
+
+from hydrazero.models import Potential
+from hydrazero.models.potential import structure_from_atoms
+from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary, ShardSource, screen
+from hydrazero.shards.block import BLOCK_STRUCTURES, block_from_structures
+from hydrazero.shards.manifest import Manifest, write_manifest
+from hydrazero.shards.structure import Structure
+from hydrazero.shards.task_statistics import Statistics
+from hydrazero.shards.writer import write_shard
+
+COUNTS = {
+    ("molecules", "energy"): 20_480,
+    ("molecules", "forces"): 10_240,
+    ("metals", "energy"): 6_144,
+    ("metals", "forces"): 3_072,
+}
+"""Structures that are screened: some ten seconds each."""
+
+
+def make_shards(folder: Path, structures: list[Structure]) -> None:
+    """Write structures as one shard."""
+    blocks = [
+        block_from_structures(structures[first : first + BLOCK_STRUCTURES])
+        for first in range(0, len(structures), BLOCK_STRUCTURES)
+    ]
+    folder.mkdir(parents=True)
+    shard = write_shard(folder / "train-000000.tar", blocks)
+    total = Statistics()
+    for block in blocks:
+        total.add(block, "train", ())
+    manifest = Manifest(
+        task="bench",
+        splits={"train": [shard]},
+        float_dtype="float32",
+        elements={},
+        trained_elements=[],
+        size_histogram=dict(total.sizes),
+        labels={},
+        reference_energies={},
+        required_labels=[],
+        periodic_structures=total.periodic,
+    )
+    write_manifest(manifest, folder)
+
+
+def run(root: Path, name: str, kind: str, heads: int) -> ScreenSummary:
+    """Screen a system by all heads of a model, in a new output each time."""
+    potential = Potential(model_of(heads), "cuda" if torch.cuda.is_available() else "cpu")
+    tasks = tuple(potential.tasks)
+    settings = ScreenSettings(tasks=tasks, forces=tasks[:1] if kind == "forces" else ())
+    out = Path(tempfile.mkdtemp(dir=root)) / "out"
+    return screen(potential, [ShardSource(root / f"{name}-{kind}")], out, settings, ScreenPlan(compile_after=0.0))
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    seconds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for (name, kind), count in COUNTS.items():
+            few = [structure_from_atoms(atoms) for atoms in SCREENED[name]()]
+            make_shards(root / f"{name}-{kind}", [few[number % len(few)] for number in range(count)])
+            for label, heads in (("all", MANY_HEADS), ("one", 1)):
+                if (label, kind) == ("one", "forces"):
+                    continue
+                summary = run(root, name, kind, heads)
+                steady = summary.seconds - summary.start_seconds
+                key = f"screen_{kind}_{name}_{label}"
+                seconds.setdefault(key, []).append(steady / count)
+                seconds.setdefault(f"{key}_model", []).append(summary.model_seconds / steady)
+    hand_over(seconds)
+
+
+if __name__ == "__main__":
+    main()
