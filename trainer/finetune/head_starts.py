@@ -98,8 +98,8 @@ def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own
     if task.init_head == NEW:
         return HeadStart(rows=(), facts=own, said=tuple(said))
     if task.init_head == OWN:
-        old = start.tasks[names.index(task.name)]
-        return HeadStart(rows=same, facts=taken_over(task, own, [old], old.reference_energies))
+        # Whatever the structures at hand hold of it: a part of its data must not make it forget elements.
+        return HeadStart(rows=same, facts=start.tasks[names.index(task.name)])
     is_nearest = task.init_head == NEAREST and NEAREST not in names
     heads = [(row,) for row in range(len(names))] if is_nearest else [rows_of(task.init_head, start)]
     nearest = compare_heads(start, task, own, heads)[0]
@@ -142,12 +142,14 @@ def resumed_facts(config: RunConfig, facts: Sequence[TaskFacts]) -> list[TaskFac
     stored = {
         table["name"]: task_facts_from(table) for table in read_json(Path(config.run.out) / MODEL_FACTS_NAME)["tasks"]
     }
-    return [
-        own
-        if task.init_head in ("", NEW) or task.name not in stored
-        else taken_over(task, own, [stored[task.name]], stored[task.name].reference_energies)
-        for task, own in zip(config.tasks, facts, strict=True)
-    ]
+    resumed = []
+    for task, own in zip(config.tasks, facts, strict=True):
+        old = stored.get(task.name)
+        if old is None or task.init_head in ("", NEW):
+            resumed.append(own)
+        else:
+            resumed.append(old if task.init_head == OWN else taken_over(task, own, [old], old.reference_energies))
+    return resumed
 
 
 def taken_over(

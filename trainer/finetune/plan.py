@@ -70,7 +70,6 @@ def plan_finetuning(wanted: Wanted, start: AtomisticModel) -> Plan:
     steps = wanted.steps or min(max(round(100 * math.sqrt(train)), 300), 20_000)
     tasks = _tasks(wanted, manifest)
     shape = _batch(start, tasks, structures, wanted.ranks)
-    # Names that stand for other things are not taken for tasks of the model.
     table: dict[str, Any] = {
         "run": {"out": str(wanted.out), "start_from": str(wanted.model)},
         "tasks": tasks,
@@ -156,6 +155,8 @@ def _batch(start: AtomisticModel, tasks: Sequence[Mapping[str, Any]], structures
 def _model(start: AtomisticModel, tasks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return all settings of the start's model, which the run's is built with again."""
     held = {name for task in tasks for name in read_manifest(task["shards"]).targets}
+    replayed = {task["name"] for task in tasks if task["init_head"] == OWN}
+    held |= {name for task in start.tasks if task.name in replayed for name in task.targets}
     heads = {key: value for key, value in asdict(start.settings).items() if key != "encoder"}
     heads["attention_targets"] = [name for name in heads["attention_targets"] if name in held]
     return {**asdict(start.settings.encoder), **heads}
