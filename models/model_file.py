@@ -54,6 +54,32 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
     return smaller.eval()
 
 
+def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticModel:
+    """Return a copy that also has the heads of tasks which only the `other` model knows, on the encoder of the first.
+
+    Raises ModelFileError if the two are not of the same settings, so that heads would not fit.
+    """
+    ours, theirs = (replace(each.settings, attention_targets=()) for each in (model, other))
+    if ours != theirs:
+        raise ModelFileError("heads of a model with other settings do not fit; a run that starts from it has the same.")
+    known = {task.name for task in model.tasks}
+    rows = [row for row, task in enumerate(other.tasks) if task.name not in known]
+    attention = tuple(dict.fromkeys([*model.settings.attention_targets, *other.settings.attention_targets]))
+    tasks = [*model.tasks, *(other.tasks[row] for row in rows)]
+    joined = AtomisticModel(replace(model.settings, attention_targets=attention), tasks).to(model.dtype)
+    first, second = model.state_dict(), other.state_dict()
+    with torch.no_grad():
+        for key, value in joined.state_dict().items():
+            if key.startswith(STACKED):
+                if key in first:
+                    value[: len(model.tasks)] = first[key]
+                if key in second:
+                    value[len(model.tasks) :] = second[key][rows]
+            else:
+                value.copy_(first[key] if key in first else second[key])
+    return joined.eval()
+
+
 def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", origin: Origin | None = None) -> None:
     """Write a model to one file, read it back and compare its predictions; nothing is left behind on failure.
 

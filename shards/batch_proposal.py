@@ -69,7 +69,7 @@ class Demand:
         return drawn
 
 
-def demand_of(reader: SplitReader, temperature: float) -> Demand:
+def demand_of(reader: SplitReader) -> Demand:
     """Look at a sample of each task's structures, spread over its blocks; raises ShardError for damaged shards."""
     samples, counts = [], []
     for task, blocks in enumerate(reader.readers):
@@ -85,7 +85,7 @@ def demand_of(reader: SplitReader, temperature: float) -> Demand:
                 rows.append((1, len(sample.structure), sample.rows, sample.edges))
         samples.append(np.array(rows, dtype=np.int64))
         counts.append(int(sizes.sum()))
-    shares = np.array(mixture_repeats(counts, temperature)) * counts
+    shares = np.array(mixture_repeats(counts, reader.settings.temperature, reader.settings.shares)) * counts
     return Demand(tasks=tuple(samples), shares=shares / shares.sum())
 
 

@@ -16,33 +16,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from ase.data import chemical_symbols
 
 from hydrazero.shards.convert_frames import SLICED_BYTES, frames_path, read_part, status_path
 from hydrazero.shards.convert_index import Index, build_index
 from hydrazero.shards.convert_settings import ConvertSettings
-from hydrazero.shards.convert_shards import (
-    ShardNote,
-    energy_outliers,
-    make_shard,
-    residuals_of,
-    shard_calls,
-)
+from hydrazero.shards.convert_shards import ShardNote, make_shard, shard_calls
 from hydrazero.shards.convert_work import Job, distinct_names, working_folder, write_whole
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
-from hydrazero.shards.manifest import SPLITS, Histogram, LabelRange, Manifest, Outlier, Shard, write_manifest
+from hydrazero.shards.label_statistics import label_statistics, residuals_of, target_facts
+from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.targets import TargetFacts
-from hydrazero.shards.task_statistics import (
-    FORCE_EDGES,
-    Moments,
-    Statistics,
-    closest_pairs,
-    histogram_of,
-    strongest,
-)
+from hydrazero.shards.task_statistics import Statistics, closest_pairs
 from hydrazero.shards.units import target_unit
 from hydrazero.shards.workers import Workers, one_worker
 
@@ -182,21 +169,14 @@ def _manifest(
     job: Job, index: Index, splits: dict[str, list[Shard]], total: Statistics, workers: Workers
 ) -> Manifest:
     references = reference_energies(total.triangle)
-    labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
+    calls = [(job.shards, shard, references) for shards in splits.values() for shard in shards]
+    residuals = workers.run_all(residuals_of, calls, lambda: None) if references else []
+    found = label_statistics(total, residuals, len(splits["train"]))
     targets = {
         name: _target_facts(job, name, total)
         for name, target in job.settings.targets.items()
         if name in total.targets or not target.optional
     }
-    distributions, outliers = {}, {"force_norm": total.strongest}
-    if references:
-        residuals, distribution, found = _residuals(job, splits, references, workers)
-        labels["energy_residual_per_atom"] = residuals
-        distributions["energy_residual_per_atom"] = distribution
-        outliers["energy_residual_per_atom"] = found
-    if total.forces.any():
-        distributions["force_norm"] = Histogram(edges=FORCE_EDGES.tolist(), counts=total.forces.tolist())
-    order = ("energy_per_atom", "energy_residual_per_atom", "forces", "stress")
     texts = {key: str(value) for key, value in job.settings.source.items()}
     return Manifest(
         task=job.task,
@@ -205,7 +185,7 @@ def _manifest(
         elements={chemical_symbols[z]: count for z, count in sorted(total.elements.items())},
         trained_elements=sorted(references or (chemical_symbols[z] for z in total.trained)),
         size_histogram=dict(sorted(total.sizes.items())),
-        labels={name: labels[name] for name in order if name in labels},
+        labels=found.labels,
         reference_energies=references,
         required_labels=list(job.settings.labels.require),
         periodic_structures=total.periodic,
@@ -215,8 +195,8 @@ def _manifest(
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
         closest=closest_pairs(total.closest),
         closest_within=max(job.settings.degree_cutoffs, default=0.0),
-        distributions=distributions,
-        outliers=dict(sorted(outliers.items())),
+        distributions=found.distributions,
+        outliers=found.outliers,
         duplicates=index.duplicates,
         duplicate_count=index.duplicate_count,
         set_aside=dict(sorted(index.set_aside.items())),
@@ -233,31 +213,7 @@ def _target_facts(job: Job, name: str, total: Statistics) -> TargetFacts:
             f"task '{job.task}': no training structure has the target '{name}' (field '{target.field}'); name the "
             "field that the sources have under [targets], leave it out, or say that it is optional."
         )
-    # A mean of vectors would depend on how the frames are turned.
-    mean = 0.0 if target.kind == "vector" else moments.total / moments.count
-    return TargetFacts(
-        of=target.of,
-        kind=target.kind,
-        unit=target_unit(target.unit)[1],
-        extensive=target.extensive,
-        count=moments.count,
-        minimum=moments.minimum,
-        maximum=moments.maximum,
-        mean=mean,
-        deviation=float(np.sqrt(max(moments.squares / moments.count - mean**2, 0.0))),
+    return target_facts(
+        moments, of=target.of, kind=target.kind, unit=target_unit(target.unit)[1], extensive=target.extensive
     )
 
-
-def _residuals(
-    job: Job, splits: dict[str, list[Shard]], references: dict[str, float], workers: Workers
-) -> tuple[LabelRange, Histogram, list[Outlier]]:
-    """Return range and histogram of the training split's residuals, and the outliers of all splits."""
-    calls = [(job, shard, references) for shards in splits.values() for shard in shards]
-    parts = workers.run_all(residuals_of, calls, lambda: None)
-    training = parts[: len(splits["train"])]
-    moments = Moments()
-    for part in training:
-        moments.merge(part.moments)
-    mean = moments.total / moments.count
-    found = [entry for part in parts for entry in energy_outliers(part, mean)]
-    return moments.label_range(), histogram_of((part.per_atom for part in training), moments), strongest(found)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from
 from hydrazero.shards.convert_frames import ChunkFile, chunk_path, length_of
 from hydrazero.shards.convert_work import Job, write_whole
-from hydrazero.shards.manifest import Outlier, Shard
-from hydrazero.shards.references import reference_table
-from hydrazero.shards.task_statistics import Moments, Statistics, compositions, strongest
-from hydrazero.shards.writer import BLOCKS_PER_SHARD, read_blocks, write_shard
+from hydrazero.shards.manifest import Shard
+from hydrazero.shards.task_statistics import Statistics
+from hydrazero.shards.writer import BLOCKS_PER_SHARD, write_shard
 
 SHARD_STRUCTURES = BLOCKS_PER_SHARD * BLOCK_STRUCTURES
 
@@ -29,16 +28,6 @@ class ShardNote:
 
     shard: Shard
     statistics: Statistics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Residuals:
-    """Energies less references of one shard."""
-
-    per_atom: NDArray[np.float64]
-    """eV/atom, [structures]; NaN where there is no energy or an element has no reference."""
-    moments: Moments
-    names: list[str]
 
 
 def shard_calls(job: Job, orders: dict[str, NDArray[np.int64]]) -> list[tuple[Job, str, int, NDArray[np.int64]]]:
@@ -106,30 +95,3 @@ def block_from_columns(structures: Sequence[Columns]) -> StructureBlock:
             del joined[name]
     joined["source_ids"] = np.frombuffer(b"\n".join(c["source_ids"].tobytes() for c in structures), dtype=np.uint8)
     return block_from(joined)
-
-
-def residuals_of(job: Job, shard: Shard, references: dict[str, float]) -> Residuals:
-    """Return energies less references of a shard's structures, per atom."""
-    table = reference_table(references)
-    parts, names = [], []
-    for block in read_blocks(job.shards / shard.file, shard):
-        counts = compositions(block)
-        # 0 times NaN would spoil the sums of structures that do not hold the element.
-        sums = np.where(counts > 0, counts * table, 0.0).sum(axis=1)
-        parts.append((block.energy - sums) / block.n_atoms)
-        names += block.names
-    per_atom = np.concatenate(parts)
-    moments = Moments()
-    moments.add(per_atom)
-    return Residuals(per_atom=per_atom, moments=moments, names=names)
-
-
-def energy_outliers(residuals: Residuals, mean: float) -> list[Outlier]:
-    """Structures whose residual is farthest from the mean, eV/atom from it."""
-    away = np.nan_to_num(np.abs(residuals.per_atom - mean), nan=-1.0)
-    chosen = np.argsort(-away, kind="stable")[:10]
-    return strongest(
-        Outlier(source_id=residuals.names[i], value=float(residuals.per_atom[i] - mean))
-        for i in chosen
-        if away[i] >= 0
-    )

@@ -57,18 +57,34 @@ class Rest:
     """Of each task."""
 
 
-def mixture_repeats(structures: Sequence[int], temperature: float) -> list[float]:
+EPOCH_STRUCTURES = 65_536
+"""An epoch with fixed shares need not be longer; every pass over a small task in it is planned at its start."""
+
+
+def mixture_repeats(
+    structures: Sequence[int], temperature: float, shares: Sequence[float | None] = ()
+) -> list[float]:
     """Return passes per epoch for each task when tasks are sampled in proportion to structures ** (1 / temperature).
 
     Temperature 1 is one pass over each; a higher one repeats small tasks and thins large ones, while the number of
     structures in an epoch stays the same (temperature sampling as in multilingual models, Arivazhagan et al. 2019).
+
+    `shares` are those of tasks that have a fixed one of all structures, None for the others, which divide the rest. An
+    epoch is then at least one pass over the others, and longer where that lets each task with a share be passed once.
     """
     if not temperature >= 1.0:
         raise ConfigError(f"mixture.temperature is {temperature}; it must be at least 1.")
     counts = np.asarray(structures, dtype=np.float64)
     share = counts ** (1.0 / temperature)
-    share *= counts.sum() / share.sum()
-    return [float(value) for value in share / counts]
+    fixed = np.array([np.nan if value is None else value for value in shares] or [np.nan] * len(counts))
+    free = np.isnan(fixed)
+    if free.all():
+        share *= counts.sum() / share.sum()
+        return [float(value) for value in share / counts]
+    share = np.where(free, share / max(share[free].sum(), 1e-300) * (1.0 - fixed[~free].sum()), fixed)
+    one_pass = counts[free].sum() / share[free].sum() if free.any() else counts.max()
+    epoch = max(one_pass, min(float((counts / share)[~free].max()), EPOCH_STRUCTURES))
+    return [float(value) for value in share * epoch / counts]
 
 
 def lane_number(rank: int, worker: int, ranks: int) -> int:

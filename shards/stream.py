@@ -48,6 +48,8 @@ class StreamSettings:
     seed: int = 0
     temperature: float = 1.0
     """Of the mixture, see `mixture_repeats`."""
+    shares: tuple[float | None, ...] = ()
+    """Fixed shares of tasks, None for those without; empty if no task has one."""
     targets: tuple[TargetColumn, ...] = ()
     """Quantities beside energy, forces and stress that batches shall hold."""
     workers: int = 1
@@ -77,18 +79,20 @@ class SplitReader:
         for reader, size in zip(self.readers, sizes, strict=True):
             if not len(size):
                 raise ShardError(f"{reader.folder} has no structures in the split '{reader.split}'.")
-        repeats = mixture_repeats([int(size.sum()) for size in sizes], self.settings.temperature)
+        counts = [int(size.sum()) for size in sizes]
+        repeats = mixture_repeats(counts, self.settings.temperature, self.settings.shares)
         return [
             TaskPlan(name=reader.manifest.task, block_sizes=size, repeats=repeat)
             for reader, size, repeat in zip(self.readers, sizes, repeats, strict=True)
         ]
 
     def fingerprint(self) -> str:
-        """Return what a place in the stream depends on, as a digest: the tasks, their blocks, seed and temperature."""
+        """Return what a place in the stream depends on, as a digest: the tasks, their blocks, seed and mixture."""
         digest = hashlib.blake2b(digest_size=16)
         for reader in self.readers:
             digest.update(reader.manifest.task.encode() + b"\0" + reader.block_sizes.tobytes() + b"\0")
-        digest.update(repr((self.settings.seed, self.settings.temperature)).encode())
+        mixture = (self.settings.seed, self.settings.temperature, *self.settings.shares)
+        digest.update(repr(mixture).encode())
         return digest.hexdigest()
 
     def sample(self, task: int, block: int, row: int) -> GraphSample:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hydrazero.launch.results import jobs, sixteen_page, tables
+from hydrazero.launch.results import finetuning, jobs, sixteen_page, tables
 from hydrazero.launch.results.jobs import all_jobs, plan
+from hydrazero.trainer.config import load_run_config
+from hydrazero.trainer.finetune.plan import toml_text
 from hydrazero.trainer.run_files import write_json
 
 SPEC: dict[str, Any] = {
@@ -85,3 +88,42 @@ def test_the_page_of_a_run_has_a_line_for_each_task(results, monkeypatch):
     found = sixteen_page.numbers(run)
     assert (found["steps"], found["minutes"], found["method"]) == (130, pytest.approx(490 / 60), "famo")
     assert "| `a` | PBE | 1,200 | 1.23 |  | 0.500 | 1.23 |  | 5.00 |" in sixteen_page.errors(run)
+
+
+def test_learning_curves(results, monkeypatch):
+    """Each task as many structures as there are, once; a page and a picture of what is done."""
+    monkeypatch.setattr(finetuning, "ROOT", results)
+    monkeypatch.setattr(finetuning, "HERE", results)
+    there = {"a": 300, "b": 12}
+    monkeypatch.setattr(
+        finetuning, "read_manifest", lambda folder: SimpleNamespace(structures=lambda split: there[str(folder)])
+    )
+    held_out = [{"name": name, "shards": name, "held_out": True, "text": f"Task {name}"} for name in there]
+    spec = {**SPEC, "sizes": [10, 30, 100], "data": [{"name": "known", "shards": "known"}, *held_out]}
+    points = finetuning.points_of(spec, "two")
+    assert [(point.task, point.size) for point in points] == [("a", 10), ("b", 10), ("a", 30), ("b", 12), ("a", 100)]
+    page = finetuning.write_page(spec, "two", points).read_text()
+    assert page.count("Nothing has been run yet.") == 2 and not (results / "two.png").exists()
+    for point in points[:3]:
+        errors = {way: dict.fromkeys(tables.ERRORS.values(), 100.0 / point.size) for way in finetuning.WAYS}
+        write_json(point.path, {**errors, "head": "known", "seconds": {"finetuned": 61.0, "scratch": 122.0}})
+    page = finetuning.write_page(spec, "two", points).read_text()
+    assert (results / "two.png").stat().st_size > 10_000
+    assert "| 30 | `known` | 3.33 | 3.33 | 3.33 | 3.33 | 3.33 | 3.33 | 61 | 122 |" in page
+    assert "| 10 | `known` | 10.0 |" in page and "| 12 |" not in page
+
+
+def test_from_scratch_starts_from_nothing(tmp_path):
+    planned = {
+        "run": {"out": "a", "start_from": "model"},
+        "tasks": [{"name": "t", "shards": "s", "init_head": "old"}],
+        "finetune": {"method": "full"},
+        "train": {"steps": 300, "evaluate_every": 15},
+        "deepspeed": {"config": "zero1", "optimizer": {"params": {"lr": 5e-4}}},
+    }
+    spec = {"scratch_rate": 2e-3, "scratch_steps": 2.0}
+    (tmp_path / "run.toml").write_text(toml_text(finetuning.from_scratch(planned, tmp_path / "b", spec)))
+    config = load_run_config(tmp_path / "run.toml")
+    assert (config.run.start_from, config.tasks[0].init_head, config.finetune.method) == ("", "", "full")
+    assert (config.train.steps, config.train.evaluate_every) == (600, 30)
+    assert config.deepspeed["optimizer"]["params"]["lr"] == 2e-3

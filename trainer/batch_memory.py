@@ -117,7 +117,7 @@ def proposal(
         temperature=temperature,
     )
     reader = SplitReader(stream, "train")
-    demand = demand_of(reader, temperature)
+    demand = demand_of(reader)
     shape = propose(demand, reader, structures)
     fill = fill_of(simulate(demand, shape, np.random.default_rng(0)), shape)
     needed = StepMemory(settings).bytes_of(shape)

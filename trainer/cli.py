@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.cli_data import convert_command
+from hydrazero.trainer.cli_data import convert_command, subset_command
+from hydrazero.trainer.cli_finetune import finetune_command
 from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_report import report_command
 from hydrazero.trainer.cli_search import search_command
@@ -36,6 +37,8 @@ def main() -> None:
 
 
 main.add_command(convert_command)
+main.add_command(subset_command)
+main.add_command(finetune_command)
 main.add_command(inspect_command)
 main.add_command(report_command)
 main.add_command(screen_command)
@@ -74,10 +77,8 @@ def train(
     run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, retries: int, trial: str | None
 ) -> None:
     """Train what RUN.toml describes."""
-    from hydrazero.trainer.checkpoint_files import latest_checkpoint, step_of
     from hydrazero.trainer.config import load_run_config
-    from hydrazero.trainer.launcher import train_ranks
-    from hydrazero.trainer.train import check_run, run_rank
+    from hydrazero.trainer.launcher import TrainOptions, train_here, train_ranks
     from hydrazero.trainer.trial import check_trial, run_trial
 
     config = load_run_config(run_file, overrides)
@@ -89,14 +90,7 @@ def train(
         else:
             train_ranks(run_file, ranks, [*options, f"--{trial}"], Path(config.run.out))
         return
-    check_run(config, resume)
-    if ranks == 1 and not retries:
-        run_rank(config, resume)
-    else:
-        train_ranks(run_file, ranks, options, Path(config.run.out), retries)
-    step, steps = step_of(latest_checkpoint(Path(config.run.out))), config.train.steps
-    state = "trained" if step == steps else f"stopped at step {step} of {steps}"
-    click.echo(f"{state}: {config.run.out}")
+    click.echo(train_here(run_file, config, TrainOptions(ranks=ranks, words=options, resume=resume, retries=retries)))
 
 
 @main.command()
@@ -141,14 +135,17 @@ def evaluate(run_or_model: Path, folders: tuple[Path, ...], split: str, out: Pat
 @click.option("--out", required=True, metavar="MODEL.safetensors", type=FOLDER, help="File to write.")
 @click.option("--tasks", metavar="A,B", help="Heads to export; all by default.")
 @click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float64.")
-def export(run_dir: Path, out: Path, tasks: str | None, dtype: str) -> None:
+@click.option(
+    "--old-heads", is_flag=True, help="Also the heads of the model that the run started from which it has not trained."
+)
+def export(run_dir: Path, out: Path, tasks: str | None, dtype: str, old_heads: bool) -> None:
     """Write the model of a run's best checkpoint as one safetensors file, with a card that 'inspect' shows.
 
     The card has test errors if the run was evaluated before.
     """
     from hydrazero.trainer.exporting import export_run
 
-    model = export_run(run_dir, out, task_list(tasks), dtype)
+    model = export_run(run_dir, out, task_list(tasks), dtype, old_heads=old_heads)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(task.name for task in model.tasks)}")
 
 

@@ -68,3 +68,26 @@ def convert_command(
         skip_bad=skip_bad,
         trust_pickle=trust_pickle,
     )
+
+
+@click.command("subset")
+@click.argument("folder", metavar="DIR", type=FOLDER)
+@click.option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder for the shards.")
+@click.option("--train", type=click.IntRange(1), metavar="N", help="Training structures; all if not given.")
+@click.option("--val", type=click.IntRange(0), metavar="N", help="Validation structures; all if not given.")
+@click.option("--test", type=click.IntRange(0), metavar="N", help="Test structures; all if not given.")
+@click.option("--seed", default=0, show_default=True, help="Of the shuffle whose first structures are taken.")
+def subset_command(
+    folder: Path, out: Path, train: int | None, val: int | None, test: int | None, seed: int
+) -> None:
+    """Make shards of a part of a task's structures, say for a learning curve.
+
+    Of one seed, a smaller part is in a larger one.
+    """
+    from hydrazero.shards.subset import write_subset
+    from hydrazero.trainer.convert_console import shown_splits
+
+    wanted = {"train": train, "val": val, "test": test}
+    counts = {split: count for split, count in wanted.items() if count is not None}
+    manifest = write_subset(folder, out, counts, seed)
+    click.echo(f"{out}: {shown_splits(manifest)}")

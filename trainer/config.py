@@ -20,6 +20,7 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.settings_parser import parse_settings
 from hydrazero.trainer.balance import BalanceSection, check_balance
+from hydrazero.trainer.finetune.settings import FULL, FinetuneSection, check_finetune
 
 LOSS_KINDS = ("l1", "l2", "huber")
 LOSS_PARTS = ("energy", "forces", "stress", "spread")
@@ -36,7 +37,7 @@ class RunSection:
     """Of weights and data order."""
     start_from: str = ""
     """Run folder or exported model whose weights the run starts with: encoder and embedding, and what fits of the heads
-    of tasks of the same name."""
+    of tasks of the same name, unless a task's `init_head` says otherwise."""
     wandb: str = ""
     """Project of Weights & Biases that numbers and pictures go to as well; none if it is empty."""
 
@@ -50,6 +51,13 @@ class TaskSection:
     """Folder that 'hydrazero convert' wrote; or its web address, or 'pipe:COMMAND {}' that prints the file {} of it."""
     weight: float = 1.0
     """Of the task's loss in the sum over tasks."""
+    share: float | None = None
+    """Of the structures in batches; if not set, what others leave, by data.temperature."""
+    init_head: str = ""
+    """Head of run.start_from that the task's begins as, with its scale, and with reference energies refitted to the
+    task's structures: the name of a task there, 'nearest' (of the lowest force error on them), 'mean' of all, or 'new'
+    for first weights; 'own' takes the head of the same name as it is, references and all. If not set, weights are those
+    of the head of the same name, where there is one, but scale and references come from the shards."""
     forces: str | None = None
     """'conservative' (the gradient of the energy), 'direct' (a head of their own) or 'none'; conservative if there are
     energies."""
@@ -185,8 +193,15 @@ class RunConfig:
     batch: BatchShape = field(default_factory=lambda: BatchShape(structures=32, atoms=1024, slots=16384))
     loss: LossSection = field(default_factory=LossSection)
     balance: BalanceSection = field(default_factory=BalanceSection)
+    finetune: FinetuneSection = field(default_factory=FinetuneSection)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"config": "zero1"})
     """`config`: a name in ds_configs or a path to a JSON; every other key overrides a value of it."""
+
+    @property
+    def shares(self) -> tuple[float | None, ...]:
+        """Fixed shares of the tasks in batches; empty if none has one."""
+        shares = tuple(task.share for task in self.tasks)
+        return () if all(share is None for share in shares) else shares
 
 
 def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -199,14 +214,15 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"run file {path} is not valid TOML: {error}.") from error
     for override in overrides:
-        _apply_override(table, override)
+        apply_override(table, override)
     _apply_size(table, f"{path}:")
     config = parse_settings(RunConfig, table, f"{path}:")
     _check(config, f"{path}:")
     return config
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set a value of a run file's tables by 'section.key=value'; raises ConfigError for what is not of that form."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
@@ -263,7 +279,38 @@ def _check(config: RunConfig, where: str) -> None:
     if not 0 <= config.train.average < 1:
         raise ConfigError(f"{where} train.average is {config.train.average}; it must be at least 0 and below 1.")
     check_balance(config.balance, where)
+    check_finetune(config.finetune, where)
+    _check_start(config, where)
+    _check_shares(config, where)
     _check_ranges(config, where)
+
+
+def _check_start(config: RunConfig, where: str) -> None:
+    """Raise ConfigError for what only runs can have that start from another model."""
+    if config.run.start_from:
+        return
+    if config.finetune.method != FULL:
+        raise ConfigError(
+            f"{where} finetune.method = '{config.finetune.method}' needs a model to start from; set run.start_from."
+        )
+    for task in config.tasks:
+        if task.init_head:
+            raise ConfigError(
+                f"{where} task '{task.name}' has init_head = '{task.init_head}', but there is no model with heads; set "
+                "run.start_from."
+            )
+
+
+def _check_shares(config: RunConfig, where: str) -> None:
+    shares = [task.share for task in config.tasks if task.share is not None]
+    for task in config.tasks:
+        if task.share is not None and not 0 < task.share <= 1:
+            raise ConfigError(f"{where} share of task '{task.name}' is {task.share}; it must be above 0 and at most 1.")
+    total, all_have = sum(shares), len(shares) == len(config.tasks)
+    if all_have and abs(total - 1) > 1e-6:
+        raise ConfigError(f"{where} the shares of the tasks add up to {total:g}, not to 1; leave one of them out.")
+    if shares and not all_have and total >= 1:
+        raise ConfigError(f"{where} the shares of some tasks add up to {total:g} and leave nothing for the others.")
 
 
 def _check_ranges(config: RunConfig, where: str) -> None:

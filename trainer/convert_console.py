@@ -83,9 +83,14 @@ class _Watch:
             self.bar.update(self.row, completed=place.fraction, rate=", ".join(words))
 
 
-def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> None:
+def shown_splits(manifest: Manifest) -> str:
+    """Return how many structures shards have, and in which splits."""
     counts = ", ".join(f"{split} {manifest.structures(split):,}" for split in manifest.splits)
-    click.echo(f"{out}: {manifest.structures():,} structures ({counts})")
+    return f"{manifest.structures():,} structures ({counts})"
+
+
+def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> None:
+    click.echo(f"{out}: {shown_splits(manifest)}")
     if manifest.duplicate_count:
         what = "left out" if settings.duplicates == "drop" else "kept, in the split of the first"
         click.echo(f"duplicates: {manifest.duplicate_count:,} frames repeat an earlier geometry ({what})")

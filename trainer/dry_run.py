@@ -22,7 +22,7 @@ from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.progress_line import wide_console
 from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, state_bytes, step_bytes
 from hydrazero.trainer.step_guard import NonFiniteLossError
-from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of
+from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of, with_heads
 from hydrazero.trainer.trial import TrialLog, trial_trainer
 from hydrazero.trainer.validation import next_on_any_rank
 
@@ -37,6 +37,7 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
     """
     manifests = [read_manifest(task.shards) for task in config.tasks]
     at_hand = memory_of_ranks()
+    checked, heads = with_heads(config, checked, resume)
     engine = engine_of(config, checked)
     if resume:
         check_same_model(Path(config.run.out), engine.module.model.facts())
@@ -47,7 +48,7 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
     found = Findings(
         config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, tried=tried
     )
-    said = [*checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.said]
+    said = [*heads, *checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.said]
     if distributed.rank() == 0:
         console = wide_console(stderr=False)
         console.print(tasks_table(found))

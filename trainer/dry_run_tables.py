@@ -63,7 +63,7 @@ def tasks_table(found: Findings) -> Table:
         texts = heading in ("task", "trained on")
         table.add_column(heading, justify="left" if texts else "right", no_wrap=heading != "trained on")
     counts = [manifest.structures("train") for manifest in found.manifests]
-    repeats = mixture_repeats(counts, found.config.data.temperature)
+    repeats = mixture_repeats(counts, found.config.data.temperature, found.config.shares)
     drawn = [count * repeat for count, repeat in zip(counts, repeats, strict=True)]
     for number, (task, manifest) in enumerate(zip(found.config.tasks, found.manifests, strict=True)):
         table.add_row(

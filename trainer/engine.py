@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,13 @@ from hydrazero.trainer.parameter_groups import parameter_groups
 from hydrazero.trainer.precision import for_deepspeed, precision_of, use_tf32
 from hydrazero.trainer.schedules import Schedule, own_shape
 from hydrazero.trainer.step_guard import StepGuard
-from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.trainer.trained_model import PREFIX, TrainedModel
 from hydrazero.trainer.zero_float64 import finish_float64_zero, float64_zero
 
+DEFAULT_RATE = 1e-3
+"""Of DeepSpeed's optimizers."""
+ONE_RATE = ("WarmupLR", "WarmupDecayLR", "LRRangeTest", "OneCycle")
+"""Schedules that set the same learning rate for every group of parameters."""
 WARMUP_SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
@@ -44,8 +48,10 @@ class StepResult:
     """Whether a rank wants to stop."""
 
 
-def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
+def make_engine(model: TrainedModel, config: dict[str, Any], factors: Mapping[str, float] | None = None) -> Any:
     """Wrap a model in a DeepSpeed engine, in the precision of `config`, the content of a DeepSpeed JSON.
+
+    `factors` are learning rates over the configured one, by the names of the model's parameters; 1 for others.
 
     Raises ConfigError if DeepSpeed cannot use it.
     """
@@ -61,11 +67,12 @@ def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
     model.model.autocast = precision.encoder
     use_tf32(precision)
     wide = precision.weights == torch.float64
+    rates = _rates(config, factors or {})
     try:
         with float64_zero() if wide else contextlib.nullcontext():
             engine, _, _, _ = deepspeed.initialize(
                 model=model,
-                model_parameters=parameter_groups(model),
+                model_parameters=parameter_groups(model, rates),
                 config=config,
                 lr_scheduler=None if shape is None else lambda optimizer: Schedule(optimizer, shape),
             )
@@ -82,6 +89,20 @@ def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
         scaler.raise_error_at_min_scale = False  # the step is skipped, and counted by the guard
     _start_schedule(engine)
     return engine
+
+
+def _rates(config: dict[str, Any], factors: Mapping[str, float]) -> dict[str, float]:
+    """Return the learning rates that are not the configured one; raises ConfigError if the schedule has one for all."""
+    if all(factor == 1.0 for factor in factors.values()):
+        return {}
+    schedule = config.get("scheduler", {}).get("type", "WarmupCosineLR")
+    if schedule in ONE_RATE:
+        raise ConfigError(
+            f"finetune.method = 'layerwise' needs a schedule that keeps the rates of layers apart, and {schedule} sets "
+            "one for all; choose WarmupCosineLR, WarmupStableDecayLR or WarmupPlateauLR under [deepspeed.scheduler]."
+        )
+    rate = config["optimizer"].get("params", {}).get("lr", DEFAULT_RATE)
+    return {PREFIX + name: factor * rate for name, factor in factors.items() if factor != 1.0}
 
 
 def _start_schedule(engine: Any) -> None:

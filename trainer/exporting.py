@@ -12,6 +12,7 @@ from hydrazero.models.model_card import Origin, weights_fingerprint
 from hydrazero.models.model_file import save_model, with_tasks
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint_files import checkpoint_named, step_of
+from hydrazero.trainer.finetune.old_heads import with_old_heads
 from hydrazero.trainer.run_files import EVALUATION_NAME, read_json
 from hydrazero.trainer.run_record import read_record
 from hydrazero.trainer.trained_weights import model_of_run
@@ -19,8 +20,17 @@ from hydrazero.trainer.trained_weights import model_of_run
 ROUNDED = "bfloat16 rounds the weights that the run's evaluation is of; 'hydrazero evaluate MODEL DIR' measures these"
 
 
-def export_run(run_dir: Path, out: Path, tasks: Sequence[str] | None = None, dtype: str = "float32") -> AtomisticModel:
+def export_run(
+    run_dir: Path,
+    out: Path,
+    tasks: Sequence[str] | None = None,
+    dtype: str = "float32",
+    *,
+    old_heads: bool = False,
+) -> AtomisticModel:
     """Write a run's averaged weights of its best checkpoint, with the named tasks' heads; returns the model.
+
+    With `old_heads` it also has those heads of the model that the run started from which it has not trained.
 
     Raises ConfigError if `out` exists or the run has no model, ModelFileError for an unknown task or dtype.
     """
@@ -31,6 +41,7 @@ def export_run(run_dir: Path, out: Path, tasks: Sequence[str] | None = None, dty
     belongs = evaluation.get("weights") == weights_fingerprint(model)
     if belongs:
         _tell_spread(model, evaluation["tasks"])
+    model = with_old_heads(model, run_dir) if old_heads else model
     chosen = model if tasks is None else with_tasks(model, tasks)
     save_model(chosen, out, dtype=dtype, origin=_origin(run_dir, evaluation, belongs, dtype))
     return chosen

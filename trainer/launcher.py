@@ -18,6 +18,7 @@ from typing import BinaryIO
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.distributed import FAILED, MAY_PASS, exit_rank, free_port
 from hydrazero.trainer.run_files import RUN_NAME
 from hydrazero.trainer.stop_request import SIGNALS
@@ -42,6 +43,33 @@ class Outcome:
     """0 if all went well, 1 for what would happen again and has been said; anything else may pass."""
     reason: str = ""
     """Which rank has ended how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a run is started on this machine."""
+
+    ranks: int
+    words: Sequence[str] = ()
+    """Options that each rank is given."""
+    resume: bool = False
+    retries: int = 0
+
+
+def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
+    """Train a run file on this machine, in this process where one rank is enough; returns a sentence on how it went."""
+    from hydrazero.trainer.checkpoint_files import latest_checkpoint, step_of
+    from hydrazero.trainer.train import check_run, run_rank
+
+    check_run(config, options.resume)
+    run_dir = Path(config.run.out)
+    if options.ranks == 1 and not options.retries:
+        run_rank(config, options.resume)
+    else:
+        train_ranks(run_file, options.ranks, options.words, run_dir, options.retries)
+    step, steps = step_of(latest_checkpoint(run_dir)), config.train.steps
+    state = "trained" if step == steps else f"stopped at step {step} of {steps}"
+    return f"{state}: {run_dir}"
 
 
 def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Path, retries: int = 0) -> None:
@@ -78,7 +106,7 @@ def train_command(run_file: Path) -> list[str]:
 
 
 class Ranks:
-    """Processes of one command on this machine, each told its rank; they print where this process does, or into a file."""
+    """Processes of one command on this machine, each told its rank; what they print may go into a file."""
 
     def __init__(self, command: Sequence[str], ranks: int, output: BinaryIO | None = None) -> None:
         self.command = list(command)

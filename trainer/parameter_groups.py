@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,16 +38,22 @@ def frozen(module: nn.Module) -> str | None:
     return f"frozen: {held:,} of {sum(size for size, _ in sizes):,} parameters." if held else None
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, rates: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """Return the trained parameters for an optimizer: those that decay, then biases and embeddings, which do not.
 
-    Decay pulls towards zero; that is no sensible place for an offset, or for the vector of a rare element.
+    Decay pulls towards zero; that is no sensible place for an offset, or for the vector of a rare element. `rates` are
+    the learning rates of parameters that have not the optimizer's own, by name; groups of the highest come first.
     """
-    decaying: list[nn.Parameter] = []
-    staying: list[nn.Parameter] = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             stays = name.endswith(("bias", *EMBEDDINGS)) or parameter.dim() < 2
-            (staying if stays else decaying).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decaying}, {"params": staying, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((-(rates or {}).get(name, math.inf), stays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            **({"weight_decay": 0.0} if stays else {}),
+            **({} if math.isinf(slowness) else {"lr": -slowness}),
+        }
+        for (slowness, stays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]

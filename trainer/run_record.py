@@ -35,8 +35,9 @@ def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict
 
 def _start(ranks: int) -> dict[str, Any]:
     words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # alone, the rank is the command itself
+    command = [] if words[:1] == ["finetune"] else ["train"]
     return {
-        "command": " ".join(["hydrazero train", *(word for word in words if not word.startswith(OF_LAUNCHERS))]),
+        "command": " ".join(["hydrazero", *command, *(word for word in words if not word.startswith(OF_LAUNCHERS))]),
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_commit(),

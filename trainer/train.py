@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ class CheckedRun:
     """Sentences for the start of the run."""
     start: AtomisticModel | None
     """Model whose weights the run starts with."""
+    rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Of each task, heads of the start whose mean its own begins as."""
 
 
 def check_run(config: RunConfig, resume: bool) -> CheckedRun:
@@ -53,10 +55,36 @@ def check_run(config: RunConfig, resume: bool) -> CheckedRun:
         )
     # A run that was resumed before it had a checkpoint starts as it did at first.
     if config.run.start_from and not checkpoints(run_dir):
-        from hydrazero.trainer.start_weights import model_to_start_from
+        from hydrazero.trainer.finetune.head_starts import check_heads
+        from hydrazero.trainer.start_weights import model_to_start_from, rows_of_same_name
 
-        return replace(checked, start=model_to_start_from(config.run.start_from, config.model.settings().encoder))
+        start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
+        check_heads(config, start)
+        return replace(checked, start=start, rows=rows_of_same_name([task.name for task in config.tasks], start))
     return checked
+
+
+def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[CheckedRun, list[str]]:
+    """Let tasks take over what their heads begin as, the same on every rank; returns sentences on it too.
+
+    A run that is resumed has the facts that it was started with. Called on every rank.
+    """
+    from hydrazero.trainer import distributed
+    from hydrazero.trainer.finetune.head_starts import HeadStart, head_starts, resumed_facts
+
+    if not any(task.init_head for task in config.tasks):
+        return checked, []
+    if resume:
+        checked = replace(checked, facts=resumed_facts(config, checked.facts))
+    if (start := checked.start) is None:
+        return checked, []
+    mine: list[HeadStart] = distributed.together(
+        lambda: head_starts(config, start, checked.facts) if distributed.rank() == 0 else []
+    )
+    starts: list[HeadStart] = distributed.gather_objects(mine)[0]
+    facts = checked.facts if resume else [each.facts for each in starts]
+    rows = {index: each.rows for index, each in enumerate(starts)}
+    return replace(checked, facts=facts, rows=rows), [sentence for each in starts for sentence in each.said]
 
 
 def check_settings(config: RunConfig) -> CheckedRun:
@@ -140,19 +168,20 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     from hydrazero.trainer.balancing import RunBalance
     from hydrazero.trainer.checkpoint import load_checkpoint, resumed_from
     from hydrazero.trainer.console import RunLog
+    from hydrazero.trainer.finetune.head_starts import started_from
     from hydrazero.trainer.loop import RunParts, Trainer
     from hydrazero.trainer.parameter_groups import frozen
-    from hydrazero.trainer.start_weights import started_from
     from hydrazero.trainer.step_guard import StepGuard
     from hydrazero.trainer.stop_request import StopRequest
     from hydrazero.trainer.weight_average import WeightAverage
 
+    checked, heads = with_heads(config, checked, resume)
     engine = engine_of(config, checked)
     trained: TrainedModel = engine.module
     described, run_dir = trained.model.facts(), Path(config.run.out)
     average = WeightAverage(engine, config.train.average) if config.train.average else None
     state: dict[str, Any] = {"step": 0, "stream": None}
-    said = [] if checked.start is None else [started_from(config, checked.start)]
+    said = [] if checked.start is None else [*started_from(config, checked.start, checked.rows), *heads]
     said += [sentence] if (sentence := frozen(trained)) is not None else []
     if resume:
         check_same_model(run_dir, described)
@@ -201,6 +230,7 @@ def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.trainer.distributed import device
     from hydrazero.trainer.engine import make_engine
+    from hydrazero.trainer.finetune.methods import prepare, rate_factors
     from hydrazero.trainer.losses import make_objective
     from hydrazero.trainer.parameter_groups import freeze
     from hydrazero.trainer.precision import precision_of
@@ -211,10 +241,12 @@ def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
     weights = precision_of(checked.ds_config).weights
     model = AtomisticModel(config.model.settings(), checked.facts).to(device(), weights)
     if checked.start is not None:
-        start_from(model, checked.start)
+        start_from(model, checked.start, checked.rows)
     freeze(model, config.train.freeze)
+    prepare(model, config.finetune)
     objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
-    return make_engine(TrainedModel(model, objective), checked.ds_config)
+    factors = rate_factors([name for name, _ in model.named_parameters()], config.finetune)
+    return make_engine(TrainedModel(model, objective), checked.ds_config, factors)
 
 
 def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -246,6 +278,7 @@ def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
         shape=config.batch,
         seed=config.run.seed,
         temperature=config.data.temperature,
+        shares=config.shares,
         workers=config.data.workers,
         on_bad_shard=config.data.on_bad_shard,
         targets=tuple(

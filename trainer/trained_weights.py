@@ -17,6 +17,7 @@ from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint_files import checkpoint_named, checkpoints, damage, step_of
 from hydrazero.trainer.distributed import quiet_deepspeed
+from hydrazero.trainer.finetune.low_rank import merged
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
 from hydrazero.trainer.trained_model import PREFIX
 from hydrazero.trainer.weight_average import AVERAGE_NAME
@@ -39,6 +40,7 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
     weights = last_weights(folder)
     if averaged and (folder / AVERAGE_NAME).is_file():
         weights.update(load_file(str(folder / AVERAGE_NAME)))
+    weights = merged(weights)
     model = model.to(reduce(torch.promote_types, (value.dtype for value in weights.values()), torch.float32))
     model.load_state_dict(weights, strict=True)
     return model.eval()

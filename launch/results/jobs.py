@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import statistics
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydrazero.trainer.run_files import read_json, read_metrics
+from hydrazero.trainer.run_files import read_json, read_metrics, write_json
 
 HERE = Path(__file__).parent
 ROOT = Path("runs/results")
@@ -157,3 +158,12 @@ def result(job: Job, shards: list[Path]) -> dict[str, Any]:
         "tasks": read_json(out / "evaluation.json")["tasks"],
         "model": read_json(out / "run.json")["model"],
     }
+
+
+def make(kind: str, job: Job, data: Path) -> None:
+    """Make a job's plan or result, unless it is there."""
+    if not job.path(kind).exists():
+        found = {"plan": plan, "result": result}[kind](job, job.shards(data))
+        write_json(job.path(kind), found)
+        sys.stdout.write(f"{job.label}: {json.dumps(found)}\n")
+        sys.stdout.flush()

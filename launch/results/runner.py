@@ -8,14 +8,13 @@ NAME.toml beside this file lists datasets and runs, NAME.run.toml is the run fil
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tomllib
 from pathlib import Path
 
-from hydrazero.launch.results.jobs import HERE, Job, all_jobs, plan, result
+from hydrazero.launch.results.finetuning import run_finetunings
+from hydrazero.launch.results.jobs import HERE, all_jobs, make
 from hydrazero.launch.results.tables import write_table
-from hydrazero.trainer.run_files import write_json
 
 
 def main() -> None:
@@ -26,6 +25,9 @@ def main() -> None:
     parser.add_argument("--only", help="one run, by the name of its files: RUN, or DATASET-RUN")
     options = parser.parse_args()
     spec = tomllib.loads((HERE / f"{options.name}.toml").read_text(encoding="utf-8"))
+    if "sizes" in spec:
+        sys.stdout.write(f"{run_finetunings(spec, options.name, options.data)}\n")
+        return
     everything = all_jobs(spec, options.name)
     jobs = [job for job in everything if options.only in (None, job.label)]
     if not jobs:
@@ -39,15 +41,6 @@ def main() -> None:
         make("result", job, options.data)
         write_table(spec, options.name, everything)
     sys.stdout.write(f"{write_table(spec, options.name, everything)}\n")
-
-
-def make(kind: str, job: Job, data: Path) -> None:
-    """Make a job's plan or result, unless it is there."""
-    if not job.path(kind).exists():
-        found = {"plan": plan, "result": result}[kind](job, job.shards(data))
-        write_json(job.path(kind), found)
-        sys.stdout.write(f"{job.label}: {json.dumps(found)}\n")
-        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def seconds_per_atom(folders: tuple[str, ...]) -> float:
     """Of batches of the size that is proposed for these tasks; with the kernels, not compiled: seventeen shapes."""
     plain = StreamSettings(folders=folders, cutoff=CUTOFF, shape=BatchShape(structures=1, atoms=1, slots=8), workers=0)
     reader = SplitReader(plain, "train")
-    shape = propose(demand_of(reader, 1.0), reader, STRUCTURES)
+    shape = propose(demand_of(reader), reader, STRUCTURES)
     settings = StreamSettings(folders=folders, cutoff=CUTOFF, shape=shape, workers=0)
     model = model_of(len(folders))
     use_kernels(model)

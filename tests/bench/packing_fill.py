@@ -47,7 +47,7 @@ def main() -> None:
         folders=folders, cutoff=CUTOFF, shape=BatchShape(structures=1, atoms=1, slots=8), workers=0
     )
     reader = SplitReader(settings, "train")
-    demand = demand_of(reader, 1.0)
+    demand = demand_of(reader)
     shape = propose(demand, reader, STRUCTURES)
     atoms, slots, spread = real_fill(folders, shape)
     hand_over(

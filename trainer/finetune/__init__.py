@@ -1,0 +1,1 @@
+"""Fine-tuning: runs that start from another model, with new heads that begin as old ones."""

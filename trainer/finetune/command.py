@@ -1,0 +1,153 @@
+"""What `hydrazero finetune` does: heads compared, a run file written and trained, errors before and after."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.manifest import read_manifest
+from hydrazero.trainer.config import RunConfig, TaskSection, apply_override, load_run_config
+from hydrazero.trainer.finetune.head_errors import HeadErrors
+from hydrazero.trainer.finetune.head_starts import check_units, compare_heads, rows_of
+from hydrazero.trainer.finetune.outcome import measure_outcome, print_heads, print_outcome
+from hydrazero.trainer.finetune.plan import Plan, Wanted, plan_finetuning, toml_text
+from hydrazero.trainer.finetune.settings import HEADS, MEAN, METHODS, NEAREST, NEW
+from hydrazero.trainer.launcher import TrainOptions, train_here
+from hydrazero.trainer.run_tasks import task_facts
+from hydrazero.trainer.start_weights import read_start
+from hydrazero.trainer.train import check_run
+
+RUN_FILE = "run.toml"
+"""In the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command's arguments."""
+
+    model: Path
+    folder: Path
+    """Shards of the new task."""
+    out: Path
+    method: str
+    init_head: str
+    replay: float | None
+    old: tuple[Path, ...]
+    """Shards of old tasks."""
+    steps: int | None
+    rate: float | None
+    ranks: int
+    overrides: tuple[str, ...]
+
+
+def finetune(request: Request, say: Callable[[str], None]) -> None:
+    """Fine-tune as asked; raises HydrazeroError for what cannot be used."""
+    start = read_start(str(request.model))
+    _check(request, start)
+    head = _head(request, start)
+    rows = rows_of(head.name, start) if head is not None else ()
+    plan = plan_finetuning(_wanted(request, NEW if head is None else head.name), start)
+    run_file, config = _write_run_file(request, plan, head)
+    for sentence in plan.said:
+        say(sentence)
+    say(train_here(run_file, config, TrainOptions(ranks=request.ranks)))
+    print_outcome(measure_outcome(request.out, start, rows, request.folder, request.old), say)
+    out = shlex.quote(str(request.out))
+    say(f"run file: {run_file}; hydrazero train {out}/{RUN_FILE} --resume goes on")
+    say(f"to use it: hydrazero export {out} --out {out}/model.safetensors")
+
+
+def _wanted(request: Request, head: str) -> Wanted:
+    return Wanted(
+        model=request.model,
+        shards=request.folder,
+        out=request.out,
+        method=request.method,
+        init_head=head,
+        replay=request.replay or 0.0,
+        replayed=request.old if request.replay else (),
+        ranks=request.ranks,
+        steps=request.steps,
+        rate=request.rate,
+    )
+
+
+def _check(request: Request, start: AtomisticModel) -> None:
+    """Raise ConfigError for arguments that cannot be used, or do not go together."""
+    names, manifest = [task.name for task in start.tasks], read_manifest(request.folder)
+    if not manifest.structures("train"):
+        raise ConfigError(f"{request.folder} holds no training structures; convert some with a share for training.")
+    if request.method not in METHODS:
+        raise ConfigError(f"--method '{request.method}' is not known{did_you_mean(request.method, list(METHODS))}.")
+    if request.init_head not in (*names, NEAREST, MEAN, NEW):
+        raise ConfigError(
+            f"--init-head: {request.model} has no head '{request.init_head}'{did_you_mean(request.init_head, names)}."
+        )
+    old = [read_manifest(folder).task for folder in request.old]
+    for name, folder in zip(old, request.old, strict=True):
+        if name not in names:
+            raise ConfigError(
+                f"--replay-data {folder} is of task '{name}', and {request.model} has no such "
+                f"head{did_you_mean(name, names)}."
+            )
+        if old.count(name) > 1 or name == manifest.task:
+            raise ConfigError(f"--replay-data {folder}: task '{name}' is named twice; give each task once.")
+    if request.replay is None:
+        return
+    if not 0 < request.replay < 1:
+        raise ConfigError(f"--replay is {request.replay}; it must be above 0 and below 1.")
+    if not request.old:
+        raise ConfigError(
+            "--replay needs structures of old tasks; name their shards with --replay-data DIR, once for each task."
+        )
+    if request.method == HEADS:
+        raise ConfigError("--replay is of no use with --method heads, which changes no old task; leave it out.")
+
+
+def _head(request: Request, start: AtomisticModel) -> HeadErrors | None:
+    """Return the head that the new one begins as, and its errors on the new structures; None for first weights.
+
+    Where it is the nearest one, all of them are printed.
+    """
+    manifest = read_manifest(request.folder)
+    task = TaskSection(name=manifest.task, shards=str(request.folder), init_head=request.init_head)
+    facts = task_facts(task, manifest)
+    if request.init_head == NEW:
+        return None
+    if request.init_head != NEAREST:
+        return compare_heads(start, task, facts, [rows_of(request.init_head, start)])[0]
+    heads = compare_heads(start, task, facts, [(row,) for row in range(len(start.tasks))])
+    print_heads(heads)
+    return heads[0]
+
+
+def _write_run_file(request: Request, plan: Plan, head: HeadErrors | None) -> tuple[Path, RunConfig]:
+    """Write RUN/run.toml once everything in it has been checked; raises ConfigError where it cannot be."""
+    for override in request.overrides:
+        apply_override(plan.table, override)
+    comment = [
+        f"Fine-tuning of {request.model} on {request.folder}, worked out by hydrazero finetune.",
+        "Train it with: hydrazero train RUN/run.toml (--resume to go on).",
+    ]
+    part = request.out.with_name(f".{request.out.name}.{os.getpid()}.toml")
+    path = request.out / RUN_FILE
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(toml_text(plan.table, comment), encoding="utf-8")
+        config = load_run_config(part)
+        check_run(config, resume=False)
+        if head is not None:
+            check_units(config, config.tasks[0], head)
+        request.out.mkdir()
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{request.out} cannot be written ({error.strerror}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path, config
+

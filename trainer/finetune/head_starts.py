@@ -1,0 +1,227 @@
+"""What the heads of a run begin as: the heads of the model that it starts from, with reference energies fitted anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.task_facts import CONSERVATIVE, NONE, TargetFacts, TaskFacts, task_facts_from
+from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.trainer.config import RunConfig, TaskSection
+from hydrazero.trainer.finetune.head_errors import (
+    COMPARED,
+    FITTED,
+    HeadErrors,
+    compositions_of,
+    head_errors,
+    head_model,
+    interactions,
+    refitted,
+    spread_samples,
+)
+from hydrazero.trainer.finetune.settings import HEADS, MEAN, NEAREST, NEW, OWN
+from hydrazero.trainer.finetune.unit_check import suspicion
+from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadStart:
+    """What the head of a task begins as."""
+
+    rows: tuple[int, ...]
+    """Heads of the start whose mean it is; none for first weights."""
+    facts: TaskFacts
+    """Of the task, with what it takes over from them."""
+    said: tuple[str, ...] = ()
+    """Sentences for the log."""
+
+
+def check_heads(config: RunConfig, start: AtomisticModel) -> None:
+    """Raise ConfigError for a head that the start does not have, or that would not fit the run's model."""
+    names = [task.name for task in start.tasks]
+    for task in config.tasks:
+        if not task.init_head:
+            continue
+        wanted = task.name if task.init_head == OWN else task.init_head
+        if wanted not in (*names, NEAREST, MEAN, NEW):
+            raise ConfigError(
+                f"task '{task.name}': init_head = '{task.init_head}', but {config.run.start_from} has no head "
+                f"'{wanted}'{did_you_mean(wanted, names)}."
+            )
+        for key in ("head_features", "ensemble", "repulsion", "task_embedding"):
+            there, here = getattr(start.settings, key), getattr(config.model, key)
+            if there != here:
+                raise ConfigError(
+                    f"task '{task.name}': the heads of {config.run.start_from} have model.{key} = {there!r}, the run "
+                    f"file {here!r}; set the same."
+                )
+
+
+def rows_of(init_head: str, start: AtomisticModel) -> tuple[int, ...]:
+    """Return the heads of a model whose mean is the one called 'mean', or by its name."""
+    names = [task.name for task in start.tasks]
+    return tuple(range(len(names))) if init_head == MEAN and MEAN not in names else (names.index(init_head),)
+
+
+def compare_heads(
+    start: AtomisticModel, task: TaskSection, facts: TaskFacts, heads: Sequence[tuple[int, ...]]
+) -> list[HeadErrors]:
+    """Return the errors of heads, or of means of some, on a sample of a task's training structures, nearest first."""
+    samples = spread_samples(task.shards, start.settings.encoder.cutoff, COMPARED)
+    found = []
+    for rows in heads:
+        bare = taken_over(task, facts, [start.tasks[row] for row in rows], {})
+        found.append(head_errors(start, bare, rows, samples))
+    return sorted(found, key=lambda errors: errors.order)
+
+
+def head_starts(config: RunConfig, start: AtomisticModel, facts: Sequence[TaskFacts]) -> list[HeadStart]:
+    """Return what each task's head begins as, given the facts that the shards tell of it.
+
+    Takes predictions of its training structures. Raises ConfigError for labels that seem to be in another unit, unless
+    `finetune.check_units` is off, ShardError for damaged shards.
+    """
+    return [_head_start(config, start, task, own) for task, own in zip(config.tasks, facts, strict=True)]
+
+
+def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own: TaskFacts) -> HeadStart:
+    names = [each.name for each in start.tasks]
+    same = (names.index(task.name),) if task.name in names else ()
+    if not task.init_head:
+        return HeadStart(rows=same, facts=own)
+    said = unseen_warning(config, start, own)
+    if task.init_head == NEW:
+        return HeadStart(rows=(), facts=own, said=tuple(said))
+    if task.init_head == OWN:
+        # Whatever the structures at hand hold of it: a part of its data must not make it forget elements.
+        return HeadStart(rows=same, facts=start.tasks[names.index(task.name)])
+    is_nearest = task.init_head == NEAREST and NEAREST not in names
+    heads = [(row,) for row in range(len(names))] if is_nearest else [rows_of(task.init_head, start)]
+    nearest = compare_heads(start, task, own, heads)[0]
+    rows = (names.index(nearest.name),) if is_nearest else heads[0]
+    if is_nearest:
+        said.append(f"task '{task.name}': the nearest head is '{nearest.name}' ({shown_errors(nearest)}).")
+    check_units(config, task, nearest)
+    return HeadStart(rows=rows, facts=refit(start, task, own, rows), said=tuple(said))
+
+
+def check_units(config: RunConfig, task: TaskSection, errors: HeadErrors) -> None:
+    """Raise ConfigError if labels seem to be in another unit than what a head predicts, unless that is not wanted."""
+    odd = suspicion(errors.forces, errors.energies)
+    if odd is not None and config.finetune.check_units:
+        raise ConfigError(
+            f"task '{task.name}' {odd} (head '{errors.name}'); convert again with the right [units], or set "
+            "finetune.check_units = false if they are right."
+        )
+
+
+def refit(start: AtomisticModel, task: TaskSection, own: TaskFacts, rows: Sequence[int]) -> TaskFacts:
+    """Return the facts of a task that begins as the heads at `rows`, reference energies fitted to its structures."""
+    old = [start.tasks[row] for row in rows]
+    bare = taken_over(task, own, old, {})
+    before = old[0].reference_energies if len(old) == 1 else {}
+    # An element that no structure of the fit holds keeps the energy that the head has for it, or the shards.
+    references = {symbol: before.get(symbol, energy) for symbol, energy in own.reference_energies.items()}
+    if own.has_energy:
+        samples = spread_samples(task.shards, start.settings.encoder.cutoff, FITTED)
+        samples = [sample for sample in samples if sample.structure.energy is not None]
+        left = [sample.structure.energy or 0.0 for sample in samples] - interactions(
+            head_model(start, bare, rows), samples
+        )
+        references |= refitted(compositions_of(samples), left, before)
+    return replace(bare, reference_energies=references)
+
+
+def resumed_facts(config: RunConfig, facts: Sequence[TaskFacts]) -> list[TaskFacts]:
+    """Return facts with what tasks have taken over from their heads when the run was started."""
+    stored = {
+        table["name"]: task_facts_from(table) for table in read_json(Path(config.run.out) / MODEL_FACTS_NAME)["tasks"]
+    }
+    resumed = []
+    for task, own in zip(config.tasks, facts, strict=True):
+        old = stored.get(task.name)
+        if old is None or task.init_head in ("", NEW):
+            resumed.append(own)
+        else:
+            resumed.append(old if task.init_head == OWN else taken_over(task, own, [old], old.reference_energies))
+    return resumed
+
+
+def taken_over(
+    task: TaskSection, own: TaskFacts, heads: Sequence[TaskFacts], references: dict[str, float]
+) -> TaskFacts:
+    """Return the facts of a task whose head is the mean of others: their unit, their way to forces, and the like.
+
+    Told of charge and spin is what the heads were told of; what the run file sets for the task itself stays.
+    """
+    forces, stress = _one([(head.forces, head.stress) for head in heads], (own.forces, own.stress))
+    cannot = forces == NONE or (CONSERVATIVE in (forces, stress) and not own.has_energy)
+    if task.forces is not None or task.stress is not None or cannot:
+        forces, stress = own.forces, own.stress
+    told = own.charge_spin or any(head.charge_spin for head in heads)
+    return replace(
+        own,
+        reference_energies=references,
+        scale=sum(head.scale for head in heads) / len(heads),
+        forces=forces,
+        stress=stress,
+        charge_spin=told if task.charge_spin is None else task.charge_spin,
+        targets={name: _target(facts, name, heads) for name, facts in own.targets.items()},
+    )
+
+
+def _one(values: Sequence[T], otherwise: T) -> T:
+    """Return what all values are, or something else where they differ."""
+    return values[0] if all(value == values[0] for value in values) else otherwise
+
+
+def _target(own: TargetFacts, name: str, heads: Sequence[TaskFacts]) -> TargetFacts:
+    """Return a target's facts with mean and scale of the heads' own, where that is the same quantity in all of them."""
+    theirs = [head.targets[name] for head in heads if name in head.targets]
+    return _one(theirs, own) if theirs and theirs[0].form == own.form else own
+
+
+def started_from(config: RunConfig, start: AtomisticModel, rows: Mapping[int, Sequence[int]]) -> list[str]:
+    """Return sentences for the log on what a run starts with."""
+    names = [task.name for task in start.tasks]
+    parts = []
+    for index, task in enumerate(config.tasks):
+        heads = [names[row] for row in rows.get(index, ())]
+        if heads:
+            shown = "the mean of all heads" if task.init_head == MEAN else f"head '{heads[0]}'"
+            changed = "" if task.init_head in ("", OWN) else ", reference energies refitted"
+            parts.append(f"task '{task.name}' as {shown}{changed}")
+    return [f"started from {config.run.start_from}: {'; '.join(parts) or 'no head of it'}."]
+
+
+def unseen_elements(start: AtomisticModel, facts: TaskFacts) -> list[str]:
+    """Return the elements of a task that no structure of the start's training has held."""
+    seen = {symbol for task in start.tasks for symbol in task.elements}
+    return sorted(set(facts.elements) - seen)
+
+
+def unseen_warning(config: RunConfig, start: AtomisticModel, facts: TaskFacts) -> list[str]:
+    """Say that elements of a task begin without anything that was learnt of them, if there are some."""
+    unseen = unseen_elements(start, facts)
+    if not unseen:
+        return []
+    never = "" if config.finetune.method != HEADS else ", which finetune.method = 'heads' does not: choose another one"
+    return [
+        f"warning: {config.run.start_from} was not trained on {', '.join(unseen)}, which task '{facts.name}' holds: "
+        f"what the encoder knows of it begins as random numbers and must be learnt from these structures{never}."
+    ]
+
+
+def shown_errors(errors: HeadErrors) -> str:
+    """Return a head's errors for a sentence."""
+    parts = []
+    if errors.force_mae is not None:
+        parts.append(f"forces {1000 * errors.force_mae:.1f} meV/Å")
+    if errors.energy_mae is not None:
+        parts.append(f"energies, references refitted, {1000 * errors.energy_mae:.2f} meV/atom")
+    return "mean absolute errors: " + ", ".join(parts) if parts else "no labels to compare"

@@ -1,0 +1,52 @@
+"""Which weights each way of fine-tuning trains, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.model_file import STACKED
+from hydrazero.trainer.finetune.low_rank import add_low_rank_changes
+from hydrazero.trainer.finetune.settings import HEADS, LAYERWISE, LORA, FinetuneSection
+
+EMBEDDING = "embedding."
+ENCODER = "encoder."
+
+
+def prepare(model: AtomisticModel, settings: FinetuneSection) -> None:
+    """Let a model that has its first weights train what the method does.
+
+    With low-rank changes the embedding is trained too: only the rows of elements that structures hold ever move.
+    """
+    if settings.method == HEADS:
+        for name, parameter in model.named_parameters():
+            if name.startswith((ENCODER, EMBEDDING)):
+                parameter.requires_grad_(False)
+    if settings.method == LORA:
+        add_low_rank_changes(model.encoder, settings.rank)
+
+
+def rate_factors(names: Iterable[str], settings: FinetuneSection) -> dict[str, float]:
+    """Return the learning rate of each parameter of a model over the full one, which heads have.
+
+    As discriminative fine-tuning (Howard, Ruder 2018, arXiv 1801.06146, sec. 3.2): each layer of the encoder has
+    `layer_decay` times the rate of the next, the embedding that of a layer before the first.
+    """
+    names = list(names)
+    if settings.method != LAYERWISE:
+        return dict.fromkeys(names, 1.0)
+    layers = 1 + max((_layer(name) for name in names if name.startswith(ENCODER)), default=0)
+    factors = {}
+    for name in names:
+        away = 0
+        if name.startswith(ENCODER):
+            away = layers - _layer(name)
+        elif name.startswith(EMBEDDING) and not name.startswith(STACKED):
+            away = layers + 1
+        factors[name] = settings.layer_decay**away
+    return factors
+
+
+def _layer(name: str) -> int:
+    """Number of the layer that a parameter of an encoder belongs to: what is in no list comes before the first."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)

@@ -1,0 +1,127 @@
+"""What a fine-tuning has brought: errors of the new task, and of old ones, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.potential import Potential
+from hydrazero.models.task_facts import task_facts_from
+from hydrazero.shards.manifest import read_manifest
+from hydrazero.trainer.console import shown
+from hydrazero.trainer.evaluate import evaluate, evaluate_task, results_in
+from hydrazero.trainer.finetune.head_errors import HeadErrors, head_model
+from hydrazero.trainer.finetune.old_heads import with_old_heads
+from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json, write_json
+from hydrazero.trainer.trained_weights import model_of_run
+
+OUTCOME_NAME = "finetune.json"
+"""In the run's folder: the errors before and after."""
+COLUMNS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
+
+
+def split_to_judge_by(folder: Path) -> str | None:
+    """Return 'test' if shards have structures in it, or else 'val', or None."""
+    manifest = read_manifest(folder)
+    return next((split for split in ("test", "val") if manifest.structures(split)), None)
+
+
+def measure_outcome(
+    run_dir: Path, start: AtomisticModel, rows: Sequence[int], new: Path, old: Sequence[Path]
+) -> dict[str, Any]:
+    """Measure errors of the new task's head as it was and as it is, and of old tasks; write RUN/finetune.json.
+
+    `rows` are the heads of the start that the new one began as; `old` are shards of tasks that the start knows. Test
+    splits are taken, validation splits where there is none. The new task's errors are written as an evaluation too.
+    """
+    task = read_manifest(new).task
+    (facts,) = (table for table in read_json(run_dir / MODEL_FACTS_NAME)["tasks"] if table["name"] == task)
+    before, after = head_model(start, task_facts_from(facts), rows), model_of_run(run_dir)
+    split = split_to_judge_by(new)
+    document: dict[str, Any] = {"task": task, "split": split, "begun_as": [start.tasks[row].name for row in rows]}
+    if split is not None:
+        document["before"] = _errors(before, new, split) if rows else None
+        document["after"] = evaluate(Potential(after), [new], split, results_in(run_dir))["tasks"][task]
+    joined = with_old_heads(after, run_dir) if old else after
+    document["old"] = {}
+    for folder in old:
+        old_split, name = split_to_judge_by(folder), read_manifest(folder).task
+        if old_split is not None:
+            errors = {"before": _errors(start, folder, old_split), "after": _errors(joined, folder, old_split)}
+            document["old"][name] = {"split": old_split, **errors}
+        else:
+            document["old"][name] = None
+    write_json(run_dir / OUTCOME_NAME, document)
+    return document
+
+
+def _errors(model: AtomisticModel, folder: Path, split: str) -> dict[str, Any]:
+    potential = Potential(model)
+    index = potential.task_index(read_manifest(folder).task)
+    return evaluate_task(potential, folder, index, split, None).summary()
+
+
+def print_heads(heads: Sequence[HeadErrors]) -> None:
+    """Print the errors of all heads on the new training structures, the nearest first."""
+    title = "heads on the new training structures"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("head", no_wrap=True)
+    table.add_column("fidelity", no_wrap=True)
+    for heading in ("E MAE, refitted\nmeV/atom", "F MAE\nmeV/Å"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("not trained on")
+    for head in heads:
+        energy, force = (None if error is None else 1000 * error for error in (head.energy_mae, head.force_mae))
+        table.add_row(head.name, head.fidelity, shown(energy, 2), shown(force), ", ".join(head.lacks))
+    Console().print(table)
+
+
+def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Print errors before and after as tables."""
+    if document["split"] is None:
+        say("the new task has neither test nor validation structures: nothing can say what it has brought.")
+    else:
+        begun = "nothing" if not document["begun_as"] else " and ".join(document["begun_as"][:1])
+        begun = "mean of all heads" if len(document["begun_as"]) > 1 else f"{begun}, references refitted"
+        rows = [(begun, document["before"])] if document["before"] else []
+        rows.append(("fine-tuned", document["after"]))
+        table = _table(f"{document['task']}, {document['split']} split", "")
+        trivial = document["after"]
+        cells = (trivial["trivial_energy_mae_mev_per_atom"], trivial["trivial_force_mae_mev_per_angstrom"])
+        table.add_row("references alone", str(trivial["structures"]), shown(cells[0], 2), shown(cells[1]))
+        for name, errors in rows:
+            table.add_row(name, str(errors["structures"]), shown(errors[COLUMNS[0]], 2), shown(errors[COLUMNS[1]]))
+        Console().print(table)
+    if document["old"]:
+        print_forgetting(document["old"])
+
+
+def print_forgetting(old: dict[str, Any]) -> None:
+    """Print errors of old tasks before and after."""
+    table = Table(title="old tasks, before and after", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("task", "split"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("struc-\ntures", "E MAE\nmeV/atom", "\nafter", "F MAE\nmeV/Å", "\nafter"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in old.items():
+        if row is None:
+            table.add_row(name, "no test or val")
+            continue
+        both = row["before"], row["after"]
+        cells = [shown(each[key], digits) for key, digits in zip(COLUMNS, (2, 1), strict=True) for each in both]
+        table.add_row(name, row["split"], str(both[0]["structures"]), *cells)
+    Console().print(table)
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for heading in ("struc-\ntures", "E MAE\nmeV/atom", "F MAE\nmeV/Å"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
