@@ -75,7 +75,7 @@ def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, struc
     shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)
     settings = StreamSettings(folders=folders, cutoff=cutoff, shape=shape, temperature=temperature)
     reader = SplitReader(settings, "train")
-    return propose(demand_of(reader, temperature), reader, structures)
+    return propose(demand_of(reader), reader, structures)
 
 
 def search_overrides(config: RunConfig, out: Path, seconds: float) -> list[str]:
