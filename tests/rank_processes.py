@@ -25,7 +25,8 @@ from hydrazero.trainer.distributed import LAUNCHER_VARIABLES, free_port
 TESTS = Path(__file__).parent
 TRAIN = TESTS.parent / "trainer" / "train.py"
 """The script of `python -m hydrazero.trainer.train`."""
-SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+# The compiler's own pool of processes would import PyTorch in each of them.
+SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
