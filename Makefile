@@ -16,7 +16,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler"
 
-# Every encoder through the compiler; some seven minutes.
+# Every encoder and head through the compiler; some eight minutes.
 test-compiled: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compiler
 

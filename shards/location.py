@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
-from webdataset.gopen import gopen, set_options
-
 WEB = ("http://", "https://")
 PIPE = "pipe:"
 PLACE = "{}"
@@ -36,6 +34,8 @@ def open_at(folder: str, name: str, begin: int, end: int) -> Iterator[BinaryIO]:
     From a web server only that range is asked for; the output of a pipe is read from its start. Raises what
     webdataset's `gopen` raises.
     """
+    from webdataset.gopen import gopen, set_options  # it imports PyTorch, without which a local manifest is read
+
     url = address(folder, name)
     if folder.startswith(WEB):
         # curl's own --fail turns a missing file into an error of the pipe, not into a page that is no tar.
@@ -58,6 +58,8 @@ def open_at(folder: str, name: str, begin: int, end: int) -> Iterator[BinaryIO]:
 
 def read_whole(folder: str, name: str) -> bytes:
     """Return a file of a remote folder; raises what webdataset's `gopen` raises."""
+    from webdataset.gopen import gopen
+
     url = address(folder, name)
     command = f"pipe:curl --fail --silent --show-error --location {shlex.quote(url)}" if url.startswith(WEB) else url
     with gopen(command) as stream:

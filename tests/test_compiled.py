@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import finished_alone
 from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
 
 from hydrazero.models.compiled import CompiledModel, use_kernels
 from hydrazero.models.encoders import ENCODERS
+from hydrazero.models.kernels import KernelsUnavailable, cached_library
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import make_objective
@@ -58,20 +59,16 @@ def compare_steps(encoder: str) -> None:
         assert torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-10), name
 
 
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.compiler)])
+def graphs(request, monkeypatch) -> None:
+    """Run graphs as they are traced, where what a trace can lose is lost, and compiled, as test_zero.py does too."""
+    if request.param == "traced":
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+
+
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("encoder", list(ENCODERS))
-def test_every_gradient_of_a_traced_step_equals_eager(encoder, monkeypatch):
-    """The graph as it is traced, run without a compiler: what a trace can lose is lost here."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-    compare_steps(encoder)
-
-
-def test_every_gradient_of_a_compiled_step_equals_eager():
-    compare_steps("painn")
-
-
-@pytest.mark.compiler
-@pytest.mark.parametrize("encoder", [name for name in ENCODERS if name != "painn"])
-def test_every_gradient_of_a_compiled_step_of_other_encoders_equals_eager(encoder):
+def test_every_gradient_of_a_step_as_one_graph_equals_eager(encoder):
     compare_steps(encoder)
 
 
@@ -87,6 +84,7 @@ def test_compiled_predictions_equal_eager(encoder):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_compiled_step_sees_new_weights_and_new_task_weights():
     batch, trained = labelled_batch(), trained_model("painn")
     trained.compile_steps()
@@ -168,34 +166,33 @@ def test_operators_are_each_others_derivatives():
         assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
 
 
-def test_without_a_compiler_the_reason_is_told(tmp_path):
-    script = "from hydrazero.models.kernels import *\ntry: load_kernels()\nexcept KernelsUnavailable as e: print(e)"
-    environment = {"PATH": "", "CXX": "", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "no C++ compiler" in done.stdout
-    environment["CXX"] = "/no/such/g++ -O2"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "/no/such/g++ -O2 cannot be run" in done.stdout
-    environment["CXX"] = "/bin/false"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert "could not compile" in done.stdout
+def test_without_a_compiler_the_reason_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    for compiler, said in (
+        ("", "no C.. compiler"),
+        ("/no/such/g++ -O2", "/no/such/g.. -O2 cannot be run"),
+        ("/bin/false", "could not compile"),
+    ):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(KernelsUnavailable, match=said):
+            cached_library()
 
 
 def test_without_a_compiler_steps_are_eager_and_the_reason_is_kept(tmp_path):
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+    (tmp_path / "script.py").write_text(
         "from test_compiled import gradients, labelled_batch, trained_model\n"
-        "batch, eager, other = labelled_batch(), trained_model('painn'), trained_model('painn')\n"
+        "batch, (eager, other) = labelled_batch(), [trained_model('painn', layers=1) for _ in range(2)]\n"
         "print('said:', other.compile_steps())\n"
         "(_, expected), (_, found) = gradients(eager, batch), gradients(other, batch)\n"
         "assert all((found[name] == expected[name]).all() for name in expected)\n"
         "other.predict(batch)\n"
         "print('kept:', other.not_compiled['predictions'])\n"
     )
-    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
-    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "said: no C++ compiler" in done.stdout and "kept: rank 0: InductorError" in done.stdout
+    places = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    status, output = finished_alone([tmp_path / "script.py"], CXX="", **places)
+    assert status == 0, output
+    assert "said: no C++ compiler" in output and "kept: rank 0: InductorError" in output
 
 
 def test_rows_out_of_order_are_refused():

@@ -316,7 +316,10 @@ def test_a_compiled_step_holds_every_head(kind, encoder, monkeypatch):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_compiled_predictions_hold_every_head():
+@pytest.mark.parametrize("how", ["traced", pytest.param("compiled", marks=pytest.mark.compiler)])
+def test_compiled_predictions_hold_every_head(how, monkeypatch):
+    if how == "traced":
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     targets = {"gap": GAP, "charges": CHARGES, "dipoles": DIPOLES}
     told, direct = {"targets": targets, "charge_spin": True}, {"forces": "direct", "stress": "direct"}
     model = model_of(told, direct, ensemble=3, layers=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from io import StringIO
@@ -45,6 +47,18 @@ def test_json_holds_the_facts(shards):
     assert sum(facts["size_histogram"].values()) == 83 and facts["periodic_structures"] == 20
     assert facts["labels"]["forces"]["minimum"] == manifest.labels["forces"].minimum
     assert facts["source"]["method"] == "EMT" and facts["units"]["forces"] == "eV/Å"
+
+
+def test_it_comes_at_once(shards):
+    """Without PyTorch, whose import takes longer than all the rest."""
+    code = (
+        "import sys\n"
+        "from hydrazero.trainer.cli import main\n"
+        "main(['inspect', sys.argv[1]], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "task emt: 83 structures" in done.stdout, done.stderr
 
 
 def test_tables_fit_a_terminal(shards):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from rank_processes import run_ranks
+from rank_processes import run_ranks, without_launcher
 from test_stream import what_is_left
 from torture import differences, kill_once, make_data, train, write_run
 
@@ -73,18 +73,38 @@ def rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 @ranks_start
 def test_killed_runs_end_as_if_they_had_not_been(data, whole, tmp_path):
-    """One rank killed in a checkpoint, whereupon the other must end by itself, and all in or near a step."""
+    """One rank killed in a checkpoint, whereupon the other must end by itself; all in a step; one under a launcher."""
     run_file, generator = write_run(tmp_path, data, STEPS), random.Random(3)
     for aim, one in (("checkpoint", True), ("step", False)):
         kill_once(run_file, aim, one, generator)
-    train(run_file)
+    command = [str(BIN / "hydrazero"), "train", str(run_file), "--ranks", "2", "--resume", "--retries", "1"]
+    output_of = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=without_launcher(), **output_of)
+    try:
+        until = time.monotonic() + 120
+        while len(resumes(tmp_path / "run")) < 2 and time.monotonic() < until:
+            time.sleep(0.02)
+        before = len(read_metrics(tmp_path / "run"))
+        while len(read_metrics(tmp_path / "run")) <= before and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(child_of_rank(process.pid, 1), signal.SIGKILL)
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "rank 1 was killed by SIGKILL" in output and "(retry 1 of 1)" in output
+    assert "Traceback" not in output and "lost" not in output
     assert differences(tmp_path / "run", whole) == []
-    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]) == 2
+    assert len(resumes(tmp_path / "run")) == 3
     # The last two stay, and the best.
     best = json.loads((whole / "checkpoints" / "best.json").read_text())["step"]
     assert {step_of(folder) for folder in checkpoints(whole)} == {best, *sorted(wrote(whole, best))[-2:]}
     assert best_checkpoint(whole) == folder_of(whole, best)
     assert min((row["loss"], row["step"]) for row in rows(whole, "evaluation"))[1] == best
+
+
+def resumes(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "run.json").read_text())["resumes"]
 
 
 def wrote(run: Path, best: int) -> set[int]:
@@ -95,26 +115,6 @@ def wrote(run: Path, best: int) -> set[int]:
             lowest = row["loss"]
             steps.add(row["step"])
     return steps
-
-
-@ranks_start
-def test_a_rank_that_dies_is_named_and_the_run_starts_again(data, whole, tmp_path):
-    run_file = write_run(tmp_path, data, STEPS)
-    command = [str(BIN / "hydrazero"), "train", str(run_file), "--ranks", "2", "--retries", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        until = time.monotonic() + 120
-        while not read_metrics(tmp_path / "run") and time.monotonic() < until:
-            time.sleep(0.02)
-        os.kill(child_of_rank(process.pid, 1), signal.SIGKILL)
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    assert "rank 1 was killed by SIGKILL" in output and "(retry 1 of 1)" in output
-    assert "Traceback" not in output and "lost" not in output
-    assert differences(tmp_path / "run", whole) == []
 
 
 def child_of_rank(parent: int, rank: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from rank_processes import TRAIN, finished_ranks, without_launcher
 from rich.console import Console
 from sources import make_shards, metals, molecules
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -259,12 +259,13 @@ def test_a_dry_run_writes_nothing(data, tmp_path):
 
 def test_a_dry_run_of_two_ranks(data, tmp_path):
     run = write_run(tmp_path, data)
-    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    statuses, output = finished_ranks([TRAIN, run, "--dry-run", "--set=deepspeed.config=zero3"], 2)
+    assert statuses == [0, 0], output
+    assert output.count("the run can start") == 1 and "ZeRO 3" in output
     command = [Path(sys.executable).with_name("hydrazero"), "train", run, "--ranks", "2", "--dry-run"]
-    command += ["--set", "deepspeed.config=zero3"]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("the run can start") == 1 and "ZeRO 3" in result.stdout
+    command += ["--set=deepspeed.optimizer.params.lr=1e30", "--set=deepspeed.gradient_clipping=0.0"]
+    result = subprocess.run(command, env=without_launcher(), capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 1 and result.stderr.count("Error: ") == 1 and "not finite" in result.stderr, result
     assert not (tmp_path / "run").exists()
 
 

@@ -18,6 +18,7 @@ import torch
 from ase import Atoms
 from click.testing import CliRunner, Result
 from placed import make_split_shards
+from rank_processes import TESTS, TRAIN, finished_alone, finished_ranks, without_launcher
 from sources import labelled, make_shards, metals, molecules
 from structures import rattled_molecule
 
@@ -82,19 +83,28 @@ def write_run(folder: Path, data: Path, config: str = "zero1") -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**kept, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-
-
 def start(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    words, variables = [str(part) for part in command], environment() | variables
+    """Start a command as a user does, from nothing."""
+    path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    words, variables = [str(part) for part in command], without_launcher() | path | variables
     return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def two_ranks(run: Path, *options: str) -> str:
+    """Train with two ranks to a good end; returns what they have said."""
+    statuses, output = finished_ranks([TRAIN, run, *options], 2)
+    assert statuses == [0, 0], output
+    return output
+
+
+def in_process(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
 
 
 def losses(run: Path) -> list[float]:
@@ -149,13 +159,13 @@ def test_resume_is_equal_to_the_bit(config, data, finished, tmp_path, tmp_path_f
     whole = finished
     if config != "zero1":
         other = tmp_path_factory.mktemp("whole")
-        succeeded(start(BIN / "hydrazero", "train", write_run(other, data, config), "--ranks", 2))
+        two_ranks(write_run(other, data, config))
         whole = other / "run"
     run = write_run(tmp_path, data, config)
     # The schedule must be that of 8 steps, so the run is cut by removing what came after the first checkpoint.
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
-    succeeded(start(BIN / "hydrazero", "train", run, "--ranks", 2, "--resume"))
+    two_ranks(run, "--resume")
     assert losses(tmp_path / "run") == losses(whole)
     for name, value in weights(whole).items():
         assert torch.equal(weights(tmp_path / "run")[name], value), name
@@ -167,68 +177,66 @@ def test_resume_before_the_first_checkpoint_starts_again(data, finished, tmp_pat
     run = write_run(tmp_path, data)
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    result = start(BIN / "hydrazero", "train", run, "--ranks", 2)
-    assert result.returncode == 1 and "holds a run already; use --resume" in result.stderr
-    result = start(BIN / "hydrazero", "train", run, "--ranks", 2, "--resume")
-    succeeded(result)
-    assert (result.stdout + result.stderr).count("starts again from step 0") == 1
+    result = CliRunner().invoke(main, ["train", str(run), "--ranks", "2"])
+    assert result.exit_code == 1 and "holds a run already; use --resume" in result.stderr
+    assert two_ranks(run, "--resume").count("starts again from step 0") == 1
     assert losses(tmp_path / "run") == losses(finished)
     assert [resumed["step"] for resumed in json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]] == [0]
 
 
-def start_with_fault(run: Path, place: str) -> subprocess.CompletedProcess[str]:
-    launcher = (BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port())
-    return start(*launcher, Path(__file__).with_name("one_rank_faults.py"), run, place)
+def two_ranks_with_fault(run: Path, place: str, *options: str) -> tuple[list[int], str]:
+    return finished_ranks([TESTS / "one_rank_faults.py", run, *options, place], 2)
 
 
 @pytest.mark.parametrize("place", ["check", "validation"])
 def test_a_fault_on_another_rank_is_said_once(data, tmp_path, place):
-    result = start_with_fault(write_run(tmp_path, data), place)
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("Error: ")]
-    assert result.returncode != 0 and lines == ["Error: rank 1 cannot read its shard."], result.stderr
-    assert "Traceback" not in result.stderr
+    statuses, output = two_ranks_with_fault(write_run(tmp_path, data), place)
+    lines = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert statuses == [1, 1] and lines == ["Error: rank 1 cannot read its shard."], output
+    assert "Traceback" not in output
 
 
 def test_the_wait_for_data_is_that_of_the_slowest_rank(data, tmp_path):
-    succeeded(start_with_fault(write_run(tmp_path, data), "data"))
+    options = ("--set=train.steps=4", "--set=train.evaluate_every=99", "--set=balance.method=static")
+    statuses, output = two_ranks_with_fault(write_run(tmp_path, data), "data", *options)
+    assert statuses == [0, 0], output
     shares = [row["data_wait_share"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     assert np.median(shares) > 0.7, shares
 
 
 def test_ranks_that_do_not_find_each_other_are_refused(data, tmp_path):
-    command = (sys.executable, "-m", "hydrazero.trainer.train", write_run(tmp_path, data))
-    result = start(*command, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
-    assert result.returncode == 1 and "2 processes were started (SLURM_STEP_NUM_TASKS)" in result.stderr
-    result = start(*command, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
-    assert result.returncode == 1 and "Error" not in result.stderr and "Traceback" not in result.stderr
+    run = write_run(tmp_path, data)
+    status, said = finished_alone([TRAIN, run], SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0")
+    assert status == 1 and "2 processes were started (SLURM_STEP_NUM_TASKS)" in said
+    status, said = finished_alone([TRAIN, run], SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
+    assert status == 1 and "Error" not in said and "Traceback" not in said
     (tmp_path / "mpi4py").mkdir()
     (tmp_path / "mpi4py" / "__init__.py").write_text("raise ImportError('libmpi.so is absent')\n")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    command = (sys.executable, "-m", "hydrazero.trainer.train", run)
     result = start(*command, OMPI_COMM_WORLD_SIZE="2", PYTHONPATH=path)
     assert result.returncode == 1 and "libmpi.so is absent" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def in_process(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, ["train", *map(str, arguments)])
-    assert result.exit_code == 0, result.output
-    return result
-
-
 def test_pauses_are_no_part_of_the_throughput(data, tmp_path, monkeypatch):
     """Three steps of at least 0.2 s make an interval, with an evaluation and a checkpoint of 2.5 s after the second."""
     for name, seconds in (("train_step", 0.2), ("evaluate_engine", 0.5), ("save_checkpoint", 2.5)):
-        monkeypatch.setattr(loop, name, slowed(getattr(loop, name), seconds))
+        monkeypatch.setattr(loop, name, slowed(getattr(loop, name), seconds, 3 if name == "train_step" else 1))
     every = {"steps": 3, "log_every": 3, "evaluate_every": 2, "checkpoint_every": 2}
-    in_process(write_run(tmp_path, data), *(f"--set=train.{key}={value}" for key, value in every.items()))
+    in_process("train", write_run(tmp_path, data), *(f"--set=train.{key}={value}" for key, value in every.items()))
     (row,) = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]
     seconds = sum(task["structures"] for task in row["tasks"].values()) / row["structures_per_s"]
     assert 0.6 <= seconds < 2.5
 
 
-def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+def slowed(function: Callable[..., Any], seconds: float, calls: int) -> Callable[..., Any]:
+    """A function whose first calls take so much longer."""
+    left = iter(range(calls))
+
     def slow(*arguments: Any, **named: Any) -> Any:
-        time.sleep(seconds)
+        if next(left, None) is not None:
+            time.sleep(seconds)
         return function(*arguments, **named)
 
     return slow
@@ -241,11 +249,11 @@ def test_validation_leaves_unseen_elements_out(tmp_path):
     values = {"train": named("H2O", 8) + named("CH4", 8), "val": named("CH3OH", 6) + named("NH3", 4)}
     for task in ("molecules", "metals"):
         make_split_shards(tmp_path, task, **values)
-    result = in_process(write_run(tmp_path, tmp_path), "--set", "train.steps=1")
+    result = in_process("train", write_run(tmp_path, tmp_path), "--set", "train.steps=1")
     (row,) = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "evaluation"]
     assert (row["tasks"]["metals"]["structures"], row["tasks"]["metals"]["unseen"]) == (6, 4)
     assert "metals: 4 structures left out" in result.stderr
-    succeeded(start(BIN / "hydrazero", "evaluate", tmp_path / "run", "--split", "val"))
+    in_process("evaluate", tmp_path / "run", "--split", "val")
     again = json.loads((tmp_path / "run" / "evaluation.json").read_text())["tasks"]["metals"]
     for key in ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom"):
         assert again[key] == pytest.approx(row["tasks"]["metals"][key], rel=1e-4)
@@ -258,13 +266,13 @@ def test_a_task_with_charges_is_conditioned_on_them_or_the_run_says_that_it_is_n
         atoms.info["charge"] = 1
     make_shards(tmp_path, "molecules", ions)
     run = write_run(tmp_path, tmp_path)
-    result = in_process(run, "--set", "train.steps=1")
+    result = in_process("train", run, "--set", "train.steps=1")
     assert "structures with a charge" not in result.stderr
     described = json.loads((tmp_path / "run" / "model.json").read_text())
     assert [task["charge_spin"] for task in described["tasks"]] == [True, False]
     blind = run.with_name("blind.toml")
     blind.write_text(run.read_text().replace('name = "molecules"', 'name = "molecules"\ncharge_spin = false'))
-    result = in_process(blind, "--set", "train.steps=1", "--set", f"run.out={tmp_path / 'blind'}")
+    result = in_process("train", blind, "--set", "train.steps=1", "--set", f"run.out={tmp_path / 'blind'}")
     assert "warning: task 'molecules' has 5 of 20 structures with a charge" in result.stderr
     assert "task 'metals' has" not in result.stderr
 
@@ -281,7 +289,7 @@ def test_damaged_blocks_stop_the_run_or_are_skipped_and_counted(data, tmp_path, 
     result = CliRunner().invoke(main, ["train", str(run), "--set", "data.workers=0", "--set", "train.steps=2"])
     assert result.exit_code != 0 and "metals/train-000000.tar, block 0" in result.stderr
     skip = ("--set", "data.on_bad_shard=skip", "--set", "data.workers=0", "--set", f"run.out={tmp_path / 'skipping'}")
-    result = in_process(run, *skip)
+    result = in_process("train", run, *skip)
     rows = [row for row in read_metrics(tmp_path / "skipping") if row["kind"] == "train"]
     assert rows[-1]["skipped_structures"] >= shard.block_structures[0]
     assert "training structures are skipped so far: shard" in result.stderr
@@ -309,7 +317,8 @@ def test_one_rank_without_a_launcher_accumulating_twice_equals_two_ranks(data, f
     """Two workers of one rank are dealt what two ranks are, so two micro-batches are the two ranks' batches."""
     run = write_run(tmp_path, data)
     changes = ("--set", "data.workers=2", "--set", "deepspeed.gradient_accumulation_steps=2")
-    succeeded(start(BIN / "hydrazero", "train", run, *changes))
+    status, said = finished_alone([TRAIN, run, *changes])
+    assert status == 0, said
     assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-6)
 
 
@@ -317,11 +326,11 @@ def test_steps_that_are_not_finite_are_skipped_until_they_are_too_many(data, tmp
     run = write_run(tmp_path, data)
     changes = ("--set", "deepspeed.optimizer.params.lr=1e30", "--set", "deepspeed.gradient_clipping=0.0")
     changes += ("--set", "train.max_skipped=3")
-    result = start(BIN / "hydrazero", "train", run, "--ranks", 2, *changes)
-    assert result.returncode != 0
-    lines = [line for line in (result.stdout + result.stderr).splitlines() if "Error:" in line]
+    statuses, output = finished_ranks([TRAIN, run, *changes], 2)
+    assert statuses == [1, 1]
+    lines = [line for line in output.splitlines() if "Error:" in line]
     assert len(lines) == 1 and "not finite" in lines[0] and ".extxyz#" in lines[0] and "3 steps in a row" in lines[0]
-    assert (result.stdout + result.stderr).count("the step is skipped") == 2
+    assert output.count("the step is skipped") == 2
     for row in read_metrics(tmp_path / "run"):
         assert row["loss"] is None or np.isfinite(row["loss"])
 
@@ -329,13 +338,12 @@ def test_steps_that_are_not_finite_are_skipped_until_they_are_too_many(data, tmp
 def test_other_tasks_cannot_be_resumed(data, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     run = write_run(tmp_path, data)
-    result = start(BIN / "hydrazero", "train", run, "--ranks", 2, "--resume", "--set", "model.features=16")
-    message = result.stdout + result.stderr
-    assert result.returncode != 0 and message.count("another model") == 1 and "Traceback" not in message
+    statuses, message = finished_ranks([TRAIN, run, "--resume", "--set", "model.features=16"], 2)
+    assert statuses == [1, 1] and message.count("another model") == 1 and "Traceback" not in message
 
 
 def test_from_run_to_model_and_report(finished, data, tmp_path):
-    succeeded(start(BIN / "hydrazero", "evaluate", finished))
+    in_process("evaluate", finished)
     evaluation = json.loads((finished / "evaluation.json").read_text())
     keys = {
         "structures",
@@ -346,16 +354,16 @@ def test_from_run_to_model_and_report(finished, data, tmp_path):
     }
     assert set(evaluation["tasks"]) == {"molecules", "metals"} and keys <= set(evaluation["tasks"]["metals"])
     model = tmp_path / "m.safetensors"
-    succeeded(start(BIN / "hydrazero", "export", finished, "--out", model))
+    in_process("export", finished, "--out", model)
     assert load_model(model).tasks == ["molecules", "metals"]
-    succeeded(start(BIN / "hydrazero", "evaluate", model, data / "metals", "--out", tmp_path / "e"))
+    in_process("evaluate", model, data / "metals", "--out", tmp_path / "e")
     again = json.loads((tmp_path / "e" / "evaluation.json").read_text())["tasks"]["metals"]
     before = evaluation["tasks"]["metals"]
     for key in [key for key, value in before.items() if not isinstance(value, float)]:
         assert again.pop(key) == before.pop(key)
     assert again == pytest.approx(before, rel=1e-4)
-    succeeded(start(BIN / "hydrazero", "report", finished))
+    in_process("report", finished)
     page = (finished / "report.html").read_text()
     assert page.count("<img") > 4 and "molecules" in page and 'src="http' not in page
-    result = start(BIN / "hydrazero", "export", finished, "--out", model)
-    assert result.returncode == 1 and "exists" in result.stderr
+    result = CliRunner().invoke(main, ["export", str(finished), "--out", str(model)])
+    assert result.exit_code == 1 and "exists" in result.stderr

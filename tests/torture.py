@@ -10,26 +10,26 @@ loss, a weight, a moment of the optimizer or the average differs in a single bit
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rank_processes import TESTS, Rank, started_ranks
 from sources import make_shards, metals, molecules
 
 from hydrazero.trainer.checkpoint import read_state
 from hydrazero.trainer.checkpoint_files import latest_checkpoint
 from hydrazero.trainer.checkpoint_layout import layout_in
 from hydrazero.trainer.checkpoint_transfer import SavedTensors
-from hydrazero.trainer.distributed import MAY_PASS, free_port
+from hydrazero.trainer.distributed import MAY_PASS
 from hydrazero.trainer.launcher import GRACE
 from hydrazero.trainer.run_files import RUN_NAME, read_metrics
 from hydrazero.trainer.weight_average import AVERAGE_NAME
@@ -94,28 +94,22 @@ class Life:
 
     run_file: Path
     notes: list[Path] = field(default_factory=list)
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[Rank] = field(default_factory=list)
+    _exits: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Life:
         run_dir = self.run_file.parent / "run"
         resume = ["--resume"] if (run_dir / RUN_NAME).exists() else []
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(RANKS)}
-        common = {**os.environ, **meet, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        script = Path(__file__).with_name("torture_rank.py")
-        with open(self.run_file.with_name("output.txt"), "ab") as output:
-            for rank in range(RANKS):
-                self.notes.append(self.run_file.with_name(f"doing-{rank}"))
-                self.notes[-1].unlink(missing_ok=True)
-                command = [sys.executable, str(script), str(self.notes[-1]), str(self.run_file), *resume]
-                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        self.notes = [self.run_file.with_name(f"doing-{rank}") for rank in range(RANKS)]
+        for note in self.notes:
+            note.unlink(missing_ok=True)
+        commands = [[TESTS / "torture_rank.py", note, self.run_file, *resume] for note in self.notes]
+        output = self.run_file.with_name("output.txt")
+        self.processes = self._exits.enter_context(started_ranks(commands, output))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+        self._exits.close()
 
     def doing(self, rank: int) -> tuple[int, str]:
         """Steps that a rank has begun in this life, and what it is doing, or was when it was killed."""
@@ -162,7 +156,7 @@ class Life:
         for rank, process in enumerate(self.processes):
             try:
                 status = process.wait(timeout=MINUTE if together else GRACE)
-            except subprocess.TimeoutExpired as error:
+            except TimeoutError as error:
                 if together:
                     raise RuntimeError(f"rank {rank} lives on a minute after rank {ranks[0]} was killed") from error
                 process.kill()

@@ -39,8 +39,6 @@ def inspect_command(
 
     from hydrazero.shards.inspection import describe, describe_several, manifest_facts
     from hydrazero.shards.manifest import check_shard_files, read_manifest
-    from hydrazero.trainer.batch_memory import proposal
-    from hydrazero.trainer.inspect_page import write_page
 
     models = [path for path in folders if path.is_file() or path.suffix == ".safetensors"]
     if models:
@@ -56,6 +54,8 @@ def inspect_command(
     for manifest, folder in zip(manifests, folders, strict=True):
         check_shard_files(manifest, folder, checksums=verify)
     if propose_batch:
+        from hydrazero.trainer.batch_memory import proposal
+
         click.echo(proposal(folders, cutoff, structures, temperature, memory, run_file))
         return
     if as_json:
@@ -65,6 +65,8 @@ def inspect_command(
         console = Console()
         console.print(describe(manifests[0]) if len(manifests) == 1 else describe_several(manifests, f"{cutoff:g}"))
     if page is not None:
+        from hydrazero.trainer.inspect_page import write_page
+
         write_page(manifests, f"{cutoff:g}", page)
         click.echo(f"{page}")
     if verify and not as_json:
