@@ -174,7 +174,8 @@ def draw(results: dict[Point, dict[str, Any]]) -> Figure:
         )
         for ax, kind in zip(axes, ("forces", "energies"), strict=True):
             draw_curves(ax, kind, [size for size, _ in of_task], [found for _, found in of_task])
-    pairs[0][0].legend(fontsize=8, frameon=False)
+    handles, labels = pairs[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure
 
 
