@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from hydrazero.launch.results.jobs import HERE, ROOT, Job, command, make
+from hydrazero.launch.results.sixteen_page import SHORT
 from hydrazero.launch.results.tables import ERRORS, UNITS, table
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.subset import write_subset
@@ -151,9 +152,9 @@ def curve_table(results: dict[Point, dict[str, Any]]) -> list[str]:
     """Return a table of a task's errors, a line for each number of structures."""
     if not results:
         return ["Nothing has been run yet.", ""]
-    headings = ["structures", "nearest head"]
-    headings += [f"{way}, {kind}, {UNITS[kind]}" for kind in ERRORS for way in WAYS.values()]
-    headings += ["seconds: fine-tuned", "from scratch"]
+    headings = ["structures", "begun as"]
+    headings += [f"{SHORT[kind]}, {way}" for kind in ERRORS for way in WAYS.values()]
+    headings += ["s, fine-tuned", "s, from scratch"]
     rows = []
     for point, found in sorted(results.items(), key=lambda item: item[0].size):
         errors = [found[way][key] for key in ERRORS.values() for way in WAYS]
@@ -173,7 +174,8 @@ def draw(results: dict[Point, dict[str, Any]]) -> Figure:
         )
         for ax, kind in zip(axes, ("forces", "energies"), strict=True):
             draw_curves(ax, kind, [size for size, _ in of_task], [found for _, found in of_task])
-    pairs[0][0].legend(fontsize=8, frameon=False)
+    handles, labels = pairs[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     return figure
 
 

@@ -132,7 +132,7 @@ def _write_run_file(request: Request, plan: Plan, head: HeadErrors | None) -> tu
         apply_override(plan.table, override)
     comment = [
         f"Fine-tuning of {request.model} on {request.folder}, worked out by hydrazero finetune.",
-        "Train it with: hydrazero train RUN/run.toml (--resume to go on).",
+        f"Train it with: hydrazero train {request.out / RUN_FILE} (--resume to go on).",
     ]
     part = request.out.with_name(f".{request.out.name}.{os.getpid()}.toml")
     path = request.out / RUN_FILE

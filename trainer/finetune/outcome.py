@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +14,14 @@ from rich.table import Table
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.potential import Potential
 from hydrazero.models.task_facts import task_facts_from
+from hydrazero.shards.graph import BatchShape
 from hydrazero.shards.manifest import read_manifest
+from hydrazero.shards.neighbours import ROW_SLOTS
+from hydrazero.shards.references import reference_table
+from hydrazero.shards.stream import SplitReader, StreamSettings, split_samples
 from hydrazero.trainer.console import shown
 from hydrazero.trainer.evaluate import evaluate, evaluate_task, results_in
+from hydrazero.trainer.evaluation_errors import Mean
 from hydrazero.trainer.finetune.head_errors import HeadErrors, head_model
 from hydrazero.trainer.finetune.old_heads import with_old_heads
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json, write_json
@@ -46,6 +52,7 @@ def measure_outcome(
     split = split_to_judge_by(new)
     document: dict[str, Any] = {"task": task, "split": split, "begun_as": [start.tasks[row].name for row in rows]}
     if split is not None:
+        document["trivial"] = trivial_errors(new, split)
         document["before"] = _errors(before, new, split) if rows else None
         document["after"] = evaluate(Potential(after), [new], split, results_in(run_dir))["tasks"][task]
     joined = with_old_heads(after, run_dir) if old else after
@@ -65,6 +72,26 @@ def _errors(model: AtomisticModel, folder: Path, split: str) -> dict[str, Any]:
     potential = Potential(model)
     index = potential.task_index(read_manifest(folder).task)
     return evaluate_task(potential, folder, index, split, None).summary()
+
+
+def trivial_errors(folder: Path, split: str) -> dict[str, Any]:
+    """Return the errors of the data's own reference energies, fitted without any interactions, and of zero forces.
+
+    Those of the fine-tuned head are of no use by themselves: they were fitted beside what it predicts.
+    """
+    shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)  # plays no part in reading samples
+    reader = SplitReader(StreamSettings(folders=(str(folder),), cutoff=1.0, shape=shape), split)
+    references = np.nan_to_num(reference_table(read_manifest(folder).reference_energies))
+    energies, forces, structures = Mean(), Mean(), 0
+    for sample in split_samples(reader):
+        structure, structures = sample.structure, structures + 1
+        if structure.energy is not None:
+            trivial = float(references[structure.numbers].sum())
+            energies.add(trivial / len(structure), structure.energy / len(structure), 0.0)
+        if structure.forces is not None:
+            forces.add(np.zeros_like(structure.forces), structure.forces, 0.0)
+    found = (energies.values(1000.0)[0], forces.values(1000.0)[0])
+    return {"structures": structures, **dict(zip(COLUMNS, found, strict=True))}
 
 
 def print_heads(heads: Sequence[HeadErrors]) -> None:
@@ -89,12 +116,10 @@ def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
     else:
         begun = "nothing" if not document["begun_as"] else " and ".join(document["begun_as"][:1])
         begun = "mean of all heads" if len(document["begun_as"]) > 1 else f"{begun}, references refitted"
-        rows = [(begun, document["before"])] if document["before"] else []
+        rows = [("trivial", document["trivial"])]
+        rows += [(begun, document["before"])] if document["before"] else []
         rows.append(("fine-tuned", document["after"]))
         table = _table(f"{document['task']}, {document['split']} split", "")
-        trivial = document["after"]
-        cells = (trivial["trivial_energy_mae_mev_per_atom"], trivial["trivial_force_mae_mev_per_angstrom"])
-        table.add_row("references alone", str(trivial["structures"]), shown(cells[0], 2), shown(cells[1]))
         for name, errors in rows:
             table.add_row(name, str(errors["structures"]), shown(errors[COLUMNS[0]], 2), shown(errors[COLUMNS[1]]))
         Console().print(table)
