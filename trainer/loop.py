@@ -134,7 +134,8 @@ class Trainer:
                 self._log_interval(self.interval)
                 self.interval = Interval()
             evaluated, before = self._due(settings.evaluate_every), self.best
-            is_best = evaluated and self._evaluate() and settings.keep_best
+            with self._pause():
+                is_best = evaluated and self._evaluate() and settings.keep_best
             self._say_what_is_not_compiled()
             reason = reason or self._out_of_patience(evaluated)
             ends = bool(reason) or self.over
@@ -287,7 +288,7 @@ class Trainer:
         """Evaluate on the validation split; returns whether it is the best so far."""
         reader = SplitReader(self.parts.stream.settings, "val")
         average = self.parts.average
-        with self._pause(), contextlib.nullcontext() if average is None else average.applied():
+        with contextlib.nullcontext() if average is None else average.applied():
             sample = ParitySample(self.names, self.engine.module.objective) if self._pictures_due() else None
             began = time.monotonic()
             sums, unseen = evaluate_engine(self.engine, reader, sample)
