@@ -89,7 +89,7 @@ def draw(runs: dict[str, Conserved], out: Path) -> None:
     """Write a picture of total energies over time, the drift in the legend."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for label, run in runs.items():
         text = f"{label}, {run.temperature:.0f} K: {run.drift:+.4f} meV/atom/ps"
@@ -97,8 +97,8 @@ def draw(runs: dict[str, Conserved], out: Path) -> None:
     axes.set_xlabel("time / ps")
     axes.set_ylabel("total energy, change / (meV/atom)")
     axes.axhline(0.0, color="0.6", linewidth=0.6, zorder=0)
-    axes.margins(x=0.01, y=0.25)
-    axes.legend(frameon=False, loc="upper center", ncols=2)
+    axes.margins(x=0.01)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     figure.savefig(out, dpi=150)
 
 
