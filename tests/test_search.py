@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from placed import make_split_shards
 from sources import labelled, metals, molecules
 
+from hydrazero.launch.results import search_page as results_page
 from hydrazero.shards.block_reader import BlockReader
 from hydrazero.trainer.cli import main
 from hydrazero.trainer.config import load_run_config
@@ -236,7 +237,7 @@ def workers_of(out: Path) -> list[int]:
 
 
 @pytest.mark.ranks
-def test_two_workers_share_a_search_and_one_takes_up_what_the_other_has_left(root):
+def test_two_workers_share_a_search_and_one_takes_up_what_the_other_has_left(root, tmp_path, monkeypatch):
     space, out = write_space(root, "shared", seconds=1.5, rungs=1), root / "shared"
     # As a task of srun among others, which is no matter of the ranks of its trials.
     process = search(space, "--trials", 2, "--workers", 2, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1")
@@ -262,6 +263,12 @@ def test_two_workers_share_a_search_and_one_takes_up_what_the_other_has_left(roo
     assert "the best one in full: hydrazero train" in printed
     page = (out / "search.html").read_text()
     assert "2 trials: 2 finished" in page and "By encoder" in page and "Pareto front" in page
+    monkeypatch.setattr(results_page, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["search_page", str(out)])
+    results_page.main()
+    held = (tmp_path / "search.md").read_text()
+    assert "2 trials (2 finished)" in held and "| `painn` | 1 | 1 | " in held
+    assert all((tmp_path / f"search-{name}.png").is_file() for name in ("progress", "front", "settings"))
     # What is done is not done again, and a space that is another is refused.
     again = CliRunner().invoke(main, ["search", str(space), "--trials", "2"])
     assert again.exit_code == 0 and len(trial_rows(open_journal(out))) == 2, again.output
