@@ -30,19 +30,13 @@ from hydrazero.shards.convert_shards import (
     shard_calls,
 )
 from hydrazero.shards.convert_work import Job, distinct_names, working_folder, write_whole
+from hydrazero.shards.element_pairs import closest_pairs
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.manifest import SPLITS, Histogram, LabelRange, Manifest, Outlier, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.targets import TargetFacts
-from hydrazero.shards.task_statistics import (
-    FORCE_EDGES,
-    Moments,
-    Statistics,
-    closest_pairs,
-    histogram_of,
-    strongest,
-)
+from hydrazero.shards.task_statistics import FORCE_EDGES, Moments, Statistics, histogram_of, strongest
 from hydrazero.shards.units import target_unit
 from hydrazero.shards.workers import Workers, one_worker
 
