@@ -9,9 +9,9 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.models.task_facts import TaskFacts
+from hydrazero.shards.element_pairs import ELEMENTS, pair_places
 from hydrazero.shards.neighbours import HalfPairs
 from hydrazero.shards.structure import FloatArray
-from hydrazero.shards.task_statistics import ELEMENTS, pair_places
 
 
 class ExtrapolationWarning(UserWarning):

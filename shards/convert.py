@@ -23,13 +23,14 @@ from hydrazero.shards.convert_index import Index, build_index
 from hydrazero.shards.convert_settings import ConvertSettings
 from hydrazero.shards.convert_shards import ShardNote, make_shard, shard_calls
 from hydrazero.shards.convert_work import Job, distinct_names, working_folder, write_whole
+from hydrazero.shards.element_pairs import closest_pairs
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.label_statistics import label_statistics, residuals_of, target_facts
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.targets import TargetFacts
-from hydrazero.shards.task_statistics import Statistics, closest_pairs
+from hydrazero.shards.task_statistics import Statistics
 from hydrazero.shards.units import target_unit
 from hydrazero.shards.workers import Workers, one_worker
 

@@ -13,12 +13,13 @@ from ase.data import chemical_symbols
 
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from_structures
 from hydrazero.shards.block_reader import BlockReader
+from hydrazero.shards.element_pairs import closest_pairs
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.label_statistics import label_statistics, residuals_of, target_facts
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, read_manifest, write_manifest
 from hydrazero.shards.references import reference_energies
 from hydrazero.shards.structure import Structure
-from hydrazero.shards.task_statistics import Statistics, closest_pairs
+from hydrazero.shards.task_statistics import Statistics
 from hydrazero.shards.writer import BLOCKS_PER_SHARD, write_shard
 
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock
+from hydrazero.shards.element_pairs import ELEMENTS, pair_places
 from hydrazero.shards.manifest import Degrees, Histogram, LabelRange, Outlier
 from hydrazero.shards.neighbours import ROW_SLOTS, half_pairs
 
 NAMED_OUTLIERS = 10
-ELEMENTS = 119
-"""Atomic numbers 0 to 118."""
 
 FORCE_EDGES = np.concatenate([[0.0], np.logspace(-4, 3, 57)])
 """eV/Å; bins of force norms, eight a decade."""
@@ -164,24 +162,6 @@ class Statistics:
         self.strongest = strongest([*self.strongest, *other.strongest])
         for cutoff, degrees in other.degrees.items():
             self.degrees.setdefault(cutoff, Degrees()).merge(degrees)
-
-
-def pair_places(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return the place of each pair of atomic numbers [P] in a flat table of pairs of elements [119 * 119]."""
-    low, high = np.minimum(first, second).astype(np.int64), np.maximum(first, second).astype(np.int64)
-    places: NDArray[np.int64] = ELEMENTS * low + high
-    return places
-
-
-def closest_pairs(table: NDArray[np.floating]) -> dict[str, float]:
-    """Return 'Al-Cu' -> smallest distance, Å, rounded down to 0.01, of the pairs that a flat table [119 * 119] has."""
-    found = np.flatnonzero(np.isfinite(table))
-    return {
-        f"{chemical_symbols[place // ELEMENTS]}-{chemical_symbols[place % ELEMENTS]}": float(
-            np.floor(100.0 * table[place] + 1e-4) / 100.0
-        )
-        for place in found.tolist()
-    }
 
 
 def _top(values: NDArray[np.float64]) -> NDArray[np.int64]:
