@@ -40,9 +40,12 @@ class CheckedRun:
     """Model whose weights the run starts with."""
 
 
-def check_run(config: RunConfig, resume: bool) -> CheckedRun:
-    """Check everything that can be checked before training; raises HydrazeroError."""
-    checked = check_settings(config)
+def check_run(config: RunConfig, resume: bool, *, has_gpu: bool | None = None) -> CheckedRun:
+    """Check everything that can be checked before training; raises HydrazeroError.
+
+    `has_gpu` says so of where the run will be, if that is not here.
+    """
+    checked = check_settings(config, has_gpu=has_gpu)
     run_dir = Path(config.run.out)
     if resume:
         read_record(run_dir)
@@ -58,7 +61,7 @@ def check_run(config: RunConfig, resume: bool) -> CheckedRun:
     return checked
 
 
-def check_settings(config: RunConfig) -> CheckedRun:
+def check_settings(config: RunConfig, *, has_gpu: bool | None = None) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
     import torch
 
@@ -76,7 +79,7 @@ def check_settings(config: RunConfig) -> CheckedRun:
 
     check_wandb(config)
     ds_config = deepspeed_config(config)
-    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available())
+    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available() if has_gpu is None else has_gpu)
     manifests = {task.name: task_manifest(task, config) for task in config.tasks}
     facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
     check_model(config.model.settings(), facts)
@@ -239,7 +242,7 @@ def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
     from hydrazero.trainer.precision import precision_of
 
     return StreamSettings(
-        folders=tuple(task.shards for task in config.tasks),
+        folders=tuple(config.data.folder(task) for task in config.tasks),
         dtype=precision_of(checked.ds_config).weights,
         cutoff=config.model.cutoff,
         shape=config.batch,
