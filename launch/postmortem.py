@@ -23,7 +23,7 @@ from hydrazero.launch.rank_records import (
 )
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint_files import checkpoints, step_of
-from hydrazero.trainer.distributed import MAY_PASS
+from hydrazero.trainer.exit_status import MAY_PASS
 from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
 
 FINISHED, STOPPED, CANCELLED, FAILED, REFUSED = "finished", "stopped", "cancelled", "failed", "refused"
@@ -175,8 +175,9 @@ def first_to_fail(records: TryRecords) -> tuple[RankLife | None, str]:
         there = {life.rank for life in records.ranks}
         absent = [str(rank) for rank in range(records.expected) if rank not in there]
         return None, f"ranks {', '.join(absent[:SHOWN_RANKS])} have never started"
-    lost = next((life for life in bad if life.status == MAY_PASS), None)
-    return lost, _how(lost) if lost is not None else "ended badly"
+    if bad and all(life.status == MAY_PASS for life in bad):
+        return None, "ranks have lost each other, though none of them failed first: the network, or a rank that hung"
+    return None, "ranks were ended by their launcher"
 
 
 def _how(life: RankLife) -> str:

@@ -30,8 +30,8 @@ from hydrazero.trainer.checkpoint_files import checkpoints, step_of  # noqa: E40
 
 SKIPPED = 77
 BIN = Path(sys.executable).parent
-STEPS = 60
-CHANGES = ("train.evaluate_every=30", "train.checkpoint_every=5", "data.workers=0")
+STEPS = 40
+CHANGES = ("train.evaluate_every=20", "train.checkpoint_every=5", "data.workers=0")
 ENOUGH = 200.0
 """Seconds that anything may take on a busy machine; it takes a tenth of that on an idle one."""
 
@@ -64,7 +64,7 @@ def main() -> int:
             except (Failed, TimeoutError) as error:
                 print(f"FAILED: {error}")
                 return 1
-        left = [pid for pid in cluster._own_processes()]
+        left = cluster.processes_left()
         if left:
             print(f"FAILED: processes {left} live on")
             return 1
@@ -74,6 +74,10 @@ def main() -> int:
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def last_postmortem(output: str) -> str:
+    return f"try 1{output.rsplit('try 1', 1)[-1]}"
 
 
 def sets() -> list[str]:
@@ -130,7 +134,7 @@ class RunningJob:
 
     def trainer(self, node: str) -> int:
         """Process of the rank on a node."""
-        for pid in self.cluster._of_node(node):
+        for pid in self.cluster.of_node(node):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if b"hydrazero.trainer.train" in words and b"hydrazero.launch.rank" not in words:
                 return pid
@@ -164,13 +168,13 @@ def time_over_and_rank_killed(cluster: Cluster, run_file: Path, site: Path, whol
     say(f"stopped at step {stopped}, back from the queue, and on; the rank on n2 is killed")
     os.kill(job.trainer("n2"), signal.SIGKILL)
     job.wait(lambda: job.restarts() == 2, "restart after the kill")
-    job.expect(r"rank 1 on n2 was killed by SIGKILL \(out of memory\?\) at step \d+ of 60, the first of 2")
+    job.expect(rf"rank 1 on n2 was killed by SIGKILL \(out of memory\?\) at step \d+ of {STEPS}, the first of 2")
     job.expect(r"rank 0 on n1, [\d:]+, \+\d+\.\d s: ended with exit status 75 \(Error: rank 0 has lost another rank")
     job.finish(whole)
     if list((cluster.root / "disk").glob("*")):
         raise Failed("copies of the shards were left on the nodes")
     say("named by the post-mortem; back from the queue; the same losses, weights and moments, bit for bit")
-    print(job.output().rsplit("try 1", 1)[-1].join(["try 1", ""]))
+    say(last_postmortem(job.output()))
 
 
 def node_lost(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None:
@@ -183,7 +187,7 @@ def node_lost(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None
     job.finish(whole)
     job.expect(r"rank 1 on n2 was lost with its node, or with all that ran there")
     say("named by the post-mortem of the next try; the same losses, weights and moments, bit for bit")
-    print(job.output().rsplit("try 1", 1)[-1].join(["try 1", ""]))
+    say(last_postmortem(job.output()))
 
 
 if __name__ == "__main__":
