@@ -98,7 +98,7 @@ def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
     last, before = verdicts[-1], verdicts[-2].step if len(verdicts) > 1 else 0
     if last.kind == STOPPED:
         further = last.step > before
-        return further, "" if further else "its time was over before it had got any further: ask for more hours."
+        return further, "" if further else "its time was over before it had got any further; ask for more hours."
     if last.kind != FAILED:
         return False, ""
     in_a_row = 0
@@ -106,10 +106,10 @@ def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
         if verdict.kind != FAILED or verdict.step < last.step:
             break
         in_a_row += 1
-    # A failure at a step that an earlier try of another kind had reached is a new one.
-    if in_a_row > retries:
-        return False, f"it has failed {in_a_row} times without a new checkpoint."
-    return True, ""
+    if in_a_row <= retries:
+        return True, ""
+    failed = f"it has failed {in_a_row} times without a new checkpoint; " if retries else ""
+    return False, f"{failed}once the cause is mended hydrazero launch --resume starts it again."
 
 
 def judge(records: TryRecords, progress: Progress) -> Verdict:

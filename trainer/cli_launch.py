@@ -148,7 +148,7 @@ def postmortem_command(run_dir: Path, retries: int) -> None:
 
     Ends with status 0 if the run is complete or was ended on purpose, 75 if the job should go on, 1 if it should not.
     """
-    from hydrazero.launch.postmortem import GOES_ON, OVER, REFUSED, FAILED, STOPPED, goes_on, job_of, judge_tries
+    from hydrazero.launch.postmortem import FAILED, GOES_ON, OVER, REFUSED, STOPPED, goes_on, job_of, judge_tries
 
     tries = judge_tries(run_dir)
     for number, (folder, verdict) in enumerate(tries, start=1):

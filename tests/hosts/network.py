@@ -110,10 +110,9 @@ class Network:
         Path("/run/sshd").mkdir(exist_ok=True)
         server = f"hostname {name}; exec {shutil.which('sshd', path=search_path())} -D -e -f {config}"
         with open(self.root / f"sshd-{name}.log", "wb") as log:
+            command = self.inside(name, "sh", "-c", server)
             self.servers.append(
-                subprocess.Popen(
-                    self.inside(name, "sh", "-c", server), env=_environment(), stdout=log, stderr=log, start_new_session=True
-                )
+                subprocess.Popen(command, env=_environment(), stdout=log, stderr=log, start_new_session=True)
             )
 
     def inside(self, name: str, *command: str) -> list[str]:
@@ -125,7 +124,9 @@ class Network:
         command = self.inside(first, "ssh", "-o", "ConnectTimeout=2", self.addresses[name], "hostname")
         until = time.monotonic() + 30
         while time.monotonic() < until:
-            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            )
             if done.stdout.strip() == name:
                 return
             time.sleep(0.3)
@@ -142,7 +143,8 @@ class Network:
         """All processes on some hosts, or on all."""
         found: list[int] = []
         for name in names or self.addresses:
-            done = subprocess.run(["ip", "netns", "pids", f"hz-{name}"], env=_environment(), capture_output=True, text=True)
+            command = ["ip", "netns", "pids", f"hz-{name}"]
+            done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
             found += map(int, done.stdout.split())
         return found
 

@@ -83,7 +83,8 @@ def refused(network: Network, run_file: Path, hosts: list[str], host: str, *opti
     """Raise Failed unless a launch is refused for a host that does not answer, with one sentence."""
     process = launch(network, run_file, hosts, *options)
     output, _ = process.communicate(timeout=ENOUGH)
-    if process.returncode != 1 or not re.fullmatch(rf"Error: not reached by ssh .*{re.escape(host)} \(.*\).*\n", output):
+    said = rf"Error: not reached by ssh .*{re.escape(host)} \(.*\).*\n"
+    if process.returncode != 1 or not re.fullmatch(said, output):
         raise Failed(f"status {process.returncode} for a host that does not answer:\n{output}")
     print(output.strip(), flush=True)
 
