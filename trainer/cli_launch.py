@@ -62,12 +62,13 @@ def launch_command(run_file: Path, submitted: bool, **asked: Any) -> None:
     if submitted:
         check_scheduler(job.site)
     script = write_script(job)
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     if not submitted:
-        click.echo(str(script))
+        click.echo(str(shown))
     elif job.site.scheduler == "none":
         sys.exit(subprocess.call(["bash", str(script)]))
     else:
-        click.echo(f"job {submit(job.site, script)}: {script}")
+        click.echo(f"job {submit(job.site, script)}: {shown}")
 
 
 def checked_job(
