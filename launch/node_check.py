@@ -24,15 +24,17 @@ def check_devices(wanted: int) -> None:
     """Raise ConfigError if there are fewer GPUs than there should be, or one computes wrongly."""
     import torch
 
-    kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
-    found = 0 if kind is None else getattr(torch, kind).device_count()
+    from hydrazero.trainer.gpu import device_kind, gpu_module
+
+    gpu = gpu_module()
+    found = 0 if gpu is None else gpu.device_count()
     if found < wanted:
         raise ConfigError(f"torch sees {found} of {wanted} GPUs.")
     numbers = torch.arange(SIDE * SIDE, dtype=torch.float64).reshape(SIDE, SIDE) % 7
     expected = numbers @ numbers  # of small whole numbers: exact in any order of summation
     for device in range(wanted):
         try:
-            there = numbers.to(torch.device(str(kind), device), torch.float32)
+            there = numbers.to(torch.device(device_kind(), device), torch.float32)
             product = (there @ there).cpu().double()
         except RuntimeError as error:
             raise ConfigError(f"GPU {device} does not compute ({' '.join(str(error).split())[:200]}).") from error

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from torture import make_data, write_run
 
@@ -19,6 +20,8 @@ from hydrazero.launch.node_check import check_devices, check_disk
 from hydrazero.launch.site_file import load_site, site_names
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.cli import main
+from hydrazero.trainer.distributed import device
+from hydrazero.trainer.gpu import BACKENDS, device_kind
 
 SITES = Path(__file__).parents[1] / "launch" / "sites"
 
@@ -211,6 +214,18 @@ def test_what_makes_a_node_unfit(tmp_path):
         check_disk(tmp_path / "file" / "folder", 0)
     with pytest.raises(ConfigError, match=r"torch sees \d of 99 GPUs"):
         check_devices(99)
+
+
+def test_intel_gpus_are_devices_too(monkeypatch):
+    """As far as can be seen without one."""
+    assert device().type == device_kind()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 12)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert device() == torch.device("xpu", 5) and BACKENDS[device_kind()] == "xccl"
+    with pytest.raises(ConfigError, match="torch sees 12 of 13 GPUs"):
+        check_devices(13)
 
 
 SITE = """

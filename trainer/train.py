@@ -63,9 +63,8 @@ def check_run(config: RunConfig, resume: bool, *, has_gpu: bool | None = None) -
 
 def check_settings(config: RunConfig, *, has_gpu: bool | None = None) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
-    import torch
-
     from hydrazero.models.atomistic import check_model
+    from hydrazero.trainer.gpu import device_kind
     from hydrazero.trainer.precision import check_device, precision_of
     from hydrazero.trainer.run_tasks import (
         budget_warning,
@@ -79,7 +78,7 @@ def check_settings(config: RunConfig, *, has_gpu: bool | None = None) -> Checked
 
     check_wandb(config)
     ds_config = deepspeed_config(config)
-    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available() if has_gpu is None else has_gpu)
+    check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
     manifests = {task.name: task_manifest(task, config) for task in config.tasks}
     facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
     check_model(config.model.settings(), facts)
