@@ -21,6 +21,7 @@ from hydrazero.shards.neighbours import ROW_SLOTS
 from hydrazero.shards.stream import SplitReader, StreamSettings
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer.config import load_run_config
+from hydrazero.trainer.gpu import gpu_module
 
 PEAK_OVER_KEPT = 1.6
 """Peak memory of a step over what autograd keeps for the backward passes: working copies come on top (measured, see
@@ -32,15 +33,15 @@ SHARE = 0.6
 
 def memory_at_hand(ranks: int) -> int:
     """Bytes that each of `ranks` ranks on this machine can have: of the GPU, or its part of what is free here."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+    if (gpu := gpu_module()) is not None:
+        return int(gpu.mem_get_info()[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(ranks, 1)
 
 
 def peak_memory_mb() -> float:
     """Peak memory of this rank so far in MB: what was allocated on its GPU, or the process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
+    if (gpu := gpu_module()) is not None:
+        return float(gpu.max_memory_allocated() / 1e6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
 
 

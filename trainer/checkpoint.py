@@ -26,6 +26,7 @@ from hydrazero.trainer.checkpoint_files import (
 from hydrazero.trainer.checkpoint_layout import layout_in, layout_of
 from hydrazero.trainer.checkpoint_transfer import load_from_layout
 from hydrazero.trainer.distributed import gather_objects, rank, ranks, wait_for_all
+from hydrazero.trainer.gpu import device_kind, gpu_module
 from hydrazero.trainer.weight_average import WeightAverage
 
 STATE_NAME = "run_state.pt"
@@ -132,8 +133,8 @@ def let_go_of_whole_parameters(engine: Any) -> None:
 def random_states() -> dict[str, torch.Tensor]:
     """Return the states of all ranks' generators of random numbers, [ranks, bytes] of each kind of device."""
     states = {"cpu": torch.stack(gather_objects(torch.get_rng_state()))}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.stack(gather_objects(torch.cuda.get_rng_state()))
+    if (gpu := gpu_module()) is not None:
+        states[device_kind()] = torch.stack(gather_objects(gpu.get_rng_state()))
     return states
 
 
@@ -144,8 +145,8 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
         own = of_ranks[min(rank(), len(of_ranks) - 1)].clone()
         if kind == "cpu":
             torch.set_rng_state(own)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(own)
+        elif kind == device_kind():
+            gpu_module().set_rng_state(own)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hydrazero.models.encoder import EncoderSettings
 from hydrazero.models.sizes import size_settings
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.graph import BatchShape
+from hydrazero.shards.location import is_remote
 from hydrazero.shards.settings_parser import parse_settings
 from hydrazero.trainer.balance import BalanceSection, check_balance
 from hydrazero.trainer.finetune.settings import FULL, FinetuneSection, check_finetune
@@ -80,6 +81,13 @@ class DataSection:
     """Worker processes per rank that read, find neighbours and pack."""
     on_bad_shard: str = "stop"
     """'stop' where a block of a shard cannot be read, or 'skip' its structures, counted in the log and the report."""
+    copies: str = ""
+    """Folder on each node's own disk with a copy of each task's shards, in a folder of the task's name, which are read
+    instead; jobs that `hydrazero launch` writes make them."""
+
+    def folder(self, task: TaskSection) -> str:
+        """Where a task's shards are read."""
+        return f"{self.copies}/{task.name}" if self.copies and not is_remote(task.shards) else task.shards
 
 
 @dataclass(frozen=True, kw_only=True)

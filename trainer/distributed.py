@@ -14,13 +14,10 @@ import torch
 import torch.distributed as dist
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.exit_status import MAY_PASS
+from hydrazero.trainer.gpu import BACKENDS, device_kind
 
 T = TypeVar("T")
-
-MAY_PASS = 75
-"""Exit status of a rank that has lost another one (EX_TEMPFAIL of sysexits.h)."""
-FAILED = 70
-"""Exit status of a rank with an error that is not meant for users (EX_SOFTWARE)."""
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -35,8 +32,7 @@ def quiet_deepspeed() -> None:
     On CPUs it would also compile an all-reduce through shared memory at the first start (45 s, with a lock that a
     killed build leaves behind), which serves its inference engine alone; it is told that this machine cannot have it.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device_kind())
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -83,7 +79,7 @@ def start_ranks(timeout_minutes: float = 10.0) -> None:
     elif not launched:
         _ask_mpi()
     _check_started()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = BACKENDS[device_kind()]
     timeout = timedelta(minutes=timeout_minutes)
     # Groups that DeepSpeed makes take this value of the module, whatever the first group was given.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
@@ -149,9 +145,8 @@ def ranks() -> int:
 
 def device() -> torch.device:
     """Device that this rank computes on."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    kind = device_kind()
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

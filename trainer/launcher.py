@@ -19,7 +19,8 @@ import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.distributed import FAILED, MAY_PASS, exit_rank, free_port
+from hydrazero.trainer.distributed import exit_rank, free_port
+from hydrazero.trainer.exit_status import FAILED, MAY_PASS
 from hydrazero.trainer.run_files import RUN_NAME
 from hydrazero.trainer.stop_request import SIGNALS
 
@@ -184,15 +185,14 @@ def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
 
 def _environment(ranks: int) -> dict[str, str]:
     """Return what tells ranks how many they are and where they meet; raises ConfigError if there are too few GPUs."""
-    import torch
+    from hydrazero.trainer.gpu import device_kind, gpu_module
 
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-    elif torch.cuda.device_count() < ranks:
-        raise ConfigError(f"--ranks is {ranks}, but this machine has {torch.cuda.device_count()} GPUs; use as many.")
+    environment.setdefault("DS_ACCELERATOR", device_kind())
+    if (gpu := gpu_module()) is not None and gpu.device_count() < ranks:
+        raise ConfigError(f"--ranks is {ranks}, but this machine has {gpu.device_count()} GPUs; use as many.")
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     return {**environment, **meet, "LOCAL_SIZE": str(ranks)}
 

@@ -27,11 +27,12 @@ WAYS = (CONSERVATIVE, DIRECT, NONE)
 
 def task_manifest(task: TaskSection, config: RunConfig) -> Manifest:
     """Read a task's manifest; raises HydrazeroError if its shards are absent, damaged, empty, or too large to batch."""
-    if not is_remote(task.shards) and not Path(task.shards).is_dir():
-        raise ConfigError(f"task '{task.name}' has no shards: {task.shards} does not exist; run 'hydrazero convert'.")
-    manifest = read_manifest(task.shards)
+    shards = config.data.folder(task)
+    if not is_remote(shards) and not Path(shards).is_dir():
+        raise ConfigError(f"task '{task.name}' has no shards: {shards} does not exist; run 'hydrazero convert'.")
+    manifest = read_manifest(shards)
     if config.data.on_bad_shard == "stop":
-        check_shard_files(manifest, task.shards)
+        check_shard_files(manifest, shards)
     if manifest.structures("train") == 0:
         raise ConfigError(f"task '{task.name}': {task.shards} holds no training structures.")
     check_budget(task.name, manifest, config.batch, config.model.cutoff)

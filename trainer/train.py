@@ -43,9 +43,12 @@ class CheckedRun:
     """Of each task, heads of the start whose mean its own begins as."""
 
 
-def check_run(config: RunConfig, resume: bool) -> CheckedRun:
-    """Check everything that can be checked before training; raises HydrazeroError."""
-    checked = check_settings(config)
+def check_run(config: RunConfig, resume: bool, *, has_gpu: bool | None = None) -> CheckedRun:
+    """Check everything that can be checked before training; raises HydrazeroError.
+
+    `has_gpu` says so of where the run will be, if that is not here.
+    """
+    checked = check_settings(config, has_gpu=has_gpu)
     run_dir = Path(config.run.out)
     if resume:
         read_record(run_dir)
@@ -87,11 +90,10 @@ def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[Ch
     return replace(checked, facts=facts, rows=rows), [sentence for each in starts for sentence in each.said]
 
 
-def check_settings(config: RunConfig) -> CheckedRun:
+def check_settings(config: RunConfig, *, has_gpu: bool | None = None) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
-    import torch
-
     from hydrazero.models.atomistic import check_model
+    from hydrazero.trainer.gpu import device_kind
     from hydrazero.trainer.precision import check_device, precision_of
     from hydrazero.trainer.run_tasks import (
         budget_warning,
@@ -105,7 +107,7 @@ def check_settings(config: RunConfig) -> CheckedRun:
 
     check_wandb(config)
     ds_config = deepspeed_config(config)
-    check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available())
+    check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
     manifests = {task.name: task_manifest(task, config) for task in config.tasks}
     facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
     check_model(config.model.settings(), facts)
@@ -272,7 +274,7 @@ def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
     from hydrazero.trainer.precision import precision_of
 
     return StreamSettings(
-        folders=tuple(task.shards for task in config.tasks),
+        folders=tuple(config.data.folder(task) for task in config.tasks),
         dtype=precision_of(checked.ds_config).weights,
         cutoff=config.model.cutoff,
         shape=config.batch,
@@ -333,7 +335,8 @@ def main(
     used_hours: float,
 ) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
-    from hydrazero.trainer.distributed import FAILED, LostContactError, exit_rank, launcher_rank
+    from hydrazero.trainer.distributed import LostContactError, exit_rank, launcher_rank
+    from hydrazero.trainer.exit_status import FAILED
     from hydrazero.trainer.launcher import end_with
     from hydrazero.trainer.trial import run_trial
 

@@ -17,7 +17,8 @@ import click
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.trainer.checkpoint_files import CHECKPOINTS
 from hydrazero.trainer.config import load_run_config
-from hydrazero.trainer.distributed import FAILED, MPI_VARIABLES, RANK_VARIABLES, exit_rank
+from hydrazero.trainer.distributed import MPI_VARIABLES, RANK_VARIABLES, exit_rank
+from hydrazero.trainer.exit_status import FAILED
 from hydrazero.trainer.launcher import Ranks, end_with, train_command
 from hydrazero.trainer.run_files import RUN_NAME
 from hydrazero.trainer.search.journal import HeldTrial, Journal, open_journal

@@ -1,0 +1,79 @@
+"""Hostfiles of the deepspeed launcher: read, and asked whether their hosts answer."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hydrazero.shards.errors import ConfigError
+
+SECONDS = 10
+"""That a host has to answer."""
+AT_ONCE = 64
+LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Read 'HOST slots=N' lines; returns the slots of each host in order, raises ConfigError naming a faulty line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"hostfile {path} cannot be read ({error.strerror}).") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = LINE.fullmatch(line.strip())
+        if match is None:
+            raise ConfigError(f"hostfile {path}, line {number}: '{line.strip()}' is not of the form 'HOST slots=N'.")
+        if match[1] in hosts:
+            raise ConfigError(f"hostfile {path}, line {number}: host {match[1]} is named twice.")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ConfigError(f"hostfile {path} names no host.")
+    return hosts
+
+
+def chosen_hosts(path: Path, nodes: int, ranks_per_node: int) -> tuple[str, ...]:
+    """Return the first hosts of a hostfile; raises ConfigError if it has too few, or they too few slots."""
+    hosts = read_hostfile(path)
+    if len(hosts) < nodes:
+        raise ConfigError(f"--nodes is {nodes}, but hostfile {path} has {len(hosts)} hosts.")
+    chosen = dict(list(hosts.items())[:nodes])
+    for host, slots in chosen.items():
+        if slots < ranks_per_node:
+            raise ConfigError(
+                f"host {host} has {slots} slots in hostfile {path}, and {ranks_per_node} ranks are to run on each; "
+                "choose --ranks-per-node."
+            )
+    return tuple(chosen)
+
+
+def check_hosts(hosts: tuple[str, ...]) -> None:
+    """Raise ConfigError naming the hosts that do not let this one in by ssh, or if ssh or pdsh is missing."""
+    for program in ("ssh", "pdsh"):
+        if shutil.which(program) is None:
+            raise ConfigError(f"ranks on several hosts are started through {program}, which is not installed here.")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        answers = dict(zip(hosts, pool.map(_ask, hosts), strict=True))
+    silent = [f"{host} ({answer})" for host, answer in answers.items() if answer]
+    if silent:
+        raise ConfigError(
+            f"not reached by ssh without a password: {', '.join(silent)}; mend that, or leave them out of the hostfile."
+        )
+
+
+def _ask(host: str) -> str:
+    """Return why a host is not reached, empty if it is."""
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}", host, "true"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {2 * SECONDS} s"
+    said = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (said[-1].rstrip(".") if said else f"exit status {done.returncode}")

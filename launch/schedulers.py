@@ -1,0 +1,83 @@
+"""What the three ways to run jobs differ in: no scheduler, Slurm, PBS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """How a scheduler is spoken to, on the command line and in a job's script."""
+
+    shell: str
+    """First line of a script."""
+    prefix: str
+    """Of its directives in a script."""
+    submit: tuple[str, ...]
+    """Command that submits a script."""
+    version: tuple[str, ...]
+    """Command that prints its version."""
+    signals: bool
+    """Whether it sends the script SIGUSR1 before the job's time is over; if not, the ranks' watchers count."""
+    own_group: bool
+    """Whether the launcher gets a group of processes of its own, all of which are told, since it passes on nothing."""
+    job: str
+    """Lines that set `job` (its number), and `resume` to --resume if the job has been started before."""
+    meet: str
+    """Lines that set `first`, the node that ranks meet on, and `port`."""
+    each_node: str
+    """Function of the shell that runs a command once on every node, and fails if one of them does."""
+
+
+SLURM = Scheduler(
+    shell="#!/bin/bash",
+    prefix="#SBATCH",
+    submit=("sbatch", "--parsable"),
+    version=("sinfo", "--version"),
+    signals=True,
+    own_group=False,
+    job="""\
+job=$SLURM_JOB_ID
+# A job that is back from the queue goes on from its last checkpoint.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$run/run.json" ]; then resume=--resume; fi""",
+    meet="""\
+# The address by which Slurm itself reaches the first node, and a port that another job is unlikely to have.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+port=$((15000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 16000))""",
+    each_node="""\
+on_each_node() { srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 "$@"; }""",
+)
+PBS = Scheduler(
+    shell="#!/bin/bash -l",
+    prefix="#PBS",
+    submit=("qsub",),
+    version=("qstat", "--version"),
+    signals=False,
+    own_group=False,
+    job="job=$PBS_JOBID",
+    meet="""\
+first=$(head -n 1 "$PBS_NODEFILE")
+port=$((15000 + ${PBS_JOBID%%.*} % 16000))""",
+    each_node="""\
+on_each_node() { mpiexec -n {nodes} -ppn 1 "$@"; }""",
+)
+NONE = Scheduler(
+    shell="#!/bin/bash",
+    prefix="",
+    submit=("bash",),
+    version=(),
+    signals=False,
+    own_group=True,
+    job="job=$$",
+    meet="""\
+first={first_host}
+port=$((15000 + $$ % 16000))""",
+    each_node="""\
+on_each_node() { "$@"; }""",
+)
+OVER_SSH = """\
+# The same folder and words on each host; lines that come back carry the host's name.
+on_each_node() { pdsh -R ssh -S -w "{host_list}" "cd $(printf %q "$PWD"); $(printf '%q ' "$@")"; }"""
+"""`each_node` where the nodes are the hosts of a hostfile."""
+SCHEDULERS = {"none": NONE, "slurm": SLURM, "pbs": PBS}

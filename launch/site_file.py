@@ -1,0 +1,183 @@
+"""Site files: what a machine is made of, and how jobs run there."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.settings_parser import parse_settings
+
+SCHEDULERS = ("none", "slurm", "pbs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A number and where it is from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DieSection:
+    """What one rank has: a GPU, a die of one, or the cores of a rank."""
+
+    kind: str
+    """'cpu' or 'gpu'."""
+    memory: Measure
+    """Bytes."""
+    memory_bandwidth: Measure
+    """Bytes/s."""
+    flops: dict[str, Measure]
+    """Precision ('float64', 'float32', 'tf32', 'bf16', 'fp16') -> peak of matrix products, FLOP/s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSection:
+    """How ranks reach each other: time of a message is latency + bytes / bandwidth (alpha-beta model)."""
+
+    latency: Measure
+    """s."""
+    bandwidth: Measure
+    """Bytes/s of one die in each direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesSection:
+    """The file system that shards are read from."""
+
+    bandwidth: Measure
+    """Bytes/s of the whole machine."""
+    opens: Measure
+    """Files opened per second, of the whole machine."""
+    node_local: str = ""
+    """Folder on each node's own disk, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodesSection:
+    """The nodes and what a job may ask for."""
+
+    dies: int
+    cores: int
+    memory: Measure
+    """Bytes of main memory."""
+    most: int
+    """Nodes of the largest job."""
+    hours: float
+    """Of the longest job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariableSection:
+    """An environment variable of every rank."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSection:
+    """What the queue of a site gives to jobs of some size."""
+
+    nodes: int
+    """Jobs of up to so many nodes ..."""
+    hours: float
+    """... run at most so long."""
+    queue: str = ""
+    """In this queue; in the site's own if it is empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSection:
+    """How a job is written.
+
+    Texts have places: {nodes}, {dies} (ranks of a node), {gpus} (dies that are GPUs), {ranks}, {cores} (of a node),
+    {hours}, {walltime} (H:MM:SS), {name}, {account}, {queue}, {output} (file for what the job prints), {stop_before}
+    (seconds), {node_local}, {python}, {hosts} (options for the hosts of a hostfile). A directive with a place for
+    which there is nothing is left out. `$NAME` and `${NAME}` are the shell's.
+    """
+
+    directives: tuple[str, ...] = ()
+    """For the scheduler."""
+    queue: str = ""
+    """Used unless --queue names another one."""
+    account_needed: bool = False
+    """Whether the scheduler refuses jobs without an account."""
+    oldest: str = ""
+    """Oldest version of the scheduler that knows what is asked of it here."""
+    setup: tuple[str, ...] = ()
+    """Commands before anything else: modules, libraries."""
+    launcher: str = ""
+    """Command that starts the ranks; arguments of hydrazero.launch.rank follow."""
+    one_device: bool = False
+    """Whether the launcher shows each rank its own GPU alone."""
+    stage: str = ""
+    """Command that copies the file {source} to {target} on every node's own disk; nothing is copied if it is empty."""
+    node_folders: tuple[str, ...] = ()
+    """Folders that every node makes on its own disk before the ranks start, and removes at the end."""
+    health: str = ""
+    """Command that each node must pass before it takes part, beside the check of its GPUs and its disk."""
+    stop_before: float = 300.0
+    """Seconds before its end at which a job asks its ranks to stop with a checkpoint."""
+    requeue: str = ""
+    """Command by which a job goes back into the queue; without one it ends."""
+    retries: int = 3
+    """Times that a job goes back after a failure without a new checkpoint since the one before."""
+    limits: tuple[LimitSection, ...] = ()
+    """Hours by size, where they depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A machine."""
+
+    name: str
+    about: str
+    scheduler: str
+    """'none', 'slurm' or 'pbs'."""
+    die: DieSection
+    nodes: NodesSection
+    node_link: LinkSection
+    """Between dies of a node."""
+    network: LinkSection
+    """Between nodes."""
+    files: FilesSection
+    job: JobSection = field(default_factory=JobSection)
+    variables: tuple[VariableSection, ...] = ()
+
+
+def site_names() -> list[str]:
+    """Names of the sites that come with the package."""
+    folder = resources.files("hydrazero.launch") / "sites"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_site(name: str) -> Site:
+    """Read a site by its name, or from a file of the user's own; raises ConfigError, naming the key at fault."""
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"site file {path} does not exist.")
+        text, where = path.read_text(encoding="utf-8"), f"{path}:"
+    else:
+        known = site_names()
+        if name not in known:
+            raise ConfigError(f"--site '{name}' is not known{did_you_mean(name, known)}.")
+        file = resources.files("hydrazero.launch") / "sites" / f"{name}.toml"
+        text, where = file.read_text(encoding="utf-8"), f"site {name}:"
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} not valid TOML: {error}.") from error
+    site = parse_settings(Site, table, where)
+    if site.scheduler not in SCHEDULERS:
+        hint = did_you_mean(site.scheduler, list(SCHEDULERS))
+        raise ConfigError(f"{where} scheduler '{site.scheduler}' is not known{hint}.")
+    if not site.job.launcher:
+        raise ConfigError(f"{where} job.launcher is missing: the command that starts the ranks.")
+    return site
