@@ -211,6 +211,12 @@ stage() {{
 {chr(10).join(calls)}"""
 
 
+def _node_folders(job: Job, values: dict[str, str]) -> list[str]:
+    """What is on the nodes' own disks for the time of the job, as words of the shell."""
+    folders = [f'"{folder}"' for folder in _all_filled(job, "node_folders", values)]
+    return [*folders, *(['"$copies"'] if job.staged() else [])]
+
+
 def _ranks(job: Job, values: dict[str, str]) -> str:
     section, scheduler = job.site.job, SCHEDULERS[job.site.scheduler]
     launcher = filled(section.launcher, values, f"site {job.site.name}: job.launcher")
@@ -219,6 +225,7 @@ def _ranks(job: Job, values: dict[str, str]) -> str:
         options.append(f"--stop-after $(({round(3600 * job.hours - section.stop_before)} - SECONDS))")
     if section.one_device:
         options.append("--one-device")
+    options += [f"--remove {folder}" for folder in _node_folders(job, values)]
     words = ['"$run_file"', "$resume", *(f"--set {shlex.quote(each)}" for each in job.overrides)]
     if job.staged():
         words.append('--set data.copies="$copies"')
@@ -251,8 +258,7 @@ fi"""
 
 def _judge(job: Job, values: dict[str, str]) -> str:
     section = job.site.job
-    folders = [f'"{folder}"' for folder in _all_filled(job, "node_folders", values)]
-    folders += ['"$copies"'] if job.staged() else []
+    folders = _node_folders(job, values)
     clean = f"\non_each_node rm -rf {' '.join(folders)}" if folders else ""
     again = ""
     if section.requeue:

@@ -157,9 +157,9 @@ def first_to_fail(records: TryRecords) -> tuple[RankLife | None, str]:
     A rank that the launcher ended, or that had lost another one, is a consequence.
     """
     bad = sorted((life for life in records.ranks if life.status not in (0, None)), key=lambda life: life.ended or 0.0)
-    for life in bad:
-        if life.status == 1:
-            return life, _how(life)
+    # All ranks know of an error that is meant for users, and one of them says it.
+    for life in sorted((life for life in bad if life.status == 1), key=lambda life: not reason(life.tail)):
+        return life, _how(life)
     for life in bad:
         if life.status != MAY_PASS and "SIGTERM" not in life.told:
             return life, _how(life)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from types import FrameType
 
 import click
 
-from hydrazero.launch.rank_records import RECORDS, SIGN_EVERY, add_event
+from hydrazero.launch.rank_records import RECORDS, SIGN_EVERY, add_event, events_of
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 
 FAMILIES = (
@@ -67,8 +68,10 @@ def place_of(environment: Mapping[str, str]) -> Place:
 class Watched:
     """A rank's process and its notes."""
 
-    def __init__(self, attempt: Path, place: Place, stop_after: float | None) -> None:
+    def __init__(self, attempt: Path, place: Place, stop_after: float | None, removed: Sequence[Path] = ()) -> None:
         self.attempt, self.place = attempt, place
+        self.removed = removed
+        """Folders on the node's own disk that go when its last rank has ended: a cancelled job can do no more then."""
         self.stop_at = None if stop_after is None else time.monotonic() + stop_after
         self.tail: deque[bytes] = deque(maxlen=TAIL)
         self.process: subprocess.Popen[bytes] | None = None
@@ -104,7 +107,14 @@ class Watched:
         status = process.returncode
         tail = [line.decode(errors="replace").rstrip() for line in self.tail] if status else []
         self._note("end", status=status, tail=tail)
+        self._clean()
         return status
+
+    def _clean(self) -> None:
+        events = [row["event"] for row in events_of(self.attempt, self.place.node)]
+        if events.count("end") == events.count("start"):
+            for folder in self.removed:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(self) -> None:
         """Return when the process has ended; meanwhile give signs of life, and ask it to stop when it is time."""
@@ -156,8 +166,11 @@ def _end_with_parent() -> None:
 @click.option("--attempt", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for notes.")
 @click.option("--stop-after", type=float, help="Seconds after which the rank is asked to stop, by SIGUSR1.")
 @click.option("--one-device", is_flag=True, help="The rank sees its own GPU alone, as number 0.")
+@click.option("--remove", "removed", multiple=True, type=click.Path(path_type=Path), help="At the last end here.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def main(attempt: Path, stop_after: float | None, one_device: bool, command: tuple[str, ...]) -> None:
+def main(
+    attempt: Path, stop_after: float | None, one_device: bool, removed: tuple[Path, ...], command: tuple[str, ...]
+) -> None:
     """Start one rank and note how it ends."""
     try:
         place = place_of(os.environ)
@@ -166,7 +179,7 @@ def main(attempt: Path, stop_after: float | None, one_device: bool, command: tup
             "WORLD_SIZE": str(place.ranks),
             "LOCAL_RANK": "0" if one_device else str(place.local),
         }
-        status = Watched(attempt, place, stop_after).run(command, {**os.environ, **own})
+        status = Watched(attempt, place, stop_after, removed).run(command, {**os.environ, **own})
     except HydrazeroError as error:
         click.echo(f"Error: {error}", err=True)
         status = error.exit_status

@@ -86,6 +86,11 @@ def read_try(folder: Path) -> TryRecords:
     return TryRecords(ranks=ranks, expected=expected, unfit=tuple(unfit))
 
 
+def events_of(folder: Path, node: str) -> list[dict[str, Any]]:
+    """Read what a node has noted so far."""
+    return _rows(folder / f"{node}{RECORDS}")
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -67,7 +67,7 @@ def test_what_a_rank_raised_is_told_and_what_the_launcher_ended_is_no_cause(tmp_
 
 def test_a_users_error_would_happen_again(tmp_path):
     start(tmp_path, "n1", 0, 1)
-    end(tmp_path, "n1", 1, 70)
+    end(tmp_path, "n1", 1, 1)
     end(tmp_path, "n1", 0, 1, ["Error: task 'a' has no shards."])
     verdict = verdict_of(tmp_path, Progress(step=0, steps=0))
     assert verdict.kind == REFUSED and "(Error: task 'a' has no shards) before its first step" in verdict.sentence
@@ -195,6 +195,16 @@ def test_the_time_of_a_job_and_its_own_end_reach_the_rank(tmp_path):
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie has none
         assert time.monotonic() < until, "the rank outlives the one that watches it"
         time.sleep(0.05)
+
+
+def test_the_last_rank_of_a_node_takes_along_what_was_on_its_disk(tmp_path):
+    copies, attempt = tmp_path / "copies", tmp_path / "attempt"
+    copies.mkdir(), attempt.mkdir()
+    options = ("--remove", str(copies))
+    start(attempt, "n7", 2, of=4)
+    assert watched(attempt, "true", options=options).wait(60) == 0 and copies.exists()
+    end(attempt, "n7", 2, 0)
+    assert watched(attempt, "true", options=options).wait(60) == 0 and not copies.exists()
 
 
 def test_a_rank_knows_its_number_from_every_launcher():
