@@ -202,21 +202,22 @@ def test_labels_in_another_unit_are_refused(teacher, data, tmp_path):
     assert again.exit_code == 1 and "kcal/mol" in again.output and not (tmp_path / "c").exists()
 
 
-@given(st.sampled_from([*ENERGY_UNITS, *FORCE_UNITS]), st.booleans(), st.floats(0.95, 1.05), st.floats(0.85, 1.0))
+@given(st.sampled_from([*ENERGY_UNITS, *FORCE_UNITS]), st.booleans(), st.floats(0.95, 1.05), st.floats(0.96, 1.0))
 def test_every_unit_is_recognised(unit, read_as_it, noise, correlation):
     forces = unit in FORCE_UNITS
     factor = force_factor(unit) if forces else energy_factor(unit)
     found = Likeness(ratio=noise * (factor if read_as_it else 1 / factor), correlation=correlation)
-    said = suspicion(found, None) if forces else suspicion(None, found)
+    what = "forces" if forces else "energies"
+    said = suspicion(what, found)
     assert said is not None and "most likely" in said
     if 0.98 < noise < 1.02:
         assert unit in said
-    assert suspicion(Likeness(ratio=found.ratio, correlation=0.5), None) is None
-    assert suspicion(Likeness(ratio=1.6 * noise, correlation=correlation), None) is None
+    assert suspicion(what, Likeness(ratio=found.ratio, correlation=0.7)) is None
+    assert suspicion(what, Likeness(ratio=1.6 * noise, correlation=correlation)) is None
 
 
 def test_forces_of_the_opposite_sign():
-    assert "opposite sign" in (suspicion(Likeness(ratio=1.0, correlation=-0.97), None) or "")
+    assert "opposite sign" in (suspicion("forces", Likeness(ratio=1.0, correlation=-0.97)) or "")
 
 
 def test_old_tasks_are_measured_and_replayed(teacher, data, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +49,10 @@ def finetune(request: Request, say: Callable[[str], None]) -> None:
     """Fine-tune as asked; raises HydrazeroError for what cannot be used."""
     start = read_start(str(request.model))
     _check(request, start)
-    head = _head(request, start)
-    rows = rows_of(head.name, start) if head is not None else ()
-    plan = plan_finetuning(_wanted(request, NEW if head is None else head.name), start)
-    run_file, config = _write_run_file(request, plan, head)
+    heads = _heads(request, start)
+    rows = rows_of(heads[0].name, start) if heads else ()
+    plan = plan_finetuning(_wanted(request, heads[0].name if heads else NEW), start)
+    run_file, config = _write_run_file(request, plan, heads)
     for sentence in plan.said:
         say(sentence)
     say(train_here(run_file, config, TrainOptions(ranks=request.ranks)))
@@ -109,24 +109,24 @@ def _check(request: Request, start: AtomisticModel) -> None:
         raise ConfigError("--replay is of no use with --method heads, which changes no old task; leave it out.")
 
 
-def _head(request: Request, start: AtomisticModel) -> HeadErrors | None:
-    """Return the head that the new one begins as, and its errors on the new structures; None for first weights.
+def _heads(request: Request, start: AtomisticModel) -> list[HeadErrors]:
+    """Return errors on the new structures of the head that the new one begins as, and of those it was compared with.
 
-    Where it is the nearest one, all of them are printed.
+    Where it is to be the nearest one, all are, and are printed; none are where it has first weights.
     """
     manifest = read_manifest(request.folder)
     task = TaskSection(name=manifest.task, shards=str(request.folder), init_head=request.init_head)
     facts = task_facts(task, manifest)
     if request.init_head == NEW:
-        return None
+        return []
     if request.init_head != NEAREST:
-        return compare_heads(start, task, facts, [rows_of(request.init_head, start)])[0]
+        return compare_heads(start, task, facts, [rows_of(request.init_head, start)])
     heads = compare_heads(start, task, facts, [(row,) for row in range(len(start.tasks))])
     print_heads(heads)
-    return heads[0]
+    return heads
 
 
-def _write_run_file(request: Request, plan: Plan, head: HeadErrors | None) -> tuple[Path, RunConfig]:
+def _write_run_file(request: Request, plan: Plan, heads: Sequence[HeadErrors]) -> tuple[Path, RunConfig]:
     """Write RUN/run.toml once everything in it has been checked; raises ConfigError where it cannot be."""
     for override in request.overrides:
         apply_override(plan.table, override)
@@ -141,8 +141,7 @@ def _write_run_file(request: Request, plan: Plan, head: HeadErrors | None) -> tu
         part.write_text(toml_text(plan.table, comment), encoding="utf-8")
         config = load_run_config(part)
         check_run(config, resume=False)
-        if head is not None:
-            check_units(config, config.tasks[0], head)
+        check_units(config, config.tasks[0], heads)
         request.out.mkdir()
         os.replace(part, path)
     except OSError as error:

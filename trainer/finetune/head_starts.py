@@ -102,22 +102,33 @@ def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own
         return HeadStart(rows=same, facts=start.tasks[names.index(task.name)])
     is_nearest = task.init_head == NEAREST and NEAREST not in names
     heads = [(row,) for row in range(len(names))] if is_nearest else [rows_of(task.init_head, start)]
-    nearest = compare_heads(start, task, own, heads)[0]
+    compared = compare_heads(start, task, own, heads)
+    nearest = compared[0]
     rows = (names.index(nearest.name),) if is_nearest else heads[0]
     if is_nearest:
         said.append(f"task '{task.name}': the nearest head is '{nearest.name}' ({shown_errors(nearest)}).")
-    check_units(config, task, nearest)
+    check_units(config, task, compared)
     return HeadStart(rows=rows, facts=refit(start, task, own, rows), said=tuple(said))
 
 
-def check_units(config: RunConfig, task: TaskSection, errors: HeadErrors) -> None:
-    """Raise ConfigError if labels seem to be in another unit than what a head predicts, unless that is not wanted."""
-    odd = suspicion(errors.forces, errors.energies)
-    if odd is not None and config.finetune.check_units:
-        raise ConfigError(
-            f"task '{task.name}' {odd} (head '{errors.name}'); convert again with the right [units], or set "
-            "finetune.check_units = false if they are right."
-        )
+def check_units(config: RunConfig, task: TaskSection, heads: Sequence[HeadErrors]) -> None:
+    """Raise ConfigError if labels seem to be in another unit than what heads predict, unless that is not wanted.
+
+    The most alike head is asked, of all that were compared: labels in another unit are near to none, and the nearest
+    one is then any that predicts large numbers.
+    """
+    if not config.finetune.check_units:
+        return
+    for what, found in (
+        ("forces", [(head.forces, head.name) for head in heads if head.forces is not None]),
+        ("energies", [(head.energies, head.name) for head in heads if head.energies is not None]),
+    ):
+        likeness, name = max(found, key=lambda each: abs(each[0].correlation), default=(None, ""))
+        if likeness is not None and (odd := suspicion(what, likeness)) is not None:
+            raise ConfigError(
+                f"task '{task.name}' {odd} (head '{name}'); convert again with the right [units], or set "
+                "finetune.check_units = false if they are right."
+            )
 
 
 def refit(start: AtomisticModel, task: TaskSection, own: TaskFacts, rows: Sequence[int]) -> TaskFacts:

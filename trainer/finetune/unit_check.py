@@ -22,8 +22,13 @@ FORCE_UNITS = (
     "Hartree/Å",
     "Ry/Bohr",
 )
-ALIKE = 0.8
-"""Correlation above which a factor between labels and predictions means something."""
+INTERNAL = {
+    "forces": ("eV/Å", {unit: force_factor(unit) for unit in FORCE_UNITS}),
+    "energies": ("eV", {unit: energy_factor(unit) for unit in ENERGY_UNITS}),
+}
+"""Unit that labels are read into, and factors to it from the others."""
+ALIKE = {"forces": 0.8, "energies": 0.95}
+"""Correlation above which a factor between labels and predictions means something; energies are few numbers."""
 NEAR = 0.25
 """Of the logarithm of a factor; one that is farther from that of every unit is the head's own fault."""
 FEWEST = 5
@@ -62,18 +67,13 @@ def energy_likeness(
     return likeness(rest[:, 0], rest[:, 1])
 
 
-def suspicion(forces: Likeness | None, energies: Likeness | None) -> str | None:
-    """Say in which unit the labels of a task seem to be, in words that follow its name; None if nothing is odd.
+def suspicion(what: str, found: Likeness) -> str | None:
+    """Say in which unit the 'forces' or 'energies' of a task seem to be, in words that follow its name.
 
-    No unit is taken for another for a factor of less than seven, which a poor head may miss too.
+    None if nothing is odd. Factors of less than seven, by which a poor head may be off, belong to no unit.
     """
-    force_units = {unit: force_factor(unit) for unit in FORCE_UNITS}
-    energy_units = {unit: energy_factor(unit) for unit in ENERGY_UNITS}
-    return _of("forces", "eV/Å", forces, force_units) or _of("energies", "eV", energies, energy_units)
-
-
-def _of(what: str, internal: str, found: Likeness | None, units: Mapping[str, float]) -> str | None:
-    if found is None or abs(found.correlation) < ALIKE:
+    internal, units = INTERNAL[what]
+    if abs(found.correlation) < ALIKE[what]:
         return None
     if found.correlation < 0:
         return (
@@ -82,7 +82,14 @@ def _of(what: str, internal: str, found: Likeness | None, units: Mapping[str, fl
         )
     size = f"has {what} {found.ratio:.3g} times those that the head predicts (correlation {found.correlation:.2f}): "
     # Numbers in a unit are one over its factor times those in eV; those in eV, read as in it, its factor times.
-    guesses = [(1 / factor, f"in {unit}, most likely, read as {internal}") for unit, factor in units.items()]
-    guesses += [(factor, f"in {internal}, most likely, read as {unit}") for unit, factor in units.items()]
-    distance, guess = min((abs(math.log(found.ratio / factor)), text) for factor, text in guesses)
-    return size + guess if distance < NEAR else None
+    not_told = _nearest(found.ratio, {unit: 1 / factor for unit, factor in units.items()})
+    told_wrongly = _nearest(found.ratio, units)
+    guesses = [] if not_told is None else [f"in {not_told}, read as {internal}"]
+    guesses += [] if told_wrongly is None else [f"in {internal}, read as {told_wrongly}"]
+    return f"{size}most likely {', or '.join(guesses)}" if guesses else None
+
+
+def _nearest(ratio: float, factors: Mapping[str, float]) -> str | None:
+    """Return the unit whose factor is nearest to a ratio, None if none is near."""
+    distance, unit = min((abs(math.log(ratio / factor)), unit) for unit, factor in factors.items())
+    return unit if distance < NEAR else None
