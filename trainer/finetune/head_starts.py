@@ -23,7 +23,7 @@ from hydrazero.trainer.finetune.head_errors import (
     spread_samples,
 )
 from hydrazero.trainer.finetune.settings import HEADS, MEAN, NEAREST, NEW, OWN
-from hydrazero.trainer.finetune.unit_check import suspicion
+from hydrazero.trainer.finetune.unit_check import ALIKE, suspicion
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
 
 T = TypeVar("T")
@@ -114,14 +114,17 @@ def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own
 def check_units(config: RunConfig, task: TaskSection, heads: Sequence[HeadErrors]) -> None:
     """Raise ConfigError if labels seem to be in another unit than what heads predict, unless that is not wanted.
 
-    The most alike head is asked, of all that were compared: labels in another unit are near to none, and the nearest
-    one is then any that predicts large numbers.
+    The most alike head is asked, of all that were compared and know the elements: labels in another unit are near to
+    none, and the nearest one is then any that predicts large numbers. Energies, few numbers that may all vary with one
+    volume, are left to heads whose forces are alike, where there are forces.
     """
     if not config.finetune.check_units:
         return
+    knowing = [head for head in heads if not head.lacks]
+    alike = [head for head in knowing if head.forces is None or abs(head.forces.correlation) >= ALIKE["forces"]]
     for what, found in (
-        ("forces", [(head.forces, head.name) for head in heads if head.forces is not None]),
-        ("energies", [(head.energies, head.name) for head in heads if head.energies is not None]),
+        ("forces", [(head.forces, head.name) for head in knowing if head.forces is not None]),
+        ("energies", [(head.energies, head.name) for head in alike if head.energies is not None]),
     ):
         likeness, name = max(found, key=lambda each: abs(each[0].correlation), default=(None, ""))
         if likeness is not None and (odd := suspicion(what, likeness)) is not None:

@@ -31,7 +31,7 @@ ALIKE = {"forces": 0.8, "energies": 0.95}
 """Correlation above which a factor between labels and predictions means something; energies are few numbers."""
 NEAR = 0.25
 """Of the logarithm of a factor; one that is farther from that of every unit is the head's own fault."""
-FEWEST = 5
+FEWEST = 10
 """Structures beyond those that the reference energies take, below which energies tell nothing."""
 
 
@@ -77,8 +77,8 @@ def suspicion(what: str, found: Likeness) -> str | None:
         return None
     if found.correlation < 0:
         return (
-            f"has {what} of the opposite sign of what the head predicts (correlation {found.correlation:.2f}): "
-            f"{'gradients, most likely' if what == 'forces' else 'of the wrong sign, most likely'}"
+            f"has {what} of the opposite sign of what the head predicts (correlation {found.correlation:.2f}), as "
+            "gradients are, or energies of binding"
         )
     size = f"has {what} {found.ratio:.3g} times those that the head predicts (correlation {found.correlation:.2f}): "
     # Numbers in a unit are one over its factor times those in eV; those in eV, read as in it, its factor times.
