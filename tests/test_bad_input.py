@@ -319,7 +319,7 @@ def test_bad_models(shards, tmp_path):
     for cut in (4, 100, len(whole) - 10):
         path.write_bytes(whole[:cut])
         refused(command("screen", path, water, "--out", out), "m.safetensors", "cut short")
-    path.write_bytes(whole.replace(b'"format_version":"2"', b'"format_version":"7"'))
+    path.write_bytes(whole.replace(b'"format_version":"3"', b'"format_version":"7"'))
     refused(command("screen", path, water, "--out", out), "version 7")
     import safetensors.numpy
 
