@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, StructureError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.neighbours import ROW_SLOTS
 
@@ -75,16 +77,32 @@ def _pairs(batch: GraphBatch, count: int, cutoff: float) -> tuple[Tensor, Tensor
     box = torch.eye(3, dtype=batch.cell.dtype, device=batch.cell.device) * FAR
     cells = torch.where(periodic.view(-1, 1, 1), batch.cell, box)
     ends = batch.n_atoms.cumsum(0).to(torch.int32)
-    found = neighbour_engine()(
-        batch.positions[:count].contiguous(),
-        cutoff,
-        cell=cells.contiguous(),
-        pbc=batch.pbc,
-        batch_idx=batch.structure[:count].to(torch.int32),
-        batch_ptr=torch.cat([ends.new_zeros(1), ends]),
-        return_neighbor_list=True,
-    )
+    given = {
+        "cell": cells.contiguous(),
+        "pbc": batch.pbc,
+        "batch_idx": batch.structure[:count].to(torch.int32),
+        "batch_ptr": torch.cat([ends.new_zeros(1), ends]),
+        "return_neighbor_list": True,
+    }
+    positions, engine = batch.positions[:count].contiguous(), neighbour_engine()
+    try:
+        found = engine(positions, cutoff, **given)
+    except Exception as error:  # its own class, which it does not export
+        if type(error).__name__ != "NeighborOverflowError":
+            raise
+        found = _with_more_room(partial(engine, positions, cutoff, **given))
     return found[0], found[2]
+
+
+def _with_more_room(search: Callable[..., Any]) -> Any:
+    """Search again with room for more neighbours: the engine's own guess is for a density of 0.2 atoms/Å³."""
+    for most in (256, 512, 1024, 2048, 4096):
+        try:
+            return search(max_neighbors=most, method="batch_cell_list")
+        except Exception as error:
+            if type(error).__name__ != "NeighborOverflowError":
+                raise
+    raise StructureError("too_dense", "an atom has more than 4,096 neighbours within the cutoff")
 
 
 def _lay_out(batch: GraphBatch, row_atom: Tensor, slot: Tensor, pairs: _Pairs) -> None:

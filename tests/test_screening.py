@@ -30,6 +30,7 @@ from hydrazero.models.screening import MadeSource, ScreenPlan, ScreenSettings, s
 from hydrazero.models.screening.parts import Best
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.errors import ConfigError, SourceError
+from hydrazero.shards.readers.frames import ReadSettings, SourceUnits
 from hydrazero.trainer.cli import main
 
 IN_PROCESS = ScreenPlan(workers=0)
@@ -139,11 +140,13 @@ VALUES = st.sampled_from([0.5, 1.0, 2.0, 3.0, float("nan")])
 @given(st.lists(st.lists(VALUES, max_size=40), max_size=60), st.integers(1, 50))
 @settings(max_examples=50, deadline=None)
 def test_the_best_of_tables(values, top):
-    schema = pa.schema([("index", pa.int64()), ("energy_a", pa.float64())])
+    schema = pa.schema([("index", pa.int64()), ("energy_a", pa.float64()), ("reason", pa.string())])
     best = Best(ScreenSettings(tasks=("a",), top=top, by="energy_a"), schema)
     rows, everything = 0, []
     for part in values:
-        best.add(pa.table({"index": range(rows, rows + len(part)), "energy_a": pa.array(part, pa.float64())}, schema))
+        numbers = range(rows, rows + len(part))
+        energies, reasons = pa.array(part, pa.float64()), pa.nulls(len(part), pa.string())
+        best.add(pa.table({"index": numbers, "energy_a": energies, "reason": reasons}, schema))
         everything += [(value, rows + n) for n, value in enumerate(part) if value == value]
         rows += len(part)
     if values:
@@ -199,12 +202,117 @@ def test_ranks_of_a_launcher_share_a_screen(model, tmp_path, monkeypatch):
     done = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     total = CHUNK + 250
-    assert f"{total:,} of {total:,} structures" in done.stdout
+    assert f"of {total:,} structures computed" in done.stdout
     rows = [row for path in out.glob("part-*.parquet") for row in rows_of(path)]
     assert Counter(row["index"] for row in rows) == Counter(range(total))
     assert len(list(out.glob("part-*.parquet"))) == 2  # each rank has had a chunk
     again = command(model, source, shards, "--out", out, "--tasks", "task0")
     assert again.exit_code == 1 and "complete" in again.output
+
+
+def test_forces_stay_with_their_structures(model, tmp_path):
+    """Where a head cannot take every second structure."""
+    frames = [rattled_molecule(name, seed) for seed in range(5) for name in ("H2O", "CH4")]
+    source, out = write_extxyz(tmp_path / "s.extxyz", frames), tmp_path / "s.parquet"
+    assert command(model, source, "--out", out, "--forces", "--forces-of", "task1").exit_code == 0
+    waters_alone = load_model(model).predict(frames[::2], tasks=["task1"])
+    for place, row in enumerate(rows_of(out)):
+        assert len(row["forces_task0"]) == 3 * row["atoms"]
+        if place % 2:
+            assert row["forces_task1"] is None and row["max_force_task1"] is None
+        else:
+            want = waters_alone[place // 2]["forces"]
+            np.testing.assert_allclose(np.reshape(row["forces_task1"], (-1, 3)), want, atol=1e-4)
+
+
+def test_what_has_no_numbers_is_never_in_the_top(model, tmp_path):
+    source = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule(n, 0) for n in ("H2O", "CH4", "CH3CH2OH", "H2O")])
+    for by in ("-atoms", "where(energy_task1 > -1e9, 1, 0)", "energy_task1**0"):
+        out = tmp_path / f"{len(by)}.parquet"
+        done = command(model, source, "--out", out, "--top", 4, f"--by={by}", "--max-atoms", 5)
+        assert done.exit_code == 0, done.output
+        names = ["H2O", "H2O"] if "task1" in by else ["CH4", "H2O", "H2O"]
+        assert sorted(row["formula"] for row in rows_of(out)) == names
+
+
+def test_tasks_whose_names_differ_in_a_dash(tmp_path):
+    small = small_model(dtype=torch.float32)
+    small.tasks = [facts("a-b", scale=1.0), facts("a_b", scale=2.0)]
+    save_model(small, tmp_path / "m.safetensors")
+    frames = [rattled_molecule("H2O", seed) for seed in range(12)]
+    source = write_extxyz(tmp_path / "s.extxyz", frames)
+    for task in ("a-b", "a_b"):
+        out, by = tmp_path / f"{task}.parquet", f"-interaction_per_atom_{task}"
+        assert command(tmp_path / "m.safetensors", source, "--out", out, "--top", 3, f"--by={by}").exit_code == 0
+        rows = rows_of(out)
+        assert rows == sorted(rows, key=lambda row: -row[f"interaction_per_atom_{task}"])
+
+
+def test_atoms_without_neighbours(model, tmp_path):
+    source = write_extxyz(tmp_path / "s.extxyz", [Atoms("H"), Atoms("OH", positions=[[0, 0, 0], [0, 0, 30]])])
+    done = command(model, source, "--out", tmp_path / "s.parquet")
+    assert done.exit_code == 0 and all(row["energy_task0"] is not None for row in rows_of(tmp_path / "s.parquet"))
+
+
+def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path, monkeypatch):
+    """As where a launcher's variables are not known, and each takes itself for the only one."""
+    monkeypatch.setattr("hydrazero.models.screening.parts.PART_SECONDS", 0.0)
+    potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s.parquet"
+    count = 3 * CHUNK
+
+    class Interrupted(Exception):
+        pass
+
+    def begin(rank: int, ranks: int, after: int) -> None:
+        seen = Counter[str]()
+
+        def stop(structures: int) -> None:
+            seen["all"] += structures
+            if seen["all"] >= after:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            screen(potential, [waters(count)], out, settings_, ScreenPlan(rank=rank, ranks=ranks, workers=0), stop)
+
+    begin(0, 2, CHUNK + 400)
+    parts = tmp_path / ".s.parquet.parts"
+    (first,) = parts.glob("part-*.parquet")
+    content = first.read_bytes()
+    first.unlink()
+    begin(0, 1, 2 * CHUNK + 400)
+    first.write_bytes(content)  # the other's, with a chunk that is there twice now
+    summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
+    assert summary.whole == {"structures": count, "written": count, "refused": {}}
+    assert pq.read_table(out)["index"].to_pylist() == list(range(count))
+
+
+def test_a_rank_that_is_late_finds_nothing_to_do(model, tmp_path):
+    potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s.parquet"
+    for rank, whole in ((0, True), (1, False)):
+        plan = ScreenPlan(rank=rank, ranks=2, workers=0, start="job 1")
+        summary = screen(potential, [waters(20)], out, settings_, plan)
+        assert (summary.whole is not None) == whole
+    with pytest.raises(SourceError, match="exists"):
+        screen(potential, [waters(20)], out, settings_, ScreenPlan(workers=0, start="job 2"))
+
+
+def test_a_screen_goes_on_with_the_same_reading_alone(model, tmp_path, spec):
+    source, out = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule("H2O")]), tmp_path / "s.parquet"
+    settings_ = ScreenSettings(tasks=("task0",))
+    before = [each.identity() for each in [*sources_of([source]), *sources_like(spec)]]
+    bulk("Na", cubic=True, a=5.0).write(tmp_path / "cell.cif")
+    bohr = ReadSettings(units=SourceUnits(length="Bohr"))
+    after = [each.identity() for each in [*sources_of([source], bohr), *sources_like(spec)]]
+    assert before[0] != after[0] and before[1] != after[1]
+    screen(load_model(model), sources_of([source]), out, settings_, IN_PROCESS)
+    assert not list(tmp_path.glob(".s.parquet*"))  # neither parts nor locks
+
+
+def test_no_room_is_a_sentence(model, tmp_path):
+    source = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule("H2O")])
+    (tmp_path / "file").write_text("")
+    done = command(model, source, "--out", tmp_path / "file" / "s.parquet")
+    assert done.exit_code == 1 and "cannot be written" in done.output and done.output.count("\n") == 1, done.output
 
 
 def test_labels_do_not_matter(model, tmp_path):
@@ -321,6 +429,9 @@ def test_bad_specifications(model, tmp_path, spec, change, words):
         (["--top", 3, "--by", "energy_tsk0"], ("no column 'energy_tsk0'", "energy_task0")),
         (["--top", 3, "--by", "energy_task0 +"], ("no expression",)),
         (["--top", 3, "--by", "2 + 3"], ("names no column",)),
+        (["--top", 3, "--by", "sum(energy_task0)"], ("cannot be computed",)),
+        (["--tasks", "task0,task0"], ("'task0' is named twice",)),
+        (["--format", "extxz"], ("format 'extxz' is not known", "extxyz")),
         (["--forces-of", "task1", "--tasks", "task0"], ("'task1'", "not among the tasks")),
         (["--config", "no.toml"], ("no.toml", "cannot be read")),
     ],

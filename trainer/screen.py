@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary, Source
 
 FOLDER = click.Path(path_type=Path)
+INTERRUPTED = 130
+"""Exit status of what Ctrl-C has ended, as shells have it."""
 
 
 def task_list(text: str | None) -> list[str] | None:
@@ -48,6 +50,8 @@ def task_list(text: str | None) -> list[str] | None:
 @click.option("--format", "format_name", metavar="NAME", help="Of the sources; guessed from their suffixes.")
 @click.option("--ranks", type=click.IntRange(1), metavar="N", help="Processes on this machine, each with its share.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(0), help="Processes per rank that read.")
+@click.option("--batch-atoms", type=click.IntRange(1), metavar="N", help="Atoms in a batch; by the device.")
+@click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero screen --ranks`
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # DeepSpeed's launcher passes it
 def screen_command(
     model: Path,
@@ -66,6 +70,8 @@ def screen_command(
     format_name: str | None,
     ranks: int | None,
     workers: int,
+    batch_atoms: int | None,
+    launched_by: int | None,
     local_rank: int | None,
 ) -> None:
     """Predict every structure of files or shard folders with a model's heads.
@@ -83,19 +89,31 @@ def screen_command(
     if ranks is not None and ranks > 1:
         _start_ranks(ranks)
         return
+    if launched_by is not None:
+        from hydrazero.trainer.launcher import end_with
+
+        end_with(launched_by)
     potential = load_model(model, device())
     potential.model.autocast = torch.bfloat16 if bf16 else None
     chosen = tuple(task_list(tasks) or potential.tasks)
     # How far a relaxation has come shows in its forces.
-    forces = tuple(task_list(forces_of) or ()) or chosen[: with_forces or relax > 0]
+    forces = tuple(dict.fromkeys([*chosen[: with_forces or relax > 0], *(task_list(forces_of) or ())]))
     settings = ScreenSettings(tasks=chosen, forces=forces, top=top, by=by, relax=relax, max_atoms=max_atoms)
     plan = ScreenPlan(
-        rank=launcher_rank(), ranks=launcher_ranks(), workers=workers, model_id=f"{file_sha256(model)} bf16={bf16}"
+        rank=launcher_rank(),
+        ranks=launcher_ranks(),
+        workers=workers,
+        atoms=batch_atoms,
+        start=_start_of_ranks(launched_by) if launcher_ranks() > 1 else "",
+        model_id=f"{file_sha256(model)} bf16={bf16}",
     )
     found = _sources(sources, generate, config, format_name)
     summary = _with_progress(potential, found, out, settings, plan)
     if summary.whole is not None:
         click.echo(said(out, summary, plan.ranks))
+    elif summary.structures:
+        done = f"rank {plan.rank} of {plan.ranks} has done its {summary.structures:,} structures"
+        click.echo(f"{done}; the last one makes {out}.")
 
 
 def _sources(
@@ -144,7 +162,8 @@ def said(out: Path, summary: ScreenSummary, ranks: int) -> str:
     """Tell what a screen has come to."""
     whole = summary.whole or {}
     refused = sum(whole["refused"].values())
-    lines = [f"{out}: {whole['written']:,} of {whole['structures']:,} structures"]
+    kept = "" if whole["written"] == whole["structures"] else f", {whole['written']:,} kept"
+    lines = [f"{out}: {whole['structures'] - refused:,} of {whole['structures']:,} structures computed{kept}"]
     if refused:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(whole["refused"].items()))
         lines.append(f"{refused:,} not computed ({kinds}): see the column 'reason'")
@@ -162,7 +181,8 @@ def _start_ranks(ranks: int) -> None:
     """Start this very command as several ranks; raises ConfigError if one of them fails."""
     from hydrazero.trainer.launcher import Ranks
 
-    command = [sys.executable, "-m", "hydrazero.trainer.screen", *without_ranks(sys.argv[2:])]
+    words = sys.argv[2:] if sys.argv[1:2] == ["screen"] else sys.argv[1:]
+    command = [sys.executable, "-m", "hydrazero.trainer.screen", f"--launched-by={os.getpid()}", *without_ranks(words)]
     with Ranks(command, ranks) as running:
         outcome = running.wait()
     if running.interrupted:
@@ -171,6 +191,14 @@ def _start_ranks(ranks: int) -> None:
         raise SystemExit(1)
     if outcome.status:
         raise HydrazeroError(f"{outcome.reason}; the same command goes on where it was.")
+
+
+def _start_of_ranks(launched_by: int | None) -> str:
+    """Return what all ranks of this start share, empty for one alone: of our own launcher, Slurm, or another."""
+    if launched_by is not None:
+        return f"{os.uname().nodename} {launched_by}"
+    told = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT")]
+    return " ".join([*told, os.environ.get("PMIX_NAMESPACE", "")]).strip()
 
 
 def without_ranks(words: list[str]) -> list[str]:
@@ -194,6 +222,9 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

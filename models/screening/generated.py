@@ -26,6 +26,8 @@ from hydrazero.shards.structure import Structure, check_structure
 MOST_CHOICES = 20_000_000
 """Ways to put elements on the sites of one prototype; what is beyond is better split into several."""
 SIZES = ("radii", "keep")
+CUBIC = ("sc", "fcc", "bcc", "diamond", "zincblende", "rocksalt", "fluorite", "cesiumchloride")
+"""Crystals that are built as cubic cells; others as ASE has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class Prototype:
                 raise ConfigError(f"{self.where} has no element '{site}'{did_you_mean(site, there)}.")
             if not elements:
                 raise ConfigError(f"{self.where}: sites.{site} names no element.")
+            if len(set(elements)) < len(elements):
+                raise ConfigError(f"{self.where}: sites.{site} names an element twice.")
             for element in elements:
                 if element not in atomic_numbers or element == "X":
                     raise ConfigError(f"{self.where}: sites.{site}: '{element}' is no element.")
@@ -104,7 +108,7 @@ class Prototype:
                 atoms = ase.io.read(folder / section.file, index=-1)
             else:
                 lattice = section.a or self._guessed_lattice()
-                atoms = bulk(section.formula, section.crystal, a=lattice, cubic=section.crystal != "hcp")
+                atoms = bulk(section.formula, section.crystal, a=lattice, cubic=section.crystal in CUBIC)
             repeated: Atoms = atoms.repeat(section.repeat)  # type: ignore[union-attr]
             return repeated
         except Exception as error:  # ASE's readers and builders raise whatever goes wrong in them
@@ -207,8 +211,9 @@ class GeneratedSource:
                 yield from range(begin, end)
 
     def identity(self) -> str:
-        """Digest of the specification."""
-        return f"{self.spec.name} {file_sha256(self.spec)}"
+        """Digests of the specification and the files that it names."""
+        files = [self.spec.parent / each.section.file for each in self.prototypes if each.section.file]
+        return " ".join([self.spec.name, *map(file_sha256, [self.spec, *files])])
 
     def known_length(self) -> int | None:
         """By arithmetic."""
@@ -229,7 +234,7 @@ def load_generate_settings(spec: Path) -> GenerateSettings:
     if settings.size not in SIZES:
         raise ConfigError(f"{spec}: size '{settings.size}' is not known{did_you_mean(settings.size, list(SIZES))}.")
     strains = settings.strains
-    if not strains.volumes or min(strains.volumes) <= 0.0:
+    if not strains.volumes or not all(0.0 < volume < float("inf") for volume in strains.volumes):
         raise ConfigError(f"{spec}: strains.volumes must be factors above 0.")
     if not strains.voigt or any(len(strain) != 6 for strain in strains.voigt):
         raise ConfigError(f"{spec}: strains.voigt must be lists of six numbers, xx yy zz yz xz xy.")

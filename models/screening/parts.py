@@ -24,28 +24,24 @@ KEY = b"hydrazero.screen"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartNote:
-    """What a part says of itself."""
+class ChunkNote:
+    """What a part says of one of its chunks."""
 
-    chunks: dict[int, int]
-    """Chunk -> rows of it in this part, in order."""
     structures: int
-    """Structures in the chunks, whether they have rows or not."""
     refused: Counter[str]
-    """Of them, those not computed, by kind."""
+    """Structures not computed, by kind."""
 
 
-def note_of(path: Path) -> PartNote:
-    """Read what a part says of itself; raises SourceError if it cannot be read."""
+def note_of(path: Path) -> dict[int, ChunkNote]:
+    """Return the chunks of a part, in the order of their rows; raises SourceError if it cannot be read."""
     try:
         document = json.loads((pq.read_schema(path).metadata or {})[KEY])
+        return {
+            int(chunk): ChunkNote(structures=structures, refused=Counter(refused))
+            for chunk, structures, refused in document
+        }
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise SourceError(f"{path} is no readable part of a screen ({error}); remove it, and start again.") from error
-    return PartNote(
-        chunks={int(chunk): rows for chunk, rows in document["chunks"]},
-        structures=document["structures"],
-        refused=Counter(document["refused"]),
-    )
 
 
 class Best:
@@ -66,11 +62,17 @@ class Best:
 
     def _thin(self) -> None:
         table = pa.concat_tables(self._held)
-        given = {name: table[name].to_numpy() for name in self._ranking.columns.values()}
-        values = self._ranking(given) if table.num_rows else np.zeros(0)
+        first = np.unique(table["index"].to_numpy(), return_index=True)[1]
+        table = table.take(pa.array(first))  # should a chunk be in two parts
+        given = {name: table[name].to_numpy().astype(np.float64) for name in self._ranking.columns.values()}
+        known = table["reason"].is_null().to_numpy()  # whatever the expression makes of a structure without numbers
+        for values in given.values():
+            known &= ~np.isnan(values)
+        rank = self._ranking(given) if table.num_rows else np.zeros(0)
+        known &= ~np.isnan(rank)
         # Equal ones in the order of the sources, so that the result is one and the same however it was shared out.
-        order = np.lexsort((table["index"].to_numpy(), values))
-        order = order[~np.isnan(values[order])][: self.top]
+        order = np.lexsort((table["index"].to_numpy(), rank))
+        order = order[known[order]][: self.top]
         self._held, self._rows = [table.take(pa.array(order))], len(order)
 
     def table(self) -> pa.Table:
@@ -91,7 +93,7 @@ class PartWriter:
         self._whole: dict[int, pa.Table] = {}
         self._since = time.monotonic()
         self._best = None if settings.top is None else Best(settings, schema)
-        self._best_note = PartNote(chunks={}, structures=0, refused=Counter())
+        self._best_notes: dict[int, ChunkNote] = {}
         self._name = f"part-{uuid.uuid4().hex}.parquet"
 
     def add(self, table: pa.Table, kinds: list[str] | None = None) -> None:
@@ -127,25 +129,22 @@ class PartWriter:
         self._since = time.monotonic()
         if not self._whole:
             return
-        chunks = {chunk: table.num_rows for chunk, table in sorted(self._whole.items())}
-        refused: Counter[str] = sum((self._refused.pop(chunk, Counter()) for chunk in chunks), Counter())
-        note = PartNote(chunks=chunks, structures=sum(chunks.values()), refused=refused)
-        table = pa.concat_tables([self._whole[chunk] for chunk in chunks])
+        notes = {
+            chunk: ChunkNote(structures=rows.num_rows, refused=self._refused.pop(chunk, Counter()))
+            for chunk, rows in sorted(self._whole.items())
+        }
+        table = pa.concat_tables([self._whole[chunk] for chunk in notes])
         self._whole.clear()
         if self._best is None:
-            self._write(f"part-{min(chunks):09d}.parquet", table, note)
+            # A name of its own: should two processes ever work on the same chunks, neither loses what the other has.
+            self._write(f"part-{min(notes):09d}-{uuid.uuid4().hex[:8]}.parquet", table, notes)
             return
         self._best.add(table)
-        before = self._best_note
-        self._best_note = PartNote(
-            chunks={**before.chunks, **dict.fromkeys(chunks, 0)},
-            structures=before.structures + note.structures,
-            refused=before.refused + refused,
-        )
-        self._write(self._name, self._best.table(), self._best_note)  # instead of the one before
+        self._best_notes |= notes
+        self._write(self._name, self._best.table(), self._best_notes)  # instead of the one before
 
-    def _write(self, name: str, table: pa.Table, note: PartNote) -> None:
-        said = {"chunks": list(note.chunks.items()), "structures": note.structures, "refused": note.refused}
+    def _write(self, name: str, table: pa.Table, notes: dict[int, ChunkNote]) -> None:
+        said = [[chunk, note.structures, note.refused] for chunk, note in notes.items()]
         table = table.replace_schema_metadata({KEY: json.dumps(said).encode()})
         path = self.folder / name
         part = path.with_name(f".{name}.{os.getpid()}")

@@ -85,6 +85,8 @@ class Predictor:
     def _model(self, batch: GraphBatch) -> CompiledModel | AtomisticModel:
         if self._compiled is not None:
             return self._compiled
+        if self.compile_after == float("inf"):  # and no waiting for the device to know the seconds
+            return self.potential.model
         if self.seconds < self.compile_after or self.seconds * self.left < self.compile_after:
             return self.potential.model
         started = time.perf_counter()
@@ -164,8 +166,8 @@ def _force_columns(
     """Forces [A, 3] as a list of 3 n numbers for each structure, and the longest of each."""
     ends = np.concatenate([[0], np.cumsum(atoms, dtype=np.int64)])
     longest = np.maximum.reduceat(np.linalg.norm(forces, axis=1), ends[:-1])
-    offsets = pa.array((3 * ends).astype(np.int32), mask=np.append(unusable, False))
+    offsets = pa.array((3 * ends).astype(np.int32))
     return {
         f"max_force_{task}": pa.array(longest.astype(np.float64), mask=unusable),
-        f"forces_{task}": pa.ListArray.from_arrays(offsets, pa.array(forces.reshape(-1))),
+        f"forces_{task}": pa.ListArray.from_arrays(offsets, pa.array(forces.reshape(-1)), mask=pa.array(unusable)),
     }

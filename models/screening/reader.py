@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from ase.geometry import complete_cell
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -139,6 +139,9 @@ class Lookup:
         if self.rows_per_atom is None:
             return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
         rows = math.ceil(self.rows_per_atom * len(structure))
+        if structure.pbc.any() and not structure.pbc.all():  # the engine wants three independent vectors
+            along = np.where(structure.pbc[:, None], structure.cell, 0.0)
+            structure = replace(structure, cell=complete_cell(along))
         none = np.zeros(0, dtype=np.int64)
         pairs = HalfPairs(first=none, second=none, shift=None, degrees=np.zeros(len(structure), dtype=np.int64))
         return GraphSample(structure=structure, pairs=pairs, task=0, rows=rows, edges=0, origin=(item.index,))
@@ -269,20 +272,24 @@ def shape_for_screen(sources: Sequence[Source], lookup: Lookup, atoms: int) -> B
     """Work out the shape of batches of some `atoms` atoms from the first structures of each source."""
     samples = []
     for source in sources:
-        for item in islice(source.items(0, lambda chunk: chunk == 0), LOOKED_AT):
+        good = 0
+        for item in source.items(0, lambda chunk: chunk == 0):
             try:
                 samples.append(lookup.sample(item))
             except StructureError:
                 continue
+            good += 1
+            if good == LOOKED_AT:
+                break
     if not samples:
-        return BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)
+        return BatchShape(structures=atoms, atoms=atoms, slots=2 * ROW_SLOTS * atoms)
     sizes = np.array([len(sample.structure) for sample in samples])
     rows = np.array([sample.rows for sample in samples])
     atoms = max(atoms, int(sizes.max()))
     return BatchShape(
         structures=math.ceil(1.25 * atoms / sizes.mean()),
         atoms=atoms,
-        slots=max(math.ceil(atoms * rows.sum() / sizes.sum()), int(rows.max())) * ROW_SLOTS,
+        slots=max(math.ceil(atoms * rows.sum() / sizes.sum()), int(rows.max()), 1) * ROW_SLOTS,
     )
 
 

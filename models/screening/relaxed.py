@@ -30,8 +30,10 @@ CHECK_EVERY = 5
 class Relaxer:
     """Relaxes structures by FIRE (Bitzek 2006), crystals with their cells (Frechet filter), for at most some steps."""
 
-    def __init__(self, potential: Potential, task: str, steps: int) -> None:
-        """Raise ConfigError for a task whose forces are not the energy's gradient, or where torch-sim is missing."""
+    def __init__(self, potential: Potential, task: str, steps: int, max_atoms: int) -> None:
+        """Structures of more than `max_atoms` atoms are passed on as they are.
+
+        Raise ConfigError for a task whose forces are not the energy's gradient, or where torch-sim is missing."""
         facts = potential.facts(task)
         if facts.forces != CONSERVATIVE:
             raise ConfigError(f"task '{task}' has no conservative forces to relax with; name one first that has.")
@@ -40,7 +42,7 @@ class Relaxer:
         self._sim = optional_module("torch_sim", "torch-sim-atomistic", "--relax", "torch-sim")
         from hydrazero.models.torch_sim_model import TorchSimModel
 
-        self.potential, self.task, self.steps = potential, task, steps
+        self.potential, self.task, self.steps, self.max_atoms = potential, task, steps, max_atoms
         self._model: Any = TorchSimModel(potential, task)
 
     def relaxed(self, structures: Sequence[Structure]) -> list[Structure]:
@@ -77,6 +79,9 @@ class Relaxer:
                 structure = structure_at(item)
             except StructureError as error:
                 yield replace(item, read=partial(_raise, error))
+                continue
+            if len(structure) > self.max_atoms:
+                yield replace(item, read=partial(_same, structure))
                 continue
             if self.potential.why_not(structure, self.task) is not None or structure.pbc.any() != structure.pbc.all():
                 yield replace(item, read=partial(_unrelaxed, structure, self))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hydrazero.models.potential import Potential
 from hydrazero.models.screening.output import Output
@@ -17,7 +20,7 @@ from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_settings
 from hydrazero.models.screening.sources import Source
 from hydrazero.shards.device_neighbours import find_neighbours, has_device_neighbours
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, SourceError
 from hydrazero.shards.handover import from_buffer
 
 ATOMS_ON_CPU, ATOMS_ON_GPU = 2048, 32_768
@@ -39,6 +42,8 @@ class ScreenPlan:
     """Seconds of the model's work after which it is compiled."""
     device_neighbours: bool | None = None
     """Whether neighbours are found on the model's device; by default on a GPU where the extra `gpu` is installed."""
+    start: str = ""
+    """What all ranks of one start have in common and no other start has, so that one that is late knows the result."""
     model_id: str = ""
     """What tells the model from others when a screen goes on, its file's checksum for example."""
 
@@ -85,19 +90,41 @@ def screen(
     if not 0 <= plan.rank < plan.ranks:
         raise ConfigError(f"rank {plan.rank} of {plan.ranks} ranks does not exist.")
     output = Output(out)
-    identities = [source.identity() for source in sources]
-    output.begin({"model": plan.model_id, "sources": identities, "settings": settings.record()})
-    done = frozenset(chunk for note in output.notes().values() for chunk in note.chunks)
     work = _Work(potential, settings, plan, output, progress)
-    share = Share(rank=plan.rank, ranks=plan.ranks, done=done)
-    total = work.do(sources, share)
+    identities = [source.identity() for source in sources]
+    with _said(out):
+        record = {"model": plan.model_id, "sources": identities, "settings": settings.record()}
+        if not output.begin(record, plan.start):
+            return ScreenSummary(structures=0, seconds=time.monotonic() - started, model_seconds=0.0, start_seconds=0.0)
+        with output.working(plan.rank, plan.ranks):
+            done = frozenset(chunk for found in output.notes().values() for chunk in found)
+            total = work.do(sources, Share(rank=plan.rank, ranks=plan.ranks, done=done))
+        if [source.identity() for source in sources] != identities:
+            raise SourceError(f"the sources have changed meanwhile; remove {output.parts}, and start again.")
+        whole = output.finish(total, settings, plan.start)
     return ScreenSummary(
         structures=work.structures,
         seconds=time.monotonic() - started,
         model_seconds=work.predictor.seconds,
         start_seconds=work.waited_for_first + work.predictor.compiling,
-        whole=output.finish(total, settings),
+        whole=whole,
     )
+
+
+@contextmanager
+def _said(out: Path) -> Iterator[None]:
+    """Turn what a disk or a killed reader raises into a sentence."""
+    again = "the same command goes on where it was"
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{out} cannot be written ({error.strerror or error}); {again}.") from error
+    except torch.OutOfMemoryError as error:
+        raise SourceError(f"a batch does not fit into the GPU's memory; with smaller --batch-atoms {again}.") from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise SourceError(f"a process that reads has ended ({str(error).rstrip('.')}); {again}.") from error
 
 
 @dataclass(kw_only=True)
@@ -124,6 +151,9 @@ class _Work:
         self.progress = progress or (lambda count: None)
         wanted = plan.device_neighbours
         self._on_device = potential.device.type == "cuda" and has_device_neighbours() if wanted is None else wanted
+        self._relaxer: Relaxer | None = None
+        if settings.relax:
+            self._relaxer = Relaxer(potential, settings.tasks[0], settings.relax, settings.max_atoms)
         self.structures = 0
         self.waited_for_first = 0.0
         self._computing: _Batch | None = None
@@ -138,18 +168,23 @@ class _Work:
         if self._on_device:
             lookup.rows_per_atom = shape.rows / shape.atoms
         self._mine = structures_of(sources, share)
-        total = 0
         lane, workers = Lane(sources, lookup, shape, share), self.plan.workers
         if self.settings.relax:  # which is the model's work: in this process
-            lane.relaxer, workers = Relaxer(self.potential, self.settings.tasks[0], self.settings.relax), 0
-        for news in screenfuls(lane, workers):
-            if self.waited_for_first == 0.0:
-                self.waited_for_first = time.monotonic() - started
-            self._take(news)
-            total = max(total, news.total or 0)
-        self._collect()
-        self.writer.write()
-        return total
+            lane.relaxer, workers = self._relaxer, 0
+        totals = set()
+        try:
+            for news in screenfuls(lane, workers):
+                if self.waited_for_first == 0.0:
+                    self.waited_for_first = time.monotonic() - started
+                self._take(news)
+                totals |= {news.total} - {None}
+            self._collect()
+        finally:
+            self.writer.write()  # what is whole, also of a screen that is interrupted
+        if len(totals) > 1:
+            numbers = " and ".join(f"{total:,}" for total in sorted(filter(None, totals)))
+            raise SourceError(f"the sources have {numbers} structures for different readers; start again.")
+        return totals.pop() or 0
 
     def _take(self, news: Screenful) -> None:
         """Start a batch, and only then fetch the one before: on a GPU both go on at once."""

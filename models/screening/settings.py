@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,6 +76,12 @@ def check_settings(potential: Potential, settings: ScreenSettings) -> None:
     """Raise ModelFileError for a task that the model does not have, ConfigError for what it cannot give or rank."""
     for task in (*settings.tasks, *settings.forces):
         potential.task_index(task)
+    for kind, names in (("tasks", settings.tasks), ("forces", settings.forces)):
+        twice = [task for task, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ConfigError(f"task '{twice[0]}' is named twice among the {kind}; name it once.")
+    if not number_columns(potential, settings):
+        raise ConfigError(f"{', '.join(settings.tasks)} give no energies; ask for forces, or for other tasks.")
     for task in settings.forces:
         if task not in settings.tasks:
             raise ConfigError(f"forces by '{task}' are asked for, but it is not among the tasks; add it.")
@@ -85,7 +93,7 @@ def check_settings(potential: Potential, settings: ScreenSettings) -> None:
         if not settings.by and not potential.facts(settings.tasks[0]).has_energy:
             raise ConfigError(f"task '{settings.tasks[0]}' has no energies to rank by; name one that has first.")
         ranking = Ranking(settings.ranking, rankable(schema_of(potential, settings)))
-        ranking({name: np.ones(1) for name in ranking.columns.values()})
+        ranking({name: np.ones(2) for name in ranking.columns.values()})
 
 
 class Ranking:
@@ -95,9 +103,10 @@ class Ranking:
         """Raise ConfigError for what is no expression, or names a column that is not known."""
         self.expression, self._evaluator = expression, importlib.import_module("numexpr")
         # A task's name may hold what would be a minus in an expression.
-        names, self._plain = {name.replace("-", "_"): name for name in known}, expression
-        for name in sorted(known, key=len, reverse=True):
-            self._plain = self._plain.replace(name, name.replace("-", "_"))
+        names = {f"c{number}": name for number, name in enumerate(known)}
+        plain = {name: alias for alias, name in names.items()}
+        longest_first = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
+        self._plain = re.sub(rf"(?<!\w)({longest_first})(?!\w)", lambda found: plain[found[0]], expression)
         try:
             used = list(self._evaluator.NumExpr(self._plain).input_names)
         except Exception as error:  # of many kinds, by what is wrong with the text
@@ -115,7 +124,11 @@ class Ranking:
         """Return the values, NaN where a column has none; raises ConfigError if they are no numbers."""
         given = {name: np.asarray(columns[column], dtype=np.float64) for name, column in self.columns.items()}
         try:
-            return np.asarray(self._evaluator.evaluate(self._plain, given, {}), dtype=np.float64)
+            found = np.asarray(self._evaluator.evaluate(self._plain, given, {}))
+            rows = len(next(iter(given.values())))
+            if found.shape != (rows,) or found.dtype.kind == "c":
+                raise ValueError("it does not give one real number for each structure")
+            return found.astype(np.float64)
         except (TypeError, ValueError, NotImplementedError, KeyError) as error:
             raise ConfigError(f"--by '{self.expression}' cannot be computed ({_first_line(error)}).") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,9 +11,9 @@ from typing import Protocol
 
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.block_reader import BlockReader
-from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
+from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError, did_you_mean
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
-from hydrazero.shards.readers import expand_sources, unread
+from hydrazero.shards.readers import READERS, expand_sources, unread
 from hydrazero.shards.readers.frames import FieldNames, ReadSettings, UnreadFrame
 from hydrazero.shards.structure import Structure, check_structure
 
@@ -116,9 +117,9 @@ class FileSource:
         return index - first
 
     def identity(self) -> str:
-        """Path, size and time of the last change."""
-        status = self.path.stat()
-        return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        """Path, size and time of the last change, and how it is read."""
+        status, settings = self.path.stat(), repr(self.settings).encode()
+        return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns} {zlib.crc32(settings)}"
 
     def known_length(self) -> int | None:
         """Not without reading."""
@@ -172,6 +173,8 @@ def sources_of(paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE) -
 
     Raises SourceError for a path that does not exist or holds nothing to read, ShardError for a damaged manifest.
     """
+    if settings.format is not None and settings.format not in READERS:
+        raise SourceError(f"format '{settings.format}' is not known{did_you_mean(settings.format, list(READERS))}.")
     found: list[Source] = []
     for path in paths:
         if (path / MANIFEST_NAME).is_file():
