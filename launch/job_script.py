@@ -239,9 +239,10 @@ def _ranks(job: Job, values: dict[str, str]) -> str:
         printf '%s=%s\\n' "$name" "${{!name-}}"
     done | sort -u > "$attempt/environment"
     export DS_ENV_FILE=$attempt/environment"""
-    group, pause = "", ""
+    group = alone = pause = ""
     if scheduler.own_group:  # the launcher may end before its ranks have
-        group, pause = "\n    # A group of processes for the launcher and its ranks.\n    set -m", "sleep 0.2; "
+        group, alone = "\n    # A group of processes for the launcher and its ranks.\n    set -m", "\n    set +m"
+        pause = "sleep 0.2; "
     return f"""\
 # Where ranks meet; each is told its number by the launcher.
 {meet}
@@ -250,9 +251,9 @@ if [ -n "$fit" ] && [ -z "$told" ]; then{carry}{group}
     # shellcheck disable=SC2086  # $resume is one word or none
     {launcher} {" ".join(options)} \\
         "$python" -u -m hydrazero.trainer.train {" ".join(words)} &
-    ranks=$!
+    ranks=$!{alone}
     # A signal ends a wait before the ranks have ended.
-    while kill -0 {_target(job)} 2> /dev/null; do {pause}wait "$ranks"; done
+    while kill -0 {_target(job)} 2> /dev/null; do {pause}wait "$ranks" 2> /dev/null; done
 fi"""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ def launch_command(run_file: Path, submitted: bool, **asked: Any) -> None:
     if not submitted:
         click.echo(str(shown))
     elif job.site.scheduler == "none":
-        sys.exit(subprocess.call(["bash", str(script)]))
+        os.execvp("bash", ["bash", str(script)])  # Ctrl-C is the script's, which waits for the ranks' checkpoint
     else:
         click.echo(f"job {submit(job.site, script)}: {shown}")
 
