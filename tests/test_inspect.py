@@ -49,15 +49,18 @@ def test_json_holds_the_facts(shards):
     assert facts["source"]["method"] == "EMT" and facts["units"]["forces"] == "eV/Å"
 
 
-def test_it_comes_at_once(shards):
-    """Without PyTorch, whose import takes longer than all the rest."""
+def test_it_comes_at_once(shards, tmp_path):
+    """Without PyTorch, whose import takes longer than all the rest; reports do without it too."""
     code = (
         "import sys\n"
         "from hydrazero.trainer.cli import main\n"
         "main(['inspect', sys.argv[1]], standalone_mode=False)\n"
+        "main(['inspect', sys.argv[1], '--html', sys.argv[2]], standalone_mode=False)\n"
+        "import hydrazero.trainer.report\n"
         "assert 'torch' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, str(shards), str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "task emt: 83 structures" in done.stdout, done.stderr
 
 

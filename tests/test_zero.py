@@ -16,8 +16,10 @@ pytestmark = pytest.mark.ranks
 class PlainPyTorch:
     """The same steps without DeepSpeed: all micro-batches of both ranks summed, one AdamW on the master weights."""
 
-    def __init__(self, weights: torch.dtype, *, masters: torch.dtype, encoder: torch.dtype | None = None) -> None:
-        self.model = small_model(tasks=zero_ranks.TASKS, dtype=torch.float32).to(masters).train()
+    def __init__(
+        self, weights: torch.dtype, *, masters: torch.dtype, encoder: torch.dtype | None = None, layers: int = 2
+    ) -> None:
+        self.model = small_model(tasks=zero_ranks.TASKS, dtype=torch.float32, layers=layers).to(masters).train()
         self.model.autocast = encoder
         self.goal = zero_ranks.objective(self.model)
         self.named = dict(self.model.named_parameters())
@@ -75,6 +77,7 @@ def plain() -> dict[str, dict]:
     f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
     return {
         "float32": PlainPyTorch(f32, masters=f32).result(),
+        "compiled": PlainPyTorch(f32, masters=f32, layers=1).result(),
         "float64": PlainPyTorch(f64, masters=f64).result(),
         "autocast": PlainPyTorch(f32, masters=f32, encoder=bf16).result(),
         "bf16": PlainPyTorch(bf16, masters=f32, encoder=bf16).result(),
@@ -84,7 +87,7 @@ def plain() -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("zero")
-    run_ranks("zero_ranks.py", 2, [str(folder)])
+    run_ranks("zero_ranks.py", 2, [str(folder)], timeout=800)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -94,6 +97,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 # feature may be rounded the other way, to a part in 256, and Adam makes steps of full size of small gradients.
 TOLERANCES = {
     "float32": {"loss": 1e-5, "norm": 1e-4, "change": 1e-3},
+    "compiled": {"loss": 1e-5, "norm": 1e-4, "change": 1e-3},
     "float64": {"loss": 1e-7, "norm": 1e-6, "change": 1e-6},
     "autocast": {"loss": 1e-3, "norm": 3e-3, "change": 0.05},
     "bf16": {"loss": 1e-3, "norm": 3e-3, "change": 0.05},
@@ -102,6 +106,7 @@ PAIRS = [
     (precision, name)
     for precision, names in {
         "float32": zero_ranks.FLOAT32,
+        "compiled": zero_ranks.COMPILED,
         "float64": zero_ranks.FLOAT64,
         "autocast": zero_ranks.AUTOCAST,
         "bf16": zero_ranks.BF16,

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.distributed import rank, together
 from hydrazero.trainer.progress_line import ProgressLine, wide_console
 from hydrazero.trainer.run_files import MetricsWriter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from hydrazero.trainer.config import RunConfig
 
 TRAIN_SCALARS = (
     "loss",
@@ -69,6 +69,8 @@ class RunLog:
         self._full = False
 
     def __enter__(self) -> RunLog:
+        from hydrazero.trainer.distributed import rank, together  # it imports PyTorch, which reports do without
+
         # All ranks learn of it if rank 0 cannot open it.
         together(lambda: self._open() if rank() == 0 else None)
         return self
