@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,11 @@ def make_engine(model: TrainedModel, config: dict[str, Any]) -> Any:
     model.model.autocast = precision.encoder
     use_tf32(precision)
     wide = precision.weights == torch.float64
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        # All parameters in one gather for each batch: DeepSpeed would fetch them module by module, and those that the
+        # differentiation inside the forward has dropped once more, one by one.
+        deepspeed.utils.set_z3_leaf_modules(model, [TrainedModel])
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
     try:
         with float64_zero() if wide else contextlib.nullcontext():
             engine, _, _, _ = deepspeed.initialize(
