@@ -7,7 +7,7 @@ MACE := .bench/mace
 KILLS ?= 20
 SEED ?= 0
 
-.PHONY: demo test test-compiled torture check bench real results sixteen links clean
+.PHONY: demo test test-compiled torture slurm-test hosts-test check bench real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -23,6 +23,14 @@ test-compiled: .venv/.installed
 # Kills a run at random moments and resumes it each time; the end must be that of a run which was never killed.
 torture: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --kills $(KILLS) --seed $(SEED)
+
+# Jobs on a Slurm of two nodes, started for it on this host; needs root and Debian's slurm-wlm. Some three minutes.
+slurm-test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slurm/run.py || [ $$? -eq 77 ]
+
+# A run on two hosts, which are network namespaces, one of which vanishes; needs root, iproute2, openssh-server and pdsh.
+hosts-test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hosts/run.py || [ $$? -eq 77 ]
 
 check: .venv/.installed links
 	$(BIN)/ruff check .

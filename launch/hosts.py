@@ -68,10 +68,10 @@ def check_hosts(hosts: tuple[str, ...]) -> None:
 
 def _ask(host: str) -> str:
     """Return why a host is not reached, empty if it is."""
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}"]
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}", host, "true"]
     try:
         done = subprocess.run(
-            ["ssh", *options, host, "true"], capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL, check=False
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {2 * SECONDS} s"

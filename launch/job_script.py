@@ -14,6 +14,8 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 PLACE = re.compile(r"(?<!\$)\{(\w+)\}")
 """Of a text in a site file; with a dollar before it, it is the shell's."""
+MAY_BE_EMPTY = ("hosts",)
+"""Places of which a text may have nothing."""
 SCRIPT_NAME = "job.sh"
 
 
@@ -60,13 +62,14 @@ def places(job: Job) -> dict[str, str]:
     }
 
 
-def filled(text: str, values: dict[str, str], where: str, *, may_be_empty: tuple[str, ...] = ("hosts",)) -> str | None:
-    """Return a text with its places filled in, None if there is nothing for one; raises ConfigError for unknown ones."""
+def filled(text: str, values: dict[str, str], where: str) -> str | None:
+    """Return a text with its places filled in, None if there is nothing for one; ConfigError for an unknown one."""
     names = PLACE.findall(text)
     for name in names:
         if name not in values:
-            raise ConfigError(f"{where} has the place {{{name}}}, which is not known{did_you_mean(name, list(values))}.")
-    if any(not values[name] and name not in may_be_empty for name in names):
+            hint = did_you_mean(name, list(values))
+            raise ConfigError(f"{where} has the place {{{name}}}, which is not known{hint}.")
+    if any(not values[name] and name not in MAY_BE_EMPTY for name in names):
         return None
     return PLACE.sub(lambda match: values[match[1]], text)
 
@@ -134,8 +137,8 @@ def _signals(job: Job) -> str:
     text = "SIGTERM comes when the job is cancelled or has to make way: the ranks stop with a checkpoint."
     if SCHEDULERS[job.site.scheduler].signals:
         text = (
-            f"SIGUSR1 comes {job.site.job.stop_before:g} s before the job's time is over, SIGTERM when it is cancelled or "
-            "has to make way: either way the ranks stop with a checkpoint."
+            f"SIGUSR1 comes {job.site.job.stop_before:g} s before the job's time is over, SIGTERM when it is cancelled "
+            "or has to make way: either way the ranks stop with a checkpoint."
         )
     target = _target(job)
     return f"""\
@@ -229,7 +232,9 @@ def _ranks(job: Job, values: dict[str, str]) -> str:
         printf '%s=%s\\n' "$name" "${{!name-}}"
     done | sort -u > "$attempt/environment"
     export DS_ENV_FILE=$attempt/environment"""
-    group, pause = ("\n    # A group of processes for the launcher and its ranks.\n    set -m", "sleep 0.2; ") if scheduler.own_group else ("", "")
+    group, pause = "", ""
+    if scheduler.own_group:  # the launcher may end before its ranks have
+        group, pause = "\n    # A group of processes for the launcher and its ranks.\n    set -m", "sleep 0.2; "
     return f"""\
 # Where ranks meet; each is told its number by the launcher.
 {meet}

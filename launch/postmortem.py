@@ -23,7 +23,7 @@ from hydrazero.launch.rank_records import (
 )
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint_files import checkpoints, step_of
-from hydrazero.trainer.distributed import MAY_PASS
+from hydrazero.trainer.exit_status import MAY_PASS
 from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
 
 FINISHED, STOPPED, CANCELLED, FAILED, REFUSED = "finished", "stopped", "cancelled", "failed", "refused"
@@ -98,7 +98,7 @@ def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
     last, before = verdicts[-1], verdicts[-2].step if len(verdicts) > 1 else 0
     if last.kind == STOPPED:
         further = last.step > before
-        return further, "" if further else "its time was over before it had got any further: ask for more hours."
+        return further, "" if further else "its time was over before it had got any further; ask for more hours."
     if last.kind != FAILED:
         return False, ""
     in_a_row = 0
@@ -106,10 +106,10 @@ def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
         if verdict.kind != FAILED or verdict.step < last.step:
             break
         in_a_row += 1
-    # A failure at a step that an earlier try of another kind had reached is a new one.
-    if in_a_row > retries:
-        return False, f"it has failed {in_a_row} times without a new checkpoint."
-    return True, ""
+    if in_a_row <= retries:
+        return True, ""
+    failed = f"it has failed {in_a_row} times without a new checkpoint; " if retries else ""
+    return False, f"{failed}once the cause is mended hydrazero launch --resume starts it again."
 
 
 def judge(records: TryRecords, progress: Progress) -> Verdict:
@@ -175,8 +175,9 @@ def first_to_fail(records: TryRecords) -> tuple[RankLife | None, str]:
         there = {life.rank for life in records.ranks}
         absent = [str(rank) for rank in range(records.expected) if rank not in there]
         return None, f"ranks {', '.join(absent[:SHOWN_RANKS])} have never started"
-    lost = next((life for life in bad if life.status == MAY_PASS), None)
-    return lost, _how(lost) if lost is not None else "ended badly"
+    if bad and all(life.status == MAY_PASS for life in bad):
+        return None, "ranks have lost each other, though none of them failed first: the network, or a rank that hung"
+    return None, "ranks were ended by their launcher"
 
 
 def _how(life: RankLife) -> str:

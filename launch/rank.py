@@ -94,8 +94,8 @@ class Watched:
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started ({error.strerror}).") from error
         self.process = process
-        for number in self.early:
-            process.send_signal(number)
+        for early in self.early:
+            process.send_signal(early)
         copier = threading.Thread(target=self._copy, daemon=True)
         copier.start()
         threading.Thread(target=self._wait, daemon=True).start()

@@ -176,8 +176,8 @@ def load_site(name: str) -> Site:
         raise ConfigError(f"{where} not valid TOML: {error}.") from error
     site = parse_settings(Site, table, where)
     if site.scheduler not in SCHEDULERS:
-        known = did_you_mean(site.scheduler, list(SCHEDULERS))
-        raise ConfigError(f"{where} scheduler '{site.scheduler}' is not known{known}.")
+        hint = did_you_mean(site.scheduler, list(SCHEDULERS))
+        raise ConfigError(f"{where} scheduler '{site.scheduler}' is not known{hint}.")
     if not site.job.launcher:
         raise ConfigError(f"{where} job.launcher is missing: the command that starts the ranks.")
     return site

@@ -36,7 +36,8 @@ from hydrazero.trainer.checkpoint_files import (
     step_of,
 )
 from hydrazero.trainer.cli import main
-from hydrazero.trainer.distributed import MAY_PASS, lost_contact
+from hydrazero.trainer.distributed import lost_contact
+from hydrazero.trainer.exit_status import MAY_PASS
 from hydrazero.trainer.launcher import outcome_of
 from hydrazero.trainer.run_files import read_metrics
 from hydrazero.trainer.step_guard import StepGuard

@@ -29,7 +29,8 @@ from hydrazero.trainer.checkpoint import read_state
 from hydrazero.trainer.checkpoint_files import latest_checkpoint
 from hydrazero.trainer.checkpoint_layout import layout_in
 from hydrazero.trainer.checkpoint_transfer import SavedTensors
-from hydrazero.trainer.distributed import MAY_PASS, free_port
+from hydrazero.trainer.distributed import free_port
+from hydrazero.trainer.exit_status import MAY_PASS
 from hydrazero.trainer.launcher import GRACE
 from hydrazero.trainer.run_files import RUN_NAME, read_metrics
 from hydrazero.trainer.weight_average import AVERAGE_NAME

@@ -62,12 +62,13 @@ def launch_command(run_file: Path, submitted: bool, **asked: Any) -> None:
     if submitted:
         check_scheduler(job.site)
     script = write_script(job)
+    shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     if not submitted:
-        click.echo(str(script))
+        click.echo(str(shown))
     elif job.site.scheduler == "none":
         sys.exit(subprocess.call(["bash", str(script)]))
     else:
-        click.echo(f"job {submit(job.site, script)}: {script}")
+        click.echo(f"job {submit(job.site, script)}: {shown}")
 
 
 def checked_job(
@@ -148,7 +149,7 @@ def postmortem_command(run_dir: Path, retries: int) -> None:
 
     Ends with status 0 if the run is complete or was ended on purpose, 75 if the job should go on, 1 if it should not.
     """
-    from hydrazero.launch.postmortem import GOES_ON, OVER, REFUSED, FAILED, STOPPED, goes_on, job_of, judge_tries
+    from hydrazero.launch.postmortem import FAILED, GOES_ON, OVER, REFUSED, STOPPED, goes_on, job_of, judge_tries
 
     tries = judge_tries(run_dir)
     for number, (folder, verdict) in enumerate(tries, start=1):

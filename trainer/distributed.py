@@ -14,13 +14,9 @@ import torch
 import torch.distributed as dist
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.exit_status import MAY_PASS
 
 T = TypeVar("T")
-
-MAY_PASS = 75
-"""Exit status of a rank that has lost another one (EX_TEMPFAIL of sysexits.h)."""
-FAILED = 70
-"""Exit status of a rank with an error that is not meant for users (EX_SOFTWARE)."""
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")

@@ -17,7 +17,8 @@ from types import FrameType
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.distributed import FAILED, MAY_PASS, exit_rank, free_port
+from hydrazero.trainer.distributed import exit_rank, free_port
+from hydrazero.trainer.exit_status import FAILED, MAY_PASS
 from hydrazero.trainer.run_files import RUN_NAME
 from hydrazero.trainer.stop_request import SIGNALS
 

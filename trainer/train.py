@@ -298,7 +298,8 @@ def main(
     used_hours: float,
 ) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
-    from hydrazero.trainer.distributed import FAILED, LostContactError, exit_rank, launcher_rank
+    from hydrazero.trainer.distributed import LostContactError, exit_rank, launcher_rank
+    from hydrazero.trainer.exit_status import FAILED
     from hydrazero.trainer.launcher import end_with
     from hydrazero.trainer.trial import run_trial
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = {
@@ -45,6 +46,8 @@ MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
+# The scheduler looks for work every second, so that a job is back from the queue soon.
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=1
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=10
@@ -115,15 +118,16 @@ class Cluster:
 
     def lose_node(self, node: str) -> None:
         """End a node as if it had lost its power: its daemon, the steps on it and all that they have started."""
-        victims = [self.processes.pop(node).pid, *self._of_node(node)]
+        victims = [self.processes.pop(node).pid, *self.of_node(node)]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _of_node(self, node: str) -> list[int]:
-        return [pid for pid in self._own_processes() if f"SLURMD_NODENAME={node}" in _variables(pid)]
+    def of_node(self, node: str) -> list[int]:
+        """Processes of the jobs on a node."""
+        return [pid for pid in self.processes_left() if f"SLURMD_NODENAME={node}" in _variables(pid)]
 
-    def _own_processes(self) -> list[int]:
+    def processes_left(self) -> list[int]:
         """All processes that carry this cluster's configuration in their environment."""
         mine = f"SLURM_CONF={self.root}/slurm.conf"
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
@@ -139,7 +143,7 @@ class Cluster:
         words = self.ask("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, holds, what: str, seconds: float) -> None:
+    def wait(self, holds: Callable[[], bool], what: str, seconds: float) -> None:
         """Return when something holds; raises TimeoutError, with what the daemons have said, if it does not."""
         until = time.monotonic() + seconds
         while not holds():
@@ -159,7 +163,7 @@ class Cluster:
         until = time.monotonic() + 10
         while time.monotonic() < until and any(process.poll() is None for process in self.processes.values()):
             time.sleep(0.1)
-        for pid in self._own_processes():
+        for pid in self.processes_left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for process in self.processes.values():

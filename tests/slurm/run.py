@@ -1,0 +1,194 @@
+"""`make slurm-test`: jobs that `hydrazero launch` writes, on a Slurm of two nodes that is started for it on this host.
+
+A job trains on two nodes with a rank each. Its time is over (the signal that Slurm sends then): it stops with a
+checkpoint, goes back into the queue and on. A rank of it is killed: the post-mortem names it, and the job goes back
+once more. It ends with the losses, weights and moments of a run that nothing has interrupted, bit for bit. Another job
+loses a node: the post-mortem of the next try says so, and the job ends well. Status 0 if all this was so, 1 if not;
+77, with a sentence, where Slurm or root is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
+
+from cluster import Cluster, missing  # noqa: E402
+from torture import differences, make_data, write_run  # noqa: E402
+
+from hydrazero.trainer.checkpoint_files import checkpoints, step_of  # noqa: E402
+
+SKIPPED = 77
+BIN = Path(sys.executable).parent
+STEPS = 40
+CHANGES = ("train.evaluate_every=20", "train.checkpoint_every=5", "data.workers=0")
+ENOUGH = 200.0
+"""Seconds that anything may take on a busy machine; it takes a tenth of that on an idle one."""
+
+
+class Failed(Exception):
+    """What should have been and was not."""
+
+
+def main() -> int:
+    """Do it all; returns the exit status."""
+    if (why := missing()) is not None:
+        print(f"skipped: {why}")
+        return SKIPPED
+    began = time.monotonic()
+    # Ctrl-C and a kill end it the same way: everything that was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with tempfile.TemporaryDirectory(prefix="hydrazero-slurm-") as folder:
+        root = Path(folder)
+        data = make_data(root / "data")
+        site = write_site(root)
+        whole = write_run(root / "whole", data, STEPS)
+        say("a run that nothing interrupts, without Slurm")
+        command = [str(BIN / "hydrazero"), "train", str(whole), "--ranks", "2", *sets()]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        with Cluster(root) as cluster:
+            say(f"Slurm {cluster.ask('sinfo', '--version').split()[-1]} is up with 2 nodes")
+            try:
+                time_over_and_rank_killed(cluster, write_run(root / "first", data, STEPS), site, whole.parent / "run")
+                node_lost(cluster, write_run(root / "second", data, STEPS), site, whole.parent / "run")
+            except (Failed, TimeoutError) as error:
+                print(f"FAILED: {error}")
+                return 1
+        left = cluster.processes_left()
+        if left:
+            print(f"FAILED: processes {left} live on")
+            return 1
+    say(f"all as it should be, in {time.monotonic() - began:.0f} s; nothing is left")
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def last_postmortem(output: str) -> str:
+    return f"try 1{output.rsplit('try 1', 1)[-1]}"
+
+
+def sets() -> list[str]:
+    return [word for change in CHANGES for word in ("--set", change)]
+
+
+def write_site(root: Path) -> Path:
+    """The site that comes with the package, on cores, with a disk on each node."""
+    text = (ROOT / "launch" / "sites" / "slurm.toml").read_text()
+    text = text.replace('kind = "gpu"', 'kind = "cpu"')
+    text = re.sub(r"^node_local = .*\n", "", text, flags=re.MULTILINE)
+    text = text.replace("[files]\n", f'[files]\nnode_local = "{root}/disk"\n')
+    path = root / "site.toml"
+    path.write_text(text)
+    return path
+
+
+class RunningJob:
+    """A job of the cluster, and its run."""
+
+    def __init__(self, cluster: Cluster, run_file: Path, site: Path) -> None:
+        self.cluster, self.run = cluster, run_file.parent / "run"
+        command = [str(BIN / "hydrazero"), "launch", str(run_file), "--site", str(site), "--nodes", "2"]
+        command += ["--ranks-per-node", "1", "--hours", "1", "--submit", *sets()]
+        done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise Failed(f"{done.stdout}{done.stderr}")
+        self.number = done.stdout.split(":")[0].removeprefix("job ").strip()
+
+    def wait(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait for something, and tell what the job has printed if it does not come."""
+        try:
+            self.cluster.wait(holds, what, ENOUGH)
+        except TimeoutError as error:
+            raise Failed(f"{error}\n--- the job\n{self.output()}") from error
+
+    def output(self) -> str:
+        """What the job has printed."""
+        path = self.run / "launch" / f"job-{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    def restarts(self) -> int:
+        """Times that it has gone back into the queue."""
+        return int(self.cluster.job(self.number).get("Restarts", "0"))
+
+    def runs(self, restarts: int) -> bool:
+        """Whether it runs, after so many restarts."""
+        return self.restarts() == restarts and self.cluster.job(self.number).get("JobState") == "RUNNING"
+
+    def step(self) -> int:
+        """Of the last checkpoint."""
+        found = checkpoints(self.run)
+        return step_of(found[-1]) if found else 0
+
+    def trainer(self, node: str) -> int:
+        """Process of the rank on a node."""
+        for pid in self.cluster.of_node(node):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"hydrazero.trainer.train" in words and b"hydrazero.launch.rank" not in words:
+                return pid
+        raise Failed(f"no rank on {node}")
+
+    def expect(self, pattern: str) -> None:
+        """Raise Failed unless the job has printed something."""
+        if not re.search(pattern, self.output()):
+            raise Failed(f"the job does not say '{pattern}':\n{self.output()}")
+
+    def finish(self, whole: Path) -> None:
+        """Wait for a good end, and compare it with a run that was never interrupted."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(lambda: self.cluster.job(self.number).get("JobState") in over, "end of the job")
+        state = self.cluster.job(self.number).get("JobState")
+        if state != "COMPLETED":
+            raise Failed(f"the job ended as {state}:\n{self.output()}")
+        if found := differences(self.run, whole):
+            raise Failed(f"the run differs from the uninterrupted one in {', '.join(found)}")
+
+
+def time_over_and_rank_killed(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None:
+    job = RunningJob(cluster, run_file, site)
+    job.wait(lambda: job.step() >= 5, "checkpoint")
+    say(f"job {job.number} trains on 2 nodes; its time is over")
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait(lambda: job.restarts() == 1, "restart after SIGUSR1")
+    stopped = job.step()
+    job.expect(rf"stopped at step {stopped} of {STEPS} by SIGUSR1")
+    job.wait(lambda: job.runs(1) and job.step() >= stopped + 5, "checkpoint after the restart")
+    say(f"stopped at step {stopped}, back from the queue, and on; the rank on n2 is killed")
+    os.kill(job.trainer("n2"), signal.SIGKILL)
+    job.wait(lambda: job.restarts() == 2, "restart after the kill")
+    job.expect(rf"rank 1 on n2 was killed by SIGKILL \(out of memory\?\) at step \d+ of {STEPS}, the first of 2")
+    job.expect(r"rank 0 on n1, [\d:]+, \+\d+\.\d s: ended with exit status 75 \(Error: rank 0 has lost another rank")
+    job.finish(whole)
+    if list((cluster.root / "disk").glob("*")):
+        raise Failed("copies of the shards were left on the nodes")
+    say("named by the post-mortem; back from the queue; the same losses, weights and moments, bit for bit")
+    say(last_postmortem(job.output()))
+
+
+def node_lost(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None:
+    job = RunningJob(cluster, run_file, site)
+    job.wait(lambda: job.step() >= 5, "checkpoint")
+    say(f"job {job.number} trains on 2 nodes; n2 is lost")
+    cluster.lose_node("n2")
+    job.wait(lambda: job.restarts() == 1, "restart after the loss")
+    cluster.start_node("n2")
+    job.finish(whole)
+    job.expect(r"rank 1 on n2 was lost with its node, or with all that ran there")
+    say("named by the post-mortem of the next try; the same losses, weights and moments, bit for bit")
+    say(last_postmortem(job.output()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Job scripts of every site, what is refused before anything is written, and a job that runs without a scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from torture import make_data, write_run
+
+from hydrazero.launch.hosts import read_hostfile
+from hydrazero.launch.job import longest_hours
+from hydrazero.launch.node_check import check_devices, check_disk
+from hydrazero.launch.site_file import load_site, site_names
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.cli import main
+
+SITES = Path(__file__).parents[1] / "launch" / "sites"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("launch"))
+
+
+@pytest.fixture
+def run_file(data, tmp_path) -> Path:
+    return write_run(tmp_path, data, 3)
+
+
+def launch(run_file: Path, *options: object) -> Result:
+    return CliRunner().invoke(main, ["launch", str(run_file), *map(str, options)])
+
+
+def script_of(run_file: Path, *options: object) -> str:
+    result = launch(run_file, *options)
+    assert result.exit_code == 0, result.output
+    path = run_file.parent / "run" / "launch" / "job.sh"
+    assert result.output == f"{path}\n"
+    assert [each for each in (run_file.parent / "run").rglob("*") if each.is_file()] == [path]
+    return path.read_text()
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """Let nothing be on the path but what every shell has and these programs."""
+    folder.mkdir()
+    for name, text in {**{each: f'exec {shutil.which(each)} "$@"' for each in ("bash", "sh")}, **texts}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.mark.parametrize("site", site_names())
+def test_every_site_gets_a_script_that_a_shell_understands(site, run_file):
+    nodes = 1 if site == "local" else 3
+    text = script_of(run_file, "--site", site, "--nodes", nodes, "--account", "chm123", "--set", "run.seed=7")
+    checker = ["shellcheck", "-"] if shutil.which("shellcheck") else ["bash", "-n"]
+    done = subprocess.run(checker, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"(?<!\$)\{[a-z_]+\}", text), "a place was left unfilled"
+    known = load_site(site)
+    assert "hydrazero.trainer.train" in text and "--set run.seed=7" in text
+    assert f"--retries {known.job.retries}" in text
+    for variable in known.variables:
+        assert re.search(rf"^# .*\n{variable.name}=\"[^\n]*\"\nexport {variable.name}$", text, flags=re.MULTILINE)
+        assert variable.reason.endswith((".", "...")) and len(variable.reason) > 15
+    if known.scheduler == "slurm":
+        for line in ("--nodes=3", "--account=chm123", "--requeue", "--signal=B:USR1@300", "--open-mode=append"):
+            assert f"#SBATCH {line}\n" in text
+        assert f"--ntasks={3 * known.nodes.dies} " in text and 'scontrol requeue "$SLURM_JOB_ID"' in text
+    elif known.scheduler == "pbs":
+        assert "#PBS -l select=3\n" in text and f"mpiexec -n {3 * known.nodes.dies} " in text
+        assert "--stop-after $((21300 - SECONDS))" in text and "qsub -v HYDRAZERO_RESUME=--resume" in text
+
+
+def test_shards_go_to_the_disks_of_nodes_that_have_them(run_file):
+    options = ("--site", "frontier", "--account", "a")
+    text = script_of(run_file, *options)
+    assert "sbcast --force" in text and '--set data.copies="$copies"' in text and "--one-device" in text
+    assert re.search(r"--room [1-9]\d{3,}", text) and 'rm -rf "/tmp/' in text
+    text = script_of(run_file, *options, "--no-stage")
+    assert "sbcast" not in text and "copies" not in text
+
+
+def test_a_queue_has_its_own_hours(run_file):
+    site = load_site("frontier")
+    assert [longest_hours(site, nodes, "") for nodes in (91, 92, 184)] == [2.0, 6.0, 12.0]
+    assert longest_hours(site, 64, "extended") == site.nodes.hours
+    assert "#SBATCH --time=1:30:00\n" in script_of(run_file, "--site", "frontier", "--account", "a", "--hours", 1.5)
+
+
+BAD = {
+    "nodes": (["--site", "frontier", "--account", "a", "--nodes", 99999], r"--nodes is 99999, but jobs of site front"),
+    "hours": (["--site", "frontier", "--account", "a", "--hours", 3], r"gives jobs of 1 nodes at most 2 hours"),
+    "short": (["--site", "slurm", "--hours", 0.1], r"hardly any time would be left"),
+    "account": (["--site", "aurora"], r"site aurora charges an account for each job; name it with --account"),
+    "site": (["--site", "fronteer"], r"--site 'fronteer' is not known \(did you mean 'frontier'\?\)"),
+    "file": (["--site", "mine.toml"], r"site file mine.toml does not exist"),
+    "hosts": (["--site", "local", "--nodes", 2], r"the hosts must be named: --hostfile FILE"),
+    "hostfile": (["--site", "slurm", "--hostfile", "x"], r"--hostfile is for sites without a scheduler"),
+    "no hostfile": (["--site", "local", "--hostfile", "absent"], r"hostfile absent cannot be read"),
+    "value": (["--site", "slurm", "--set", "data.workers=-1"], r"data.workers is -1"),
+    "budget": (["--site", "slurm", "--set", "batch.atoms=2"], r"batch"),
+    "resume": (["--site", "slurm", "--resume"], r"run.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_site_cannot_do_is_refused_before_anything_is_written(name, run_file):
+    options, said = BAD[name]
+    refused(launch(run_file, *options), said)
+    assert not (run_file.parent / "run").exists()
+
+
+def test_the_run_file_is_held_to_its_shards(run_file):
+    run_file.write_text(run_file.read_text().replace("/molecules", "/absent"))
+    refused(launch(run_file, "--site", "slurm"), "task 'molecules' has no shards: .*/absent does not exist")
+    assert not (run_file.parent / "run").exists()
+
+
+def refused(result: Result, said: str) -> None:
+    """One sentence, and nothing else."""
+    assert result.exit_code == 1, result.output
+    assert re.search(said, result.output), result.output
+    assert re.fullmatch(r"Error: [^\n]*[.?]\n", result.output), result.output
+
+
+def test_a_run_that_is_there_is_gone_on_with_only_if_asked_to(run_file):
+    record = run_file.parent / "run" / "run.json"
+    record.parent.mkdir()
+    record.write_text('{"ranks": 2}')
+    refused(launch(run_file, "--site", "slurm"), "holds a run already; use --resume")
+    result = launch(run_file, "--site", "slurm", "--resume")
+    assert result.exit_code == 0 and "HYDRAZERO_RESUME:---resume" in Path(result.output.strip()).read_text()
+
+
+def test_a_precision_of_gpus_may_be_asked_for_where_there_is_none(run_file):
+    options = ("--set", "deepspeed.config=zero1_fp16")
+    refused(launch(run_file, "--site", "local", *options), "needs a GPU")
+    script_of(run_file, "--site", "frontier", "--account", "a", *options)
+
+
+def test_no_scheduler_or_an_old_one(run_file, tmp_path, monkeypatch):
+    options = ("--site", "slurm", "--submit")
+    programs(tmp_path / "none", monkeypatch)
+    refused(launch(run_file, *options), "--submit needs sbatch, which is not on the path")
+    programs(tmp_path / "old", monkeypatch, sbatch="exit 1", sinfo="echo slurm 17.11.2")
+    refused(launch(run_file, *options), "'sinfo --version' tells version 17.11.2, and jobs of site slurm need 19.05")
+    programs(tmp_path / "unset", monkeypatch, sbatch="exit 1", sinfo="echo fatal: no configuration >&2; exit 1")
+    refused(launch(run_file, *options), r"does not tell a version \(fatal: no configuration\)")
+    assert not (run_file.parent / "run").exists()
+    programs(tmp_path / "full", monkeypatch, sbatch="echo error: bad account >&2; exit 1", sinfo="echo slurm 23.02.7")
+    refused(launch(run_file, *options), "the scheduler refuses .*/job.sh: error: bad account")
+    programs(tmp_path / "good", monkeypatch, sbatch="echo '4711;cluster'", sinfo="echo slurm-wlm 22.05.8")
+    result = launch(run_file, *options)
+    assert result.output == f"job 4711: {run_file.parent / 'run' / 'launch' / 'job.sh'}\n", result.output
+
+
+def test_hostfiles(run_file, tmp_path, monkeypatch):
+    hostfile = tmp_path / "hosts"
+    for text, said in (
+        ("", "names no host"),
+        ("a slots=2\n\n# b\nb 2\n", "line 4: 'b 2' is not of the form 'HOST slots=N'"),
+        ("a slots=2\na slots=2\n", "line 2: host a is named twice"),
+    ):
+        hostfile.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_hostfile(hostfile)
+    hostfile.write_text("# head\na slots=2 # first\nb slots=1\n")
+    assert read_hostfile(hostfile) == {"a": 2, "b": 1}
+    # An ssh that reaches a alone.
+    ssh = 'case "$*" in *" a true") exit 0;; esac; echo "ssh: host b: No route to host" >&2; exit 255'
+    programs(tmp_path / "bin", monkeypatch, ssh=ssh, pdsh="exit 0")
+    options = ("--site", "local", "--hostfile", hostfile, "--ranks-per-node")
+    refused(launch(run_file, *options, 1, "--nodes", 3), "--nodes is 3, but hostfile .* has 2 hosts")
+    refused(launch(run_file, *options, 2, "--nodes", 2), "host b has 1 slots in hostfile")
+    refused(launch(run_file, *options, 1, "--nodes", 2), r"not reached by ssh without a password: b \(ssh: .* No route")
+    assert not (run_file.parent / "run").exists()
+    text = script_of(run_file, *options, 2)
+    assert f"--hostfile={hostfile} --num_nodes=1" in text and 'pdsh -R ssh -S -w "a"' in text and "DS_ENV_FILE" in text
+    programs(tmp_path / "poor", monkeypatch, ssh="exit 0")
+    refused(launch(run_file, *options, 2), "through pdsh, which is not installed here")
+
+
+def test_faulty_site_files(run_file, tmp_path):
+    text = (SITES / "slurm.toml").read_text()
+    for old, new, said in (
+        ("--nodes={nodes}", "--nodes={node}", r"job.directives\[1\] has the place {node}, .*'nodes'"),
+        ('scheduler = "slurm"', 'scheduler = "slrum"', r"scheduler 'slrum' is not known \(did you mean 'slurm'\?\)"),
+        ("[job]", "[job]\nretrys = 2", r"job.retrys is not known \(did you mean 'retries'\?\)"),
+        ("launcher = ", "# ", r"job.launcher is missing"),
+    ):
+        assert old in text
+        path = tmp_path / "mine.toml"
+        path.write_text(text.replace(old, new))
+        refused(launch(run_file, "--site", path), said)
+        assert not (run_file.parent / "run").exists()
+
+
+def test_what_makes_a_node_unfit(tmp_path):
+    check_disk(tmp_path / "made" / "here", 10)
+    with pytest.raises(ConfigError, match=r"has room for .* GB, and the shards are 1000000000"):
+        check_disk(tmp_path, 10**18)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_disk(tmp_path / "file" / "folder", 0)
+    with pytest.raises(ConfigError, match=r"torch sees \d of 99 GPUs"):
+        check_devices(99)
+
+
+SITE = """
+[job]
+launcher = 'RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 {python} -u -m hydrazero.launch.rank'
+stage = "cp {source} {target}"
+retries = 0
+"""
+
+
+@pytest.mark.ranks
+def test_a_job_trains_from_copies_of_its_shards_and_says_how_it_ended(run_file, tmp_path):
+    """Run as it stands, by the shell; then its node has no room, then its rank refuses, and the post-mortem says so."""
+    text = (SITES / "local.toml").read_text().split("[job]")[0] + SITE
+    text = re.sub(r"^node_local = .*\n", "", text, flags=re.MULTILINE)
+    site = tmp_path / "site.toml"
+    site.write_text(text.replace("[files]\n", f'[files]\nnode_local = "{tmp_path}/disk"\n'))
+    options = ["--site", str(site), "--ranks-per-node", "1", "--submit", "--set", "data.workers=0"]
+    script = tmp_path / "run" / "launch" / "job.sh"
+    result = launch(run_file, *options[:-3], *options[-2:])
+    assert result.exit_code == 0, result.output
+    done = run_script(script)
+    assert done.returncode == 0 and re.search(r"try 1 \(job \d+\): finished at step 3 of 3\n", done.stdout), done.stdout
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["copies"].startswith(f"{tmp_path}/disk/hydrazero-")
+    assert record["tasks"][0]["shards"].endswith("/molecules") and not list((tmp_path / "disk").iterdir())
+    script.write_text(re.sub(r"--room \d+", f"--room {10**18}", script.read_text()))
+    done = run_script(script)
+    assert done.returncode == 1 and re.search(r"try 2 .*no rank has started, since nodes are not fit", done.stdout)
+    script.write_text(script.read_text().replace(f"--room {10**18}", "--room 1"))
+    done = run_script(script)
+    assert done.returncode == 1, done.stdout
+    assert re.search(r"try 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", done.stdout)
+
+
+def run_script(script: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, timeout=300)
