@@ -1,10 +1,10 @@
 """How long collectives take: an alpha-beta model of rings and trees over the links within nodes and between them.
 
-The formulas are those by which NCCL, and RCCL after it, choose an algorithm (NCCL, src/graph/tuning.cc): a ring takes
-a step for each rank, over the network once for each node; a double binary tree (Sanders, Speck, Träff 2009) takes as many
-as the logarithm of the nodes. Both keep the bandwidth: of S bytes over n ranks a ring sends and receives 2 S (n - 1) / n
-on each rank in an all-reduce, half of it in a gather or scatter (Thakur, Rabenseifner, Gropp 2005). All dies of a node
-send at once, each over its share of the network.
+The formulas are those by which NCCL, and RCCL after it, choose an algorithm (NCCL, src/graph/tuning.cc). A ring takes a
+step for each rank, over the network once for each node; a double binary tree (Sanders, Speck, Träff 2009), which only
+an all-reduce can take, as many as the logarithm of the nodes. Both keep the bandwidth: of S bytes over n ranks each
+sends 2 S (n - 1) / n in an all-reduce, half of it in a gather or scatter (Thakur, Rabenseifner, Gropp 2005). All dies
+of a node send at once, each over its share of the network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long a die computes for a training step: a roofline of its peak and its memory, and the share of it that was measured.
+"""How long a die computes for a training step: a roofline of its peak and its memory, and the measured share of it.
 
 The roofline (Williams, Waterman, Patterson 2009) takes the operations of a step's matrix products over the die's peak,
 or what it writes and reads over the bandwidth of its memory, whichever takes longer. Real steps reach a share of that,
@@ -8,6 +8,7 @@ which `make bench` has measured where it ran; that share is taken for every site
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,8 @@ BENCH_DIES = 2
 """Dies of the site 'local' that `make bench` computes on: two threads."""
 BENCH_SLOTS = {"cu": 48, "benzene": 16}
 """Neighbour slots of an atom in its two systems."""
+PIPELINES = {"pipeline_molecules_per_s": 20, "pipeline_metals_per_s": 32}
+"""Rows of how fast a process makes batches, and the atoms of a structure in them; the slower is taken."""
 PEAKS = {"fp64": "float64", "tf32": "tf32", "torch_autocast": "bf16", "bf16": "bf16", "fp16": "fp16"}
 """Precision -> key of a site's `die.flops`; float32 for the one without a name."""
 
@@ -40,8 +43,10 @@ class Pace:
     """Bytes/s of its memory."""
     share: float
     """Of the roofline that steps reach."""
+    atoms_of_worker: float
+    """Atoms/s that a process reads, finds the neighbours of and packs; infinite where that is not known."""
     source: str
-    """Where the share is from."""
+    """Where share and atoms are from."""
 
     def seconds(self, cost: StepCost, shape: BatchShape) -> float:
         """Seconds of a forward and backward of a full batch."""
@@ -60,16 +65,22 @@ def pace_of(die: DieSection, precision: Precision, bench: Path | None, *, compil
     if key not in die.flops:
         known = ", ".join(sorted(die.flops))
         raise ConfigError(f"the site file has no die.flops.{key}, which {precision.label} needs; it has {known}.")
-    share, source = measured_share(bench, compiled=compiled)
-    return Pace(peak=die.flops[key].value, bandwidth=die.memory_bandwidth.value, share=share, source=source)
-
-
-def measured_share(bench: Path | None, *, compiled: bool) -> tuple[float, str]:
-    """Return the share of the roofline that training steps reach, mean of the bench's systems, and where it is from."""
-    kind = "compiled" if compiled else "eager"
+    peak, bandwidth = die.flops[key].value, die.memory_bandwidth.value
     if bench is None:
-        return 1.0, "no bench: the bare roofline, which no step reaches"
-    rates = _rates(bench, kind)
+        source = "no bench: the bare roofline, which no step reaches, and data at once"
+        return Pace(peak=peak, bandwidth=bandwidth, share=1.0, atoms_of_worker=math.inf, source=source)
+    kind, rates = "compiled" if compiled else "eager", _rows(bench)
+    try:
+        steps = {system: rates[f"{kind}_train_{system}_atoms"] for system in BENCH_SLOTS}
+        worker = min(rates[name] * atoms for name, atoms in PIPELINES.items())
+    except KeyError as error:
+        raise ConfigError(f"--bench {bench} has no row {error.args[0]}; make it with `make bench`.") from error
+    source = f"{bench}: PaiNN of 128 features, {kind}, on {BENCH_DIES} cores"
+    return Pace(peak=peak, bandwidth=bandwidth, share=_share(steps), atoms_of_worker=worker, source=source)
+
+
+def _share(rates: dict[str, float]) -> float:
+    """Share of the roofline that training steps reach, mean of the bench's systems, given their atoms/s."""
     die = load_site("local").die
     model = ModelSection(features=128, layers=3, radial_functions=20, cutoff=5.0, head_features=64)
     cost = step_cost(model.settings(), 1)
@@ -77,22 +88,21 @@ def measured_share(bench: Path | None, *, compiled: bool) -> tuple[float, str]:
         peak=BENCH_DIES * die.flops["float32"].value,
         bandwidth=BENCH_DIES * die.memory_bandwidth.value,
         share=1.0,
+        atoms_of_worker=math.inf,
         source="",
     )
-    shares = [
+    return fmean(
         whole.seconds(cost, BatchShape(structures=1, atoms=1000, slots=1000 * slots)) * rates[system] / 1000
         for system, slots in BENCH_SLOTS.items()
-    ]
-    return fmean(shares), f"{bench}: {kind}_train_*_atoms, PaiNN of 128 features on {BENCH_DIES} cores"
+    )
 
 
-def _rates(bench: Path, kind: str) -> dict[str, float]:
-    """Atoms/s of training steps in the bench's systems."""
+def _rows(bench: Path) -> dict[str, float]:
+    """Values of the bench by name."""
     try:
         rows: list[dict[str, Any]] = json.loads(bench.read_text(encoding="utf-8"))
-        found = {row["name"]: float(row["value"]) for row in rows}
-        return {system: found[f"{kind}_train_{system}_atoms"] for system in BENCH_SLOTS}
+        return {row["name"]: float(row["value"]) for row in rows}
     except OSError as error:
         raise ConfigError(f"--bench {bench} cannot be read ({error.strerror}); make it with `make bench`.") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--bench {bench} has no rows {kind}_train_*_atoms; make it with `make bench`.") from error
+        raise ConfigError(f"--bench {bench} is no list of rows as `make bench` writes them.") from error

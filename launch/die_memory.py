@@ -11,7 +11,7 @@ from hydrazero.launch.traffic import Run
 from hydrazero.trainer.run_memory import OPTIMIZER_STATES
 
 STREAM = 100e6
-"""Bytes of a worker of the stream: decoded blocks that it keeps (shards/block_reader.py) and batches ahead; on a GPU's host."""
+"""Bytes of a worker of the stream: decoded blocks that it keeps (shards/block_reader.py) and batches ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ def die_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: 
 def _buffers(run: Run, gpu: bool) -> float:
     """Buckets of gradients and gathered weights.
 
-    Under ZeRO gradients go into the bucket one by one, each let go of as it does: what is touched of a bucket is no more
-    than they have taken. On a GPU the whole bucket takes memory.
+    Under ZeRO gradients go into the bucket one by one, and each is let go of: on a CPU what is touched of the bucket is
+    no more than they have taken. On a GPU the whole bucket takes memory.
     """
     count = run.size.parameters
     if run.stage == 0:

@@ -1,4 +1,4 @@
-"""The data of a planned run: from manifests where shards are there, from presets and the run file where they are not."""
+"""The data of a planned run: from manifests where shards are there, else from presets and the run file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydrazero.trainer.config import RunConfig, TaskSection
 
 BYTES_OF_ATOM, BYTES_OF_STRUCTURE = 25.0, 110.0
 """On the disk: a line through the shards of the sixteen real tasks."""
-MANIFEST_BYTES = 95.0
+MANIFEST_BYTES = 45.0
 """Of a block in a manifest (measured)."""
 
 

@@ -1,7 +1,7 @@
 """What a training step sends: its collectives by ZeRO stage and precision, as DeepSpeed and this package call them.
 
-Measured by wrapping torch.distributed on real ranks (`tests/collective_count.py`), stage by stage. ZeRO 1 and 2 sum whole
-gradients by an all-reduce, not by a reduce-scatter, and ZeRO 1 does so once a step, ZeRO 2 for every micro-batch.
+Measured by wrapping torch.distributed on real ranks (`tests/collective_count.py`), stage by stage. ZeRO 1 and 2 sum
+whole gradients by an all-reduce, not by a reduce-scatter; ZeRO 1 does so once a step, ZeRO 2 for every micro-batch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from hydrazero.trainer.step_cost import ModelSize
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all_reduce", "all_gather", "reduce_scatter"
 TABLE = 8
 """Bytes of a number in what this package sums over ranks."""
-DEFAULT_BUCKET = {0: 500_000_000}
-"""Elements that DeepSpeed sends at once unless it is told, by stage; of other stages below."""
-ZERO_BUCKET = 500_000_000
+DEFAULT_BUCKET = 500_000_000
+"""Elements that DeepSpeed sends at once unless it is told."""
+
+PACKAGED_BUCKET = 50_000_000
+"""The same in the packaged configurations of ZeRO 1 to 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +86,18 @@ class Run:
     @property
     def bucket(self) -> int:
         """Elements of gradients that are sent at once."""
-        return int(float(self.ds_config.get("zero_optimization", {}).get("reduce_bucket_size", ZERO_BUCKET)))
+        return int(float(self.ds_config.get("zero_optimization", {}).get("reduce_bucket_size", DEFAULT_BUCKET)))
 
     def with_stage(self, stage: int) -> Run:
         """Return the same run under another ZeRO stage."""
-        zero = {**self.ds_config.get("zero_optimization", {}), "stage": stage}
+        own = self.ds_config.get("zero_optimization", {})
+        # The packaged configurations' bucket, where this one has none since its stage does without.
+        zero = {"reduce_bucket_size": PACKAGED_BUCKET, **own, "stage": stage} if stage != self.stage else own
         return replace(self, ds_config={**self.ds_config, "zero_optimization": zero})
+
+    def with_micro_batches(self, count: int) -> Run:
+        """Return the same run with so many batches of a rank in a step."""
+        return replace(self, ds_config={**self.ds_config, "gradient_accumulation_steps": count})
 
 
 def step_messages(run: Run, ranks: int) -> list[Message]:

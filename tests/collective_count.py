@@ -1,4 +1,4 @@
-"""Counts what collectives carry, whoever calls them: torch.distributed's functions are wrapped before anyone holds them."""
+"""Counts what collectives carry, whoever calls them: torch.distributed's functions are wrapped first of all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_plan.py on every rank: peak memory and collectives of real steps in each ZeRO stage, beside the plan's."""
+"""Run by test_plan.py on every rank: peak memory and collectives of real steps, beside what the plan says."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def measured(name: str, settings: ModelSettings, *, warm_up: bool) -> dict[str, 
     ds_config = deepspeed_config(run_config)
     dtype = precision_of(ds_config).weights
     cutoff = settings.encoder.cutoff
-    structures = [to_structure(rattled_molecule(seed=n), energy=1.0, forces=torch.zeros(9, 3).numpy()) for n in range(4)]
+    forces = torch.zeros(9, 3).numpy()
+    structures = [to_structure(rattled_molecule(seed=n), energy=1.0, forces=forces) for n in range(4)]
     batch = batch_of(structures, list(range(4)), dtype=dtype, cutoff=cutoff)
     shape = BatchShape(structures=4, atoms=len(batch.numbers), slots=batch.slot_mask.numel())
     tasks = [facts(f"task{n}") for n in range(TASKS)]

@@ -11,6 +11,7 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.cli_data import convert_command
 from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_launch import launch_command, postmortem_command
+from hydrazero.trainer.cli_plan import plan_command
 from hydrazero.trainer.cli_report import report_command
 from hydrazero.trainer.screen import screen_command, task_list
 
@@ -39,6 +40,7 @@ main.add_command(convert_command)
 main.add_command(inspect_command)
 main.add_command(launch_command)
 main.add_command(postmortem_command)
+main.add_command(plan_command)
 main.add_command(report_command)
 main.add_command(screen_command)
 

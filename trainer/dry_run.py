@@ -12,7 +12,7 @@ import torch
 from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
+from hydrazero.shards.manifest import Manifest, check_shard_files
 from hydrazero.shards.stream import SplitReader, evaluation_batches
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import RunConfig
@@ -35,7 +35,7 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
 
     Raises HydrazeroError on every rank that a fault concerns.
     """
-    manifests = [read_manifest(task.shards) for task in config.tasks]
+    manifests = checked.manifests
     at_hand = memory_of_ranks()
     engine = engine_of(config, checked)
     if resume:

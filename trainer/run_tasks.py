@@ -25,6 +25,11 @@ CONSTANT = 1e-6
 WAYS = (CONSERVATIVE, DIRECT, NONE)
 
 
+def task_manifests(config: RunConfig) -> tuple[Manifest, ...]:
+    """Read the manifests of all tasks; raises HydrazeroError as `task_manifest`."""
+    return tuple(task_manifest(task, config) for task in config.tasks)
+
+
 def task_manifest(task: TaskSection, config: RunConfig) -> Manifest:
     """Read a task's manifest; raises HydrazeroError if its shards are absent, damaged, empty, or too large to batch."""
     shards = config.data.folder(task)

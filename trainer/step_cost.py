@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.trainer.batch_memory import StepMemory, probe_batch, probe_tasks
+from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.parameter_groups import parameter_groups
 
 HEADS = ("energy_head.", "forces_head.", "stress_head.", "targets.")
@@ -45,6 +46,15 @@ def model_size(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> ModelSize
         heads=heads,
         groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model)),
     )
+
+
+def planned_size(config: RunConfig) -> ModelSize:
+    """Count the parameters of a run whose shards need not be there, with heads for energies alone."""
+    facts = [
+        replace(of_task, charge_spin=bool(task.charge_spin))
+        for of_task, task in zip(probe_tasks(len(config.tasks)), config.tasks, strict=True)
+    ]
+    return model_size(replace(config.model.settings(), attention_targets=()), facts)
 
 
 @dataclass(frozen=True, kw_only=True)
