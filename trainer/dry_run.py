@@ -17,6 +17,7 @@ from hydrazero.shards.stream import SplitReader, evaluation_batches
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.dry_run_tables import Findings, Tried, run_table, tasks_table
+from hydrazero.trainer.engine import whole_parameters
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.progress_line import wide_console
@@ -116,7 +117,8 @@ def _validate(trainer: Trainer) -> float:
     batch, began = batch.to(distributed.device()), time.monotonic()
     engine.eval()
     leave_out_unseen(batch, engine.module.model, known_elements(engine.module.model.tasks).to(distributed.device()))
-    sums = engine.module.objective.sums(engine.module.predict(batch), batch)
+    with whole_parameters(engine):
+        sums = engine.module.objective.sums(engine.module.predict(batch), batch)
     engine.train()
     if not torch.isfinite(sums).all():
         raise ConfigError("the errors of a batch of the validation split are not finite; check its labels.")

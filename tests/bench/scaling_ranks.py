@@ -30,7 +30,7 @@ from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.trained_model import TrainedModel
 
 STAGES = (0, 1, 2, 3)
-TASKS, STRUCTURES = 4, 16
+TASKS, STRUCTURES = 4, 64
 STEPS = 3
 """In a row of each side, of which the first, which finds other memory in the caches, is not counted."""
 
