@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hydrazero.launch.traffic import Run
-from hydrazero.trainer.run_memory import OPTIMIZER_STATES
 
+OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "lamb": 2, "lion": 1, "adagrad": 1, "sgd": 1}
+"""Numbers that an optimizer keeps of each parameter."""
 STREAM = 100e6
 """Bytes of a worker of the stream: decoded blocks that it keeps (shards/block_reader.py) and batches ahead."""
 
@@ -35,10 +36,14 @@ class DieMemory:
     """Of the above, what is moved to the host by offloading or lies there anyway."""
 
     @property
+    def states(self) -> float:
+        """Of it, what the model takes whatever the batch."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.buffers
+
+    @property
     def total(self) -> float:
         """On the die itself."""
-        parts = (self.weights, self.gradients, self.optimizer, self.average, self.buffers, self.activations)
-        return sum(parts) + self.stream - self.host
+        return self.states + self.activations + self.stream - self.host
 
 
 def die_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: int) -> DieMemory:

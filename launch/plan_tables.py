@@ -173,4 +173,6 @@ def _seconds(value: float) -> str:
 
 
 def _hours(value: float) -> str:
-    return f"{value:,.3g} h" if value >= 1 else f"{60 * value:,.3g} min"
+    if value >= 1:
+        return f"{value:,.3g} h"
+    return f"{60 * value:,.3g} min" if value >= 1 / 60 else _seconds(3600 * value)

@@ -9,29 +9,26 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from bench.timing import status
 from collective_count import Collectives
+from structures import batch_of, facts, rattled_molecule, to_structure
 
-COUNTER = Collectives()  # before anyone takes torch.distributed's functions
-
-import torch  # noqa: E402
-from bench.timing import status  # noqa: E402
-from structures import batch_of, facts, rattled_molecule, to_structure  # noqa: E402
-
-from hydrazero.launch.die_memory import die_memory  # noqa: E402
-from hydrazero.launch.traffic import Run, step_messages  # noqa: E402
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings  # noqa: E402
-from hydrazero.models.encoder import EncoderSettings  # noqa: E402
-from hydrazero.shards.graph import BatchShape  # noqa: E402
-from hydrazero.trainer import distributed  # noqa: E402
-from hydrazero.trainer.batch_memory import StepMemory  # noqa: E402
-from hydrazero.trainer.config import LossSection, RunConfig, RunSection, TrainSection  # noqa: E402
-from hydrazero.trainer.engine_config import deepspeed_config  # noqa: E402
-from hydrazero.trainer.losses import make_objective  # noqa: E402
-from hydrazero.trainer.precision import precision_of  # noqa: E402
-from hydrazero.trainer.step_cost import model_size  # noqa: E402
-from hydrazero.trainer.step_guard import StepGuard  # noqa: E402
-from hydrazero.trainer.trained_model import TrainedModel  # noqa: E402
-from hydrazero.trainer.weight_average import WeightAverage  # noqa: E402
+from hydrazero.launch.die_memory import die_memory
+from hydrazero.launch.traffic import Run, step_messages
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.encoder import EncoderSettings
+from hydrazero.shards.graph import BatchShape
+from hydrazero.trainer import distributed
+from hydrazero.trainer.batch_memory import StepMemory
+from hydrazero.trainer.config import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.engine_config import deepspeed_config
+from hydrazero.trainer.losses import make_objective
+from hydrazero.trainer.precision import precision_of
+from hydrazero.trainer.step_cost import model_size
+from hydrazero.trainer.step_guard import StepGuard
+from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.trainer.weight_average import WeightAverage
 
 TASKS, MICRO_BATCHES = 4, 2
 SMALL = ModelSettings(encoder=EncoderSettings(features=16, layers=1, cutoff=4.0), head_features=16)
@@ -41,7 +38,7 @@ def megabytes(key: str) -> float:
     return status(key) / 1e3
 
 
-def measured(name: str, settings: ModelSettings, *, warm_up: bool) -> dict[str, object]:
+def measured(name: str, settings: ModelSettings, counter: Collectives, *, warm_up: bool) -> dict[str, object]:
     from hydrazero.trainer.engine import make_engine, train_step
 
     run_config = RunConfig(
@@ -68,9 +65,9 @@ def measured(name: str, settings: ModelSettings, *, warm_up: bool) -> dict[str, 
     engine = make_engine(trained, ds_config)
     average, guard = WeightAverage(engine, 0.9), StepGuard(10, 0.0)
     for _ in range(3):
-        COUNTER.reset()
+        counter.reset()
         train_step(engine, [batch] * MICRO_BATCHES, guard, stop=False)
-        sent = dict(COUNTER.bytes)
+        sent = dict(counter.bytes)
         average.update()
     peak = megabytes("VmHWM") - before
     run = Run(
@@ -101,11 +98,12 @@ def main() -> None:
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     encoder = EncoderSettings(features=int(features), layers=3, cutoff=4.0)
     settings = ModelSettings(encoder=encoder, head_features=int(head_features))
+    counter = Collectives()  # before DeepSpeed takes torch.distributed's functions
     distributed.start_ranks()
     found = {}
     for name in names:
-        measured(name, SMALL, warm_up=True)  # what is loaded once only
-        found[name] = measured(name, settings, warm_up=False)
+        measured(name, SMALL, counter, warm_up=True)  # what is loaded once only
+        found[name] = measured(name, settings, counter, warm_up=False)
         trim()
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(found))

@@ -47,7 +47,11 @@ def sent(run: Run, ranks: int) -> float:
     return sum(message.total for message in step_messages(run, ranks))
 
 
-@given(ranks=st.integers(2, 20_000), parameters=st.integers(50_000, 5_000_000).map(lambda half: 2 * half), micro=st.integers(1, 8))
+@given(
+    ranks=st.integers(2, 20_000),
+    parameters=st.integers(50_000, 5_000_000).map(lambda half: 2 * half),
+    micro=st.integers(1, 8),
+)
 @settings(max_examples=30, deadline=None)
 def test_traffic_grows_with_the_model_and_from_stage_to_stage(ranks, parameters, micro):
     by_stage = [sent(run_of(stage, parameters, micro), ranks) for stage in range(4)]
@@ -76,11 +80,19 @@ def test_zero_divides_what_it_says(ranks):
     assert divided[0].weights == pytest.approx(whole.weights * (1 + 1 / ranks))
 
 
+def test_bytes_of_weights_gradients_and_optimizer():
+    """Of 1,000 parameters with Adam, two ranks; without ZeRO weights, gradients, a flat copy, moments, average."""
+    held = [die_memory(run_of(n, 1000), 2, activations=0.0, gpu=False, workers=0).states for n in range(4)]
+    assert held == [24_000, 18_000, 18_000, 24_000]
+
+
 @given(size=st.floats(1, 1e10), nodes=st.sampled_from([1, 2, 64, 2048]), dies=st.sampled_from([1, 2, 8]))
 @settings(max_examples=50, deadline=None)
 def test_collectives_keep_the_bandwidth_and_trees_the_latency(size, nodes, dies):
     links = replace(LINKS, nodes=nodes, dies=dies)
-    summed, gathered = (cost(Message(kind=kind, of="", bytes=size, count=1), links) for kind in (ALL_REDUCE, ALL_GATHER))
+    summed, gathered = (
+        cost(Message(kind=kind, of="", bytes=size, count=1), links) for kind in (ALL_REDUCE, ALL_GATHER)
+    )
     assert summed.node_bytes == pytest.approx(2 * gathered.node_bytes)
     assert dies * summed.network_bytes == pytest.approx(2 * size * (nodes - 1) / nodes)
     assert (summed.seconds > 0) == (nodes * dies > 1)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from hydrazero.launch.die_memory import die_memory
+from hydrazero.launch.traffic import Run
 from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graph import GraphBatch
@@ -21,7 +23,8 @@ from hydrazero.trainer.engine import whole_parameters
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.progress_line import wide_console
-from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, state_bytes, step_bytes
+from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, step_bytes
+from hydrazero.trainer.step_cost import ModelSize
 from hydrazero.trainer.step_guard import NonFiniteLossError
 from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of
 from hydrazero.trainer.trial import TrialLog, trial_trainer
@@ -65,9 +68,17 @@ def _step_bytes(config: RunConfig) -> float:
 
 def _state_bytes(config: RunConfig, checked: CheckedRun, engine: Any) -> float:
     parameters = sum(_size(parameter) for parameter in engine.module.parameters())
-    optimizer = checked.ds_config["optimizer"]["type"]
-    stage = engine.zero_optimization_stage()
-    return state_bytes(parameters, stage, optimizer, bool(config.train.average), distributed.ranks())
+    run = Run(
+        size=ModelSize(encoder=parameters, heads=0, groups=(parameters,)),
+        ds_config=checked.ds_config,
+        tasks=len(config.tasks),
+        quantities=len(engine.module.objective.quantities),
+        features=config.model.features,
+        balance_every=config.balance.every,
+        average=bool(config.train.average),
+    )
+    gpu = torch.cuda.is_available()
+    return die_memory(run, distributed.ranks(), activations=0.0, gpu=gpu, workers=config.data.workers).states
 
 
 def _size(parameter: Any) -> int:

@@ -26,6 +26,7 @@ from systems import SCREENED, SYSTEMS, THREADS
 HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
 MACE = "mace-torch 0.3.16"
+PARTS = ["data", "steps", "screen", "scaling"]
 ALONE = "sixteen models of one head in turn"
 REFERENCE_STRUCTURES, REFERENCE_SECONDS = 1.1e9, 50.0
 """What HydraGNN screened (arXiv 2604.15380)."""
@@ -112,7 +113,7 @@ def scaling_rows(rounds: int) -> list[dict[str, Any]]:
     for ranks in (2, 1, 4):
         found = run_ranks("scaling_ranks.py", ranks, str(rounds))
         middle = {name: statistics.median(values) for name, values in found.items()}
-        suffix = "" if ranks == 2 else f"_{ranks}_ranks"
+        suffix = "" if ranks == 2 else f"_on_{ranks}"
         for side in (name for name in found if not name.endswith("_bytes")):
             if side != "ddp":
                 ratio = middle[side] / middle["ddp"]
@@ -207,13 +208,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="of an environment with SchNetPack; without it, only the data side")
     parser.add_argument("--mace-python", help="of an environment with mace-torch; without it, screening without MACE")
-    parser.add_argument("--only", choices=["data", "steps", "screen", "scaling"], help="a part; other rows of --out are kept")
+    parser.add_argument("--only", choices=PARTS, help="a part; other rows of --out are kept")
     parser.add_argument("--sixteen", type=Path, help="folder of the sixteen real tasks, for the packing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    parts = [options.only] if options.only else ["data", "steps", "screen", "scaling"]
+    parts = [options.only] if options.only else PARTS
     rows = data_rows(options.sixteen) if "data" in parts else []
     if options.peer_python and "steps" in parts:
         rows += step_rows(options.peer_python, options.rounds, options.repeats)

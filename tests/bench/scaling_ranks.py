@@ -9,12 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from collective_count import Collectives
-
-COUNTER = Collectives()  # before anyone takes torch.distributed's functions
-
-import torch
 from ours import batch_of, model_of
 from timing import hand_over
 from torch import nn
@@ -82,6 +80,7 @@ def zero_step(stage: int) -> Callable[[], None]:
 
 def main() -> None:
     rounds, only = int(sys.argv[1]), sys.argv[2:]
+    counter = Collectives()  # before DeepSpeed takes torch.distributed's functions
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     distributed.start_ranks()
     makers: dict[str, Callable[[], Callable[[], None]]] = {"ddp": ddp_step}
@@ -99,11 +98,11 @@ def main() -> None:
         for name, step in sides.items():
             for number in range(STEPS):
                 distributed.wait_for_all()
-                COUNTER.reset()
+                counter.reset()
                 began = time.perf_counter()
                 step()
                 took = time.perf_counter() - began
-                sent[f"{name}_bytes"] = [float(sum(COUNTER.bytes.values()) + unseen.get(name, 0))]
+                sent[f"{name}_bytes"] = [float(sum(counter.bytes.values()) + unseen.get(name, 0))]
                 if number:
                     seconds[name].append(distributed.max_over_ranks(took))
     if distributed.rank() == 0:
