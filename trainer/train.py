@@ -79,6 +79,7 @@ def check_settings(
     from hydrazero.trainer.run_tasks import (
         budget_warning,
         charge_warning,
+        check_copies,
         check_labels,
         check_weights,
         task_facts,
@@ -89,7 +90,10 @@ def check_settings(
     check_wandb(config)
     ds_config = deepspeed_config(config)
     check_device(precision_of(ds_config), has_gpu=torch.cuda.is_available() if has_gpu is None else has_gpu)
-    manifests = task_manifests(config) if manifests is None else manifests
+    if manifests is None:
+        manifests = task_manifests(config)
+    else:
+        check_copies(config, manifests)
     facts = [task_facts(task, manifest) for task, manifest in zip(config.tasks, manifests, strict=True)]
     check_model(config.model.settings(), facts)
     check_weights(config, facts)
