@@ -7,7 +7,7 @@ MACE := .bench/mace
 KILLS ?= 20
 SEED ?= 0
 
-.PHONY: demo test test-compiled torture slurm-test hosts-test check bench real results sixteen links clean
+.PHONY: demo test test-compiled torture slurm-test hosts-test check bench bench-scaling real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -56,10 +56,14 @@ results: .venv/.installed
 	$(BIN)/python -m hydrazero.launch.results.runner $(NAME) $(DATA)
 
 # The peers get environments of their own, since SchNetPack wants an older torch and MACE an older e3nn; several gigabytes.
-# ONLY=data, steps or screen: that part alone.
+# ONLY=data, steps, screen or scaling: that part alone.
 bench: .venv/.installed $(SCHNETPACK)/.installed $(MACE)/.installed
 	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --mace-python $(MACE)/bin/python \
 		--sixteen runs/data/sixteen --out runs/bench.json $(if $(ONLY),--only $(ONLY))
+
+# ZeRO stages against plain PyTorch DDP on 1, 2 and 4 ranks, some minutes on a quiet machine of two cores.
+bench-scaling: .venv/.installed
+	$(BIN)/python tests/bench/run.py --only scaling --out runs/bench.json
 
 links:
 	mkdir -p .links/hydrazero

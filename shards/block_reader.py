@@ -26,9 +26,10 @@ RETRY_AFTER = (0.2, 2.0)
 class BlockReader:
     """Blocks of one split of one task, by number."""
 
-    def __init__(self, folder: Path | str, split: str) -> None:
+    def __init__(self, folder: Path | str, split: str, manifest: Manifest | None = None) -> None:
+        """The manifest is read unless it is given; raises ShardError if it cannot be."""
         self.folder, self.split = str(folder), split
-        self.manifest: Manifest = read_manifest(folder)
+        self.manifest = read_manifest(folder) if manifest is None else manifest
         self._blocks: list[tuple[Shard, int]] = [
             (shard, index)
             for shard in self.manifest.splits.get(split, [])

@@ -24,6 +24,8 @@ class About:
     """Where the archives are."""
     layout: str
     """What they look like."""
+    structures: int = 0
+    """In the archives, as the title says; 0 where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,10 +97,11 @@ class Deal:
 
     def __init__(self, tasks: Sequence[TaskPlan], *, lanes: int, seed: int, rest: Rest | None = None) -> None:
         self.tasks, self.lanes, self.seed = list(tasks), lanes, seed
-        self._parts = [self._cuts(len(task.block_sizes), int(task.block_sizes.max())) for task in self.tasks]
+        self.parts = [self._cuts(len(task.block_sizes), int(task.block_sizes.max())) for task in self.tasks]
+        """Of each task: parts that its blocks are cut into."""
         counts = [
             max(1, round(task.repeats * len(task.block_sizes) * parts))
-            for task, parts in zip(self.tasks, self._parts, strict=True)
+            for task, parts in zip(self.tasks, self.parts, strict=True)
         ]
         self._per_epoch = counts
         self._rest_epoch = None if rest is None else rest.epoch
@@ -140,7 +141,7 @@ class Deal:
         """Pieces that are dealt at the given turns of an epoch."""
         if epoch == self._rest_epoch:
             return self._rest[index][turns]
-        parts = self._parts[index]
+        parts = self.parts[index]
         per_pass = len(self.tasks[index].block_sizes) * parts
         # Epochs follow each other in the endless series of passes, so a thinned task is covered over several epochs.
         places = turns + epoch * self._per_epoch[index]

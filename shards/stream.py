@@ -18,6 +18,7 @@ from hydrazero.shards.block_reader import BlockCache, BlockReader
 from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
 from hydrazero.shards.handover import HandedBatch, from_buffer, to_buffer
+from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.packing import Packer, pack
 from hydrazero.shards.plan import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
 from hydrazero.shards.stream_state import (
@@ -54,6 +55,8 @@ class StreamSettings:
     """Quantities beside energy, forces and stress that batches shall hold."""
     workers: int = 1
     """Worker processes per rank; 0 reads in the training process."""
+    manifests: tuple[Manifest, ...] = ()
+    """Of the folders, where somebody has read them already; thousands of ranks do not each read them again."""
     on_bad_shard: str = "stop"
     """'stop' raises where a block cannot be read; 'skip' leaves its structures out and counts them."""
 
@@ -68,7 +71,10 @@ class SplitReader:
 
     def __init__(self, settings: StreamSettings, split: str) -> None:
         self.settings = settings
-        self.readers = [BlockReader(folder, split) for folder in settings.folders]
+        manifests = settings.manifests or [None] * len(settings.folders)
+        self.readers = [
+            BlockReader(folder, split, manifest) for folder, manifest in zip(settings.folders, manifests, strict=True)
+        ]
         self._cache = BlockCache(self.readers)
         self.skipped: Counter[str] = Counter()
         """Structures left out, by what was wrong with their block."""
@@ -225,11 +231,11 @@ class TrainStream:
             total.update(counts)
         return total
 
-    def state(self) -> dict[str, Any]:
-        """Return this rank's place after the last batch that was handed out, as plain types."""
+    def state(self) -> bytes:
+        """Return this rank's place after the last batch that was handed out."""
         return rank_state(self._lanes, self._turn)
 
-    def saved_state(self, of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def saved_state(self, of_ranks: Sequence[bytes]) -> dict[str, Any]:
         """Return what a checkpoint keeps, from the `state` of every rank."""
         return saved_state(self._fingerprint, self._start.past, of_ranks)
 

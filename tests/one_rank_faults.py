@@ -32,7 +32,7 @@ def read_slowly(stream: TrainStream) -> Iterator[GraphBatch]:
 
 
 PLACES: dict[str, tuple[Any, str, Any]] = {
-    "check": (run_tasks, "check_shard_files", fail),
+    "check": (run_tasks, "check_weights", fail),
     "validation": (validation, "evaluation_batches", fail_at_the_first),
     "data": (TrainStream, "__iter__", read_slowly),
 }

@@ -185,7 +185,8 @@ def test_the_time_of_a_job_and_its_own_end_reach_the_rank(tmp_path):
     assert process.wait(60) == 0 and rows(tmp_path)[1]["signal"] == "SIGUSR1"
     process = watched(tmp_path, "sh", "-c", "kill -SEGV $$")
     assert process.wait(60) == 128 + signal.SIGSEGV and rows(tmp_path)[-1]["status"] == -signal.SIGSEGV
-    process = watched(tmp_path, "bash", "-c", "echo $$ $LOCAL_RANK; exec sleep 600", options=("--one-device",), LOCAL_RANK="2")
+    says_its_place = ("bash", "-c", "echo $$ $LOCAL_RANK; exec sleep 600")
+    process = watched(tmp_path, *says_its_place, options=("--one-device",), LOCAL_RANK="2")
     assert process.stdout is not None
     pid, local_rank = map(int, process.stdout.readline().split())
     assert local_rank == 0

@@ -25,7 +25,6 @@ from hydrazero.trainer.cli import main
 from hydrazero.trainer.config import load_run_config
 from hydrazero.trainer.progress_line import ProgressLine
 from hydrazero.trainer.run_files import read_metrics
-from hydrazero.trainer.run_memory import state_bytes
 from hydrazero.trainer.run_record import git_commit
 from hydrazero.trainer.scalar_log import check_wandb
 
@@ -294,11 +293,6 @@ def test_faults_end_a_dry_run_with_a_sentence(data, tmp_path):
     blind.write_text(run.read_text().replace('name = "metals"', 'name = "metals"\nforces = "none"'))
     result = train(blind, "--dry-run", "--set", "loss.energy_weight=0", "--set", "loss.stress_weight=0")
     assert result.exit_code == 1 and "task 'metals' trains nothing" in result.stderr
-
-
-def test_bytes_of_weights_gradients_and_optimizer():
-    """Of 1,000 parameters with Adam: weights, gradients, two moments, average; a master copy where ZeRO shards."""
-    assert [state_bytes(1000, stage, "AdamW", True, 2) for stage in range(4)] == [20_000, 18_000, 16_000, 12_000]
 
 
 def test_a_profile_leaves_the_run_as_it_is(finished):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from hydrazero.trainer.checkpoint_files import (
 )
 from hydrazero.trainer.checkpoint_layout import layout_in, layout_of
 from hydrazero.trainer.checkpoint_transfer import load_from_layout
-from hydrazero.trainer.distributed import gather_objects, rank, ranks, wait_for_all
+from hydrazero.trainer.distributed import from_first, gather_objects, gather_to_first, rank, ranks, wait_for_all
 from hydrazero.trainer.gpu import device_kind, gpu_module
 from hydrazero.trainer.weight_average import WeightAverage
 
@@ -62,8 +62,11 @@ def save_checkpoint(
     if rank() == 0:
         _try(lambda: torch.save(state, part / STATE_NAME), failures)
     wait_for_all()
+    # One lists the folder, which under ZeRO has a file of every rank: all of them would ask for each of its files.
+    names: list[str] = []
+    _try(lambda: names.extend(from_first(lambda: _files(part))), failures)
     sums: dict[str, str] = {}
-    _try(lambda: sums.update(_sums_of_share(part)), failures)
+    _try(lambda: sums.update(_sums_of(part, names[rank() :: ranks()])), failures)
     met = [reason for reasons in gather_objects(failures) for reason in reasons]
     every: dict[str, str] = {}
     for share in gather_objects(sums):
@@ -85,11 +88,16 @@ def _try(write: Callable[[], object], failures: list[str]) -> None:
         failures.append(" ".join(str(error).split()))
 
 
-def _sums_of_share(part: Path) -> dict[str, str]:
-    """Read back this rank's share of a checkpoint's files, once they are on the disk; OSError if one is not whole."""
-    files = sorted(path for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
+def _files(part: Path) -> list[str]:
+    """Names of a checkpoint's files, in its folder."""
+    found = (path for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
+    return sorted(str(path.relative_to(part)) for path in found)
+
+
+def _sums_of(part: Path, names: Sequence[str]) -> dict[str, str]:
+    """Read back files of a checkpoint, once they are on the disk; OSError if one is not whole."""
     sums = {}
-    for path in files[rank() :: ranks()]:
+    for path in (part / name for name in names):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         # torch writes archives with checksums of what it had in memory.
@@ -131,11 +139,11 @@ def let_go_of_whole_parameters(engine: Any) -> None:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """Return the states of all ranks' generators of random numbers, [ranks, bytes] of each kind of device."""
-    states = {"cpu": torch.stack(gather_objects(torch.get_rng_state()))}
+    """Return the states of all ranks' generators of random numbers, [ranks, bytes] by kind of device, on rank 0."""
+    states = {"cpu": gather_to_first(torch.get_rng_state())}
     if (gpu := gpu_module()) is not None:
-        states[device_kind()] = torch.stack(gather_objects(gpu.get_rng_state()))
-    return states
+        states[device_kind()] = gather_to_first(gpu.get_rng_state())
+    return {kind: torch.stack(of_ranks) for kind, of_ranks in states.items() if of_ranks}
 
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
@@ -169,7 +177,7 @@ def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) ->
     Written by the same number of ranks under the same ZeRO stage in the same precision, all is as it was, to the bit;
     otherwise weights and moments are cut anew. Raises ConfigError if that is not possible.
     """
-    state = read_state(folder)
+    state = from_first(lambda: read_state(folder))
     saved = layout_in(state["layout"])
     if saved != layout_of(engine):
         load_from_layout(engine, folder, saved)

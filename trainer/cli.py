@@ -12,6 +12,7 @@ from hydrazero.trainer.cli_data import convert_command, subset_command
 from hydrazero.trainer.cli_finetune import finetune_command
 from hydrazero.trainer.cli_inspect import inspect_command
 from hydrazero.trainer.cli_launch import launch_command, postmortem_command
+from hydrazero.trainer.cli_plan import plan_command
 from hydrazero.trainer.cli_report import report_command
 from hydrazero.trainer.cli_search import search_command
 from hydrazero.trainer.screen import screen_command, task_list
@@ -43,6 +44,7 @@ main.add_command(finetune_command)
 main.add_command(inspect_command)
 main.add_command(launch_command)
 main.add_command(postmortem_command)
+main.add_command(plan_command)
 main.add_command(report_command)
 main.add_command(screen_command)
 main.add_command(search_command)

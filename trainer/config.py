@@ -190,6 +190,16 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSection:
+    """What `hydrazero plan` is to take of shards that are not there yet."""
+
+    structures: dict[str, int] = field(default_factory=dict)
+    """Task -> training structures; not needed for tasks that have the name of a preset which knows."""
+    atoms: dict[str, float] = field(default_factory=dict)
+    """Task -> atoms of a structure, mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run file."""
 
@@ -202,6 +212,7 @@ class RunConfig:
     loss: LossSection = field(default_factory=LossSection)
     balance: BalanceSection = field(default_factory=BalanceSection)
     finetune: FinetuneSection = field(default_factory=FinetuneSection)
+    plan: PlanSection = field(default_factory=PlanSection)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"config": "zero1"})
     """`config`: a name in ds_configs or a path to a JSON; every other key overrides a value of it."""
 

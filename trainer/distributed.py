@@ -176,6 +176,35 @@ def gather_objects(value: Any) -> list[Any]:
     return everybody
 
 
+def gather_to_first(value: Any) -> list[Any]:
+    """Return everybody's value on rank 0, in the order of ranks, and nothing elsewhere, where it would fill memory."""
+    if ranks() == 1:
+        return [value]
+    everybody: list[Any] | None = [None] * ranks() if rank() == 0 else None
+    dist.gather_object(value, everybody)
+    return everybody or []
+
+
+def from_first(read: Callable[[], T]) -> T:
+    """Return what `read` gives on rank 0, on all ranks: one reads a file, and thousands do not ask the disk for it.
+
+    Raises on all what it raises there.
+    """
+    if ranks() == 1:
+        return read()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = read()
+        except Exception as met:  # whatever it is: the others wait to be told
+            told[1] = met
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
 def fail_together(error: HydrazeroError | None) -> None:
     """Raise the first error that any rank has met, on all of them, so that it is said once and nobody is waited for."""
     met = [each for each in gather_objects(error) if each is not None]

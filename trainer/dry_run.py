@@ -9,18 +9,22 @@ from typing import Any
 
 import torch
 
+from hydrazero.launch.die_memory import die_memory
+from hydrazero.launch.traffic import Run
 from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graph import GraphBatch
-from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
+from hydrazero.shards.manifest import Manifest, check_shard_files
 from hydrazero.shards.stream import SplitReader, evaluation_batches
 from hydrazero.trainer import distributed
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.dry_run_tables import Findings, Tried, run_table, tasks_table
+from hydrazero.trainer.engine import whole_parameters
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.progress_line import wide_console
-from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, state_bytes, step_bytes
+from hydrazero.trainer.run_memory import RunMemory, check_memory, memory_of_ranks, step_bytes
+from hydrazero.trainer.step_cost import ModelSize
 from hydrazero.trainer.step_guard import NonFiniteLossError
 from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of, with_heads
 from hydrazero.trainer.trial import TrialLog, trial_trainer
@@ -35,7 +39,7 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
 
     Raises HydrazeroError on every rank that a fault concerns.
     """
-    manifests = [read_manifest(task.shards) for task in config.tasks]
+    manifests = checked.manifests
     at_hand = memory_of_ranks()
     checked, heads = with_heads(config, checked, resume)
     engine = engine_of(config, checked)
@@ -65,9 +69,17 @@ def _step_bytes(config: RunConfig) -> float:
 
 def _state_bytes(config: RunConfig, checked: CheckedRun, engine: Any) -> float:
     parameters = sum(_size(parameter) for parameter in engine.module.parameters())
-    optimizer = checked.ds_config["optimizer"]["type"]
-    stage = engine.zero_optimization_stage()
-    return state_bytes(parameters, stage, optimizer, bool(config.train.average), distributed.ranks())
+    run = Run(
+        size=ModelSize(encoder=parameters, heads=0, groups=(parameters,)),
+        ds_config=checked.ds_config,
+        tasks=len(config.tasks),
+        quantities=len(engine.module.objective.quantities),
+        features=config.model.features,
+        balance_every=config.balance.every,
+        average=bool(config.train.average),
+    )
+    gpu = torch.cuda.is_available()
+    return die_memory(run, distributed.ranks(), activations=0.0, gpu=gpu, workers=config.data.workers).states
 
 
 def _size(parameter: Any) -> int:
@@ -117,7 +129,8 @@ def _validate(trainer: Trainer) -> float:
     batch, began = batch.to(distributed.device()), time.monotonic()
     engine.eval()
     leave_out_unseen(batch, engine.module.model, known_elements(engine.module.model.tasks).to(distributed.device()))
-    sums = engine.module.objective.sums(engine.module.predict(batch), batch)
+    with whole_parameters(engine):
+        sums = engine.module.objective.sums(engine.module.predict(batch), batch)
     engine.train()
     if not torch.isfinite(sums).all():
         raise ConfigError("the errors of a batch of the validation split are not finite; check its labels.")

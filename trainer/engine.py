@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,11 @@ def make_engine(model: TrainedModel, config: dict[str, Any], factors: Mapping[st
     use_tf32(precision)
     wide = precision.weights == torch.float64
     rates = _rates(config, factors or {})
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        # All parameters in one gather for each batch: DeepSpeed would fetch them module by module, and those that the
+        # differentiation inside the forward has dropped once more, one by one.
+        deepspeed.utils.set_z3_leaf_modules(model, [TrainedModel])
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
     try:
         with float64_zero() if wide else contextlib.nullcontext():
             engine, _, _, _ = deepspeed.initialize(

@@ -23,7 +23,7 @@ from hydrazero.trainer.checkpoint import save_checkpoint
 from hydrazero.trainer.checkpoint_files import Kept, is_kept
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
-from hydrazero.trainer.distributed import device, gather_objects, max_over_ranks, sum_over_ranks
+from hydrazero.trainer.distributed import device, gather_objects, gather_to_first, max_over_ranks, sum_over_ranks
 from hydrazero.trainer.engine import train_step
 from hydrazero.trainer.losses import errors_by_task
 from hydrazero.trainer.parity_sample import ParitySample
@@ -114,7 +114,7 @@ class Trainer:
             "skipped_structures": self._skipped(),
             "interval": self.interval.state(),
             "trained_seconds": self.parts.stop.trained,
-            "stream": stream.saved_state(gather_objects(stream.state())),
+            "stream": stream.saved_state(gather_to_first(stream.state())),
             "balance": self.parts.balance.state(),
             "guard": self.parts.guard.state(),
         }

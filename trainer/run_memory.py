@@ -15,11 +15,6 @@ from hydrazero.shards.neighbours import ROW_SLOTS
 from hydrazero.trainer.batch_memory import StepMemory, memory_at_hand
 from hydrazero.trainer.distributed import gather_objects
 
-NUMBER = 4
-"""Bytes of a number in float32."""
-OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "lamb": 2, "lion": 1, "adagrad": 1, "sgd": 1}
-"""Numbers that an optimizer keeps of each parameter."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunMemory:
@@ -47,16 +42,6 @@ def memory_of_ranks() -> int:
     """Bytes that the rank has that has least; every rank must ask."""
     hosts = gather_objects(socket.gethostname())
     return min(gather_objects(memory_at_hand(hosts.count(socket.gethostname()))))
-
-
-def state_bytes(parameters: int, stage: int, optimizer: str, average: bool, ranks: int) -> float:
-    """Bytes of weights, gradients, optimizer and average on a rank; ZeRO divides more of them from stage to stage."""
-    weights = NUMBER * parameters
-    # The sharded optimizer keeps float32 weights of its own beside its states.
-    states = OPTIMIZER_STATES.get(optimizer.lower(), 2) * weights + (weights if stage >= 1 else 0)
-    whole_weights = weights / (ranks if stage >= 3 else 1)
-    gradients = weights / (ranks if stage >= 2 else 1)
-    return whole_weights * (2 if average else 1) + gradients + states / (ranks if stage >= 1 else 1)
 
 
 def check_memory(memory: RunMemory, shape: BatchShape, cutoff: float, manifests: Sequence[Manifest]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, NONE, TargetFacts, TaskFacts
@@ -23,6 +24,18 @@ CONSTANT = 1e-6
 """A target that deviates less from its mean, by its largest label, is a constant."""
 
 WAYS = (CONSERVATIVE, DIRECT, NONE)
+
+
+def task_manifests(config: RunConfig) -> tuple[Manifest, ...]:
+    """Read the manifests of all tasks; raises HydrazeroError as `task_manifest`."""
+    return tuple(task_manifest(task, config) for task in config.tasks)
+
+
+def check_copies(config: RunConfig, manifests: Sequence[Manifest]) -> None:
+    """Raise ShardError if a copy of shards on this node's own disk, which no other rank has seen, is not whole."""
+    if config.data.copies and config.data.on_bad_shard == "stop":
+        for task, manifest in zip(config.tasks, manifests, strict=True):
+            check_shard_files(manifest, config.data.folder(task))
 
 
 def task_manifest(task: TaskSection, config: RunConfig) -> Manifest:

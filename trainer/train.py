@@ -22,6 +22,7 @@ from hydrazero.trainer.run_record import add_resume, read_record, run_record
 if TYPE_CHECKING:
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.models.task_facts import TaskFacts
+    from hydrazero.shards.manifest import Manifest
     from hydrazero.shards.stream import StreamSettings
     from hydrazero.trainer.trained_model import TrainedModel
 
@@ -33,8 +34,8 @@ class CheckedRun:
     ds_config: dict[str, Any]
     """DeepSpeed JSON."""
     facts: list[TaskFacts]
-    structures: tuple[int, ...]
-    """Training structures of each task."""
+    manifests: tuple[Manifest, ...]
+    """Of each task."""
     warnings: list[str]
     """Sentences for the start of the run."""
     start: AtomisticModel | None
@@ -42,13 +43,19 @@ class CheckedRun:
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Of each task, heads of the start whose mean its own begins as."""
 
+    def structures(self) -> tuple[int, ...]:
+        """Training structures of each task."""
+        return tuple(manifest.structures("train") for manifest in self.manifests)
 
-def check_run(config: RunConfig, resume: bool, *, has_gpu: bool | None = None) -> CheckedRun:
+
+def check_run(
+    config: RunConfig, resume: bool, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError.
 
-    `has_gpu` says so of where the run will be, if that is not here.
+    `has_gpu` says so of where the run will be, if that is not here; manifests are read unless they are given.
     """
-    checked = check_settings(config, has_gpu=has_gpu)
+    checked = check_settings(config, has_gpu=has_gpu, manifests=manifests)
     run_dir = Path(config.run.out)
     if resume:
         read_record(run_dir)
@@ -90,7 +97,9 @@ def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[Ch
     return replace(checked, facts=facts, rows=rows), [sentence for each in starts for sentence in each.said]
 
 
-def check_settings(config: RunConfig, *, has_gpu: bool | None = None) -> CheckedRun:
+def check_settings(
+    config: RunConfig, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
     from hydrazero.models.atomistic import check_model
     from hydrazero.trainer.gpu import device_kind
@@ -98,33 +107,37 @@ def check_settings(config: RunConfig, *, has_gpu: bool | None = None) -> Checked
     from hydrazero.trainer.run_tasks import (
         budget_warning,
         charge_warning,
+        check_copies,
         check_labels,
         check_weights,
         task_facts,
-        task_manifest,
+        task_manifests,
     )
     from hydrazero.trainer.scalar_log import check_wandb
 
     check_wandb(config)
     ds_config = deepspeed_config(config)
     check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
-    manifests = {task.name: task_manifest(task, config) for task in config.tasks}
-    facts = [task_facts(task, manifests[task.name]) for task in config.tasks]
+    if manifests is None:
+        manifests = task_manifests(config)
+    else:
+        check_copies(config, manifests)
+    facts = [task_facts(task, manifest) for task, manifest in zip(config.tasks, manifests, strict=True)]
     check_model(config.model.settings(), facts)
     check_weights(config, facts)
-    for task, found in zip(config.tasks, facts, strict=True):
-        check_labels(task, config.loss, found, manifests[task.name])
+    for task, found, manifest in zip(config.tasks, facts, manifests, strict=True):
+        check_labels(task, config.loss, found, manifest)
     return CheckedRun(
         start=None,
         ds_config=ds_config,
         facts=facts,
-        structures=tuple(manifest.structures("train") for manifest in manifests.values()),
+        manifests=tuple(manifests),
         warnings=[
             text
-            for task in facts
+            for task, manifest in zip(facts, manifests, strict=True)
             for text in (
-                charge_warning(task, manifests[task.name]),
-                budget_warning(task.name, manifests[task.name], config.batch, config.model.cutoff),
+                charge_warning(task, manifest),
+                budget_warning(task.name, manifest, config.batch, config.model.cutoff),
             )
             if text
         ],
@@ -137,10 +150,12 @@ def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
     Of `train.max_hours` some may be over, by tries before this one.
     """
     from hydrazero.trainer import distributed
+    from hydrazero.trainer.run_tasks import task_manifests
 
     def job() -> None:
         # Nobody goes on before all have checked: rank 0 would make the folder that the others want to see absent.
-        checked = distributed.together(lambda: check_run(config, resume))
+        manifests = distributed.from_first(lambda: task_manifests(config))
+        checked = distributed.together(lambda: check_run(config, resume, manifests=manifests))
         _train(config, resume, checked, used_hours)
 
     on_ranks(config, job)
@@ -194,7 +209,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             said.append(resumed_from(state, engine))
     settings = stream_settings(config, checked)
     stream = TrainStream(settings, distributed.rank(), distributed.ranks(), state["stream"])
-    balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures), trained)
+    balance = RunBalance(config.balance, BalanceFacts(structures=checked.structures()), trained)
 
     def note_start() -> None:
         if resume:
@@ -275,6 +290,7 @@ def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
 
     return StreamSettings(
         folders=tuple(config.data.folder(task) for task in config.tasks),
+        manifests=checked.manifests,
         dtype=precision_of(checked.ds_config).weights,
         cutoff=config.model.cutoff,
         shape=config.batch,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.stream import TrainStream
 from hydrazero.trainer import distributed
 from hydrazero.trainer.balance import BalanceFacts
@@ -11,6 +13,7 @@ from hydrazero.trainer.balancing import RunBalance
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
 from hydrazero.trainer.loop import RunParts, Trainer
+from hydrazero.trainer.run_tasks import task_manifests
 from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.stop_request import StopRequest
 from hydrazero.trainer.train import CheckedRun, check_run, check_settings, on_ranks, stream_settings
@@ -19,12 +22,16 @@ from hydrazero.trainer.weight_average import WeightAverage
 PROFILE = "profile"
 
 
-def check_trial(kind: str, config: RunConfig, resume: bool) -> CheckedRun:
+def check_trial(
+    kind: str, config: RunConfig, resume: bool, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
     """Check everything that can be checked before the first step; raises HydrazeroError.
 
     A profile does not care for what the run's folder holds.
     """
-    return check_settings(config) if kind == PROFILE else check_run(config, resume)
+    if kind == PROFILE:
+        return check_settings(config, manifests=manifests)
+    return check_run(config, resume, manifests=manifests)
 
 
 def run_trial(kind: str, config: RunConfig, resume: bool) -> None:
@@ -33,7 +40,8 @@ def run_trial(kind: str, config: RunConfig, resume: bool) -> None:
     from hydrazero.trainer.profile_steps import profile_steps
 
     def job() -> None:
-        checked = distributed.together(lambda: check_trial(kind, config, resume))
+        manifests = distributed.from_first(lambda: task_manifests(config))
+        checked = distributed.together(lambda: check_trial(kind, config, resume, manifests))
         if kind == PROFILE:
             profile_steps(config, checked)
         else:
@@ -62,7 +70,7 @@ def trial_trainer(config: RunConfig, checked: CheckedRun, engine: Any, log: Tria
         RunParts(
             engine=engine,
             stream=TrainStream(settings, distributed.rank(), distributed.ranks()),
-            balance=RunBalance(config.balance, BalanceFacts(structures=checked.structures), engine.module),
+            balance=RunBalance(config.balance, BalanceFacts(structures=checked.structures()), engine.module),
             average=WeightAverage(engine, config.train.average) if config.train.average else None,
             guard=StepGuard(config.train.max_skipped, config.train.skip_spikes),
             stop=StopRequest(0.0),

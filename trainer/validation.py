@@ -13,6 +13,7 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graph import GraphBatch
 from hydrazero.shards.stream import SplitReader, StreamSettings, empty_batch, evaluation_batches
 from hydrazero.trainer.distributed import device, fail_together, rank, ranks, sum_over_ranks
+from hydrazero.trainer.engine import whole_parameters
 from hydrazero.trainer.losses import leave_out_unseen
 from hydrazero.trainer.parity_sample import ParitySample
 
@@ -29,13 +30,14 @@ def evaluate_engine(engine: Any, reader: SplitReader, sample: ParitySample | Non
     unseen = torch.zeros(len(model.tasks), dtype=torch.float64, device=device())
     batches = evaluation_batches(reader, rank(), ranks())
     engine.eval()
-    while (batch := next_on_any_rank(batches, reader.settings)) is not None:
-        batch = batch.to(device())
-        unseen += leave_out_unseen(batch, model, known)
-        predictions = engine.module.predict(batch)
-        sums += engine.module.objective.sums(predictions, batch).detach()
-        if sample is not None:
-            sample.add(batch, predictions)
+    with whole_parameters(engine):
+        while (batch := next_on_any_rank(batches, reader.settings)) is not None:
+            batch = batch.to(device())
+            unseen += leave_out_unseen(batch, model, known)
+            predictions = engine.module.predict(batch)
+            sums += engine.module.objective.sums(predictions, batch).detach()
+            if sample is not None:
+                sample.add(batch, predictions)
     engine.train()
     return sum_over_ranks(sums), sum_over_ranks(unseen)
 
@@ -43,7 +45,7 @@ def evaluate_engine(engine: Any, reader: SplitReader, sample: ParitySample | Non
 def next_on_any_rank(batches: Iterator[GraphBatch], settings: StreamSettings) -> GraphBatch | None:
     """Return this rank's next batch, padding if it has nothing left while others have, None when all are done.
 
-    Every rank goes along to the end: under ZeRO-3 every forward needs every rank.
+    Every rank goes along to the end.
     """
     batch, error = None, None
     try:

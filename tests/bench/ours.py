@@ -35,9 +35,9 @@ def model_of(tasks: int) -> AtomisticModel:
     return AtomisticModel(ModelSettings(encoder=encoder), facts)
 
 
-def batch_of(name: str, tasks: int) -> GraphBatch:
-    """The system's structures, labelled, dealt to the tasks in turn."""
-    structures = [structure_from_atoms(atoms) for atoms in SYSTEMS[name]()]
+def batch_of(name: str, tasks: int, count: int | None = None) -> GraphBatch:
+    """The system's structures, or the first of them, labelled, dealt to the tasks in turn."""
+    structures = [structure_from_atoms(atoms) for atoms in SYSTEMS[name]()[:count]]
     samples = [graph_sample(structure, number % tasks, CUTOFF) for number, structure in enumerate(structures)]
     batch = collate(samples, shape_holding(samples), torch.float32)
     batch.forces = torch.randn(batch.forces.shape, generator=torch.Generator().manual_seed(1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from systems import SCREENED, SYSTEMS, THREADS
 HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
 MACE = "mace-torch 0.3.16"
+PARTS = ["data", "steps", "screen", "scaling"]
 ALONE = "sixteen models of one head in turn"
 REFERENCE_STRUCTURES, REFERENCE_SECONDS = 1.1e9, 50.0
 """What HydraGNN screened (arXiv 2604.15380)."""
@@ -77,6 +79,47 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
     for name, kind in (("heads16_train_cost", "train"), ("heads16_infer_cost", "energies")):
         rows.append(row(name, middle[f"heads_{kind}_many"] / middle[f"heads_{kind}_one"], "times one head"))
     rows.append(row("gradnorm_overhead", middle["balance_with"] / middle["balance_without"], "times a step without"))
+    return rows
+
+
+def run_ranks(script: str, ranks: int, *arguments: str) -> dict[str, list[float]]:
+    """Run a worker on several ranks, each with one thread, and return what the first hands over."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / script), *arguments],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    lines = [line for line in outputs[0].splitlines() if line.startswith("SECONDS ")]
+    if any(process.returncode for process in processes) or not lines:
+        raise SystemExit(f"{script} failed on {ranks} ranks:\n" + "\n".join(outputs))
+    handed: dict[str, list[float]] = json.loads(lines[0].removeprefix("SECONDS "))
+    return handed
+
+
+def scaling_rows(rounds: int) -> list[dict[str, Any]]:
+    """ZeRO stages against plain PyTorch DDP on the same work, on 1, 2 and 4 ranks with a thread each."""
+    rows = []
+    for ranks in (2, 1, 4):
+        found = run_ranks("scaling_ranks.py", ranks, str(rounds))
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        suffix = "" if ranks == 2 else f"_on_{ranks}"
+        for side in (name for name in found if not name.endswith("_bytes")):
+            if side != "ddp":
+                ratio = middle[side] / middle["ddp"]
+                rows.append(row(f"{side}_over_ddp{suffix}", ratio, "times a step of DDP, same work"))
+            if ranks > 1:
+                rows.append(row(f"{side}_sent{suffix}", middle[f"{side}_bytes"] / 1e6, "MB of messages a step"))
     return rows
 
 
@@ -169,18 +212,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="of an environment with SchNetPack; without it, only the data side")
     parser.add_argument("--mace-python", help="of an environment with mace-torch; without it, screening without MACE")
-    parser.add_argument("--only", choices=["data", "steps", "screen"], help="a part; other rows of --out are kept")
+    parser.add_argument("--only", choices=PARTS, help="a part; other rows of --out are kept")
     parser.add_argument("--sixteen", type=Path, help="folder of the sixteen real tasks, for the packing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    parts = [options.only] if options.only else ["data", "steps", "screen"]
+    parts = [options.only] if options.only else PARTS
     rows = data_rows(options.sixteen) if "data" in parts else []
     if options.peer_python and "steps" in parts:
         rows += step_rows(options.peer_python, options.rounds, options.repeats)
     if options.peer_python and "screen" in parts:
         rows += screen_rows(options.peer_python, options.mace_python, options.rounds, options.repeats)
+    if "scaling" in parts:
+        rows += scaling_rows(10 * options.rounds)
     if torch.cuda.is_available() and "steps" in parts:
         rows += gpu_rows(options.repeats)
     if options.only and options.out.is_file():

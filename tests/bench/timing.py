@@ -27,13 +27,13 @@ def peak_megabytes(step: Callable[[], object]) -> float:
     step()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()
-    return (_status("VmHWM") - before) / 1e3
+    return (status("VmHWM") - before) / 1e3
 
 
-def _status(key: str) -> float:
+def status(key: str) -> float:
     """A field of the process's memory, kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(key)))

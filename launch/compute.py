@@ -1,0 +1,108 @@
+"""How long a die computes for a training step: a roofline of its peak and its memory, and the measured share of it.
+
+The roofline (Williams, Waterman, Patterson 2009) takes the operations of a step's matrix products over the die's peak,
+or what it writes and reads over the bandwidth of its memory, whichever takes longer. Real steps reach a share of that,
+which `make bench` has measured where it ran; that share is taken for every site: an estimate where the die is another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hydrazero.launch.site_file import DieSection, load_site
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.graph import BatchShape
+from hydrazero.trainer.config import ModelSection
+from hydrazero.trainer.precision import Precision
+from hydrazero.trainer.step_cost import StepCost, step_cost
+
+WRITTEN_AND_READ = 2
+"""Times that what autograd keeps goes through memory at least."""
+BENCH_DIES = 2
+"""Dies of the site 'local' that `make bench` computes on: two threads."""
+BENCH_SLOTS = {"cu": 48, "benzene": 16}
+"""Neighbour slots of an atom in its two systems."""
+PIPELINES = {"pipeline_molecules_per_s": 20, "pipeline_metals_per_s": 32}
+"""Rows of how fast a process makes batches, and the atoms of a structure in them; the slower is taken."""
+PEAKS = {"fp64": "float64", "tf32": "tf32", "torch_autocast": "bf16", "bf16": "bf16", "fp16": "fp16"}
+"""Precision -> key of a site's `die.flops`; float32 for the one without a name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast a die computes."""
+
+    peak: float
+    """FLOP/s of matrix products in the run's precision."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    share: float
+    """Of the roofline that steps reach."""
+    atoms_of_worker: float
+    """Atoms/s that a process reads, finds the neighbours of and packs; infinite where that is not known."""
+    source: str
+    """Where share and atoms are from."""
+
+    def seconds(self, cost: StepCost, shape: BatchShape) -> float:
+        """Seconds of a forward and backward of a full batch."""
+        return max(self.parts(cost, shape)) / self.share
+
+    def parts(self, cost: StepCost, shape: BatchShape) -> tuple[float, float]:
+        """Seconds that arithmetic and memory would take at their peaks."""
+        flops = cost.flops_per_atom * shape.atoms + cost.flops_per_slot * shape.slots
+        moved = WRITTEN_AND_READ * (cost.bytes_per_atom * shape.atoms + cost.bytes_per_slot * shape.slots)
+        return flops / self.peak, moved / self.bandwidth
+
+
+def pace_of(die: DieSection, precision: Precision, bench: Path | None, *, compiled: bool) -> Pace:
+    """Return the pace of a die; raises ConfigError if the site does not know its peak or the bench has no such rows."""
+    key = PEAKS.get(precision.key, "float32")
+    if key not in die.flops:
+        known = ", ".join(sorted(die.flops))
+        raise ConfigError(f"the site file has no die.flops.{key}, which {precision.label} needs; it has {known}.")
+    peak, bandwidth = die.flops[key].value, die.memory_bandwidth.value
+    if bench is None:
+        source = "no bench: the bare roofline, which no step reaches, and data at once"
+        return Pace(peak=peak, bandwidth=bandwidth, share=1.0, atoms_of_worker=math.inf, source=source)
+    kind, rates = "compiled" if compiled else "eager", _rows(bench)
+    try:
+        steps = {system: rates[f"{kind}_train_{system}_atoms"] for system in BENCH_SLOTS}
+        worker = min(rates[name] * atoms for name, atoms in PIPELINES.items())
+    except KeyError as error:
+        raise ConfigError(f"--bench {bench} has no row {error.args[0]}; make it with `make bench`.") from error
+    source = f"{bench}: PaiNN of 128 features, {kind}, on {BENCH_DIES} cores"
+    return Pace(peak=peak, bandwidth=bandwidth, share=_share(steps), atoms_of_worker=worker, source=source)
+
+
+def _share(rates: dict[str, float]) -> float:
+    """Share of the roofline that training steps reach, mean of the bench's systems, given their atoms/s."""
+    die = load_site("local").die
+    model = ModelSection(features=128, layers=3, radial_functions=20, cutoff=5.0, head_features=64)
+    cost = step_cost(model.settings(), 1)
+    whole = Pace(
+        peak=BENCH_DIES * die.flops["float32"].value,
+        bandwidth=BENCH_DIES * die.memory_bandwidth.value,
+        share=1.0,
+        atoms_of_worker=math.inf,
+        source="",
+    )
+    return fmean(
+        whole.seconds(cost, BatchShape(structures=1, atoms=1000, slots=1000 * slots)) * rates[system] / 1000
+        for system, slots in BENCH_SLOTS.items()
+    )
+
+
+def _rows(bench: Path) -> dict[str, float]:
+    """Values of the bench by name."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(bench.read_text(encoding="utf-8"))
+        return {row["name"]: float(row["value"]) for row in rows}
+    except OSError as error:
+        raise ConfigError(f"--bench {bench} cannot be read ({error.strerror}); make it with `make bench`.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--bench {bench} is no list of rows as `make bench` writes them.") from error

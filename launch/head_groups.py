@@ -1,0 +1,81 @@
+"""Whether heads should live on some ranks alone: what a step costs with all heads everywhere, and in groups by task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hydrazero.launch.collectives import cost, links_of
+from hydrazero.launch.scaling import Stepper
+from hydrazero.launch.traffic import Run, step_messages
+from hydrazero.trainer.step_cost import ModelSize, StepCost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A step with the heads in one place or another."""
+
+    compute: float
+    """s."""
+    communication: float
+    """s."""
+    bytes: float
+    """That a rank sends in a step."""
+    states: float
+    """Bytes of weights, gradients, optimizer on a die, without activations."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.compute + self.communication
+
+
+def placements(stepper: Stepper, one_head: StepCost, ranks: int, micro_batches: int) -> dict[str, Placement]:
+    """Return a step with stacked heads everywhere, and with groups of ranks by task that have one head each.
+
+    In groups the encoder's gradients are summed over all ranks, a head's over its group; under the run's ZeRO stage.
+    `one_head` is the cost of a step whose atoms go through one head.
+    """
+    run, tasks = stepper.run, stepper.run.tasks
+    heads = run.size.heads // tasks
+    encoder = replace(run, size=ModelSize(encoder=run.size.encoder, heads=0, groups=(run.size.encoder,)))
+    head = replace(run, size=ModelSize(encoder=0, heads=heads, groups=(heads,)), balance_every=0)
+    group = max(ranks // tasks, 1)
+    everywhere = stepper.time(ranks, micro_batches)
+    sent, seconds = _sum(stepper, encoder, ranks, micro_batches, own=True)
+    head_sent, head_seconds = _sum(stepper, head, group, micro_batches, own=False)
+    whole_sent, _ = _sum(stepper, run, ranks, micro_batches, own=True)
+    in_groups = replace(stepper, cost=one_head, run=encoder).time(ranks, micro_batches)
+    return {
+        "everywhere": Placement(
+            compute=everywhere.compute + everywhere.optimizer,
+            communication=everywhere.communication,
+            bytes=whole_sent,
+            states=_states(run.size.parameters, run.stage, run.master_bytes, ranks),
+        ),
+        "groups": Placement(
+            compute=in_groups.compute + in_groups.optimizer,
+            communication=seconds + head_seconds,
+            bytes=sent + head_sent,
+            states=_states(run.size.encoder, run.stage, run.master_bytes, ranks)
+            + _states(heads, run.stage, run.master_bytes, group),
+        ),
+    }
+
+
+def _sum(stepper: Stepper, run: Run, ranks: int, micro_batches: int, *, own: bool) -> tuple[float, float]:
+    """Bytes that a rank sends and seconds that it takes; without what is the package's `own`, weights and gradients."""
+    links = links_of(stepper.site, ranks)
+    sent, seconds = 0.0, 0.0
+    for message in step_messages(run.with_micro_batches(micro_batches), ranks):
+        if own or message.of in ("weights", "gradients"):
+            each = cost(message, links)
+            sent += message.count * (each.node_bytes + each.network_bytes)
+            seconds += message.count * each.seconds
+    return sent, seconds
+
+
+def _states(parameters: int, stage: int, number: int, ranks: int) -> float:
+    """Weights, gradients, two moments, and the optimizer's own weights under ZeRO."""
+    if stage == 0:
+        return 4.0 * number * parameters
+    return number * parameters * (2 + 4 / ranks)

@@ -1,0 +1,122 @@
+"""The data of a planned run: from manifests where shards are there, else from presets and the run file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hydrazero.shards.block import BLOCK_STRUCTURES
+from hydrazero.shards.convert_settings import SplitSection
+from hydrazero.shards.dataset_presets import load_preset, preset_names
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.location import is_remote
+from hydrazero.shards.manifest import read_manifest
+from hydrazero.shards.plan import Deal, TaskPlan, mixture_repeats
+from hydrazero.shards.writer import BLOCKS_PER_SHARD
+from hydrazero.trainer.config import RunConfig, TaskSection
+
+BYTES_OF_ATOM, BYTES_OF_STRUCTURE = 25.0, 110.0
+"""On the disk: a line through the shards of the sixteen real tasks."""
+MANIFEST_BYTES = 45.0
+"""Of a block in a manifest (measured)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """The training data of a task."""
+
+    name: str
+    structures: int
+    atoms: float
+    """Of a structure, mean."""
+    source: str
+    """Where the numbers are from."""
+
+    @property
+    def bytes(self) -> float:
+        """Of its training shards."""
+        return self.structures * (BYTES_OF_STRUCTURE + BYTES_OF_ATOM * self.atoms)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of its training split."""
+        return -(-self.structures // BLOCK_STRUCTURES)
+
+    @property
+    def shards(self) -> int:
+        """Files of its training split."""
+        return -(-self.blocks // BLOCKS_PER_SHARD)
+
+
+def planned_data(config: RunConfig) -> list[TaskData]:
+    """Return what is known of each task's data; raises ConfigError for a task of which nothing is."""
+    unknown = sorted({*config.plan.structures, *config.plan.atoms} - {task.name for task in config.tasks})
+    if unknown:
+        raise ConfigError(f"plan: '{unknown[0]}' is no task of the run file.")
+    return [_data_of(task, config) for task in config.tasks]
+
+
+def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
+    if not is_remote(task.shards) and (Path(task.shards) / "manifest.json").is_file():
+        manifest = read_manifest(task.shards)
+        count = manifest.structures("train")
+        atoms = manifest.atoms("train") / max(count, 1)
+        return TaskData(name=task.name, structures=count, atoms=atoms, source="its manifest")
+    preset = load_preset(task.name) if task.name in preset_names() else None
+    count, source = config.plan.structures.get(task.name, 0), "the run file"
+    if not count and preset is not None and preset.about.structures:
+        share = preset.table.get("split", {}).get("train", SplitSection.train)
+        count, source = int(preset.about.structures * share), "its preset"
+    atoms = config.plan.atoms.get(task.name, 0.0)
+    if not count or not atoms:
+        what = "atoms" if count else "structures"
+        raise ConfigError(
+            f"task '{task.name}': {task.shards} has no manifest yet; say how many {what} it will have in the run file: "
+            f"[plan.{what}] {task.name} = ..."
+        )
+    return TaskData(name=task.name, structures=count, atoms=atoms, source=source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the stream asks of the file system."""
+
+    structures: float
+    """In an epoch."""
+    bytes: float
+    """Read in an epoch: of a block that is dealt in parts, all of it for each part."""
+    blocks: float
+    """Reads in an epoch, each of which opens a shard."""
+    shards: int
+    """Files in all."""
+    manifest_bytes: float
+    """Of all manifests."""
+
+
+def reading(data: Sequence[TaskData], temperature: float, lanes: int) -> Reading:
+    """Return what `lanes` workers of all ranks read in an epoch."""
+    repeats = mixture_repeats([task.structures for task in data], temperature)
+    bytes_read = blocks = structures = 0.0
+    for task, passes in zip(data, repeats, strict=True):
+        sizes = np.full(task.blocks, BLOCK_STRUCTURES, dtype=np.int64)
+        parts = Deal([TaskPlan(name=task.name, block_sizes=sizes)], lanes=lanes, seed=0).parts[0]
+        structures += passes * task.structures
+        blocks += passes * task.blocks * parts
+        bytes_read += passes * task.bytes * parts
+    return Reading(
+        structures=structures,
+        bytes=bytes_read,
+        blocks=blocks,
+        shards=sum(task.shards for task in data),
+        manifest_bytes=sum(task.blocks * MANIFEST_BYTES for task in data),
+    )
+
+
+def mean_atoms(data: Sequence[TaskData], temperature: float) -> float:
+    """Atoms of a structure as the stream delivers them."""
+    repeats = mixture_repeats([task.structures for task in data], temperature)
+    drawn = [passes * task.structures for task, passes in zip(data, repeats, strict=True)]
+    return sum(n * task.atoms for n, task in zip(drawn, data, strict=True)) / sum(drawn)

@@ -1,0 +1,94 @@
+"""How long a step takes on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydrazero.launch.collectives import Sent, cost, links_of
+from hydrazero.launch.compute import Pace
+from hydrazero.launch.site_file import Site
+from hydrazero.launch.traffic import Message, Run, step_messages
+from hydrazero.shards.graph import BatchShape
+from hydrazero.trainer.step_cost import StepCost
+
+RANKS = tuple(4**power for power in range(8))
+"""1 to 16,384, as scaling is shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step."""
+
+    compute: float
+    """Of all micro-batches."""
+    optimizer: float
+    """Weights, gradients and states through the die's memory."""
+    communication: float
+    """Of all collectives, one after the other."""
+    data: float
+    """In which the rank's workers make its batches, beside all that."""
+
+    @property
+    def seconds(self) -> float:
+        """As it is: a compiled step hands over all gradients at its end, so nothing is sent while it computes."""
+        return max(self.compute + self.optimizer + self.communication, self.data)
+
+    @property
+    def overlapped(self) -> float:
+        """What it would be if everything were sent while it computes: the longest of the three."""
+        return max(self.compute + self.optimizer, self.communication, self.data)
+
+
+OPTIMIZER_PASSES = 7
+"""Numbers of a parameter that AdamW reads and writes: gradient, weight and two moments, the last three twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepper:
+    """Step times of a run on a site."""
+
+    run: Run
+    site: Site
+    pace: Pace
+    cost: StepCost
+    shape: BatchShape
+    workers: int
+    """Processes of a rank that make batches."""
+
+    def sent(self, ranks: int, micro_batches: int) -> list[tuple[Message, Sent]]:
+        """Return what a step sends, each with what one of it costs."""
+        links = links_of(self.site, ranks)
+        run = self.run.with_micro_batches(micro_batches)
+        return [(message, cost(message, links)) for message in step_messages(run, ranks)]
+
+    def time(self, ranks: int, micro_batches: int) -> StepTime:
+        """Return the time of a step."""
+        stepped = self.run.size.parameters / (ranks if self.run.stage else 1)
+        return StepTime(
+            compute=micro_batches * self.pace.seconds(self.cost, self.shape),
+            optimizer=OPTIMIZER_PASSES * stepped * self.run.master_bytes / self.pace.bandwidth,
+            communication=sum(message.count * one.seconds for message, one in self.sent(ranks, micro_batches)),
+            data=micro_batches * self.shape.atoms / (self.pace.atoms_of_worker * max(self.workers, 1)),
+        )
+
+    def weak(self, ranks: Sequence[int], micro_batches: int) -> list[dict[str, float]]:
+        """Each rank keeps its batches: seconds of a step, and efficiency over the first."""
+        times = [self.time(count, micro_batches) for count in ranks]
+        return [
+            {"ranks": count, "seconds": time.seconds, "efficiency": times[0].seconds / time.seconds}
+            for count, time in zip(ranks, times, strict=True)
+        ]
+
+    def strong(self, ranks: Sequence[int], batches: int) -> list[dict[str, float]]:
+        """The step keeps its `batches`, shared by fewer or more ranks; those that get none are left out."""
+        rows = []
+        for count in ranks:
+            if count > batches:
+                break
+            seconds = self.time(count, -(-batches // count)).seconds
+            rows.append({"ranks": count, "seconds": seconds})
+        return [
+            {**row, "efficiency": rows[0]["seconds"] * rows[0]["ranks"] / (row["seconds"] * row["ranks"])}
+            for row in rows
+        ]

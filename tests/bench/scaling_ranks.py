@@ -1,0 +1,115 @@
+"""Seconds per step of plain PyTorch DDP and of each ZeRO stage on the same batch, in turn, and bytes of collectives."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from collective_count import Collectives
+from ours import batch_of, model_of
+from timing import hand_over
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hydrazero.models.compiled import use_kernels
+from hydrazero.trainer import distributed
+from hydrazero.trainer.config import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.engine_config import deepspeed_config
+from hydrazero.trainer.losses import make_objective
+from hydrazero.trainer.parameter_groups import parameter_groups
+from hydrazero.trainer.step_guard import StepGuard
+from hydrazero.trainer.trained_model import TrainedModel
+
+STAGES = (0, 1, 2, 3)
+TASKS, STRUCTURES = 4, 64
+STEPS = 3
+"""In a row of each side, of which the first, which finds other memory in the caches, is not counted."""
+
+
+def trained_model() -> TrainedModel:
+    model = model_of(TASKS).train()
+    if reason := use_kernels(model):
+        raise SystemExit(f"the kernels are missing: {reason}")
+    return TrainedModel(model, make_objective(model, LossSection(), [1.0] * TASKS))
+
+
+def ddp_step() -> Callable[[], None]:
+    """What the engine's step does, in plain PyTorch: sums over ranks, mean of gradients, clipping, AdamW."""
+    trained = trained_model()
+    model, batch = DistributedDataParallel(trained), batch_of("benzene", TASKS, STRUCTURES)
+    config = deepspeed_config(run_config(0))
+    params = {key: value for key, value in config["optimizer"]["params"].items() if key != "torch_adam"}
+    optimizer = torch.optim.AdamW(parameter_groups(trained), **params)
+
+    def step() -> None:
+        counts = distributed.sum_over_ranks(trained.objective.counts(batch))
+        loss, sums = model(batch, counts)
+        distributed.sum_over_ranks(torch.cat([sums.reshape(-1), loss.detach().view(1)]))
+        (loss * distributed.ranks()).backward()
+        norm = nn.utils.clip_grad_norm_(trained.parameters(), config["gradient_clipping"])
+        if torch.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def run_config(stage: int) -> RunConfig:
+    deepspeed = {"config": f"zero{stage}"}
+    return RunConfig(run=RunSection(out=""), tasks=(), train=TrainSection(steps=1000), deepspeed=deepspeed)
+
+
+def zero_step(stage: int) -> Callable[[], None]:
+    from hydrazero.trainer.engine import make_engine, train_step
+
+    engine = make_engine(trained_model(), deepspeed_config(run_config(stage)))
+    batch, guard = batch_of("benzene", TASKS, STRUCTURES), StepGuard(10, 0.0)
+
+    def step() -> None:
+        train_step(engine, [batch], guard, stop=False)
+
+    return step
+
+
+def main() -> None:
+    rounds, only = int(sys.argv[1]), sys.argv[2:]
+    counter = Collectives()  # before DeepSpeed takes torch.distributed's functions
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    distributed.start_ranks()
+    makers: dict[str, Callable[[], Callable[[], None]]] = {"ddp": ddp_step}
+    makers |= {f"zero{stage}": lambda stage=stage: zero_step(stage) for stage in STAGES}
+    sides = {name: make() for name, make in makers.items() if not only or name in only}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    sent: dict[str, list[float]] = {}
+    # DDP sends its gradients from C++.
+    unseen = {"ddp": sum(4 * p.numel() for p in model_of(TASKS).parameters())}
+    for step in sides.values():
+        for _ in range(3):  # ZeRO 3 learns in its first steps what it will need when
+            step()
+    gc.freeze()
+    for _ in range(rounds):
+        for name, step in sides.items():
+            for number in range(STEPS):
+                distributed.wait_for_all()
+                counter.reset()
+                began = time.perf_counter()
+                step()
+                took = time.perf_counter() - began
+                sent[f"{name}_bytes"] = [float(sum(counter.bytes.values()) + unseen.get(name, 0))]
+                if number:
+                    seconds[name].append(distributed.max_over_ranks(took))
+    if distributed.rank() == 0:
+        hand_over({**seconds, **sent})
+    distributed.wait_for_all()
+    distributed.exit_rank(0)
+
+
+if __name__ == "__main__":
+    main()

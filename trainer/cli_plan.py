@@ -1,0 +1,76 @@
+"""The command `plan`: what a run will take on a site, before anything is submitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+BENCH = Path("runs/bench.json")
+
+
+@click.command("plan")
+@click.argument("run_file", metavar="RUN.toml", type=FOLDER)
+@click.option("--site", "site_name", required=True, metavar="NAME|FILE.toml", help="Where it is to run.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--ranks-per-node", type=click.IntRange(1), help="[default: one for each of a node's dies]")
+@click.option(
+    "--global-batch",
+    default=0,
+    type=click.IntRange(0),
+    help="Structures in a step; gives the batches that each rank adds up.  [default: by the run file]",
+)
+@click.option("--hours", default=0.0, type=click.FloatRange(0), help="Time of a job.  [default: the site's most]")
+@click.option(
+    "--bench", type=FOLDER, help=f"Rows of `make bench` that say how fast steps are.  [default: {BENCH} if it is there]"
+)
+@click.option("--out", type=FOLDER, help="Folder for plan.json and plan.png.  [default: the run's]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
+)
+def plan_command(
+    run_file: Path,
+    site_name: str,
+    nodes: int,
+    ranks_per_node: int | None,
+    global_batch: int,
+    hours: float,
+    bench: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Say what RUN.toml will take on a site: memory, traffic, time, scaling, files, node-hours.
+
+    Shards need not be there: what is not converted yet is taken from presets and from [plan] in the run file.
+    """
+    from hydrazero.launch.job import check_size
+    from hydrazero.launch.plan import Asked, plan
+    from hydrazero.launch.plan_picture import draw
+    from hydrazero.launch.plan_tables import tables
+    from hydrazero.launch.site_file import load_site
+    from hydrazero.trainer.config import load_run_config
+    from hydrazero.trainer.progress_line import wide_console
+    from hydrazero.trainer.run_files import write_json
+
+    site = load_site(site_name)
+    check_size(site, nodes, hours, "")
+    asked = Asked(
+        config=load_run_config(run_file, overrides),
+        site=site,
+        nodes=nodes,
+        ranks_per_node=site.nodes.dies if ranks_per_node is None else ranks_per_node,
+        global_batch=global_batch,
+        hours=hours,
+        bench=BENCH if bench is None and BENCH.is_file() else bench,
+    )
+    document = plan(asked)
+    console = wide_console(stderr=False)
+    for table in tables(document):
+        console.print(table)
+    folder = Path(document["run"]) if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "plan.json", document)
+    draw(document, folder / "plan.png")
+    click.echo(f"{folder / 'plan.json'}\n{folder / 'plan.png'}")
+

@@ -1,0 +1,92 @@
+"""What a model is made of and what a training step of it costs, without training: parameters, operations, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.task_facts import TaskFacts
+from hydrazero.trainer.batch_memory import StepMemory, probe_batch, probe_tasks
+from hydrazero.trainer.config import RunConfig
+from hydrazero.trainer.parameter_groups import parameter_groups
+
+HEADS = ("energy_head.", "forces_head.", "stress_head.", "targets.")
+"""Beginnings of the names of parameters that each task has its own of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Numbers in a model's parameters."""
+
+    encoder: int
+    """In what all tasks share."""
+    heads: int
+    """In what each task has its own of, all tasks together."""
+    groups: tuple[int, ...]
+    """In each group of the optimizer."""
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        return self.encoder + self.heads
+
+
+def model_size(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> ModelSize:
+    """Count the parameters of a model that is not made."""
+    with torch.device("meta"):
+        model = AtomisticModel(settings, tasks)
+    named = dict(model.named_parameters())
+    heads = sum(p.numel() for name, p in named.items() if name.startswith(HEADS))
+    return ModelSize(
+        encoder=sum(p.numel() for p in named.values()) - heads,
+        heads=heads,
+        groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model)),
+    )
+
+
+def planned_size(config: RunConfig) -> ModelSize:
+    """Count the parameters of a run whose shards need not be there, with heads for energies alone."""
+    facts = [
+        replace(of_task, charge_spin=bool(task.charge_spin))
+        for of_task, task in zip(probe_tasks(len(config.tasks)), config.tasks, strict=True)
+    ]
+    return model_size(replace(config.model.settings(), attention_targets=()), facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Of a training step with forces, as linear functions of the atoms and the slots of its batch."""
+
+    flops_per_atom: float
+    """Floating-point operations of matrix products."""
+    flops_per_slot: float
+    bytes_per_atom: float
+    """Kept for the backward passes."""
+    bytes_per_slot: float
+
+
+def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
+    """Count on small batches; with `tasks` heads side by side, each atom goes through all of them, as on a GPU."""
+    model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(tasks)).train()
+    small, wide, more = (_flops(model, atoms, spare) for atoms, spare in ((32, 0), (32, 64), (64, 0)))
+    per_slot = (wide[0] - small[0]) / (wide[2] - small[2])
+    memory = StepMemory(settings, tasks)
+    return StepCost(
+        flops_per_atom=(more[0] - small[0] - per_slot * (more[2] - small[2])) / (more[1] - small[1]),
+        flops_per_slot=per_slot,
+        bytes_per_atom=memory.per_atom,
+        bytes_per_slot=memory.per_slot,
+    )
+
+
+def _flops(model: AtomisticModel, atoms: int, spare_rows: int) -> tuple[int, int, int]:
+    """Operations of a step's matrix products, atoms and slots of the batch."""
+    batch = probe_batch(atoms, spare_rows, model.settings.encoder.cutoff)
+    with FlopCounterMode(display=False) as counter:
+        predictions = model(batch)
+        (predictions.interaction.square().sum() + predictions.forces.square().sum()).backward()
+    return counter.get_total_flops(), len(batch.numbers), batch.slot_mask.numel()
