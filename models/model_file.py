@@ -19,14 +19,15 @@ from ase.data import atomic_numbers
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.models.model_card import Origin, model_card
+from hydrazero.shards.element_pairs import listed_pairs, named_pairs
 from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
 from hydrazero.shards.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
 FORMAT = "hydrazero-model"
-FORMAT_VERSION = 3
-READABLE = ("2", "3")
-"""Versions that this hydrazero reads; 2 had no card, and the facts as plain JSON."""
+FORMAT_VERSION = 4
+READABLE = ("2", "3", "4")
+"""Versions that this hydrazero reads; 2 had no card, and the facts as plain JSON; 3 named each pair of elements."""
 STACKED = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
 """Beginnings of the names of parameters with a leading task dimension."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -111,11 +112,16 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", ori
 
 def _packed(facts: dict[str, Any]) -> str:
     """Return plain types as text that is short: with many tasks and elements facts would outweigh a small model."""
-    return base64.b85encode(zlib.compress(json.dumps(facts, separators=(",", ":")).encode(), level=9)).decode()
+    tasks = [{**task, "closest": listed_pairs(task["closest"])} for task in facts["tasks"]]
+    text = json.dumps({**facts, "tasks": tasks}, separators=(",", ":"))
+    return base64.b85encode(zlib.compress(text.encode(), level=9)).decode()
 
 
-def _unpacked(text: str) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(zlib.decompress(base64.b85decode(text)))
+def _unpacked(text: str, version: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(text if version == "2" else zlib.decompress(base64.b85decode(text)))
+    if version == "4":
+        for task in facts["tasks"]:
+            task["closest"] = named_pairs(task["closest"])
     return facts
 
 
@@ -154,8 +160,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """Return settings, tasks and dtype in a model file's header; raises ModelFileError as `read_card` does."""
     metadata = _metadata(path)
     try:
-        facts = json.loads(metadata["facts"]) if metadata["format_version"] == "2" else _unpacked(metadata["facts"])
-        return {"dtype": metadata["dtype"], **facts}
+        return {"dtype": metadata["dtype"], **_unpacked(metadata["facts"], metadata["format_version"])}
     except (KeyError, ValueError, TypeError, zlib.error) as error:
         raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import combinations_with_replacement
+from typing import Any
+
 import numpy as np
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
 ELEMENTS = 119
@@ -26,3 +29,20 @@ def closest_pairs(table: NDArray[np.floating]) -> dict[str, float]:
         )
         for place in found.tolist()
     }
+
+
+def listed_pairs(pairs: dict[str, float]) -> dict[str, Any]:
+    """Return a table of `closest_pairs` without the names: all pairs of its elements in order, 0 where it has none.
+
+    A third as long as text once it is compressed; `named_pairs` undoes it.
+    """
+    elements = sorted({symbol for pair in pairs for symbol in pair.split("-")}, key=atomic_numbers.__getitem__)
+    every = ("-".join(pair) for pair in combinations_with_replacement(elements, 2))
+    return {"elements": elements, "hundredths": [round(100.0 * pairs.get(pair, 0.0)) for pair in every]}
+
+
+def named_pairs(listed: dict[str, Any]) -> dict[str, float]:
+    """Return the table that `listed_pairs` was given."""
+    every = combinations_with_replacement(listed["elements"], 2)
+    numbers = zip(every, listed["hundredths"], strict=True)
+    return {"-".join(pair): hundredths / 100.0 for pair, hundredths in numbers if hundredths}

@@ -121,7 +121,7 @@ def test_files_of_version_2_load(tmp_path):
 
 def large_facts(name: str):
     """A task of 89 elements, most of whose pairs have been neighbours."""
-    rng = np.random.default_rng(len(name))
+    rng = np.random.default_rng(list(name.encode()))
     symbols = chemical_symbols[1:90]
     pairs = {
         f"{a}-{b}": round(float(rng.uniform(0.7, 3.5)), 2)
@@ -135,7 +135,11 @@ def large_facts(name: str):
 
 @pytest.mark.parametrize(
     ("size", "tasks"),
-    [("tiny", [facts("a")]), ("small", [facts(f"task{n}") for n in range(5)]), ("base", [large_facts("x")])],
+    [
+        ("tiny", [facts("a")]),
+        ("small", [facts(f"task{n}") for n in range(5)]),
+        ("base", [large_facts(f"task{n}") for n in range(16)]),
+    ],
 )
 def test_the_file_is_hardly_larger_than_its_weights(tmp_path, size, tasks):
     settings = size_settings("painn", size)
