@@ -192,7 +192,7 @@ def _metadata(path: Path) -> dict[str, str]:
     version = metadata.get("format_version", "")
     if version not in READABLE:
         raise ModelFileError(
-            f"{path} has model format version {version}, this hydrazero reads versions {' and '.join(READABLE)}; "
+            f"{path} has model format version {version}, this hydrazero reads versions {', '.join(READABLE)}; "
             "use a matching hydrazero or export the model again."
         )
     return metadata

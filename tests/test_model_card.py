@@ -30,7 +30,7 @@ from hydrazero.trainer.cli import main
 from hydrazero.trainer.config import TaskSection
 from hydrazero.trainer.evaluate import evaluate, results_in
 from hydrazero.trainer.run_files import write_json
-from hydrazero.trainer.run_tasks import task_facts
+from hydrazero.trainer.run_tasks import cutoff_warning, task_facts
 
 
 def run(*arguments: object, exit_code: int = 0) -> str:
@@ -177,7 +177,7 @@ def test_damaged_files_are_told_in_a_sentence(tmp_path):
     safetensors.torch.save_file(weights, str(bad), metadata={**header, "facts": "!", "card": "{"})
     refused("damaged header")
     safetensors.torch.save_file(weights, str(bad), metadata={**header, "format_version": "9"})
-    refused("has model format version 9, this hydrazero reads versions 2 and 3")
+    refused("has model format version 9, this hydrazero reads versions 2, 3, 4")
     safetensors.torch.save_file(weights, str(bad))
     refused("not a model exported by hydrazero")
     assert "does not exist" in run("inspect", tmp_path / "none.safetensors", exit_code=1)
@@ -192,5 +192,9 @@ def test_smallest_distances_reach_the_model(tmp_path):
     assert manifest.closest.keys() == {"H-H", "H-O", "H-C"} and manifest.closest_within == 6.0
     expected = min(water.get_distance(0, 1), water.get_distance(0, 2))
     assert expected - 0.01 <= manifest.closest["H-O"] <= expected
+    nearest = min(manifest.closest.values())
+    assert cutoff_warning("task0", manifest, nearest + 0.01) is None
+    told = cutoff_warning("task0", manifest, nearest)
+    assert told is not None and f"closer than {nearest:.2f} Å" in told
     known = task_facts(TaskSection(name="task0", shards=str(folder)), manifest)
     assert known.closest == manifest.closest and known.closest_within == 6.0

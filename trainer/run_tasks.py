@@ -62,6 +62,19 @@ def budget_warning(name: str, manifest: Manifest, shape: BatchShape, cutoff: flo
     )
 
 
+def cutoff_warning(name: str, manifest: Manifest, cutoff: float) -> str | None:
+    """Say that no atom has a neighbour within the cutoff, in Å, if that is known."""
+    if not manifest.closest_within:
+        return None
+    nearest = min(manifest.closest.values(), default=manifest.closest_within)
+    if nearest < cutoff:
+        return None
+    return (
+        f"warning: no two atoms of task '{name}' are closer than {nearest:.2f} Å, so that with model.cutoff = "
+        f"{cutoff:g} it is learned as one of lone atoms; choose a longer cutoff."
+    )
+
+
 def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
     """Return what the model and its users need to know of a task; raises ConfigError for what its shards don't hold."""
     scales = [

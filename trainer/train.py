@@ -110,6 +110,7 @@ def check_settings(
         check_copies,
         check_labels,
         check_weights,
+        cutoff_warning,
         task_facts,
         task_manifests,
     )
@@ -138,6 +139,7 @@ def check_settings(
             for text in (
                 charge_warning(task, manifest),
                 budget_warning(task.name, manifest, config.batch, config.model.cutoff),
+                cutoff_warning(task.name, manifest, config.model.cutoff),
             )
             if text
         ],

@@ -157,6 +157,7 @@ def _balance(run: RunData) -> list[str]:
             parts += [f"<h3>{title}</h3>", paragraph("The weights were the same throughout.")]
         elif (figure := over_steps([run], kind, key, label)) is not None:
             parts += [f"<h3>{title}</h3>", picture(figure, f"{title.lower()} over steps")]
+    parts.append(paragraph("Each task has a panel, in which the lines of the others are grey."))
     parts.append("<h3>Cosines between the tasks' gradients</h3>")
     if matrices := cosines(run):
         parts.append(picture(cosine_maps(run.tasks, matrices), "cosines between the tasks' gradients"))
