@@ -34,10 +34,12 @@ def check_balance(settings: BalanceSection, where: str) -> None:
         raise ConfigError(f"{where} balance.smoothing is {settings.smoothing}; it must be at least 0 and below 1.")
     if settings.every < 0 or (METHODS[settings.method] in (GradNorm, Famo) and not settings.every):
         raise ConfigError(f"{where} balance.every is {settings.every}; {settings.method} needs it to be at least 1.")
-    for key in ("alpha", "learning_rate"):
-        value = getattr(settings, key)
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{where} balance.{key} is {value}; it must be a number of at least 0.")
+    if not 0 <= settings.learning_rate < float("inf"):
+        raise ConfigError(
+            f"{where} balance.learning_rate is {settings.learning_rate}; it must be a number of at least 0."
+        )
+    if not abs(settings.alpha) < float("inf"):
+        raise ConfigError(f"{where} balance.alpha is {settings.alpha}; it must be a number, commonly from -1 to 1.")
 
 
 def make_balancer(settings: BalanceSection, facts: BalanceFacts) -> Balancer:

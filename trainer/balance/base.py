@@ -21,7 +21,8 @@ class BalanceSection:
     smoothing: float = 0.9
     """Of what is measured: the share that is kept of what was known before."""
     alpha: float = 0.5
-    """gradnorm: how much more a task is to count that has been learning slowly; 0 makes all gradients equally long."""
+    """gradnorm: how much more a task is to count that has been learning slowly; 0 makes all gradients equally long, and
+    below 0 a task counts more the more it has learned."""
     learning_rate: float = 0.025
     """famo, uncertainty: of the logits of the weights."""
     smallest: float = 0.05
