@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from sources import make_shards, metals, molecules, write_extxyz
 from structures import small_model
 
-from hydrazero.models.model_file import save_model
+from hydrazero.models.model_file import FORMAT_VERSION, save_model
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.cli import main
 from hydrazero.trainer.config import load_run_config
@@ -313,7 +313,8 @@ def test_bad_models(shards, tmp_path):
     for cut in (4, 100, len(whole) - 10):
         path.write_bytes(whole[:cut])
         refused(command("screen", path, water, "--out", out), "m.safetensors", "cut short")
-    path.write_bytes(whole.replace(b'"format_version":"3"', b'"format_version":"7"'))
+    ours = f'"format_version":"{FORMAT_VERSION}"'.encode()
+    path.write_bytes(whole.replace(ours, ours.replace(str(FORMAT_VERSION).encode(), b"7")))
     refused(command("screen", path, water, "--out", out), "version 7")
     import safetensors.numpy
 
