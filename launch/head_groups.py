@@ -33,31 +33,35 @@ def placements(stepper: Stepper, one_head: StepCost, ranks: int, micro_batches: 
     """Return a step with stacked heads everywhere, and with groups of ranks by task that have one head each.
 
     In groups the encoder's gradients are summed over all ranks, a head's over its group; under the run's ZeRO stage.
-    `one_head` is the cost of a step whose atoms go through one head.
+    `one_head` is the cost of a step whose atoms go through one head. Fewer ranks than tasks make no groups.
     """
     run, tasks = stepper.run, stepper.run.tasks
-    heads = run.size.heads // tasks
-    encoder = replace(run, size=ModelSize(encoder=run.size.encoder, heads=0, groups=(run.size.encoder,)))
-    head = replace(run, size=ModelSize(encoder=0, heads=heads, groups=(heads,)), balance_every=0)
-    group = max(ranks // tasks, 1)
-    everywhere = stepper.time(ranks, micro_batches)
+    nothing = (0,) * len(run.size.groups)
+    one = tuple(count // tasks for count in run.size.head_groups)
+    encoder = replace(run, size=ModelSize(encoder_groups=run.size.encoder_groups, head_groups=nothing))
+    head = replace(run, size=ModelSize(encoder_groups=nothing, head_groups=one), balance_every=0)
+    group = ranks // tasks
+    time = stepper.time(ranks, micro_batches)
+    whole_sent, _ = _sum(stepper, run, ranks, micro_batches, own=True)
+    everywhere = Placement(
+        compute=time.compute + time.optimizer,
+        communication=time.communication,
+        bytes=whole_sent,
+        states=_states(run.size.parameters, run.stage, run.master_bytes, ranks),
+    )
+    if not group:
+        return {"everywhere": everywhere}
     sent, seconds = _sum(stepper, encoder, ranks, micro_batches, own=True)
     head_sent, head_seconds = _sum(stepper, head, group, micro_batches, own=False)
-    whole_sent, _ = _sum(stepper, run, ranks, micro_batches, own=True)
     in_groups = replace(stepper, cost=one_head, run=encoder).time(ranks, micro_batches)
     return {
-        "everywhere": Placement(
-            compute=everywhere.compute + everywhere.optimizer,
-            communication=everywhere.communication,
-            bytes=whole_sent,
-            states=_states(run.size.parameters, run.stage, run.master_bytes, ranks),
-        ),
+        "everywhere": everywhere,
         "groups": Placement(
             compute=in_groups.compute + in_groups.optimizer,
             communication=seconds + head_seconds,
             bytes=sent + head_sent,
             states=_states(run.size.encoder, run.stage, run.master_bytes, ranks)
-            + _states(heads, run.stage, run.master_bytes, group),
+            + _states(head.size.heads, run.stage, run.master_bytes, group),
         ),
     }
 

@@ -26,6 +26,8 @@ from hydrazero.trainer.step_cost import StepCost, planned_size, step_cost
 
 FILLED = 0.96
 """Share of a batch's atoms that is used (make bench: packing_fill)."""
+UNCOMPILED_STAGE = 3
+"""Stage of ZeRO whose steps run as they are, whatever train.compile says."""
 MANIFEST_READERS = 1
 """Ranks that read each manifest; they tell the others."""
 
@@ -52,11 +54,10 @@ class Asked:
 
 def plan(asked: Asked) -> dict[str, Any]:
     """Return the plan as plain types; raises ConfigError for what the site lacks and what does not divide or fit."""
-    config, site = asked.config, asked.site
+    config = asked.config
+    site = replace(asked.site, nodes=replace(asked.site.nodes, dies=asked.ranks_per_node))
     ds_config, data = deepspeed_config(config), planned_data(config)
     precision, gpu = precision_of(ds_config), site.die.kind == "gpu"
-    compiled = config.train.compile and ds_config.get("zero_optimization", {}).get("stage") != 3
-    pace = pace_of(site.die, precision, asked.bench, compiled=compiled)
     settings, tasks = config.model.settings(), len(config.tasks)
     # Without the kernels for CPUs every atom goes through the heads of all tasks.
     per_atom, one_head = step_cost(settings, tasks if gpu else 1), step_cost(settings, 1)
@@ -73,6 +74,8 @@ def plan(asked: Asked) -> dict[str, Any]:
     per_batch = structures_of(config.batch, atoms)
     micro = accumulation(asked, per_batch, run.micro_batches)
     run = run.with_micro_batches(micro)
+    compiled = config.train.compile and run.stage != UNCOMPILED_STAGE
+    pace = pace_of(site.die, precision, asked.bench, compiled=compiled)
     stepper = Stepper(run=run, site=site, pace=pace, cost=per_atom, shape=config.batch, workers=config.data.workers)
     memory = memory_table(run, per_atom, asked)
     check_fits(memory, run, per_atom, asked)
@@ -150,8 +153,7 @@ def in_precision(run: Run, precision: Precision) -> Run:
     tables = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     if precision.key:
         kept[precision.key] = tables.get(precision.key, {"enabled": True})
-    zero = {**kept.get("zero_optimization", {}), "stage": precision.stages[0]}
-    return replace(run, ds_config={**kept, "zero_optimization": zero})
+    return replace(run, ds_config=kept).with_stage(precision.stages[0])
 
 
 def held_by(run: Run, per_atom: StepCost, asked: Asked, shape: BatchShape) -> DieMemory:
@@ -171,9 +173,15 @@ def stages(
     stepper: Stepper, memory: Sequence[dict[str, Any]], asked: Asked, micro_batches: int
 ) -> list[dict[str, Any]]:
     """Return the step under each ZeRO stage in the run's precision."""
+    paces = {
+        compiled: pace_of(asked.site.die, stepper.run.precision, asked.bench, compiled=compiled)
+        for compiled in {False, asked.config.train.compile}
+    }
     rows = []
     for row in (row for row in memory if row["precision"] == stepper.run.precision.label):
-        time = replace(stepper, run=stepper.run.with_stage(row["stage"])).time(asked.ranks, micro_batches)
+        pace = paces[asked.config.train.compile and row["stage"] != UNCOMPILED_STAGE]
+        run = stepper.run.with_stage(row["stage"])
+        time = replace(stepper, run=run, pace=pace).time(asked.ranks, micro_batches)
         fits = row["total"] <= asked.site.die.memory.value
         rows.append({"stage": row["stage"], **asdict(time), "seconds": time.seconds, "fits": fits, "own": row["own"]})
     return rows

@@ -34,7 +34,7 @@ def closest_pairs(table: NDArray[np.floating]) -> dict[str, float]:
 def listed_pairs(pairs: dict[str, float]) -> dict[str, Any]:
     """Return a table of `closest_pairs` without the names: all pairs of its elements in order, 0 where it has none.
 
-    A third as long as text once it is compressed; `named_pairs` undoes it.
+    Names would be most of the text once it is compressed; `named_pairs` undoes it.
     """
     elements = sorted({symbol for pair in pairs for symbol in pair.split("-")}, key=atomic_numbers.__getitem__)
     every = ("-".join(pair) for pair in combinations_with_replacement(elements, 2))

@@ -28,7 +28,7 @@ LINKS = Links(
 
 def run_of(stage: int, parameters: int = 1_000_000, micro_batches: int = 1, **precision: dict) -> Run:
     return Run(
-        size=ModelSize(encoder=parameters // 2, heads=parameters // 2, groups=(parameters - 1000, 1000)),
+        size=ModelSize(encoder_groups=(parameters // 2 - 500, 500), head_groups=(parameters // 2 - 500, 500)),
         ds_config={
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000},
             "gradient_accumulation_steps": micro_batches,
@@ -123,6 +123,7 @@ def test_two_ranks_hold_and_send_what_is_planned(tmp_path):
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows with round numbers in the place of measured ones."""
     rates = {"compiled_train_cu_atoms": 4000.0, "compiled_train_benzene_atoms": 8000.0}
+    rates |= {"eager_train_cu_atoms": 1000.0, "eager_train_benzene_atoms": 2000.0}
     rates |= {"pipeline_molecules_per_s": 4000.0, "pipeline_metals_per_s": 2000.0}
     path = tmp_path_factory.mktemp("bench") / "bench.json"
     path.write_text(json.dumps([{"name": name, "value": value} for name, value in rates.items()]))
@@ -146,6 +147,36 @@ def test_the_exascale_run_is_planned(bench, tmp_path):
     assert efficiencies == sorted(efficiencies, reverse=True) and efficiencies[0] == 1.0
     assert plan["epoch"]["node_hours"] == pytest.approx(2048 * plan["epoch"]["hours"])
     assert all(row["source"] for row in plan["sources"].values())
+
+
+def test_stages_precisions_and_places_of_ranks(bench, tmp_path):
+    """ZeRO 3 has the pace of steps that are not compiled; a rank a node reaches the others over the network."""
+
+    def plan(*arguments: str):
+        result = planned("--site", "frontier", "--bench", str(bench), "--out", str(tmp_path), *arguments)
+        assert result.exit_code == 0, result.output
+        return json.loads((tmp_path / "plan.json").read_text())
+
+    alone = plan("--nodes", "8", "--ranks-per-node", "1")
+    compute = {row["stage"]: row["compute"] for row in alone["stages"]}
+    assert compute[0] == compute[1] == compute[2] == pytest.approx(compute[3] / 4, rel=1e-6)
+    of_fp64 = {row["stage"]: row["buffers"] for row in alone["memory"] if row["precision"] == "fp64"}
+    assert of_fp64[1] == of_fp64[2]
+    gradients = next(row for row in alone["messages"] if row["of"] == "gradients")
+    assert gradients["node_bytes"] == 0 < gradients["network_bytes"]
+    assert set(alone["heads"]) == {"everywhere"}  # 8 ranks cannot be 16 groups
+    assert set(plan("--nodes", "2")["heads"]) == {"everywhere", "groups"}
+
+
+def test_groups_of_heads_send_as_many_messages_of_weights_as_all_ranks_do(bench, tmp_path):
+    result = planned(
+        *("--site", "frontier", "--nodes", "2048", "--bench", str(bench), "--out", str(tmp_path)),
+        *("--set", "deepspeed.config=zero1"),
+    )
+    assert result.exit_code == 0, result.output
+    heads = json.loads((tmp_path / "plan.json").read_text())["heads"]
+    # Each of the optimizer's two groups is gathered by itself, whose latency is nearly all.
+    assert heads["groups"]["communication"] == pytest.approx(heads["everywhere"]["communication"], rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def plan_command(
     from hydrazero.launch.site_file import load_site
     from hydrazero.trainer.config import load_run_config
     from hydrazero.trainer.progress_line import wide_console
-    from hydrazero.trainer.run_files import write_json
+    from hydrazero.trainer.run_files import write_json, writing
 
     site = load_site(site_name)
     check_size(site, nodes, hours, "")
@@ -69,8 +69,12 @@ def plan_command(
     for table in tables(document):
         console.print(table)
     folder = Path(document["run"]) if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "plan.json", document)
-    draw(document, folder / "plan.png")
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", document)
+        draw(document, folder / "plan.png")
+
+    writing(folder, write)
     click.echo(f"{folder / 'plan.json'}\n{folder / 'plan.png'}")
 

@@ -70,7 +70,7 @@ def _step_bytes(config: RunConfig) -> float:
 def _state_bytes(config: RunConfig, checked: CheckedRun, engine: Any) -> float:
     parameters = sum(_size(parameter) for parameter in engine.module.parameters())
     run = Run(
-        size=ModelSize(encoder=parameters, heads=0, groups=(parameters,)),
+        size=ModelSize(encoder_groups=(parameters,), head_groups=(0,)),
         ds_config=checked.ds_config,
         tasks=len(config.tasks),
         quantities=len(engine.module.objective.quantities),

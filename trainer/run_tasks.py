@@ -63,15 +63,15 @@ def budget_warning(name: str, manifest: Manifest, shape: BatchShape, cutoff: flo
 
 
 def cutoff_warning(name: str, manifest: Manifest, cutoff: float) -> str | None:
-    """Say that no atom has a neighbour within the cutoff, in Å, if that is known."""
+    """Say that no atom of the training split has a neighbour within the cutoff, in Å, if that is known."""
     if not manifest.closest_within:
         return None
     nearest = min(manifest.closest.values(), default=manifest.closest_within)
     if nearest < cutoff:
         return None
     return (
-        f"warning: no two atoms of task '{name}' are closer than {nearest:.2f} Å, so that with model.cutoff = "
-        f"{cutoff:g} it is learned as one of lone atoms; choose a longer cutoff."
+        f"warning: no two atoms that task '{name}' trains on are closer than {nearest:.2f} Å, so that with "
+        f"model.cutoff = {cutoff:g} it is learned as one of lone atoms; choose a longer cutoff."
     )
 
 

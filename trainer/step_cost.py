@@ -22,12 +22,25 @@ HEADS = ("energy_head.", "forces_head.", "stress_head.", "targets.")
 class ModelSize:
     """Numbers in a model's parameters."""
 
-    encoder: int
-    """In what all tasks share."""
-    heads: int
-    """In what each task has its own of, all tasks together."""
-    groups: tuple[int, ...]
-    """In each group of the optimizer."""
+    encoder_groups: tuple[int, ...]
+    """In what all tasks share, of each group of the optimizer."""
+    head_groups: tuple[int, ...]
+    """In what each task has its own of, all tasks together, of each group of the optimizer."""
+
+    @property
+    def encoder(self) -> int:
+        """In what all tasks share."""
+        return sum(self.encoder_groups)
+
+    @property
+    def heads(self) -> int:
+        """In what each task has its own of."""
+        return sum(self.head_groups)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """In each group of the optimizer."""
+        return tuple(map(sum, zip(self.encoder_groups, self.head_groups, strict=True)))
 
     @property
     def parameters(self) -> int:
@@ -39,12 +52,11 @@ def model_size(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> ModelSize
     """Count the parameters of a model that is not made."""
     with torch.device("meta"):
         model = AtomisticModel(settings, tasks)
-    named = dict(model.named_parameters())
-    heads = sum(p.numel() for name, p in named.items() if name.startswith(HEADS))
+    of_heads = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(HEADS)}
+    groups = [group["params"] for group in parameter_groups(model)]
     return ModelSize(
-        encoder=sum(p.numel() for p in named.values()) - heads,
-        heads=heads,
-        groups=tuple(sum(p.numel() for p in group["params"]) for group in parameter_groups(model)),
+        encoder_groups=tuple(sum(p.numel() for p in group if id(p) not in of_heads) for group in groups),
+        head_groups=tuple(sum(p.numel() for p in group if id(p) in of_heads) for group in groups),
     )
 
 

@@ -39,7 +39,7 @@ def check_balance(settings: BalanceSection, where: str) -> None:
             f"{where} balance.learning_rate is {settings.learning_rate}; it must be a number of at least 0."
         )
     if not abs(settings.alpha) < float("inf"):
-        raise ConfigError(f"{where} balance.alpha is {settings.alpha}; it must be a number, commonly from -1 to 1.")
+        raise ConfigError(f"{where} balance.alpha is {settings.alpha}; it must be a finite number.")
 
 
 def make_balancer(settings: BalanceSection, facts: BalanceFacts) -> Balancer:
