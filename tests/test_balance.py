@@ -208,14 +208,16 @@ def test_famo_turns_to_the_task_that_improves_least():
     assert shares[1] > 1.2 * shares[0] and shares[1] > 1.2 * shares[2]
 
 
-def test_gradnorm_lets_slow_tasks_count_more_and_leaves_unknown_ones_at_the_middle():
-    section = BalanceSection(method="gradnorm", alpha=1.0, smoothing=0.0, every=1)
+@pytest.mark.parametrize("alpha", [1.0, 0.0, -0.5])
+def test_gradnorm_weighs_slow_tasks_by_alpha_and_leaves_unknown_ones_at_the_middle(alpha):
+    section = BalanceSection(method="gradnorm", alpha=alpha, smoothing=0.0, every=1)
     balancer = make_balancer(section, BalanceFacts(structures=(10, 10, 10)))
     gram = torch.tensor([[1.0, 0, UNKNOWN], [0, 1.0, UNKNOWN], [UNKNOWN] * 3], dtype=torch.float64)
     for losses in ([1.0, 1.0, UNKNOWN], [0.2, 0.8, UNKNOWN]):
         balancer.update(1, Seen(losses=torch.tensor(losses, dtype=torch.float64), gram=gram))
     weights = balancer.weights
-    assert float(weights[1] / weights[0]) == pytest.approx(4.0) and weights[0] < weights[2] < weights[1]
+    assert float(weights[1] / weights[0]) == pytest.approx(4.0**alpha)
+    assert float(weights[2]) == pytest.approx(float(weights[0] * weights[1]) ** 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -14,15 +14,15 @@ from torch import Tensor
 class BalanceSection:
     """How the tasks' losses are weighted against each other; the tasks' own `weight` multiplies what comes out."""
 
-    method: str = "uniform"
+    method: str = "gradnorm"
     """'uniform', 'static', 'uncertainty', 'famo' or 'gradnorm'."""
     every: int = 50
     """Steps between measurements of the tasks' gradients, and between changes of weights that need one; 0: never."""
     smoothing: float = 0.9
     """Of what is measured: the share that is kept of what was known before."""
-    alpha: float = 0.5
-    """gradnorm: how much more a task is to count that has been learning slowly; 0 makes all gradients equally long, and
-    below 0 a task counts more the more it has learned."""
+    alpha: float = 0.0
+    """gradnorm: how much more a task is to count that has been learning slowly; at 0 all gradients are equally long,
+    below 0 a task counts more the more it has learned (0 was better than 0.5: launch/results/balancing.md)."""
     learning_rate: float = 0.025
     """famo, uncertainty: of the logits of the weights."""
     smallest: float = 0.05
