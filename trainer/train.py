@@ -315,7 +315,7 @@ def compile_steps(engine: Any) -> str:
         return "compile: not in fp16, where the loss is scaled before it is differentiated; steps run eagerly."
     reason = engine.module.compile_steps()
     if reason is None:
-        return "compile: each step is one graph, compiled when its first batch comes."
+        return "compile: each step is one graph, compiled when its first batch comes, which takes about a minute."
     return f"compile: each step is one graph, but without the CPU kernels: {reason}."
 
 
