@@ -76,11 +76,10 @@ def inspect_command(
 def _show_model(path: Path, as_json: bool) -> None:
     import json
 
-    from rich.console import Console
-
     from hydrazero.trainer.model_console import card_of, describe_model
+    from hydrazero.trainer.progress_line import wide_console
 
     if as_json:
         click.echo(json.dumps(card_of(path), indent=1, ensure_ascii=False))
     else:
-        Console().print(describe_model(path))
+        wide_console(stderr=False).print(describe_model(path))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from hydrazero.trainer.console import left_out, shown
+from hydrazero.trainer.progress_line import wide_console
 
 OTHER_HEADINGS = ("task", "quantity", "unit", "MAE", "trivial")
 
@@ -42,7 +42,7 @@ def print_evaluation(document: dict[str, Any]) -> None:
             shown(row["force_mae_mev_per_angstrom"]),
             shown(row["trivial_force_mae_mev_per_angstrom"]),
         )
-    console = Console()
+    console = wide_console(stderr=False)
     console.print(table)
     if rows := other_rows(document["tasks"]):
         other = Table(title="other quantities", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from hydrazero.models.atomistic import AtomisticModel
@@ -24,6 +23,7 @@ from hydrazero.trainer.evaluate import evaluate, evaluate_task, results_in
 from hydrazero.trainer.evaluation_errors import Mean
 from hydrazero.trainer.finetune.head_errors import HeadErrors, head_model
 from hydrazero.trainer.finetune.old_heads import with_old_heads
+from hydrazero.trainer.progress_line import wide_console
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json, write_json
 from hydrazero.trainer.trained_weights import model_of_run
 
@@ -106,7 +106,7 @@ def print_heads(heads: Sequence[HeadErrors]) -> None:
     for head in heads:
         energy, force = (None if error is None else 1000 * error for error in (head.energy_mae, head.force_mae))
         table.add_row(head.name, head.fidelity, shown(energy, 2), shown(force), ", ".join(head.lacks))
-    Console().print(table)
+    wide_console(stderr=False).print(table)
 
 
 def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -122,7 +122,7 @@ def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
         table = _table(f"{document['task']}, {document['split']} split", "")
         for name, errors in rows:
             table.add_row(name, str(errors["structures"]), shown(errors[COLUMNS[0]], 2), shown(errors[COLUMNS[1]]))
-        Console().print(table)
+        wide_console(stderr=False).print(table)
     if document["old"]:
         print_forgetting(document["old"])
 
@@ -141,7 +141,7 @@ def print_forgetting(old: dict[str, Any]) -> None:
         both = row["before"], row["after"]
         cells = [shown(each[key], digits) for key, digits in zip(COLUMNS, (2, 1), strict=True) for each in both]
         table.add_row(name, row["split"], str(both[0]["structures"]), *cells)
-    Console().print(table)
+    wide_console(stderr=False).print(table)
 
 
 def _table(title: str, first: str) -> Table:
