@@ -7,6 +7,7 @@ passed on. What the command prints is passed on too, and its last lines are kept
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -78,6 +79,7 @@ class Watched:
         self.early: list[int] = []
         """Signals that came before there was a process."""
         self.ended = threading.Event()
+        self.warned = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run the command to its end; returns its exit status, negative if a signal killed it."""
@@ -111,7 +113,10 @@ class Watched:
         return status
 
     def _clean(self) -> None:
-        events = [row["event"] for row in events_of(self.attempt, self.place.node)]
+        try:
+            events = [row["event"] for row in events_of(self.attempt, self.place.node)]
+        except OSError:  # the job's own cleaning comes after this one
+            return
         if events.count("end") == events.count("start"):
             for folder in self.removed:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +131,7 @@ class Watched:
                 self._pass_on(signal.SIGUSR1, None)
             if self.place.local == 0 and now >= until_sign:
                 until_sign = now + SIGN_EVERY
-                os.utime(self.attempt / f"{self.place.node}{RECORDS}")
+                self._leave("a sign of life", lambda: os.utime(self.attempt / f"{self.place.node}{RECORDS}"))
 
     def _seconds_left(self) -> float:
         return SIGN_EVERY if self.stop_at is None else max(self.stop_at - time.monotonic(), 0.0)
@@ -154,7 +159,25 @@ class Watched:
         self.ended.set()
 
     def _note(self, event: str, **facts: object) -> None:
-        add_event(self.attempt, self.place.node, event, rank=self.place.rank, **facts)
+        self._leave(
+            f"the note '{event}'",
+            lambda: add_event(self.attempt, self.place.node, event, rank=self.place.rank, **facts),
+        )
+
+    def _leave(self, what: str, leave: Callable[[], None]) -> None:
+        """Leave something for the post-mortem; where that cannot be, a warning once: the rank is worth more."""
+        try:
+            leave()
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                said = f"{what} of rank {self.place.rank} on {self.place.node} cannot be left in {self.attempt}"
+                _warn(f"{said} ({error.strerror}); the rank goes on, and the post-mortem will know less.")
+
+
+def _warn(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # who started this may be gone
+        click.echo(f"Warning: {sentence}", err=True)
 
 
 def _end_with_parent() -> None:

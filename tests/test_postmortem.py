@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +198,23 @@ def test_the_time_of_a_job_and_its_own_end_reach_the_rank(tmp_path):
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie has none
         assert time.monotonic() < until, "the rank outlives the one that watches it"
         time.sleep(0.05)
+
+
+def test_a_rank_goes_on_where_no_notes_can_be_left(tmp_path):
+    """A folder that is not there, and one that vanishes on the way."""
+    told = "Warning: the note 'start' of rank 3 on n7 cannot be left in .*absent \\(No such [a-z ]*\\); the rank"
+    process = watched(tmp_path / "absent", "sh", "-c", "echo trains", options=("--remove", str(tmp_path / "copies")))
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0 and re.fullmatch(f"{told}[^\n]*\\.\ntrains\n", output), output
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    script = "trap 'echo stops; exit 0' USR1; echo ready; while :; do sleep 0.05; done"
+    process = watched(attempt, "bash", "-c", script)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    shutil.rmtree(attempt)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0 and output.count("Warning: ") == 1 and output.endswith("stops\n"), output
 
 
 def test_the_last_rank_of_a_node_takes_along_what_was_on_its_disk(tmp_path):
