@@ -7,7 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,19 @@ def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
 
 
 def judge(records: TryRecords, progress: Progress) -> Verdict:
-    """Say how a try ended."""
+    """Say how a try ended; one whose job was told SIGTERM has not failed, whatever came of it."""
+    verdict = _judged(records, progress)
+    if "SIGTERM" in records.told and verdict.kind in (FAILED, STOPPED):
+        return replace(verdict, kind=CANCELLED, sentence=f"cancelled by SIGTERM: {verdict.sentence}")
+    return verdict
+
+
+def _judged(records: TryRecords, progress: Progress) -> Verdict:
     at = f"at step {progress.step} of {progress.steps}" if progress.steps else "before its first step"
     if records.unfit:
-        named = "; ".join(f"node {node}: {reason}" for node, reason in records.unfit)
-        return _verdict(FAILED, f"no rank has started, since nodes are not fit ({named})", (), progress)
+        return _verdict(FAILED, f"no rank has started, since nodes are not fit ({_unfit(records)})", (), progress)
     if not records.ranks:
-        return _verdict(FAILED, "no rank has started; what the job has printed says why", (), progress)
+        return _nothing_started(records, progress)
     bad = [life for life in records.ranks if life.status != 0]
     absent = records.expected - len(records.ranks)
     if not bad and not absent:
@@ -133,6 +139,20 @@ def judge(records: TryRecords, progress: Progress) -> Verdict:
     if any("SIGTERM" in life.told for life in records.ranks):
         return _verdict(CANCELLED, f"ended by SIGTERM {at}: cancelled, or killed by the scheduler", details, progress)
     return _verdict(FAILED, f"{why}, {at}", details, progress)
+
+
+def _unfit(records: TryRecords) -> str:
+    named = [f"node {node}: {reason}" for node, reason in records.unfit[:SHOWN_RANKS]]
+    more = len(records.unfit) - SHOWN_RANKS
+    return "; ".join([*named, *([f"and {more} more nodes"] if more > 0 else [])])
+
+
+def _nothing_started(records: TryRecords, progress: Progress) -> Verdict:
+    if "SIGTERM" in records.told:
+        return _verdict(CANCELLED, "cancelled by SIGTERM before a rank had started", (), progress)
+    if "SIGUSR1" in records.told:
+        return _verdict(STOPPED, "its time was nearly over before a rank had started", (), progress)
+    return _verdict(FAILED, "no rank has started; what the job has printed says why", (), progress)
 
 
 def _verdict(kind: str, sentence: str, details: tuple[str, ...], progress: Progress) -> Verdict:

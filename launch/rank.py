@@ -8,7 +8,6 @@ passed on. What the command prints is passed on too, and its last lines are kept
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from types import FrameType
 
 import click
 
+from hydrazero.launch.node_steps import end_with_parent
 from hydrazero.launch.rank_records import RECORDS, SIGN_EVERY, add_event, events_of
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 
@@ -42,7 +42,6 @@ TAIL = 40
 """Lines."""
 DRAIN = 5.0
 """Seconds that a rank's output is waited for once it has ended; children of it may hold it open for longer."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ class Watched:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 close_fds=False,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started ({error.strerror}).") from error
@@ -178,11 +177,6 @@ class Watched:
 def _warn(sentence: str) -> None:
     with contextlib.suppress(OSError):  # who started this may be gone
         click.echo(f"Warning: {sentence}", err=True)
-
-
-def _end_with_parent() -> None:
-    """Let the rank be killed when its watcher is: nobody would know of it any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

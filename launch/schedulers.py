@@ -26,7 +26,8 @@ class Scheduler:
     meet: str
     """Lines that set `first`, the node that ranks meet on, and `port`."""
     each_node: str
-    """Function of the shell that runs a command once on every node, and fails if one of them does."""
+    """Functions of the shell: `on_each_node SECONDS COMMAND...` runs a command once on every node, and fails if one of
+    them does or has no time left; `node_names` prints the names of the nodes."""
 
 
 SLURM = Scheduler(
@@ -46,7 +47,8 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 first=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
 port=$((15000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 16000))""",
     each_node="""\
-on_each_node() { srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 "$@"; }""",
+on_each_node() { within "$1" srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 "${@:2}"; }
+node_names() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }""",
 )
 PBS = Scheduler(
     shell="#!/bin/bash -l",
@@ -60,7 +62,8 @@ PBS = Scheduler(
 first=$(head -n 1 "$PBS_NODEFILE")
 port=$((15000 + ${PBS_JOBID%%.*} % 16000))""",
     each_node="""\
-on_each_node() { mpiexec -n {nodes} -ppn 1 "$@"; }""",
+on_each_node() { within "$1" mpiexec -n {nodes} -ppn 1 "${@:2}"; }
+node_names() { sort -u "$PBS_NODEFILE"; }""",
 )
 NONE = Scheduler(
     shell="#!/bin/bash",
@@ -74,10 +77,14 @@ NONE = Scheduler(
 first={first_host}
 port=$((15000 + $$ % 16000))""",
     each_node="""\
-on_each_node() { "$@"; }""",
+on_each_node() { within "$1" "${@:2}"; }
+node_names() { uname -n; }""",
 )
 OVER_SSH = """\
 # The same folder and words on each host; lines that come back carry the host's name.
-on_each_node() { pdsh -R ssh -S -w "{host_list}" "cd $(printf %q "$PWD"); $(printf '%q ' "$@")"; }"""
+on_each_node() {
+    within "$1" pdsh -R ssh -S -w "{host_list}" "cd $(printf %q "$PWD"); $(printf '%q ' "${@:2}")"
+}
+node_names() { echo {hosts}; }"""
 """`each_node` where the nodes are the hosts of a hostfile."""
 SCHEDULERS = {"none": NONE, "slurm": SLURM, "pbs": PBS}

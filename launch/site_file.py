@@ -59,7 +59,9 @@ class FilesSection:
     opens: Measure
     """Files opened per second, of the whole machine."""
     node_local: str = ""
-    """Folder on each node's own disk, if there is one."""
+    """Folder on each node's own disk, if there is one: shards are copied there."""
+    node_local_write: Measure | None = None
+    """Bytes/s that a node writes to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +123,14 @@ class JobSection:
     """Command that starts the ranks; arguments of hydrazero.launch.rank follow."""
     one_device: bool = False
     """Whether the launcher shows each rank its own GPU alone."""
-    stage: str = ""
-    """Command that copies the file {source} to {target} on every node's own disk; nothing is copied if it is empty."""
     node_folders: tuple[str, ...] = ()
     """Folders that every node makes on its own disk before the ranks start, and removes at the end."""
     health: str = ""
     """Command that each node must pass before it takes part, beside the check of its GPUs and its disk."""
+    check_within: float = 600.0
+    """Seconds within which each node must have passed these checks."""
+    copy_within: float = 3600.0
+    """Seconds within which each node must have copied the shards."""
     stop_before: float = 300.0
     """Seconds before its end at which a job asks its ranks to stop with a checkpoint."""
     requeue: str = ""

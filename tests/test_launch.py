@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,19 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from launched import SITES, launch, refused, run_script, script_of, script_path, write_site
 from torture import make_data, write_run
 
 from hydrazero.launch.hosts import read_hostfile
 from hydrazero.launch.job import longest_hours
-from hydrazero.launch.node_check import check_devices, check_disk
+from hydrazero.launch.node_check import check_devices
 from hydrazero.launch.site_file import load_site, site_names
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.cli import main
 from hydrazero.trainer.distributed import device
 from hydrazero.trainer.gpu import BACKENDS, device_kind
-
-SITES = Path(__file__).parents[1] / "launch" / "sites"
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +30,6 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def run_file(data, tmp_path) -> Path:
     return write_run(tmp_path, data, 3)
-
-
-def launch(run_file: Path, *options: object) -> Result:
-    return CliRunner().invoke(main, ["launch", str(run_file), *map(str, options)])
-
-
-def script_of(run_file: Path, *options: object) -> str:
-    result = launch(run_file, *options)
-    assert result.exit_code == 0, result.output
-    path = run_file.parent / "run" / "launch" / "job.sh"
-    assert result.output == f"{path}\n"
-    assert [each for each in (run_file.parent / "run").rglob("*") if each.is_file()] == [path]
-    return path.read_text()
 
 
 def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
@@ -84,10 +67,10 @@ def test_every_site_gets_a_script_that_a_shell_understands(site, run_file):
 def test_shards_go_to_the_disks_of_nodes_that_have_them(run_file):
     options = ("--site", "frontier", "--account", "a")
     text = script_of(run_file, *options)
-    assert "sbcast --force" in text and '--set data.copies="$copies"' in text and "--one-device" in text
-    assert re.search(r"--room [1-9]\d{3,}", text) and 'rm -rf "/tmp/' in text
+    assert "hydrazero.launch.node_copy" in text and '--set data.copies="$copies"' in text and "--one-device" in text
+    assert re.search(r'--copies "\$copies" --room [1-9]\d{3,}', text) and 'rm -rf "/tmp/' in text
     text = script_of(run_file, *options, "--no-stage")
-    assert "sbcast" not in text and "copies" not in text
+    assert "node_copy" not in text and "copies" not in text
 
 
 def test_a_queue_has_its_own_hours(run_file):
@@ -124,13 +107,6 @@ def test_the_run_file_is_held_to_its_shards(run_file):
     run_file.write_text(run_file.read_text().replace("/molecules", "/absent"))
     refused(launch(run_file, "--site", "slurm"), "task 'molecules' has no shards: .*/absent does not exist")
     assert not (run_file.parent / "run").exists()
-
-
-def refused(result: Result, said: str) -> None:
-    """One sentence, and nothing else."""
-    assert result.exit_code == 1, result.output
-    assert re.search(said, result.output), result.output
-    assert re.fullmatch(r"Error: [^\n]*[.?]\n", result.output), result.output
 
 
 def test_a_run_that_is_there_is_gone_on_with_only_if_asked_to(run_file):
@@ -202,17 +178,6 @@ def test_a_faulty_site_file_is_refused_before_anything_is_written(run_file, tmp_
         assert not (run_file.parent / "run").exists()
 
 
-def test_what_makes_a_node_unfit(tmp_path):
-    check_disk(tmp_path / "made" / "here", 10)
-    with pytest.raises(ConfigError, match=r"has room for .* GB, and the shards are 1000000000"):
-        check_disk(tmp_path, 10**18)
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
-        check_disk(tmp_path / "file" / "folder", 0)
-    with pytest.raises(ConfigError, match=r"torch sees \d of 99 GPUs"):
-        check_devices(99)
-
-
 def test_intel_gpus_are_devices_too(monkeypatch):
     """As far as can be seen without one."""
     assert device().type == device_kind()
@@ -225,41 +190,22 @@ def test_intel_gpus_are_devices_too(monkeypatch):
         check_devices(13)
 
 
-SITE = """
-[job]
-launcher = 'RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 {python} -u -m hydrazero.launch.rank'
-stage = "cp {source} {target}"
-retries = 0
-"""
-
-
 @pytest.mark.ranks
 def test_a_job_trains_from_copies_of_its_shards_and_says_how_it_ended(run_file, tmp_path):
     """Run as it stands, by the shell; then its node has no room, then its rank refuses, and the post-mortem says so."""
-    text = (SITES / "local.toml").read_text().split("[job]")[0] + SITE
-    text = re.sub(r"^node_local = .*\n", "", text, flags=re.MULTILINE)
-    site = tmp_path / "site.toml"
-    site.write_text(text.replace("[files]\n", f'[files]\nnode_local = "{tmp_path}/disk"\n'))
-    options = ["--site", str(site), "--ranks-per-node", "1", "--submit", "--set", "data.workers=0"]
-    script = tmp_path / "run" / "launch" / "job.sh"
-    result = launch(run_file, *options[:-3], *options[-2:])
+    site = write_site(tmp_path, "retries = 0")
+    result = launch(run_file, "--site", site, "--ranks-per-node", 1, "--set", "data.workers=0")
     assert result.exit_code == 0, result.output
-    done = run_script(script)
-    assert done.returncode == 0 and re.search(r"try 1 \(job \d+\): finished at step 3 of 3\n", done.stdout), done.stdout
+    script = script_path(run_file)
+    status, output = run_script(script)
+    assert status == 0 and re.search(r"try 1 \(job \d+\): finished at step 3 of 3\n", output), output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["copies"].startswith(f"{tmp_path}/disk/hydrazero-")
     assert record["tasks"][0]["shards"].endswith("/molecules") and not list((tmp_path / "disk").iterdir())
     script.write_text(re.sub(r"--room \d+", f"--room {10**18}", script.read_text()))
-    done = run_script(script)
-    assert done.returncode == 1 and re.search(r"try 2 .*no rank has started, since nodes are not fit", done.stdout)
+    status, output = run_script(script)
+    assert status == 1 and re.search(r"try 2 .*no rank has started, since nodes are not fit", output)
     script.write_text(script.read_text().replace(f"--room {10**18}", "--room 1"))
-    done = run_script(script)
-    assert done.returncode == 1, done.stdout
-    assert re.search(r"try 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", done.stdout)
-
-
-def run_script(script: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    status, output = run_script(script)
+    assert status == 1, output
+    assert re.search(r"try 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", output)

@@ -113,7 +113,7 @@ def checked_job(
         queue=queue,
         hostfile=hostfile,
         hosts=hosts,
-        stage=stage and bool(site.job.stage and site.files.node_local),
+        stage=stage and bool(site.files.node_local),
         command=" ".join(["hydrazero", *sys.argv[1:]]),
     )
 
