@@ -72,12 +72,17 @@ def _setup(job: Job, values: dict[str, str]) -> str:
         "set -uo pipefail",
         comment("The Python that wrote this script, and with it hydrazero."),
         f"python={shlex.quote(str(python))}",
-        'PATH="$(dirname "$python"):$PATH"',
+        'bin=$(dirname "$python")',
+        comment("At the end: srun and mpiexec are the cluster's, whatever else was installed along with hydrazero."),
+        'PATH="$PATH:$bin"',
         f"run_file={shlex.quote(str(job.run_file.absolute()))}",
         f"run={shlex.quote(str(job.run_dir))}",
         f"launch={shlex.quote(str(job.launch_dir))}",
-        f"resume=${{HYDRAZERO_RESUME:-{'--resume' if job.resume else ''}}}",
+        f"resume={'--resume' if job.resume else ''}",
+        "again=${HYDRAZERO_RESUME:-}",
         SCHEDULERS[job.site.scheduler].job,
+        comment("A job that has been started before goes on from the run's last checkpoint, if it had begun."),
+        'if [ -n "$again" ] && [ -e "$run/run.json" ]; then resume=--resume; fi',
     ]
     return "\n".join(lines)
 
@@ -147,7 +152,7 @@ def _attempt(job: Job) -> str:
 # before it could be.
 shopt -s nullglob
 earlier=("$launch"/attempt-*)
-if [ "${{#earlier[@]}}" -gt 0 ]; then hydrazero postmortem "$run"; fi
+if [ "${{#earlier[@]}}" -gt 0 ]; then "$bin/hydrazero" postmortem "$run"; fi
 attempt=$launch/attempt-$(printf %04d $((${{#earlier[@]}} + 1)))
 mkdir -p "$attempt" || exit 1
 if [ -n "$told" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
@@ -259,6 +264,6 @@ if [ "$verdict" -eq 75 ] && [[ $told != *TERM* ]] && {requeue}; then
 fi"""
     return f"""\
 # Which rank failed first and why, or how far the run has come; 75 if it should go on.
-hydrazero postmortem "$run" --retries {section.retries}
+"$bin/hydrazero" postmortem "$run" --retries {section.retries}
 verdict=$?{clean}{again}
 exit "$verdict\""""

@@ -22,7 +22,7 @@ class Scheduler:
     own_group: bool
     """Whether the launcher gets a group of processes of its own, all of which are told, since it passes on nothing."""
     job: str
-    """Lines that set `job` (its number), and `resume` to --resume if the job has been started before."""
+    """Lines that set `job` (its number), and `again` if the job has been started before."""
     meet: str
     """Lines that set `first`, the node that ranks meet on, and `port`."""
     each_node: str
@@ -39,8 +39,7 @@ SLURM = Scheduler(
     own_group=False,
     job="""\
 job=$SLURM_JOB_ID
-# A job that is back from the queue goes on from its last checkpoint.
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -e "$run/run.json" ]; then resume=--resume; fi""",
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then again=yes; fi""",
     meet="""\
 # The address by which Slurm itself reaches the first node, and a port that another job is unlikely to have.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -57,7 +56,10 @@ PBS = Scheduler(
     version=("qstat", "--version"),
     signals=False,
     own_group=False,
-    job="job=$PBS_JOBID",
+    job="""\
+job=$PBS_JOBID
+# PBS does not say that it has started a job before, but then there is a try of its number.
+if grep -qsF "\\"$job\\"" "$launch"/attempt-*/job.json; then again=yes; fi""",
     meet="""\
 first=$(head -n 1 "$PBS_NODEFILE")
 port=$((15000 + ${PBS_JOBID%%.*} % 16000))""",

@@ -36,6 +36,7 @@ def places(job: Job) -> dict[str, str]:
         "stop_before": f"{job.site.job.stop_before:g}",
         "node_local": job.site.files.node_local,
         "python": '"$python"',
+        "bin": '"$bin"',
         "hosts": hosts,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -115,7 +116,7 @@ def test_a_run_that_is_there_is_gone_on_with_only_if_asked_to(run_file):
     record.write_text('{"ranks": 2}')
     refused(launch(run_file, "--site", "slurm"), "holds a run already; use --resume")
     result = launch(run_file, "--site", "slurm", "--resume")
-    assert result.exit_code == 0 and "HYDRAZERO_RESUME:---resume" in Path(result.output.strip()).read_text()
+    assert result.exit_code == 0 and "\nresume=--resume\n" in Path(result.output.strip()).read_text()
 
 
 def test_a_precision_of_gpus_may_be_asked_for_where_there_is_none(run_file):
@@ -188,6 +189,40 @@ def test_intel_gpus_are_devices_too(monkeypatch):
     assert device() == torch.device("xpu", 5) and BACKENDS[device_kind()] == "xccl"
     with pytest.raises(ConfigError, match="torch sees 12 of 13 GPUs"):
         check_devices(13)
+
+
+def test_a_job_of_pbs_that_is_started_again_goes_on_or_begins(run_file, tmp_path, monkeypatch):
+    """By PBS, under the same number, or by itself, under another; with and without a run to go on with."""
+    text = (SITES / "aurora.toml").read_text()
+    text = re.sub("launcher = '[^']*'", "launcher = 'echo ranks'", text).replace("module load frameworks", "true")
+    site = tmp_path / "site.toml"
+    site.write_text(text.replace("[job]\n", "[job]\nretries = 0\n").replace('kind = "gpu"', 'kind = "cpu"'))
+    script_of(run_file, "--site", site, "--account", "a")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "mpiexec").write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+    (programs / "mpiexec").chmod(0o755)
+    (tmp_path / "nodes").write_text(f"{os.uname().nodename}\n")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
+    monkeypatch.setenv("USER", "me")
+    record = tmp_path / "run" / "run.json"
+    for number, again, begun, resumes in (
+        ("17.pbs", "", False, False),
+        ("17.pbs", "", False, False),
+        ("17.pbs", "", True, True),
+        ("18.pbs", "", True, False),
+        ("19.pbs", "--resume", False, False),
+        ("20.pbs", "--resume", True, True),
+    ):
+        record.unlink(missing_ok=True)
+        if begun:
+            record.write_text('{"train": {"steps": 3}}')
+        monkeypatch.setenv("PBS_JOBID", number)
+        monkeypatch.setenv("HYDRAZERO_RESUME", again)
+        _, output = run_script(script_path(run_file))
+        (words,) = [line for line in output.splitlines() if line.startswith("ranks ")]
+        assert ("--resume" in words) == resumes, (number, again, begun, output)
 
 
 @pytest.mark.ranks
