@@ -17,6 +17,8 @@ TO_ANSWER = 120.0
 """Seconds that a node has to start and to answer, beside those for what it does: if that hangs, it says so itself."""
 CLEAN_WITHIN = 120.0
 """Seconds in which nodes remove what is on their disks; one that is gone must not hold the others."""
+WAIT_FOR_RANKS, WAIT_IF_CANCELLED = 60, 10
+"""Seconds that the post-mortem waits for ranks which still live once their launcher has ended."""
 KILL_AFTER = 30
 """Seconds between asking and killing what has no time left."""
 
@@ -263,7 +265,10 @@ if [ "$verdict" -eq 75 ] && [[ $told != *TERM* ]] && {requeue}; then
     exit 0
 fi"""
     return f"""\
-# Which rank failed first and why, or how far the run has come; 75 if it should go on.
-"$bin/hydrazero" postmortem "$run" --retries {section.retries}
+# Which rank failed first and why, or how far the run has come; 75 if it should go on. Ranks on other nodes may outlive
+# the launcher by a checkpoint; what is left of a job that was cancelled is killed soon.
+wait={WAIT_FOR_RANKS}
+if [[ $told == *TERM* ]]; then wait={WAIT_IF_CANCELLED}; fi
+"$bin/hydrazero" postmortem "$run" --retries {section.retries} --wait "$wait"
 verdict=$?{clean}{again}
 exit "$verdict\""""

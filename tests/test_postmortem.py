@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from hydrazero.launch.postmortem import CANCELLED, FAILED, FINISHED, REFUSED, STOPPED, Progress, Verdict, goes_on, judge
+from hydrazero.launch.postmortem import (
+    CANCELLED,
+    FAILED,
+    FINISHED,
+    REFUSED,
+    STOPPED,
+    Progress,
+    Verdict,
+    goes_on,
+    judge,
+    wait_for_ends,
+)
 from hydrazero.launch.rank import place_of
 from hydrazero.launch.rank_records import add_event, read_try
 from hydrazero.shards.errors import ConfigError
@@ -150,6 +162,30 @@ def test_the_command(tmp_path):
     assert CliRunner().invoke(main, ["postmortem", str(tmp_path), "--retries", "0"]).exit_code == 1
     (attempt / "n1.jsonl").unlink()  # what has been judged stays
     assert CliRunner().invoke(main, ["postmortem", str(tmp_path)]).output == result.output
+
+
+def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path, monkeypatch):
+    """Until they have noted their ends; not where their node is silent, and no longer than is asked for."""
+    monkeypatch.setattr("hydrazero.launch.postmortem.LOOK_EVERY", 0.05)
+    attempt = tmp_path / "launch" / "attempt-0001"
+    attempt.mkdir(parents=True)
+    start(attempt, "n1", 0), start(attempt, "n2", 1)
+    for rank, node in enumerate(("n1", "n2")):
+        told(attempt, node, rank, "SIGUSR1")
+    end(attempt, "n1", 0, 0)
+    began = time.monotonic()
+    wait_for_ends(attempt, 0.3)
+    assert 0.3 <= time.monotonic() - began < 5
+    timer = threading.Timer(0.5, end, (attempt, "n2", 1, 0))
+    timer.start()
+    result = CliRunner().invoke(main, ["postmortem", str(tmp_path), "--wait", "60"])
+    assert time.monotonic() - began < 30
+    assert result.output.startswith("try 1: stopped before its first step by SIGUSR1"), result.output
+    start(attempt, "n3", 2, of=3)
+    os.utime(attempt / "n3.jsonl", (1, time.time() - 300))
+    began = time.monotonic()
+    wait_for_ends(attempt, 60)
+    assert time.monotonic() - began < 5
 
 
 def watched(attempt: Path, *command: str, options: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[bytes]:
