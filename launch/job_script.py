@@ -10,7 +10,7 @@ from pathlib import Path
 from hydrazero.launch.job import Job
 from hydrazero.launch.rank_records import TOLD_NAME
 from hydrazero.launch.schedulers import OVER_SSH, SCHEDULERS
-from hydrazero.launch.site_texts import all_filled, filled, places
+from hydrazero.launch.site_texts import SiteTexts
 
 SCRIPT_NAME = "job.sh"
 TO_ANSWER = 120.0
@@ -25,17 +25,17 @@ KILL_AFTER = 30
 
 def job_script(job: Job) -> str:
     """Return the script; raises ConfigError for a text of the site file with a place that is not known."""
-    values = places(job)
+    texts = SiteTexts(job)
     blocks = [
-        _head(job, values),
-        _setup(job, values),
-        _variables(job, values),
+        _head(job, texts),
+        _setup(job, texts),
+        _variables(job, texts),
         _signals(job),
         _attempt(job),
-        _nodes(job, values),
+        _nodes(job, texts),
         _copies(job),
-        _ranks(job, values),
-        _judge(job, values),
+        _ranks(job, texts),
+        _judge(job, texts),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -45,17 +45,17 @@ def comment(text: str) -> str:
     return "\n".join(f"# {line}" for line in textwrap.wrap(text, 116, break_long_words=False, break_on_hyphens=False))
 
 
-def _head(job: Job, values: dict[str, str]) -> str:
+def _head(job: Job, texts: SiteTexts) -> str:
     scheduler = SCHEDULERS[job.site.scheduler]
     script = job.launch_dir / SCRIPT_NAME
     ranks, nodes = _counted(job.ranks_per_node, "rank"), _counted(job.nodes, "node")
     return "\n".join(
         [
             scheduler.shell,
-            *(f"{scheduler.prefix} {line}" for line in all_filled(job, "directives", values) if scheduler.prefix),
+            *(f"{scheduler.prefix} {line}" for line in texts.directives() if scheduler.prefix),
             "#",
             comment(f"Trains {job.run_file} on {nodes} of {job.site.name} with {ranks} on each. Written by"),
-            f"#     {job.command}",
+            *(f"#     {line}" for line in job.command.splitlines()),
             "# and started with",
             f"#     {scheduler.submit[0]} {shlex.quote(str(script))}",
         ]
@@ -66,11 +66,11 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number > 1 else ''}"
 
 
-def _setup(job: Job, values: dict[str, str]) -> str:
+def _setup(job: Job, texts: SiteTexts) -> str:
     python = Path(sys.executable)
     lines = [
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-        *all_filled(job, "setup", values),
+        *texts.setup(),
         "set -uo pipefail",
         comment("The Python that wrote this script, and with it hydrazero."),
         f"python={shlex.quote(str(python))}",
@@ -89,12 +89,12 @@ def _setup(job: Job, values: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _variables(job: Job, values: dict[str, str]) -> str:
+def _variables(job: Job, texts: SiteTexts) -> str:
     blocks = []
     for variable in job.site.variables:
-        value = filled(variable.value, values, f"site {job.site.name}: variable {variable.name}")
+        value = texts.variable(variable)
         if value is not None:
-            blocks.append(f'{comment(variable.reason)}\n{variable.name}="{value}"\nexport {variable.name}')
+            blocks.append(f"{comment(variable.reason)}\n{variable.name}={value}\nexport {variable.name}")
     return "\n".join(blocks)
 
 
@@ -161,18 +161,18 @@ if [ -n "$told" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
 printf '{{"job": "%s"}}\\n' "$job" > "$attempt/job.json\""""
 
 
-def _nodes(job: Job, values: dict[str, str]) -> str:
+def _nodes(job: Job, texts: SiteTexts) -> str:
     section = job.site.job
     words = [f"--within {section.check_within:g}"]
     if job.gpus_per_node:
         words.append(f"--devices {job.gpus_per_node}")
-    words += [f'--folder "{folder}"' for folder in all_filled(job, "node_folders", values)]
+    words += [f"--folder {folder}" for folder in texts.node_folders()]
     copies = ""
     if job.staged():
         copies = f'copies="{job.site.files.node_local}/hydrazero-$job"\n'
         words.append(f'--copies "$copies" --room {job.staged_bytes()}')
     if section.health:
-        words.append(filled(section.health, values, f"site {job.site.name}: job.health") or "")
+        words.append(texts.command("health"))
     return f"""\
 # Does something on all nodes before ranks start, within so many seconds. Nodes that are not fit name themselves, those
 # that have not answered are named here, and no rank starts.
@@ -203,21 +203,20 @@ all_nodes copy {job.site.job.copy_within + TO_ANSWER:g} \\
     "$python" -m hydrazero.launch.node_copy --attempt "$attempt" {_continued(words)}"""
 
 
-def _node_folders(job: Job, values: dict[str, str]) -> list[str]:
+def _node_folders(job: Job, texts: SiteTexts) -> list[str]:
     """What is on the nodes' own disks for the time of the job, as words of the shell."""
-    folders = [f'"{folder}"' for folder in all_filled(job, "node_folders", values)]
-    return [*folders, *(['"$copies"'] if job.staged() else [])]
+    return [*texts.node_folders(), *(['"$copies"'] if job.staged() else [])]
 
 
-def _ranks(job: Job, values: dict[str, str]) -> str:
+def _ranks(job: Job, texts: SiteTexts) -> str:
     section, scheduler = job.site.job, SCHEDULERS[job.site.scheduler]
-    launcher = filled(section.launcher, values, f"site {job.site.name}: job.launcher")
+    launcher = texts.command("launcher")
     options = ['--attempt "$attempt"']
     if job.hours and not scheduler.signals:
         options.append(f"--stop-after $(({round(3600 * job.hours - section.stop_before)} - SECONDS))")
     if section.one_device:
         options.append("--one-device")
-    options += [f"--remove {folder}" for folder in _node_folders(job, values)]
+    options += [f"--remove {folder}" for folder in _node_folders(job, texts)]
     words = ['"$run_file"', "$resume", *(f"--set {shlex.quote(each)}" for each in job.overrides)]
     if job.staged():
         words.append('--set data.copies="$copies"')
@@ -252,13 +251,13 @@ if [ -n "$fit" ] && [ -z "$told" ]; then{carry}{group}
 fi"""
 
 
-def _judge(job: Job, values: dict[str, str]) -> str:
+def _judge(job: Job, texts: SiteTexts) -> str:
     section = job.site.job
-    folders = _node_folders(job, values)
+    folders = _node_folders(job, texts)
     clean = f"\non_each_node {CLEAN_WITHIN:g} rm -rf {' '.join(folders)}" if folders else ""
     again = ""
     if section.requeue:
-        requeue = filled(section.requeue, values, f"site {job.site.name}: job.requeue")
+        requeue = texts.command("requeue")
         again = f"""
 if [ "$verdict" -eq 75 ] && [[ $told != *TERM* ]] && {requeue}; then
     echo "job $job goes back into the queue"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -13,6 +16,8 @@ class Scheduler:
     """First line of a script."""
     prefix: str
     """Of its directives in a script."""
+    quoted: Callable[[str], str]
+    """Returns a text as a word of a directive."""
     submit: tuple[str, ...]
     """Command that submits a script."""
     version: tuple[str, ...]
@@ -30,9 +35,18 @@ class Scheduler:
     them does or has no time left; `node_names` prints the names of the nodes."""
 
 
+def slurm_quoted(text: str) -> str:
+    """Return a text as sbatch reads it: in double quotes, and `%` twice, which stands for numbers of jobs in paths."""
+    doubled = text.replace("%", "%%")
+    if re.fullmatch(r"[\w@%+=:,./-]+", doubled, re.ASCII):
+        return doubled
+    return '"' + re.sub(r'(["\\])', r"\\\1", doubled) + '"'
+
+
 SLURM = Scheduler(
     shell="#!/bin/bash",
     prefix="#SBATCH",
+    quoted=slurm_quoted,
     submit=("sbatch", "--parsable"),
     version=("sinfo", "--version"),
     signals=True,
@@ -52,6 +66,7 @@ node_names() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }""",
 PBS = Scheduler(
     shell="#!/bin/bash -l",
     prefix="#PBS",
+    quoted=shlex.quote,  # qsub knows both quotes and no backslashes
     submit=("qsub",),
     version=("qstat", "--version"),
     signals=False,
@@ -70,6 +85,7 @@ node_names() { sort -u "$PBS_NODEFILE"; }""",
 NONE = Scheduler(
     shell="#!/bin/bash",
     prefix="",
+    quoted=str,
     submit=("bash",),
     version=(),
     signals=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,7 @@ def checked_job(
         hostfile=hostfile,
         hosts=hosts,
         stage=stage and bool(site.files.node_local),
-        command=" ".join(["hydrazero", *sys.argv[1:]]),
+        command=shlex.join(["hydrazero", *sys.argv[1:]]),
     )
 
 
