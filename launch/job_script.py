@@ -2,82 +2,42 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import textwrap
 from pathlib import Path
 
 from hydrazero.launch.job import Job
+from hydrazero.launch.rank_records import TOLD_NAME
 from hydrazero.launch.schedulers import OVER_SSH, SCHEDULERS
-from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.launch.site_texts import SiteTexts
 
-PLACE = re.compile(r"(?<!\$)\{(\w+)\}")
-"""Of a text in a site file; with a dollar before it, it is the shell's."""
-MAY_BE_EMPTY = ("hosts",)
-"""Places of which a text may have nothing."""
 SCRIPT_NAME = "job.sh"
+TO_ANSWER = 120.0
+"""Seconds that a node has to start and to answer, beside those for what it does: if that hangs, it says so itself."""
+CLEAN_WITHIN = 120.0
+"""Seconds in which nodes remove what is on their disks; one that is gone must not hold the others."""
+WAIT_FOR_RANKS, WAIT_IF_CANCELLED = 60, 10
+"""Seconds that the post-mortem waits for ranks which still live once their launcher has ended."""
+KILL_AFTER = 30
+"""Seconds between asking and killing what has no time left."""
 
 
 def job_script(job: Job) -> str:
     """Return the script; raises ConfigError for a text of the site file with a place that is not known."""
-    values = places(job)
+    texts = SiteTexts(job)
     blocks = [
-        _head(job, values),
-        _setup(job, values),
-        _variables(job, values),
+        _head(job, texts),
+        _setup(job, texts),
+        _variables(job, texts),
         _signals(job),
         _attempt(job),
-        _nodes(job, values),
-        _stage(job, values),
-        _ranks(job, values),
-        _judge(job, values),
+        _nodes(job, texts),
+        _copies(job),
+        _ranks(job, texts),
+        _judge(job, texts),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def places(job: Job) -> dict[str, str]:
-    """Return what stands for each place in the texts of a site file."""
-    minutes = round(60 * job.hours)
-    hosts = ""
-    if job.hosts and job.hostfile is not None:
-        file = shlex.quote(str(job.hostfile.absolute()))
-        hosts = f'--hostfile={file} --num_nodes={job.nodes} --master_addr="$MASTER_ADDR" --no_ssh_check --force_multi'
-    return {
-        "nodes": str(job.nodes),
-        "dies": str(job.ranks_per_node),
-        "gpus": str(job.gpus_per_node or ""),
-        "ranks": str(job.ranks),
-        "cores": str(job.site.nodes.cores),
-        "hours": f"{job.hours:g}" if job.hours else "",
-        "walltime": f"{minutes // 60}:{minutes % 60:02d}:00" if job.hours else "",
-        "name": job.run_dir.name,
-        "account": job.account,
-        "queue": job.queue or job.site.job.queue,
-        "output": str(job.launch_dir / "job"),
-        "stop_before": f"{job.site.job.stop_before:g}",
-        "node_local": job.site.files.node_local,
-        "python": '"$python"',
-        "hosts": hosts,
-    }
-
-
-def filled(text: str, values: dict[str, str], where: str) -> str | None:
-    """Return a text with its places filled in, None if there is nothing for one; ConfigError for an unknown one."""
-    names = PLACE.findall(text)
-    for name in names:
-        if name not in values:
-            hint = did_you_mean(name, list(values))
-            raise ConfigError(f"{where} has the place {{{name}}}, which is not known{hint}.")
-    if any(not values[name] and name not in MAY_BE_EMPTY for name in names):
-        return None
-    return PLACE.sub(lambda match: values[match[1]], text)
-
-
-def _all_filled(job: Job, key: str, values: dict[str, str]) -> list[str]:
-    where = f"site {job.site.name}: job.{key}"
-    lines = (filled(text, values, f"{where}[{n}]") for n, text in enumerate(getattr(job.site.job, key)))
-    return [line for line in lines if line is not None]
 
 
 def comment(text: str) -> str:
@@ -85,17 +45,17 @@ def comment(text: str) -> str:
     return "\n".join(f"# {line}" for line in textwrap.wrap(text, 116, break_long_words=False, break_on_hyphens=False))
 
 
-def _head(job: Job, values: dict[str, str]) -> str:
+def _head(job: Job, texts: SiteTexts) -> str:
     scheduler = SCHEDULERS[job.site.scheduler]
     script = job.launch_dir / SCRIPT_NAME
     ranks, nodes = _counted(job.ranks_per_node, "rank"), _counted(job.nodes, "node")
     return "\n".join(
         [
             scheduler.shell,
-            *(f"{scheduler.prefix} {line}" for line in _all_filled(job, "directives", values) if scheduler.prefix),
+            *(f"{scheduler.prefix} {line}" for line in texts.directives() if scheduler.prefix),
             "#",
             comment(f"Trains {job.run_file} on {nodes} of {job.site.name} with {ranks} on each. Written by"),
-            f"#     {job.command}",
+            *(f"#     {line}" for line in job.command.splitlines()),
             "# and started with",
             f"#     {scheduler.submit[0]} {shlex.quote(str(script))}",
         ]
@@ -106,30 +66,35 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number > 1 else ''}"
 
 
-def _setup(job: Job, values: dict[str, str]) -> str:
+def _setup(job: Job, texts: SiteTexts) -> str:
     python = Path(sys.executable)
     lines = [
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-        *_all_filled(job, "setup", values),
+        *texts.setup(),
         "set -uo pipefail",
         comment("The Python that wrote this script, and with it hydrazero."),
         f"python={shlex.quote(str(python))}",
-        'PATH="$(dirname "$python"):$PATH"',
+        'bin=$(dirname "$python")',
+        comment("At the end: srun and mpiexec are the cluster's, whatever else was installed along with hydrazero."),
+        'PATH="$PATH:$bin"',
         f"run_file={shlex.quote(str(job.run_file.absolute()))}",
         f"run={shlex.quote(str(job.run_dir))}",
         f"launch={shlex.quote(str(job.launch_dir))}",
-        f"resume=${{HYDRAZERO_RESUME:-{'--resume' if job.resume else ''}}}",
+        f"resume={'--resume' if job.resume else ''}",
+        "again=${HYDRAZERO_RESUME:-}",
         SCHEDULERS[job.site.scheduler].job,
+        comment("A job that has been started before goes on from the run's last checkpoint, if it had begun."),
+        'if [ -n "$again" ] && [ -e "$run/run.json" ]; then resume=--resume; fi',
     ]
     return "\n".join(lines)
 
 
-def _variables(job: Job, values: dict[str, str]) -> str:
+def _variables(job: Job, texts: SiteTexts) -> str:
     blocks = []
     for variable in job.site.variables:
-        value = filled(variable.value, values, f"site {job.site.name}: variable {variable.name}")
+        value = texts.variable(variable)
         if value is not None:
-            blocks.append(f'{comment(variable.reason)}\n{variable.name}="{value}"\nexport {variable.name}')
+            blocks.append(f"{comment(variable.reason)}\n{variable.name}={value}\nexport {variable.name}")
     return "\n".join(blocks)
 
 
@@ -138,20 +103,39 @@ def _signals(job: Job) -> str:
     if SCHEDULERS[job.site.scheduler].signals:
         text = (
             f"SIGUSR1 comes {job.site.job.stop_before:g} s before the job's time is over, SIGTERM when it is cancelled "
-            "or has to make way: either way the ranks stop with a checkpoint."
+            "or has to make way: either way the ranks stop with a checkpoint, what comes before them stops at once. "
+            "After a SIGTERM the job does not go on."
         )
-    target = _target(job)
     return f"""\
 {comment(text)}
 told=
+attempt=
+part=
 ranks=
 # shellcheck disable=SC2317  # the traps call it
 tell() {{
-    told=$1
-    if [ -n "$ranks" ]; then kill -s "$1" {target}; fi
+    told="$told $1"
+    if [ -d "$attempt" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
+    if [ -n "$part" ]; then kill "$part" 2> /dev/null; fi
+    if [ -n "$ranks" ]; then kill -s "$1" {_target(job)} 2> /dev/null; fi
 }}
 trap 'tell USR1' USR1
-trap 'tell TERM' TERM INT"""
+trap 'tell TERM' TERM INT
+# Runs a command for so many seconds at most. It is in the background, since a shell puts signals off until the end of
+# what it runs in the foreground.
+within() {{
+    local before=$told status
+    timeout --kill-after={KILL_AFTER} "$@" &
+    part=$!
+    if [ "$told" != "$before" ]; then kill "$part" 2> /dev/null; fi
+    while :; do
+        wait "$part"
+        status=$?
+        kill -0 "$part" 2> /dev/null || break
+    done
+    part=
+    return "$status"
+}}"""
 
 
 def _target(job: Job) -> str:
@@ -162,7 +146,7 @@ def _target(job: Job) -> str:
 def _attempt(job: Job) -> str:
     each_node = SCHEDULERS[job.site.scheduler].each_node.replace("{nodes}", str(job.nodes))
     if job.hosts:
-        each_node = OVER_SSH.replace("{host_list}", ",".join(job.hosts))
+        each_node = OVER_SSH.replace("{hosts}", " ".join(job.hosts)).replace("{host_list}", ",".join(job.hosts))
     return f"""\
 {each_node}
 
@@ -170,62 +154,69 @@ def _attempt(job: Job) -> str:
 # before it could be.
 shopt -s nullglob
 earlier=("$launch"/attempt-*)
-if [ "${{#earlier[@]}}" -gt 0 ]; then hydrazero postmortem "$run"; fi
+if [ "${{#earlier[@]}}" -gt 0 ]; then "$bin/hydrazero" postmortem "$run"; fi
 attempt=$launch/attempt-$(printf %04d $((${{#earlier[@]}} + 1)))
 mkdir -p "$attempt" || exit 1
+if [ -n "$told" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
 printf '{{"job": "%s"}}\\n' "$job" > "$attempt/job.json\""""
 
 
-def _nodes(job: Job, values: dict[str, str]) -> str:
-    lines = [comment("Nodes that are not fit are named, and no rank starts.")]
-    check = 'on_each_node "$python" -m hydrazero.launch.node_check --attempt "$attempt"'
+def _nodes(job: Job, texts: SiteTexts) -> str:
+    section = job.site.job
+    words = [f"--within {section.check_within:g}"]
     if job.gpus_per_node:
-        check += f" --devices {job.gpus_per_node}"
-    folders = [f'"{folder}"' for folder in _all_filled(job, "node_folders", values)]
+        words.append(f"--devices {job.gpus_per_node}")
+    words += [f"--folder {folder}" for folder in texts.node_folders()]
+    copies = ""
     if job.staged():
-        lines.append(f'copies="{job.site.files.node_local}/hydrazero-$job"')
-        folders += [f'"$copies"/{shlex.quote(task)}' for task in job.staged()]
-        check += f" --room {job.staged_bytes()}"
-    check += "".join(f" \\\n    --folder {folder}" for folder in folders)
-    lines += ["fit=yes", f"{check} || fit="]
-    if job.site.job.health:
-        health = filled(job.site.job.health, values, f"site {job.site.name}: job.health")
-        lines.append(f'if [ -n "$fit" ]; then on_each_node {health} || fit=; fi')
-    return "\n".join(lines)
+        copies = f'copies="{job.site.files.node_local}/hydrazero-$job"\n'
+        words.append(f'--copies "$copies" --room {job.staged_bytes()}')
+    if section.health:
+        words.append(texts.command("health"))
+    return f"""\
+# Does something on all nodes before ranks start, within so many seconds. Nodes that are not fit name themselves, those
+# that have not answered are named here, and no rank starts.
+fit=yes
+all_nodes() {{
+    if [ -z "$fit" ] || [ -n "$told" ] || on_each_node "$2" "${{@:3}}"; then return; fi
+    fit=
+    if [ -n "$told" ]; then return; fi
+    node_names | "$python" -m hydrazero.launch.silent_nodes --attempt "$attempt" --part "$1" --within "$2"
+}}
+{copies}all_nodes check {section.check_within + TO_ANSWER:g} \\
+    "$python" -m hydrazero.launch.node_check --attempt "$attempt" {_continued(words)}"""
 
 
-def _stage(job: Job, values: dict[str, str]) -> str:
+def _continued(words: list[str]) -> str:
+    """Words of a command, a line each."""
+    return " \\\n    ".join(words)
+
+
+def _copies(job: Job) -> str:
     if not job.staged():
         return ""
-    where = f"site {job.site.name}: job.stage"
-    command = filled(job.site.job.stage, {**values, "source": '"$file"', "target": '"$copies/$1/${file##*/}"'}, where)
-    calls = [f"stage {shlex.quote(task)} {shlex.quote(str(folder))}" for task, folder in job.staged().items()]
+    words = [f"--within {job.site.job.copy_within:g}", '--to "$copies"']
+    words += [f"--task {shlex.quote(task)} {shlex.quote(str(folder))}" for task, folder in job.staged().items()]
     return f"""\
 # Shards go to every node's own disk once, instead of every rank's reading them from the shared one in each epoch.
-stage() {{
-    local file
-    for file in "$2"/*; do
-        if [ -n "$fit" ]; then {command} || fit=; fi
-    done
-}}
-{chr(10).join(calls)}"""
+all_nodes copy {job.site.job.copy_within + TO_ANSWER:g} \\
+    "$python" -m hydrazero.launch.node_copy --attempt "$attempt" {_continued(words)}"""
 
 
-def _node_folders(job: Job, values: dict[str, str]) -> list[str]:
+def _node_folders(job: Job, texts: SiteTexts) -> list[str]:
     """What is on the nodes' own disks for the time of the job, as words of the shell."""
-    folders = [f'"{folder}"' for folder in _all_filled(job, "node_folders", values)]
-    return [*folders, *(['"$copies"'] if job.staged() else [])]
+    return [*texts.node_folders(), *(['"$copies"'] if job.staged() else [])]
 
 
-def _ranks(job: Job, values: dict[str, str]) -> str:
+def _ranks(job: Job, texts: SiteTexts) -> str:
     section, scheduler = job.site.job, SCHEDULERS[job.site.scheduler]
-    launcher = filled(section.launcher, values, f"site {job.site.name}: job.launcher")
+    launcher = texts.command("launcher")
     options = ['--attempt "$attempt"']
     if job.hours and not scheduler.signals:
         options.append(f"--stop-after $(({round(3600 * job.hours - section.stop_before)} - SECONDS))")
     if section.one_device:
         options.append("--one-device")
-    options += [f"--remove {folder}" for folder in _node_folders(job, values)]
+    options += [f"--remove {folder}" for folder in _node_folders(job, texts)]
     words = ['"$run_file"', "$resume", *(f"--set {shlex.quote(each)}" for each in job.overrides)]
     if job.staged():
         words.append('--set data.copies="$copies"')
@@ -249,28 +240,34 @@ def _ranks(job: Job, values: dict[str, str]) -> str:
 export MASTER_ADDR=$first MASTER_PORT=$port
 if [ -n "$fit" ] && [ -z "$told" ]; then{carry}{group}
     # shellcheck disable=SC2086  # $resume is one word or none
-    {launcher} {" ".join(options)} \\
+    {launcher} \\
+        {" ".join(options)} \\
         "$python" -u -m hydrazero.trainer.train {" ".join(words)} &
     ranks=$!{alone}
+    # What came before there was someone to tell.
+    for each in $told; do kill -s "$each" {_target(job)} 2> /dev/null; done
     # A signal ends a wait before the ranks have ended.
     while kill -0 {_target(job)} 2> /dev/null; do {pause}wait "$ranks" 2> /dev/null; done
 fi"""
 
 
-def _judge(job: Job, values: dict[str, str]) -> str:
+def _judge(job: Job, texts: SiteTexts) -> str:
     section = job.site.job
-    folders = _node_folders(job, values)
-    clean = f"\non_each_node rm -rf {' '.join(folders)}" if folders else ""
+    folders = _node_folders(job, texts)
+    clean = f"\non_each_node {CLEAN_WITHIN:g} rm -rf {' '.join(folders)}" if folders else ""
     again = ""
     if section.requeue:
-        requeue = filled(section.requeue, values, f"site {job.site.name}: job.requeue")
+        requeue = texts.command("requeue")
         again = f"""
-if [ "$verdict" -eq 75 ] && {requeue}; then
+if [ "$verdict" -eq 75 ] && [[ $told != *TERM* ]] && {requeue}; then
     echo "job $job goes back into the queue"
     exit 0
 fi"""
     return f"""\
-# Which rank failed first and why, or how far the run has come; 75 if it should go on.
-hydrazero postmortem "$run" --retries {section.retries}
+# Which rank failed first and why, or how far the run has come; 75 if it should go on. Ranks on other nodes may outlive
+# the launcher by a checkpoint; what is left of a job that was cancelled is killed soon.
+wait={WAIT_FOR_RANKS}
+if [[ $told == *TERM* ]]; then wait={WAIT_IF_CANCELLED}; fi
+"$bin/hydrazero" postmortem "$run" --retries {section.retries} --wait "$wait"
 verdict=$?{clean}{again}
 exit "$verdict\""""

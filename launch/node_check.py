@@ -1,20 +1,23 @@
-"""What a node must be able to do before it takes part: `python -m hydrazero.launch.node_check --attempt DIR`.
+"""What a node must be able to do before it takes part: `python -m hydrazero.launch.node_check --attempt DIR [COMMAND]`.
 
-As many GPUs as it should have, each of which multiplies matrices rightly; room on its own disk for the shards.
+As many GPUs as it should have, each of which multiplies matrices rightly; folders on its own disk, with room for the
+shards where they are copied to; a command of the site, which must end with status 0.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-import socket
-import sys
+import subprocess
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
 
-from hydrazero.launch.rank_records import add_event
-from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.launch.node_steps import Step, end_with_parent, end_with_steps
+from hydrazero.shards.errors import ConfigError
 
 SIDE = 256
 """Of the matrices that a GPU multiplies."""
@@ -42,8 +45,8 @@ def check_devices(wanted: int) -> None:
             raise ConfigError(f"GPU {device} multiplies matrices wrongly.")
 
 
-def check_disk(folder: Path, room: int) -> None:
-    """Make a folder on the node's own disk; raises ConfigError if it cannot be written or has too little room."""
+def check_disk(folder: Path) -> None:
+    """Make a folder on the node's own disk; raises ConfigError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -51,28 +54,55 @@ def check_disk(folder: Path, room: int) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}).") from error
-    free = shutil.disk_usage(folder).free
+
+
+def check_room(folder: Path, room: int) -> None:
+    """Raise ConfigError if a folder has room for fewer than `room` bytes, what lies in it being written over."""
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free + held
     if free < room:
         raise ConfigError(f"{folder} has room for {free / 1e9:.1f} GB, and the shards are {room / 1e9:.1f} GB.")
 
 
-@click.command()
+def check_health(command: Sequence[str]) -> None:
+    """Raise ConfigError unless a command of the site ends with status 0."""
+    try:
+        status = subprocess.run(
+            command, stdin=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent
+        ).returncode
+    except OSError as error:
+        raise ConfigError(f"'{shlex.join(command)}' cannot be started ({error.strerror}).") from error
+    if status:
+        raise ConfigError(f"'{shlex.join(command)}' ends with status {status}.")
+
+
+@click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--attempt", required=True, type=click.Path(path_type=Path), help="Folder for notes.")
+@click.option("--within", required=True, type=float, help="Seconds that all of it may take.")
 @click.option("--devices", default=0, help="GPUs that the node must have.")
 @click.option("--folder", "folders", multiple=True, type=click.Path(path_type=Path), help="To make on its own disk.")
-@click.option("--room", default=0, help="Bytes that the folders must have room for.")
-def main(attempt: Path, devices: int, folders: tuple[Path, ...], room: int) -> None:
+@click.option("--copies", type=click.Path(path_type=Path), help="Folder on its own disk that shards are copied to.")
+@click.option("--room", default=0, help="Bytes that the folder for copies must have room for.")
+@click.argument("health", nargs=-1, type=click.UNPROCESSED)
+def main(
+    attempt: Path,
+    within: float,
+    devices: int,
+    folders: tuple[Path, ...],
+    copies: Path | None,
+    room: int,
+    health: tuple[str, ...],
+) -> None:
     """Check this node; ends with status 1 and a sentence if it is not fit."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
-    try:
-        for folder in folders:
-            check_disk(folder, room)
-        if devices:
-            check_devices(devices)
-    except HydrazeroError as error:
-        click.echo(f"Error: node {node} is not fit: {error}", err=True)
-        add_event(attempt, node, "unfit", reason=str(error).rstrip("."))
-        sys.exit(1)
+    steps = [Step(what=f"the check of {folder}", do=partial(check_disk, folder)) for folder in folders]
+    if copies is not None:
+        steps.append(Step(what=f"the check of {copies}", do=partial(check_disk, copies)))
+        steps.append(Step(what=f"the check of the room in {copies}", do=partial(check_room, copies, room)))
+    if devices:
+        steps.append(Step(what="the check of its GPUs", do=partial(check_devices, devices)))
+    if health:
+        steps.append(Step(what=f"'{shlex.join(health)}'", do=partial(check_health, health)))
+    end_with_steps(attempt, "check", within, steps)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hydrazero.launch.compute import PEAKS, pace_of
 from hydrazero.launch.die_memory import DieMemory, die_memory
 from hydrazero.launch.head_groups import placements
 from hydrazero.launch.job import longest_hours
-from hydrazero.launch.planned_data import TaskData, mean_atoms, planned_data, reading
+from hydrazero.launch.planned_data import TaskData, copying_seconds, mean_atoms, planned_data, reading
 from hydrazero.launch.scaling import RANKS, Stepper
 from hydrazero.launch.site_file import Site
 from hydrazero.launch.traffic import Run
@@ -225,7 +225,7 @@ def files(asked: Asked, data: Sequence[TaskData], structures_per_s: float) -> di
         "opens_at_start": len(data) * MANIFEST_READERS + lanes * len(data),
         "seconds_of_opens_at_start": (len(data) * MANIFEST_READERS + lanes * len(data)) / site.files.opens.value,
         "node_local": site.files.node_local,
-        "seconds_of_staging": asked.nodes * sum(task.bytes for task in data) / site.files.bandwidth.value,
+        "seconds_of_copying": copying_seconds(data, asked.nodes, site.files) if site.files.node_local else 0.0,
         "opens_per_s": opens,
         "opens_share": opens / site.files.opens.value,
         "bandwidth": bandwidth,
@@ -263,5 +263,6 @@ def sources(site: Site) -> dict[str, dict[str, Any]]:
         "network.bandwidth": site.network.bandwidth,
         "files.bandwidth": site.files.bandwidth,
         "files.opens": site.files.opens,
+        **({"files.node_local_write": site.files.node_local_write} if site.files.node_local_write else {}),
     }
     return {name: asdict(measure) for name, measure in named.items()}

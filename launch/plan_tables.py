@@ -62,7 +62,7 @@ def summary(plan: dict[str, Any]) -> Table:
         ),
         (
             "copies",
-            f"on each node's {files['node_local']}, {_seconds(files['seconds_of_staging'])} to make; opens and reading "
+            f"on each node's {files['node_local']}, {_seconds(files['seconds_of_copying'])} to make; opens and reading "
             "are theirs then"
             if files["node_local"]
             else "none: nodes have no disks of their own",
@@ -169,6 +169,8 @@ def _bytes(count: float) -> str:
 
 
 def _seconds(value: float) -> str:
+    if value >= 1000:
+        return f"{value:,.0f} s"
     return f"{value:,.3g} s" if value >= 1 else f"{1e3 * value:,.3g} ms"
 
 

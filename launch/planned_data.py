@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hydrazero.launch.site_file import FilesSection
 from hydrazero.shards.block import BLOCK_STRUCTURES
 from hydrazero.shards.convert_settings import SplitSection
 from hydrazero.shards.dataset_presets import load_preset, preset_names
@@ -30,6 +31,8 @@ class TaskData:
 
     name: str
     structures: int
+    in_all: int
+    """Structures of all its splits."""
     atoms: float
     """Of a structure, mean."""
     source: str
@@ -38,7 +41,16 @@ class TaskData:
     @property
     def bytes(self) -> float:
         """Of its training shards."""
-        return self.structures * (BYTES_OF_STRUCTURE + BYTES_OF_ATOM * self.atoms)
+        return self.structures * self._bytes_each
+
+    @property
+    def bytes_in_all(self) -> float:
+        """Of the shards of all its splits."""
+        return self.in_all * self._bytes_each
+
+    @property
+    def _bytes_each(self) -> float:
+        return BYTES_OF_STRUCTURE + BYTES_OF_ATOM * self.atoms
 
     @property
     def blocks(self) -> int:
@@ -64,11 +76,12 @@ def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
         manifest = read_manifest(task.shards)
         count = manifest.structures("train")
         atoms = manifest.atoms("train") / max(count, 1)
-        return TaskData(name=task.name, structures=count, atoms=atoms, source="its manifest")
+        in_all = sum(manifest.structures(split) for split in manifest.splits)
+        return TaskData(name=task.name, structures=count, in_all=in_all, atoms=atoms, source="its manifest")
     preset = load_preset(task.name) if task.name in preset_names() else None
+    share = SplitSection.train if preset is None else preset.table.get("split", {}).get("train", SplitSection.train)
     count, source = config.plan.structures.get(task.name, 0), "the run file"
     if not count and preset is not None and preset.about.structures:
-        share = preset.table.get("split", {}).get("train", SplitSection.train)
         count, source = int(preset.about.structures * share), "its preset"
     atoms = config.plan.atoms.get(task.name, 0.0)
     if not count or not atoms:
@@ -77,7 +90,7 @@ def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
             f"task '{task.name}': {task.shards} has no manifest yet; say how many {what} it will have in the run file: "
             f"[plan.{what}] {task.name} = ..."
         )
-    return TaskData(name=task.name, structures=count, atoms=atoms, source=source)
+    return TaskData(name=task.name, structures=count, in_all=round(count / share), atoms=atoms, source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +126,17 @@ def reading(data: Sequence[TaskData], temperature: float, lanes: int) -> Reading
         shards=sum(task.shards for task in data),
         manifest_bytes=sum(task.blocks * MANIFEST_BYTES for task in data),
     )
+
+
+def copying_seconds(data: Sequence[TaskData], nodes: int, files: FilesSection) -> float:
+    """Return the seconds in which all nodes at once copy the shards to their own disks (`node_copy`), each all of them.
+
+    The slowest of three decides: what the file system reads, what it opens, what a node writes, if that is known.
+    """
+    size = sum(task.bytes_in_all for task in data)
+    count = sum(task.shards * task.in_all / max(task.structures, 1) for task in data)
+    writing = 0.0 if files.node_local_write is None else size / files.node_local_write.value
+    return max(nodes * size / files.bandwidth.value, nodes * count / files.opens.value, writing)
 
 
 def mean_atoms(data: Sequence[TaskData], temperature: float) -> float:

@@ -7,7 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ SHOWN_RANKS = 8
 SHOWN_LINES = 12
 SILENT = 3 * SIGN_EVERY
 """Seconds without a sign of life by which a node was lost before the others."""
+LOOK_EVERY = 1.0
+"""Seconds between two looks at what ranks have noted."""
 BY_SHELL = 128
 """A shell's exit status for a command that a signal has killed is this and the signal's number."""
 
@@ -72,10 +74,11 @@ def progress_of(run_dir: Path) -> Progress:
     return Progress(step=step, steps=int(resumes[-1]["steps"]))
 
 
-def judge_tries(run_dir: Path) -> list[tuple[Path, Verdict]]:
+def judge_tries(run_dir: Path, wait: float = 0.0) -> list[tuple[Path, Verdict]]:
     """Judge the tries that have yet to be judged; returns all of them, the last one last.
 
-    Raises ConfigError if the run was never launched as a job.
+    Ranks of the last one that still live are waited for, `wait` seconds at most. Raises ConfigError if the run was
+    never launched as a job.
     """
     folders = sorted((run_dir / LAUNCH).glob(ATTEMPTS))
     if not folders:
@@ -87,10 +90,25 @@ def judge_tries(run_dir: Path) -> list[tuple[Path, Verdict]]:
             table = read_json(kept)
             verdict = Verdict(**{**table, "details": tuple(table["details"])})
         else:
+            if folder == folders[-1]:
+                wait_for_ends(folder, wait)
             verdict = judge(read_try(folder), progress_of(run_dir))
             write_json(kept, asdict(verdict))
         verdicts.append((folder, verdict))
     return verdicts
+
+
+def wait_for_ends(folder: Path, seconds: float) -> None:
+    """Return when every rank of a try has noted its end or its node has fallen silent, or the seconds are over.
+
+    A launcher may end before ranks on other hosts have: what it ran there still saves a checkpoint.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        alive_since = time.time() - SILENT
+        if all(life.ended is not None or life.last_sign < alive_since for life in read_try(folder).ranks):
+            return
+        time.sleep(min(LOOK_EVERY, max(until - time.monotonic(), 0.0)))
 
 
 def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
@@ -113,13 +131,19 @@ def goes_on(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str]:
 
 
 def judge(records: TryRecords, progress: Progress) -> Verdict:
-    """Say how a try ended."""
+    """Say how a try ended; one whose job was told SIGTERM has not failed, whatever came of it."""
+    verdict = _judged(records, progress)
+    if "SIGTERM" in records.told and verdict.kind in (FAILED, STOPPED):
+        return replace(verdict, kind=CANCELLED, sentence=f"cancelled by SIGTERM: {verdict.sentence}")
+    return verdict
+
+
+def _judged(records: TryRecords, progress: Progress) -> Verdict:
     at = f"at step {progress.step} of {progress.steps}" if progress.steps else "before its first step"
     if records.unfit:
-        named = "; ".join(f"node {node}: {reason}" for node, reason in records.unfit)
-        return _verdict(FAILED, f"no rank has started, since nodes are not fit ({named})", (), progress)
+        return _verdict(FAILED, f"no rank has started, since nodes are not fit ({_unfit(records)})", (), progress)
     if not records.ranks:
-        return _verdict(FAILED, "no rank has started; what the job has printed says why", (), progress)
+        return _nothing_started(records, progress)
     bad = [life for life in records.ranks if life.status != 0]
     absent = records.expected - len(records.ranks)
     if not bad and not absent:
@@ -135,6 +159,20 @@ def judge(records: TryRecords, progress: Progress) -> Verdict:
     return _verdict(FAILED, f"{why}, {at}", details, progress)
 
 
+def _unfit(records: TryRecords) -> str:
+    named = [f"node {node}: {reason}" for node, reason in records.unfit[:SHOWN_RANKS]]
+    more = len(records.unfit) - SHOWN_RANKS
+    return "; ".join([*named, *([f"and {more} more nodes"] if more > 0 else [])])
+
+
+def _nothing_started(records: TryRecords, progress: Progress) -> Verdict:
+    if "SIGTERM" in records.told:
+        return _verdict(CANCELLED, "cancelled by SIGTERM before a rank had started", (), progress)
+    if "SIGUSR1" in records.told:
+        return _verdict(STOPPED, "its time was nearly over before a rank had started", (), progress)
+    return _verdict(FAILED, "no rank has started; what the job has printed says why", (), progress)
+
+
 def _verdict(kind: str, sentence: str, details: tuple[str, ...], progress: Progress) -> Verdict:
     return Verdict(kind=kind, sentence=sentence, details=details, step=progress.step)
 
@@ -142,7 +180,7 @@ def _verdict(kind: str, sentence: str, details: tuple[str, ...], progress: Progr
 def _good_end(records: TryRecords, progress: Progress, at: str) -> Verdict:
     """All ranks have ended well: at the end of the run, or where they were asked to."""
     told = {name for life in records.ranks for name in life.told}
-    if progress.step >= progress.steps:
+    if progress.steps and progress.step >= progress.steps:
         return _verdict(FINISHED, f"finished {at}", (), progress)
     if "SIGUSR1" in told:
         return _verdict(STOPPED, f"stopped {at} by SIGUSR1, since the job's time was nearly over", (), progress)

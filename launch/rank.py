@@ -7,7 +7,7 @@ passed on. What the command prints is passed on too, and its last lines are kept
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import shutil
 import signal
@@ -17,13 +17,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import click
 
+from hydrazero.launch.node_steps import end_with_parent
 from hydrazero.launch.rank_records import RECORDS, SIGN_EVERY, add_event, events_of
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 
@@ -41,7 +42,6 @@ TAIL = 40
 """Lines."""
 DRAIN = 5.0
 """Seconds that a rank's output is waited for once it has ended; children of it may hold it open for longer."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ class Watched:
         self.early: list[int] = []
         """Signals that came before there was a process."""
         self.ended = threading.Event()
+        self.warned = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run the command to its end; returns its exit status, negative if a signal killed it."""
@@ -92,7 +93,7 @@ class Watched:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 close_fds=False,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started ({error.strerror}).") from error
@@ -111,7 +112,10 @@ class Watched:
         return status
 
     def _clean(self) -> None:
-        events = [row["event"] for row in events_of(self.attempt, self.place.node)]
+        try:
+            events = [row["event"] for row in events_of(self.attempt, self.place.node)]
+        except OSError:  # the job's own cleaning comes after this one
+            return
         if events.count("end") == events.count("start"):
             for folder in self.removed:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +130,7 @@ class Watched:
                 self._pass_on(signal.SIGUSR1, None)
             if self.place.local == 0 and now >= until_sign:
                 until_sign = now + SIGN_EVERY
-                os.utime(self.attempt / f"{self.place.node}{RECORDS}")
+                self._leave("a sign of life", lambda: os.utime(self.attempt / f"{self.place.node}{RECORDS}"))
 
     def _seconds_left(self) -> float:
         return SIGN_EVERY if self.stop_at is None else max(self.stop_at - time.monotonic(), 0.0)
@@ -154,12 +158,25 @@ class Watched:
         self.ended.set()
 
     def _note(self, event: str, **facts: object) -> None:
-        add_event(self.attempt, self.place.node, event, rank=self.place.rank, **facts)
+        self._leave(
+            f"the note '{event}'",
+            lambda: add_event(self.attempt, self.place.node, event, rank=self.place.rank, **facts),
+        )
+
+    def _leave(self, what: str, leave: Callable[[], None]) -> None:
+        """Leave something for the post-mortem; where that cannot be, a warning once: the rank is worth more."""
+        try:
+            leave()
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                said = f"{what} of rank {self.place.rank} on {self.place.node} cannot be left in {self.attempt}"
+                _warn(f"{said} ({error.strerror}); the rank goes on, and the post-mortem will know less.")
 
 
-def _end_with_parent() -> None:
-    """Let the rank be killed when its watcher is: nobody would know of it any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _warn(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # who started this may be gone
+        click.echo(f"Warning: {sentence}", err=True)
 
 
 @click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})

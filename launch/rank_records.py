@@ -17,7 +17,11 @@ JOB_NAME = "job.json"
 """In the folder of a try: which job it was."""
 VERDICT_NAME = "verdict.json"
 """In the folder of a try: how it ended."""
+TOLD_NAME = "told"
+"""In the folder of a try: the signals that its job was sent, USR1 or TERM."""
 RECORDS = ".jsonl"
+PASSED, UNFIT = "passed", "unfit"
+"""Events of a node before ranks start: it has done a part of what it must, or cannot take part."""
 SIGN_EVERY = 10.0
 """Seconds between the signs of life of a node: its file's time of change."""
 
@@ -62,6 +66,8 @@ class TryRecords:
     """Ranks that there should have been; 0 if none has started."""
     unfit: tuple[tuple[str, str], ...]
     """Nodes that did not pass the check, and why."""
+    told: tuple[str, ...] = ()
+    """Signals that the job itself was sent."""
 
 
 def read_try(folder: Path) -> TryRecords:
@@ -72,23 +78,34 @@ def read_try(folder: Path) -> TryRecords:
     for path in sorted(folder.glob(f"*{RECORDS}")):
         last_sign = path.stat().st_mtime
         for row in _rows(path):
-            if row["event"] == "unfit":
+            if row["event"] == UNFIT:
                 unfit.append((row["node"], row["reason"]))
-                continue
-            if row["event"] == "start":
+            elif row["event"] == "start":
                 expected = max(expected, row["ranks"])
                 lives[row["rank"]] = RankLife(
                     rank=row["rank"], node=row["node"], began=row["time"], last_sign=last_sign
                 )
-            elif (life := lives.get(row["rank"])) is not None:
+            elif (life := lives.get(row.get("rank", -1))) is not None:
                 _note(life, row)
     ranks = tuple(lives[rank] for rank in sorted(lives))
-    return TryRecords(ranks=ranks, expected=expected, unfit=tuple(unfit))
+    return TryRecords(ranks=ranks, expected=expected, unfit=tuple(unfit), told=_told(folder))
+
+
+def _told(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(f"SIG{name}" for name in (folder / TOLD_NAME).read_text(encoding="utf-8").split())
+    except OSError:
+        return ()
 
 
 def events_of(folder: Path, node: str) -> list[dict[str, Any]]:
     """Read what a node has noted so far."""
     return _rows(folder / f"{node}{RECORDS}")
+
+
+def all_events(folder: Path) -> list[dict[str, Any]]:
+    """Read what all nodes have noted so far."""
+    return [row for path in sorted(folder.glob(f"*{RECORDS}")) for row in _rows(path)]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.settings_parser import parse_settings
 
 SCHEDULERS = ("none", "slurm", "pbs")
+DIES = ("cpu", "gpu")
+PRECISIONS = ("float64", "float32", "tf32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class DieSection:
     memory_bandwidth: Measure
     """Bytes/s."""
     flops: dict[str, Measure]
-    """Precision ('float64', 'float32', 'tf32', 'bf16', 'fp16') -> peak of matrix products, FLOP/s."""
+    """Precision (of PRECISIONS) -> peak of matrix products, FLOP/s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,9 @@ class FilesSection:
     opens: Measure
     """Files opened per second, of the whole machine."""
     node_local: str = ""
-    """Folder on each node's own disk, if there is one."""
+    """Folder on each node's own disk, if there is one: shards are copied there."""
+    node_local_write: Measure | None = None
+    """Bytes/s that a node writes to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +105,8 @@ class JobSection:
 
     Texts have places: {nodes}, {dies} (ranks of a node), {gpus} (dies that are GPUs), {ranks}, {cores} (of a node),
     {hours}, {walltime} (H:MM:SS), {name}, {account}, {queue}, {output} (file for what the job prints), {stop_before}
-    (seconds), {node_local}, {python}, {hosts} (options for the hosts of a hostfile). A directive with a place for
-    which there is nothing is left out. `$NAME` and `${NAME}` are the shell's.
+    (seconds), {node_local}, {python}, {bin} (its folder), {hosts} (options for the hosts of a hostfile). A text with a
+    place for which there is nothing is left out. `$NAME` and `${NAME}` are the shell's.
     """
 
     directives: tuple[str, ...] = ()
@@ -116,12 +123,14 @@ class JobSection:
     """Command that starts the ranks; arguments of hydrazero.launch.rank follow."""
     one_device: bool = False
     """Whether the launcher shows each rank its own GPU alone."""
-    stage: str = ""
-    """Command that copies the file {source} to {target} on every node's own disk; nothing is copied if it is empty."""
     node_folders: tuple[str, ...] = ()
     """Folders that every node makes on its own disk before the ranks start, and removes at the end."""
     health: str = ""
     """Command that each node must pass before it takes part, beside the check of its GPUs and its disk."""
+    check_within: float = 600.0
+    """Seconds within which each node must have passed these checks."""
+    copy_within: float = 3600.0
+    """Seconds within which each node must have copied the shards."""
     stop_before: float = 300.0
     """Seconds before its end at which a job asks its ranks to stop with a checkpoint."""
     requeue: str = ""
@@ -175,9 +184,50 @@ def load_site(name: str) -> Site:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} not valid TOML: {error}.") from error
     site = parse_settings(Site, table, where)
-    if site.scheduler not in SCHEDULERS:
-        hint = did_you_mean(site.scheduler, list(SCHEDULERS))
-        raise ConfigError(f"{where} scheduler '{site.scheduler}' is not known{hint}.")
+    _check_words(site, where)
+    _check_numbers(site, where)
+    return site
+
+
+def _check_words(site: Site, where: str) -> None:
+    for key, value, known in (("scheduler", site.scheduler, SCHEDULERS), ("die.kind", site.die.kind, DIES)):
+        if value not in known:
+            raise ConfigError(f"{where} {key} '{value}' is not known{did_you_mean(value, list(known))}.")
+    for precision in site.die.flops:
+        if precision not in PRECISIONS:
+            hint = did_you_mean(precision, list(PRECISIONS))
+            raise ConfigError(f"{where} die.flops.{precision} is not known{hint}.")
+    for n, variable in enumerate(site.variables):
+        if not re.fullmatch(r"[A-Za-z_]\w*", variable.name, re.ASCII):
+            raise ConfigError(f"{where} variables[{n}].name '{variable.name}' is no name of an environment variable.")
+    if not re.fullmatch(r"(\d+(\.\d+)*)?", site.job.oldest):
+        raise ConfigError(f"{where} job.oldest must be a version such as '20.11', not '{site.job.oldest}'.")
     if not site.job.launcher:
         raise ConfigError(f"{where} job.launcher is missing: the command that starts the ranks.")
-    return site
+
+
+def _check_numbers(site: Site, where: str) -> None:
+    """Raise ConfigError for a number that no machine can have; all but latencies and retries must be above 0."""
+    for key, value in _numbers(site):
+        may_be_zero = key.endswith((".latency", ".retries"))
+        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+            raise ConfigError(f"{where} {key} must be {'0 or more' if may_be_zero else 'above 0'}, not {value:g}.")
+
+
+def _numbers(section: object, path: str = "") -> Iterator[tuple[str, float]]:
+    """Walk through all numbers of a section and those within; a measure has the name of its key."""
+    if isinstance(section, bool):
+        return
+    if isinstance(section, int | float):
+        yield path, section
+    elif isinstance(section, Measure):
+        yield path, section.value
+    elif is_dataclass(section):
+        for item in fields(section):
+            yield from _numbers(getattr(section, item.name), f"{path}.{item.name}".lstrip("."))
+    elif isinstance(section, dict):
+        for name, each in section.items():
+            yield from _numbers(each, f"{path}.{name}")
+    elif isinstance(section, tuple):
+        for n, each in enumerate(section):
+            yield from _numbers(each, f"{path}[{n}]")

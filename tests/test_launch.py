@@ -11,19 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from launched import SITES, launch, refused, run_script, script_of, script_path, write_site
 from torture import make_data, write_run
 
 from hydrazero.launch.hosts import read_hostfile
 from hydrazero.launch.job import longest_hours
-from hydrazero.launch.node_check import check_devices, check_disk
+from hydrazero.launch.node_check import check_devices
 from hydrazero.launch.site_file import load_site, site_names
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.cli import main
 from hydrazero.trainer.distributed import device
 from hydrazero.trainer.gpu import BACKENDS, device_kind
-
-SITES = Path(__file__).parents[1] / "launch" / "sites"
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +31,6 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def run_file(data, tmp_path) -> Path:
     return write_run(tmp_path, data, 3)
-
-
-def launch(run_file: Path, *options: object) -> Result:
-    return CliRunner().invoke(main, ["launch", str(run_file), *map(str, options)])
-
-
-def script_of(run_file: Path, *options: object) -> str:
-    result = launch(run_file, *options)
-    assert result.exit_code == 0, result.output
-    path = run_file.parent / "run" / "launch" / "job.sh"
-    assert result.output == f"{path}\n"
-    assert [each for each in (run_file.parent / "run").rglob("*") if each.is_file()] == [path]
-    return path.read_text()
 
 
 def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
@@ -84,10 +68,10 @@ def test_every_site_gets_a_script_that_a_shell_understands(site, run_file):
 def test_shards_go_to_the_disks_of_nodes_that_have_them(run_file):
     options = ("--site", "frontier", "--account", "a")
     text = script_of(run_file, *options)
-    assert "sbcast --force" in text and '--set data.copies="$copies"' in text and "--one-device" in text
-    assert re.search(r"--room [1-9]\d{3,}", text) and 'rm -rf "/tmp/' in text
+    assert "hydrazero.launch.node_copy" in text and '--set data.copies="$copies"' in text and "--one-device" in text
+    assert re.search(r'--copies "\$copies" --room [1-9]\d{3,}', text) and 'rm -rf "/tmp/' in text
     text = script_of(run_file, *options, "--no-stage")
-    assert "sbcast" not in text and "copies" not in text
+    assert "node_copy" not in text and "copies" not in text
 
 
 def test_a_queue_has_its_own_hours(run_file):
@@ -126,20 +110,13 @@ def test_the_run_file_is_held_to_its_shards(run_file):
     assert not (run_file.parent / "run").exists()
 
 
-def refused(result: Result, said: str) -> None:
-    """One sentence, and nothing else."""
-    assert result.exit_code == 1, result.output
-    assert re.search(said, result.output), result.output
-    assert re.fullmatch(r"Error: [^\n]*[.?]\n", result.output), result.output
-
-
 def test_a_run_that_is_there_is_gone_on_with_only_if_asked_to(run_file):
     record = run_file.parent / "run" / "run.json"
     record.parent.mkdir()
     record.write_text('{"ranks": 2}')
     refused(launch(run_file, "--site", "slurm"), "holds a run already; use --resume")
     result = launch(run_file, "--site", "slurm", "--resume")
-    assert result.exit_code == 0 and "HYDRAZERO_RESUME:---resume" in Path(result.output.strip()).read_text()
+    assert result.exit_code == 0 and "\nresume=--resume\n" in Path(result.output.strip()).read_text()
 
 
 def test_a_precision_of_gpus_may_be_asked_for_where_there_is_none(run_file):
@@ -190,30 +167,16 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
     refused(launch(run_file, *options, 2), "through pdsh, which is not installed here")
 
 
-def test_faulty_site_files(run_file, tmp_path):
+def test_a_faulty_site_file_is_refused_before_anything_is_written(run_file, tmp_path):
     text = (SITES / "slurm.toml").read_text()
     for old, new, said in (
         ("--nodes={nodes}", "--nodes={node}", r"job.directives\[1\] has the place {node}, .*'nodes'"),
-        ('scheduler = "slurm"', 'scheduler = "slrum"', r"scheduler 'slrum' is not known \(did you mean 'slurm'\?\)"),
-        ("[job]", "[job]\nretrys = 2", r"job.retrys is not known \(did you mean 'retries'\?\)"),
-        ("launcher = ", "# ", r"job.launcher is missing"),
+        ('kind = "gpu"', 'kind = "cuda"', r"mine.toml: die.kind 'cuda' is not known \(known: cpu, gpu\)"),
     ):
-        assert old in text
         path = tmp_path / "mine.toml"
         path.write_text(text.replace(old, new))
         refused(launch(run_file, "--site", path), said)
         assert not (run_file.parent / "run").exists()
-
-
-def test_what_makes_a_node_unfit(tmp_path):
-    check_disk(tmp_path / "made" / "here", 10)
-    with pytest.raises(ConfigError, match=r"has room for .* GB, and the shards are 1000000000"):
-        check_disk(tmp_path, 10**18)
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
-        check_disk(tmp_path / "file" / "folder", 0)
-    with pytest.raises(ConfigError, match=r"torch sees \d of 99 GPUs"):
-        check_devices(99)
 
 
 def test_intel_gpus_are_devices_too(monkeypatch):
@@ -228,41 +191,56 @@ def test_intel_gpus_are_devices_too(monkeypatch):
         check_devices(13)
 
 
-SITE = """
-[job]
-launcher = 'RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 {python} -u -m hydrazero.launch.rank'
-stage = "cp {source} {target}"
-retries = 0
-"""
+def test_a_job_of_pbs_that_is_started_again_goes_on_or_begins(run_file, tmp_path, monkeypatch):
+    """By PBS, under the same number, or by itself, under another; with and without a run to go on with."""
+    text = (SITES / "aurora.toml").read_text()
+    text = re.sub("launcher = '[^']*'", "launcher = 'echo ranks'", text).replace("module load frameworks", "true")
+    site = tmp_path / "site.toml"
+    site.write_text(text.replace("[job]\n", "[job]\nretries = 0\n").replace('kind = "gpu"', 'kind = "cpu"'))
+    script_of(run_file, "--site", site, "--account", "a")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "mpiexec").write_text('#!/bin/sh\nshift 4\nexec "$@"\n')
+    (programs / "mpiexec").chmod(0o755)
+    (tmp_path / "nodes").write_text(f"{os.uname().nodename}\n")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("PBS_NODEFILE", str(tmp_path / "nodes"))
+    monkeypatch.setenv("USER", "me")
+    record = tmp_path / "run" / "run.json"
+    for number, again, begun, resumes in (
+        ("17.pbs", "", False, False),
+        ("17.pbs", "", False, False),
+        ("17.pbs", "", True, True),
+        ("18.pbs", "", True, False),
+        ("19.pbs", "--resume", False, False),
+        ("20.pbs", "--resume", True, True),
+    ):
+        record.unlink(missing_ok=True)
+        if begun:
+            record.write_text('{"train": {"steps": 3}}')
+        monkeypatch.setenv("PBS_JOBID", number)
+        monkeypatch.setenv("HYDRAZERO_RESUME", again)
+        _, output = run_script(script_path(run_file))
+        (words,) = [line for line in output.splitlines() if line.startswith("ranks ")]
+        assert ("--resume" in words) == resumes, (number, again, begun, output)
 
 
 @pytest.mark.ranks
 def test_a_job_trains_from_copies_of_its_shards_and_says_how_it_ended(run_file, tmp_path):
     """Run as it stands, by the shell; then its node has no room, then its rank refuses, and the post-mortem says so."""
-    text = (SITES / "local.toml").read_text().split("[job]")[0] + SITE
-    text = re.sub(r"^node_local = .*\n", "", text, flags=re.MULTILINE)
-    site = tmp_path / "site.toml"
-    site.write_text(text.replace("[files]\n", f'[files]\nnode_local = "{tmp_path}/disk"\n'))
-    options = ["--site", str(site), "--ranks-per-node", "1", "--submit", "--set", "data.workers=0"]
-    script = tmp_path / "run" / "launch" / "job.sh"
-    result = launch(run_file, *options[:-3], *options[-2:])
+    site = write_site(tmp_path, "retries = 0")
+    result = launch(run_file, "--site", site, "--ranks-per-node", 1, "--set", "data.workers=0")
     assert result.exit_code == 0, result.output
-    done = run_script(script)
-    assert done.returncode == 0 and re.search(r"try 1 \(job \d+\): finished at step 3 of 3\n", done.stdout), done.stdout
+    script = script_path(run_file)
+    status, output = run_script(script)
+    assert status == 0 and re.search(r"try 1 \(job \d+\): finished at step 3 of 3\n", output), output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["copies"].startswith(f"{tmp_path}/disk/hydrazero-")
     assert record["tasks"][0]["shards"].endswith("/molecules") and not list((tmp_path / "disk").iterdir())
     script.write_text(re.sub(r"--room \d+", f"--room {10**18}", script.read_text()))
-    done = run_script(script)
-    assert done.returncode == 1 and re.search(r"try 2 .*no rank has started, since nodes are not fit", done.stdout)
+    status, output = run_script(script)
+    assert status == 1 and re.search(r"try 2 .*no rank has started, since nodes are not fit", output)
     script.write_text(script.read_text().replace(f"--room {10**18}", "--room 1"))
-    done = run_script(script)
-    assert done.returncode == 1, done.stdout
-    assert re.search(r"try 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", done.stdout)
-
-
-def run_script(script: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    status, output = run_script(script)
+    assert status == 1, output
+    assert re.search(r"try 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", output)

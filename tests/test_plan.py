@@ -14,8 +14,8 @@ from rank_processes import run_ranks
 
 from hydrazero.launch.collectives import Links, cost
 from hydrazero.launch.die_memory import die_memory
-from hydrazero.launch.planned_data import TaskData, reading
-from hydrazero.launch.site_file import load_site, site_names
+from hydrazero.launch.planned_data import TaskData, copying_seconds, reading
+from hydrazero.launch.site_file import Measure, load_site, site_names
 from hydrazero.launch.traffic import ALL_GATHER, ALL_REDUCE, Message, Run, padded, step_messages
 from hydrazero.trainer.cli import main
 from hydrazero.trainer.step_cost import ModelSize
@@ -103,10 +103,23 @@ def test_collectives_keep_the_bandwidth_and_trees_the_latency(size, nodes, dies)
 
 
 def test_more_lanes_cut_blocks_and_read_them_more_often():
-    data = [TaskData(name="a", structures=1_000_000, atoms=20.0, source="")]
+    data = [TaskData(name="a", structures=1_000_000, in_all=1_250_000, atoms=20.0, source="")]
     few, many = (reading(data, 1.0, lanes) for lanes in (4, 65_536))
     assert few.structures == many.structures == 1_000_000
     assert few.bytes == pytest.approx(data[0].bytes) and many.bytes > 50 * few.bytes
+
+
+def test_copies_take_as_long_as_the_slowest_of_bandwidth_opens_and_disks():
+    """Every node copies all splits at the same time as all others."""
+    (data,) = [TaskData(name="a", structures=1_000_000, in_all=1_250_000, atoms=20.0, source="")]
+    files = load_site("frontier").files
+    size, count = data.bytes_in_all, data.shards * 1.25
+    assert size == pytest.approx(1.25 * data.bytes)
+    assert files.node_local_write is not None
+    assert copying_seconds([data], 1, files) == pytest.approx(size / files.node_local_write.value)
+    assert copying_seconds([data], 9000, files) == pytest.approx(9000 * count / files.opens.value)
+    slow = replace(files, bandwidth=Measure(value=1e9, source=""), node_local_write=None)
+    assert copying_seconds([data], 9000, slow) == pytest.approx(9000 * size / 1e9)
 
 
 @pytest.mark.ranks

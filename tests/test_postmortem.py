@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from hydrazero.launch.postmortem import CANCELLED, FAILED, FINISHED, REFUSED, STOPPED, Progress, Verdict, goes_on, judge
+from hydrazero.launch.postmortem import (
+    CANCELLED,
+    FAILED,
+    FINISHED,
+    REFUSED,
+    STOPPED,
+    Progress,
+    Verdict,
+    goes_on,
+    judge,
+    wait_for_ends,
+)
 from hydrazero.launch.rank import place_of
 from hydrazero.launch.rank_records import add_event, read_try
 from hydrazero.shards.errors import ConfigError
@@ -150,6 +164,30 @@ def test_the_command(tmp_path):
     assert CliRunner().invoke(main, ["postmortem", str(tmp_path)]).output == result.output
 
 
+def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path, monkeypatch):
+    """Until they have noted their ends; not where their node is silent, and no longer than is asked for."""
+    monkeypatch.setattr("hydrazero.launch.postmortem.LOOK_EVERY", 0.05)
+    attempt = tmp_path / "launch" / "attempt-0001"
+    attempt.mkdir(parents=True)
+    start(attempt, "n1", 0), start(attempt, "n2", 1)
+    for rank, node in enumerate(("n1", "n2")):
+        told(attempt, node, rank, "SIGUSR1")
+    end(attempt, "n1", 0, 0)
+    began = time.monotonic()
+    wait_for_ends(attempt, 0.3)
+    assert 0.3 <= time.monotonic() - began < 5
+    timer = threading.Timer(0.5, end, (attempt, "n2", 1, 0))
+    timer.start()
+    result = CliRunner().invoke(main, ["postmortem", str(tmp_path), "--wait", "60"])
+    assert time.monotonic() - began < 30
+    assert result.output.startswith("try 1: stopped before its first step by SIGUSR1"), result.output
+    start(attempt, "n3", 2, of=3)
+    os.utime(attempt / "n3.jsonl", (1, time.time() - 300))
+    began = time.monotonic()
+    wait_for_ends(attempt, 60)
+    assert time.monotonic() - began < 5
+
+
 def watched(attempt: Path, *command: str, options: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[bytes]:
     place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n7"}
     environment = {**os.environ, **place, **variables}
@@ -196,6 +234,23 @@ def test_the_time_of_a_job_and_its_own_end_reach_the_rank(tmp_path):
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie has none
         assert time.monotonic() < until, "the rank outlives the one that watches it"
         time.sleep(0.05)
+
+
+def test_a_rank_goes_on_where_no_notes_can_be_left(tmp_path):
+    """A folder that is not there, and one that vanishes on the way."""
+    told = "Warning: the note 'start' of rank 3 on n7 cannot be left in .*absent \\(No such [a-z ]*\\); the rank"
+    process = watched(tmp_path / "absent", "sh", "-c", "echo trains", options=("--remove", str(tmp_path / "copies")))
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0 and re.fullmatch(f"{told}[^\n]*\\.\ntrains\n", output), output
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    script = "trap 'echo stops; exit 0' USR1; echo ready; while :; do sleep 0.05; done"
+    process = watched(attempt, "bash", "-c", script)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    shutil.rmtree(attempt)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0 and output.count("Warning: ") == 1 and output.endswith("stops\n"), output
 
 
 def test_the_last_rank_of_a_node_takes_along_what_was_on_its_disk(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,8 @@ def checked_job(
         queue=queue,
         hostfile=hostfile,
         hosts=hosts,
-        stage=stage and bool(site.job.stage and site.files.node_local),
-        command=" ".join(["hydrazero", *sys.argv[1:]]),
+        stage=stage and bool(site.files.node_local),
+        command=shlex.join(["hydrazero", *sys.argv[1:]]),
     )
 
 
@@ -144,14 +145,21 @@ def _hosts(scheduler: str, hostfile: Path | None, nodes: int, ranks: int) -> tup
     type=click.IntRange(0),
     help="Failures without a new checkpoint between them, after which a job should not go on.",
 )
-def postmortem_command(run_dir: Path, retries: int) -> None:
+@click.option(
+    "--wait",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds that ranks which still live are waited for.",
+)
+def postmortem_command(run_dir: Path, retries: int, wait: float) -> None:
     """Say how the tries of a launched run ended: which rank failed first, and why.
 
     Ends with status 0 if the run is complete or was ended on purpose, 75 if the job should go on, 1 if it should not.
     """
     from hydrazero.launch.postmortem import FAILED, GOES_ON, OVER, REFUSED, STOPPED, goes_on, job_of, judge_tries
 
-    tries = judge_tries(run_dir)
+    tries = judge_tries(run_dir, wait)
     for number, (folder, verdict) in enumerate(tries, start=1):
         job = job_of(folder)
         click.echo(f"try {number}{f' ({job})' if job else ''}: {verdict.sentence}")
