@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hydrazero.launch.collectives import check_ways
 from hydrazero.launch.compute import PEAKS, pace_of
 from hydrazero.launch.die_memory import DieMemory, die_memory
 from hydrazero.launch.head_groups import placements
@@ -55,6 +56,7 @@ class Asked:
 def plan(asked: Asked) -> dict[str, Any]:
     """Return the plan as plain types; raises ConfigError for what the site lacks and what does not divide or fit."""
     config = asked.config
+    check_ways(asked.site)
     site = replace(asked.site, nodes=replace(asked.site.nodes, dies=asked.ranks_per_node))
     ds_config, data = deepspeed_config(config), planned_data(config)
     precision, gpu = precision_of(ds_config), site.die.kind == "gpu"
@@ -111,6 +113,7 @@ def plan(asked: Asked) -> dict[str, Any]:
         "files": files(asked, data, per_batch * micro / time.seconds),
         "epoch": epoch(asked, data, asked.ranks * per_batch * micro, time.seconds),
         "tasks": [{**asdict(task), "bytes": task.bytes, "shards": task.shards} for task in data],
+        "collectives": asdict(site.collectives),
         "sources": sources(site),
     }
 
@@ -257,9 +260,7 @@ def sources(site: Site) -> dict[str, dict[str, Any]]:
         "die.memory": site.die.memory,
         "die.memory_bandwidth": site.die.memory_bandwidth,
         **{f"die.flops.{key}": value for key, value in site.die.flops.items()},
-        "node_link.latency": site.node_link.latency,
         "node_link.bandwidth": site.node_link.bandwidth,
-        "network.latency": site.network.latency,
         "network.bandwidth": site.network.bandwidth,
         "files.bandwidth": site.files.bandwidth,
         "files.opens": site.files.opens,

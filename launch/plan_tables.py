@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 SHOWN_PARTS = ("weights", "gradients", "optimizer", "average", "buffers", "activations")
-LEFT = ("precision", "collective", "of", "by", "heads", "", "value", "source")
+LEFT = ("precision", "collective", "of", "by", "heads", "", "value", "way", "source")
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
@@ -21,7 +21,8 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 def tables(plan: dict[str, Any]) -> list[Table]:
     """Return all tables of a plan."""
-    return [summary(plan), memory(plan), traffic(plan), stages(plan), scaling(plan), heads(plan), numbers(plan)]
+    makers = (summary, memory, traffic, stages, scaling, heads, numbers, ways)
+    return [make(plan) for make in makers]
 
 
 def summary(plan: dict[str, Any]) -> Table:
@@ -154,6 +155,18 @@ def numbers(plan: dict[str, Any]) -> Table:
     table = _table(f"{plan['site']['name']}: numbers and where they are from", ["", "value", "source"])
     for name, row in plan["sources"].items():
         table.add_row(name, f"{row['value']:.4g}", row["source"])
+    return table
+
+
+def ways(plan: dict[str, Any]) -> Table:
+    """Return how the site's library does collectives, with the sources."""
+    site, collectives = plan["site"]["name"], plan["collectives"]
+    headings = ["way", "start, us", "a step\nin a node, us", "between\nnodes, us", "of the\nbandwidth", "source"]
+    table = _table(f"{site}: collectives of {collectives['library']}", headings)
+    for way in collectives["ways"]:
+        name = ", ".join(filter(None, (way["algorithm"].replace("_", " "), way["protocol"])))
+        times = [f"{1e6 * way[key]:.3g}" for key in ("start", "node_step", "network_step")]
+        table.add_row(name, *times, f"{way['bandwidth_share']:.0%}", way["source"])
     return table
 
 

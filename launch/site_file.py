@@ -37,12 +37,44 @@ class DieSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSection:
-    """How ranks reach each other: time of a message is latency + bytes / bandwidth (alpha-beta model)."""
+    """Links over which ranks reach each other."""
 
-    latency: Measure
-    """s."""
     bandwidth: Measure
     """Bytes/s of one die in each direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaySection:
+    """A way in which a library does collectives: their time is start + steps + bytes / bandwidth (alpha-beta model)."""
+
+    algorithm: str
+    """'ring', 'tree', 'hierarchical_ring', 'hierarchical_rabenseifner': see launch/collectives.py."""
+    protocol: str = ""
+    """By the library's name, if it has several."""
+    start: float
+    """s before the first step."""
+    node_step: float
+    """s of a step between dies of a node."""
+    network_step: float
+    """s of a step between nodes."""
+    bandwidth_share: float
+    """Of the links' bandwidth that it reaches."""
+    source: str
+
+    @property
+    def name(self) -> str:
+        """Algorithm and protocol."""
+        return ", ".join(filter(None, (self.algorithm.replace("_", " "), self.protocol)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectivesSection:
+    """The library that sums and gathers between ranks."""
+
+    library: str
+    """'RCCL', 'NCCL', 'oneCCL', 'gloo'."""
+    ways: tuple[WaySection, ...]
+    """From which the fastest is taken for each message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +178,7 @@ class Site:
     """Between dies of a node."""
     network: LinkSection
     """Between nodes."""
+    collectives: CollectivesSection
     files: FilesSection
     job: JobSection = field(default_factory=JobSection)
     variables: tuple[VariableSection, ...] = ()

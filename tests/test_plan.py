@@ -12,18 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_processes import run_ranks
 
-from hydrazero.launch.collectives import Links, cost
+from hydrazero.launch.collectives import Links, check_ways, cost, links_of
 from hydrazero.launch.die_memory import die_memory
 from hydrazero.launch.planned_data import TaskData, reading
-from hydrazero.launch.site_file import load_site, site_names
+from hydrazero.launch.site_file import WaySection, load_site, site_names
 from hydrazero.launch.traffic import ALL_GATHER, ALL_REDUCE, Message, Run, padded, step_messages
 from hydrazero.trainer.cli import main
 from hydrazero.trainer.step_cost import ModelSize
 
-EXASCALE = Path(__file__).parents[1] / "launch" / "runs" / "exascale.toml"
-LINKS = Links(
-    nodes=64, dies=8, node_latency=2e-6, node_bandwidth=5e10, network_latency=4e-6, network_bandwidth=1.25e10
-)
+LAUNCH = Path(__file__).parents[1] / "launch"
+EXASCALE, SITES = LAUNCH / "runs" / "exascale.toml", LAUNCH / "sites"
+FRONTIER = load_site("frontier")
+
+
+def way(algorithm: str, start: float = 0.0, node: float = 0.0, network: float = 0.0, share: float = 1.0) -> WaySection:
+    return WaySection(
+        algorithm=algorithm, start=start, node_step=node, network_step=network, bandwidth_share=share, source="here"
+    )
+
+
+def links(nodes: int, dies: int, *ways: WaySection) -> Links:
+    return Links(nodes=nodes, dies=dies, node_bandwidth=5e10, network_bandwidth=1.25e10, ways=ways)
+
+
+def message(kind: str, size: float) -> Message:
+    return Message(kind=kind, of="", bytes=size, count=1)
 
 
 def run_of(stage: int, parameters: int = 1_000_000, micro_batches: int = 1, **precision: dict) -> Run:
@@ -86,20 +99,69 @@ def test_bytes_of_weights_gradients_and_optimizer():
     assert held == [24_000, 18_000, 18_000, 24_000]
 
 
-@given(size=st.floats(1, 1e10), nodes=st.sampled_from([1, 2, 64, 2048]), dies=st.sampled_from([1, 2, 8]))
+@given(size=st.floats(1, 1e10), nodes=st.sampled_from([1, 2, 3, 64, 2048]), dies=st.sampled_from([1, 2, 8]))
 @settings(max_examples=50, deadline=None)
-def test_collectives_keep_the_bandwidth_and_trees_the_latency(size, nodes, dies):
-    links = replace(LINKS, nodes=nodes, dies=dies)
-    summed, gathered = (
-        cost(Message(kind=kind, of="", bytes=size, count=1), links) for kind in (ALL_REDUCE, ALL_GATHER)
-    )
-    assert summed.node_bytes == pytest.approx(2 * gathered.node_bytes)
-    assert dies * summed.network_bytes == pytest.approx(2 * size * (nodes - 1) / nodes)
+def test_collectives_keep_the_bandwidth(size, nodes, dies):
+    joined = replace(links_of(FRONTIER, 8 * nodes), dies=dies)
+    summed, gathered = (cost(message(kind, size), joined) for kind in (ALL_REDUCE, ALL_GATHER))
     assert (summed.seconds > 0) == (nodes * dies > 1)
-    more = cost(Message(kind=ALL_REDUCE, of="", bytes=2 * size, count=1), links)
+    more = cost(message(ALL_REDUCE, 2 * size), joined)
     assert summed.seconds <= more.seconds <= 2 * summed.seconds + 1e-12
+    every = 2 * size * (nodes * dies - 1)  # that have to be sent by all ranks together, at least
+    sent = nodes * dies * (summed.node_bytes + summed.network_bytes)
+    assert every - 1e-6 <= sent * (1 + 1e-9) and sent <= every + 2 * size + 1e-6
+    assert nodes * dies * (gathered.node_bytes + gathered.network_bytes) == pytest.approx(every / 2)
     if nodes == 2048 and size < 1e6:
-        assert summed.algorithm == "tree" and gathered.seconds > 10 * summed.seconds  # a gather is a ring alone
+        assert summed.algorithm == "tree, LL" and gathered.seconds > 10 * summed.seconds  # a gather is a ring alone
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "nodes", "dies", "in_node", "between"),
+    [
+        ("ring", 1, 8, 14, 0),  # 2 (p - 1), all of them here
+        ("ring", 64, 8, 2 * (512 - 64), 2 * 63),
+        ("ring", 64, 1, 0, 126),
+        ("tree", 64, 8, 14, 12),  # twice the chain of a node and the logarithm of 64
+        ("tree", 65, 8, 14, 14),
+        ("tree", 1, 8, 14, 0),
+        ("hierarchical_ring", 64, 8, 14, 126),
+        ("hierarchical_rabenseifner", 64, 8, 14, 12),
+    ],
+)
+def test_steps_of_an_all_reduce_are_counted_as_its_algorithm_takes_them(algorithm, nodes, dies, in_node, between):
+    started, stepped, crossed = (
+        cost(message(ALL_REDUCE, 0.0), links(nodes, dies, way(algorithm, *numbers))).seconds
+        for numbers in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    )
+    assert (started, stepped, crossed) == (1.0, in_node, between)
+    if algorithm in ("ring", "hierarchical_ring"):
+        gathered = cost(message(ALL_GATHER, 0.0), links(nodes, dies, way(algorithm, 0.0, 1.0, 1.0))).seconds
+        assert gathered == (in_node + between) / 2
+
+
+def test_bandwidth_is_that_of_the_slower_link_or_of_one_link_after_the_other():
+    """Of 8 MB on 2 nodes of 4: a ring and a tree pass pieces on at once, hierarchical ones do one level at a time."""
+    seconds = {
+        name: cost(message(ALL_REDUCE, 8e6), links(2, 4, way(name, share=share))).seconds
+        for name, share in (("ring", 1.0), ("tree", 0.5), ("hierarchical_ring", 1.0))
+    }
+    assert seconds["ring"] == pytest.approx(14e6 / 4 / 1.25e10)  # 2 S 7/8, a fourth of it by each die's card
+    assert seconds["tree"] == pytest.approx(2 * 16e6 / 4 / 1.25e10)
+    assert seconds["hierarchical_ring"] == pytest.approx(12e6 / 5e10 + 2e6 / 1.25e10)
+
+
+def test_the_library_s_fastest_way_is_taken():
+    """As RCCL chooses on Frontier: trees for sums over many nodes; LL for little, Simple for much."""
+    for nodes, kind, size, said in (
+        (2048, ALL_REDUCE, 1e3, "tree, LL"),
+        (2048, ALL_REDUCE, 3e7, "tree, Simple"),
+        (2048, ALL_GATHER, 3e7, "ring, LL"),
+        (2, ALL_GATHER, 3e8, "ring, Simple"),
+    ):
+        assert cost(message(kind, size), links_of(FRONTIER, 8 * nodes)).algorithm == said
+    aurora = links_of(load_site("aurora"), 12 * 64)
+    assert cost(message(ALL_REDUCE, 3e7), aurora).algorithm == "hierarchical rabenseifner"
+    assert cost(message(ALL_GATHER, 3e7), aurora).algorithm == "hierarchical ring"
 
 
 def test_more_lanes_cut_blocks_and_read_them_more_often():
@@ -207,5 +269,24 @@ def test_plans_that_cannot_be_are_one_sentence(arguments, said, bench):
 @pytest.mark.parametrize("name", site_names())
 def test_every_number_of_a_site_says_where_it_is_from(name):
     site = load_site(name)
-    for measure in (site.die.memory, *site.die.flops.values(), site.network.latency, site.files.opens):
+    for measure in (site.die.memory, *site.die.flops.values(), site.network.bandwidth, site.files.opens):
         assert measure.value > 0 and measure.source
+    library = {"aurora": "oneCCL", "frontier": "RCCL", "local": "gloo"}.get(name, "NCCL")
+    assert site.collectives.library == library
+    check_ways(site)
+    for each in site.collectives.ways:
+        # A library's numbers are its own, or said to be an estimate.
+        assert each.source.startswith((library, "estimate: ")) and 0 < each.bandwidth_share <= 1
+        assert each.node_step >= 0 and each.network_step > 0
+
+
+def test_ways_that_cannot_be(tmp_path):
+    text = (SITES / "frontier.toml").read_text()
+    path = tmp_path / "mine.toml"
+    for old, new, said in (
+        ('"ring"', '"rign"', "site frontier: collectives.ways: algorithm 'rign' is not known (did you mean 'ring'?)"),
+        ('"ring"', '"tree"', "site frontier: collectives.ways has none that gathers; add a ring."),
+    ):
+        path.write_text(text.replace(old, new))
+        result = planned("--site", str(path))
+        assert result.exit_code == 1 and result.output.startswith(f"Error: {said}")
