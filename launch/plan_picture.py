@@ -35,7 +35,7 @@ def _memory(axes: Any, plan: dict[str, Any]) -> None:
         axes.bar(labels, values, bottom=below, label=part, color=colour, width=0.6)
         below = [low + value for low, value in zip(below, values, strict=True)]
     axes.set_ylabel("GB on a die")
-    axes.set_title(f"memory, {own['precision']}; a die has {plan['memory_of_die'] / 1e9:.3g} GB", fontsize=10)
+    axes.set_title(f"memory, {own['precision']}; a die has {plan['memory_of_die']['bytes'] / 1e9:.3g} GB", fontsize=10)
     axes.set_ylim(0, 1.45 * max(below))
     axes.legend(ncols=2, fontsize=8, loc="upper left")
 

@@ -44,7 +44,8 @@ def summary(plan: dict[str, Any]) -> Table:
             f"{batch['structures_filled']} structures of {batch['atoms_of_structure']:.0f} atoms a rank, "
             f"{batch['accumulation']} a step: {batch['global_batch']:,} structures a step",
         ),
-        ("memory", f"{_bytes(own['total'])} of {_bytes(plan['memory_of_die'])} on a die"),
+        ("memory", _of(own["total"], plan["memory_of_die"]) + " on a die"),
+        ("main memory", _of(plan["memory_of_node"]["total"], plan["memory_of_node"]) + " on a node"),
         (
             "a step",
             f"{_seconds(step['seconds'])}: {_seconds(step['compute'])} compute, {_seconds(step['communication'])} "
@@ -87,9 +88,8 @@ def memory(plan: dict[str, Any]) -> Table:
     """Return what a die holds, a row for each precision and ZeRO stage."""
     table = _table("memory of a die, MB", ["precision", "ZeRO", *SHOWN_PARTS, "total", "stream,\nhost"])
     for row in plan["memory"]:
-        fits = row["total"] <= plan["memory_of_die"]
         parts = [f"{row[part] / 1e6:,.1f}" for part in SHOWN_PARTS]
-        total = f"{row['total'] / 1e6:,.0f}" + ("" if fits else " (too much)")
+        total = f"{row['total'] / 1e6:,.0f}" + ("" if row["fits"] else " (too much)")
         style = "bold" if row["own"] else None
         table.add_row(row["precision"], str(row["stage"]), *parts, total, f"{row['stream'] / 1e6:,.0f}", style=style)
     return table
@@ -168,6 +168,10 @@ def ways(plan: dict[str, Any]) -> Table:
         times = [f"{1e6 * way[key]:.3g}" for key in ("start", "node_step", "network_step")]
         table.add_row(name, *times, f"{way['bandwidth_share']:.0%}", way["source"])
     return table
+
+
+def _of(taken: float, memory: dict[str, float]) -> str:
+    return f"{_bytes(taken)} of {_bytes(memory['bytes'])}, of which {_bytes(memory['room'])} may be taken,"
 
 
 def _share(value: float) -> str:

@@ -45,8 +45,9 @@ def plan_command(
     Shards need not be there: what is not converted yet is taken from presets and from [plan] in the run file.
     """
     from hydrazero.launch.job import check_size
-    from hydrazero.launch.plan import Asked, plan
+    from hydrazero.launch.plan import plan
     from hydrazero.launch.plan_picture import draw
+    from hydrazero.launch.plan_request import Asked
     from hydrazero.launch.plan_tables import tables
     from hydrazero.launch.site_file import load_site
     from hydrazero.trainer.config import load_run_config
