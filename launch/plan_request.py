@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from hydrazero.launch.compute import Bench
 from hydrazero.launch.site_file import Site
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import BatchShape
@@ -26,7 +26,7 @@ class Asked:
     """Structures in a step; 0: what the run file's accumulation gives."""
     hours: float
     """Of a job; 0: the site's most for so many nodes."""
-    bench: Path | None
+    bench: Bench
 
     @property
     def ranks(self) -> int:

@@ -30,6 +30,7 @@ def summary(plan: dict[str, Any]) -> Table:
     site, batch, step, files, epoch = (plan[key] for key in ("site", "batch", "step", "files", "epoch"))
     model, pace, by = plan["model"], plan["pace"], plan["deepspeed"]
     own = next(row for row in plan["memory"] if row["own"])
+    data = "data unknown" if pace["atoms_of_worker"] is None else f"{_seconds(step['data'])} for data beside them"
     table = _table(f"{plan['run']} on {site['name']}", ["", "value"])
     table.show_header = False
     for name, value in (
@@ -49,7 +50,7 @@ def summary(plan: dict[str, Any]) -> Table:
         (
             "a step",
             f"{_seconds(step['seconds'])}: {_seconds(step['compute'])} compute, {_seconds(step['communication'])} "
-            f"communication, {_seconds(step['data'])} for data beside them",
+            f"communication, {data}",
         ),
         ("computes at", f"{pace['share']:.0%} of the roofline ({pace['source']})"),
         (

@@ -27,7 +27,7 @@ class StepTime:
     communication: float
     """Of all collectives, one after the other."""
     data: float
-    """In which the rank's workers make its batches, beside all that."""
+    """In which the rank's workers make its batches, beside all that; 0 where their pace is not known."""
 
     @property
     def seconds(self) -> float:
@@ -64,12 +64,13 @@ class Stepper:
 
     def time(self, ranks: int, micro_batches: int) -> StepTime:
         """Return the time of a step."""
+        by_workers = None if self.pace.atoms_of_worker is None else self.pace.atoms_of_worker * max(self.workers, 1)
         stepped = self.run.size.parameters / (ranks if self.run.stage else 1)
         return StepTime(
             compute=micro_batches * self.pace.seconds(self.cost, self.shape),
             optimizer=OPTIMIZER_PASSES * stepped * self.run.master_bytes / self.pace.bandwidth,
             communication=sum(message.count * one.seconds for message, one in self.sent(ranks, micro_batches)),
-            data=micro_batches * self.shape.atoms / (self.pace.atoms_of_worker * max(self.workers, 1)),
+            data=0.0 if by_workers is None else micro_batches * self.shape.atoms / by_workers,
         )
 
     def weak(self, ranks: Sequence[int], micro_batches: int) -> list[dict[str, float]]:

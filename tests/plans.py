@@ -8,6 +8,7 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 
+from hydrazero.launch.compute import named_bench
 from hydrazero.launch.plan import plan as plan_of
 from hydrazero.launch.plan_request import Asked
 from hydrazero.launch.site_file import load_site
@@ -54,7 +55,7 @@ def plan(folder: Path, site: str = "frontier", nodes: int = 1, ranks: int = 0, *
             ranks_per_node=ranks or machine.nodes.dies,
             global_batch=0,
             hours=0.0,
-            bench=write_bench(folder),
+            bench=named_bench(write_bench(folder)),
         )
     )
 

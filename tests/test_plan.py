@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import plan, planned, write_bench
+from plans import plan, planned, refused, write_bench
 from rank_processes import run_ranks
 
 from hydrazero.launch.collectives import Links, check_ways, cost, links_of
@@ -210,6 +210,45 @@ def test_groups_of_heads_send_as_many_messages_of_weights_as_all_ranks_do(tmp_pa
     heads = plan(tmp_path, "frontier", 2048, 0, "deepspeed.config=zero1")["heads"]
     # Each of the optimizer's two groups is gathered by itself, whose latency is nearly all.
     assert heads["groups"]["communication"] == pytest.approx(heads["everywhere"]["communication"], rel=0.1)
+
+
+def test_rows_of_steps_are_wanted_where_they_are_named_and_done_without_where_they_are_not(tmp_path, monkeypatch):
+    """`make bench-scaling` alone writes a bench without them; so does a fresh checkout."""
+    monkeypatch.chdir(tmp_path)
+    options = ("--site", "frontier", "--out", tmp_path)
+    (tmp_path / "runs").mkdir()
+
+    def computes(*more: object) -> str:
+        result = planned(*options, *more)
+        assert result.exit_code == 0, result.output
+        (line,) = (line for line in result.output.splitlines() if line.startswith(" computes at"))
+        return " ".join(line.split())
+
+    bare = "computes at 100% of the roofline ({}: the bare roofline, which no step reaches)"
+    assert computes() == bare.format("no runs/bench.json")
+    document = json.loads((tmp_path / "plan.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert document["pace"]["atoms_of_worker"] is None and document["step"]["seconds"] > 0
+    scaling = write_bench(tmp_path / "runs", {"zero1_over_ddp": 1.2})
+    assert computes() == bare.format("runs/bench.json has no row compiled_train_cu_atoms")
+    assert f"--bench {scaling} has no row compiled_train_cu_atoms" in refused(*options, "--bench", scaling)
+    write_bench(tmp_path / "runs")
+    assert computes().endswith("of the roofline (runs/bench.json: PaiNN of 128 features, compiled, on 2 cores)")
+    assert computes() == computes("--bench", "runs/bench.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is no list of rows as `make bench` writes them"),
+        ('[{"name": "compiled_train_cu_atoms", "value": NaN}]', "compiled_train_cu_atoms is nan; make it anew"),
+        ('[{"name": "pipeline_metals_per_s", "value": 0}]', "pipeline_metals_per_s is 0; make it anew"),
+    ],
+)
+def test_benches_that_cannot_be_used(text, said, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    assert said in refused("--site", "frontier", "--bench", path)
+    assert "cannot be read (No such file" in refused("--site", "frontier", "--bench", tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("name", site_names())
