@@ -11,16 +11,21 @@ from hydrazero.launch.compute import pace_of
 from hydrazero.launch.head_groups import placements
 from hydrazero.launch.plan_files import epoch, files, sources
 from hydrazero.launch.plan_memory import memory_of_dies, memory_of_node
-from hydrazero.launch.plan_request import Asked, accumulation, check_ranks, structures_of
+from hydrazero.launch.plan_request import Asked, accumulation, check_asked, check_batch, check_deepspeed, structures_of
 from hydrazero.launch.planned_data import TaskData, mean_atoms, planned_data
 from hydrazero.launch.scaling import RANKS, Stepper
 from hydrazero.launch.traffic import Run
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.batch_memory import memory_at_hand
 from hydrazero.trainer.engine_config import deepspeed_config
 from hydrazero.trainer.precision import precision_of
-from hydrazero.trainer.step_cost import StepCost, planned_size, step_cost
+from hydrazero.trainer.step_cost import ModelSize, StepCost, planned_size, step_cost
 
 UNCOMPILED_STAGE = 3
 """Stage of ZeRO whose steps run as they are, whatever train.compile says."""
+
+MEASURED = 16.0
+"""Bytes of a parameter while a small step is counted: weight, gradient, and what is kept of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,11 @@ class Basis:
 def basis_of(asked: Asked) -> Basis:
     """Return what a plan is made of; raises ConfigError for what the site lacks and what does not divide."""
     check_ways(asked.site)
-    check_ranks(asked)
+    check_asked(asked)
     config, site = asked.config, asked.site
     ds_config, data = deepspeed_config(config), planned_data(config)
+    check_deepspeed(ds_config)
+    check_batch(config.batch, data)
     settings, tasks = config.model.settings(), len(config.tasks)
     run = Run(
         size=planned_size(config),
@@ -56,7 +63,8 @@ def basis_of(asked: Asked) -> Basis:
         balance_every=config.balance.every if tasks > 1 else 0,
         average=bool(config.train.average),
     )
-    atoms = mean_atoms(data, config.data.temperature)
+    check_measurable(run.size)
+    atoms = mean_atoms(data, config)
     per_batch = structures_of(config.batch, atoms)
     run = run.with_micro_batches(accumulation(asked, per_batch, run.micro_batches))
     compiled = config.train.compile and run.stage != UNCOMPILED_STAGE
@@ -80,11 +88,21 @@ def basis_of(asked: Asked) -> Basis:
     )
 
 
+def check_measurable(size: ModelSize) -> None:
+    """Raise ConfigError if this host has no room for the small step by which a model's costs are counted."""
+    needed, free = MEASURED * size.parameters, memory_at_hand(1)
+    if needed > free:
+        raise ConfigError(
+            f"the model has {size.parameters:,} parameters, and counting the costs of a small step of it takes "
+            f"{needed / 1e9:.3g} GB here, of which {free / 1e9:.3g} GB are free; take a smaller model or a larger host."
+        )
+
+
 def plan(asked: Asked) -> dict[str, Any]:
     """Return the plan as plain types; raises ConfigError for what the site lacks and what does not divide or fit."""
     basis, config, site = basis_of(asked), asked.config, asked.site
     run, stepper, micro = basis.run, basis.stepper, basis.run.micro_batches
-    memory, of_die = memory_of_dies(run, stepper.cost, asked, basis.atoms)
+    memory, of_die = memory_of_dies(run, stepper.cost, asked, max(task.atoms for task in basis.data))
     of_node = memory_of_node(run, stepper.cost, asked, basis.data)
     time, global_batch = stepper.time(asked.ranks, micro), asked.ranks * basis.per_batch * micro
     return {

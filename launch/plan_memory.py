@@ -79,8 +79,8 @@ def memory_of_dies(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Return a row of what a die holds for each ZeRO stage and precision, and the memory that it has.
 
-    `structure` is the mean number of atoms of one. Raises ConfigError, with the nearest plan that fits, if the run's
-    own row does not.
+    `structure` is the mean number of atoms in structures of the task with the largest. Raises ConfigError, with the
+    nearest plan that fits, if the run's own row does not.
     """
     rows = memory_table(run, per_atom, asked)
     check_die(asked.site, rows, asked.config.batch, run.micro_batches, structure)

@@ -32,7 +32,8 @@ def check_die(
 ) -> None:
     """Raise ConfigError, with the nearest plan that fits, if a die cannot hold the run.
 
-    `memory` has a row for each ZeRO stage and precision, `structure` is the mean number of atoms of one.
+    `memory` has a row for each ZeRO stage and precision, `structure` is the mean number of atoms in structures of the
+    task with the largest.
     """
     (own,) = (row for row in memory if row["own"])
     if own["fits"]:

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import plan, planned, refused, write_bench
+from plans import EXASCALE, plan, planned, refused, write_bench
 
 from hydrazero.launch.collectives import Links, check_ways, cost, links_of
 from hydrazero.launch.die_memory import die_memory
-from hydrazero.launch.planned_data import TaskData, reading
+from hydrazero.launch.planned_data import TaskData, mean_atoms, reading
 from hydrazero.launch.site_file import WaySection, load_site, site_names
 from hydrazero.launch.traffic import ALL_GATHER, ALL_REDUCE, Message, Run, padded, step_messages
+from hydrazero.trainer.config import load_run_config
 from hydrazero.trainer.step_cost import ModelSize
 
 FRONTIER = load_site("frontier")
@@ -159,9 +160,22 @@ def test_the_library_s_fastest_way_is_taken():
     assert cost(message(ALL_GATHER, 3e7), aurora).algorithm == "hierarchical ring"
 
 
+def test_tasks_with_a_share_are_drawn_by_it():
+    data = [
+        TaskData(name="a", structures=1000, atoms=10.0, source=""),
+        TaskData(name="b", structures=1000, atoms=30.0, source=""),
+    ]
+    config = load_run_config(EXASCALE)
+    two = replace(config, tasks=config.tasks[:2])
+    assert mean_atoms(data, two) == pytest.approx(20.0)
+    shared = replace(config, tasks=(replace(config.tasks[0], share=0.25), config.tasks[1]))
+    assert mean_atoms(data, shared) == pytest.approx(0.25 * 10 + 0.75 * 30)
+
+
 def test_more_lanes_cut_blocks_and_read_them_more_often():
     data = [TaskData(name="a", structures=1_000_000, atoms=20.0, source="")]
-    few, many = (reading(data, 1.0, lanes) for lanes in (4, 65_536))
+    config = load_run_config(EXASCALE)
+    few, many = (reading(data, config, lanes) for lanes in (4, 65_536))
     assert few.structures == many.structures == 1_000_000
     assert few.bytes == pytest.approx(data[0].bytes) and many.bytes > 50 * few.bytes
 

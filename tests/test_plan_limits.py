@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from click.testing import CliRunner
 from plans import plan, refused, write_bench, write_site
 
 from hydrazero.launch.die_memory import die_memory
@@ -14,6 +15,7 @@ from hydrazero.launch.site_file import load_site
 from hydrazero.launch.traffic import Run
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graph import BatchShape
+from hydrazero.trainer.cli import main
 from hydrazero.trainer.step_cost import ModelSize
 
 DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
@@ -39,6 +41,26 @@ DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
             ["--site", "frontier", "--ranks-per-node", "9"],
             "--ranks-per-node is 9, but a node of site frontier has 8 dies, one for each rank; ask for no more",
         ),
+        (["--site", "frontier", "--hours", "nan"], "--hours is nan; it must be a number of hours"),
+        (["--site", "frontier", "--set", "batch.atoms=150"], "structures of task 'odac23' have 200 atoms in the mean"),
+        (["--site", "frontier", "--set", "plan.atoms.oc20=-4"], "plan.atoms.oc20 is -4.0; it must be a number above 0"),
+        (["--site", "frontier", "--set", "plan.atoms.oc20=nan"], "plan.atoms.oc20 is nan; it must be a number above 0"),
+        (["--site", "frontier", "--set", "plan.structures.oc20=-4"], "plan.structures.oc20 is -4; it must be a number"),
+        (["--site", "frontier", "--set", "model.features=100000"], "counting the costs of a small step of it takes"),
+        (
+            ["--site", "frontier", "--set", "deepspeed.gradient_accumulation_steps=2.5"],
+            "deepspeed.gradient_accumulation_steps is 2.5; it must be a whole number of at least 1.",
+        ),
+        (
+            ["--site", "frontier", "--set", "deepspeed.zero_optimization.stage=5"],
+            "deepspeed.zero_optimization.stage is 5; it must be 0, 1, 2 or 3.",
+        ),
+        (
+            ["--site", "frontier", "--set", "deepspeed.zero_optimization.reduce_bucket_size=0"],
+            "deepspeed.zero_optimization.reduce_bucket_size is 0; it must be at least 1.",
+        ),
+        (["--site", "frontier", "--global-batch", "7"], "nearest is 200 (1 batch of each rank)."),
+        (["--site", "none.toml"], "site file none.toml does not exist."),
         (["--site", "frontier", "--set", "plan.atoms.oc21=70"], "plan: 'oc21' is no task of the run file"),
     ],
 )
@@ -57,6 +79,11 @@ def test_ways_of_collectives_that_cannot_be(new, said, tmp_path):
     assert refused("--site", write_site(tmp_path, ('"ring"', new))).startswith(f"Error: {said}")
 
 
+def test_a_run_file_that_is_missing():
+    result = CliRunner().invoke(main, ["plan", "none.toml", "--site", "frontier"])
+    assert result.output == "Error: run file none.toml cannot be read (No such file or directory).\n"
+
+
 def test_a_tenth_of_a_die_is_left_free_and_the_batch_that_is_named_fits(tmp_path):
     whole = plan(tmp_path)["memory"][0]["total"]
     tight = write_site(tmp_path, (DIE, f"memory = {{value = {1.05 * whole}"))
@@ -69,7 +96,7 @@ def test_a_tenth_of_a_die_is_left_free_and_the_batch_that_is_named_fits(tmp_path
     assert own["fits"] and 0.99 * room < own["total"] <= room < document["memory_of_die"]["bytes"]
     assert plan(tmp_path, write_site(tmp_path, (DIE, f"memory = {{value = {1.12 * whole}")))
     tiny = write_site(tmp_path, (DIE, "memory = {value = 3e8"))
-    assert "room for a structure of 60 atoms: take a smaller" in refused("--site", tiny)
+    assert "room for a structure of 200 atoms: take a smaller" in refused("--site", tiny)
 
 
 def test_a_zero_stage_that_fits_comes_before_a_smaller_batch():
@@ -116,7 +143,7 @@ def test_states_that_are_offloaded_go_into_the_main_memory_page_locked():
 
 
 def test_where_ranks_compute_on_cores_a_node_holds_all_that_they_take(tmp_path):
-    document = plan(tmp_path, "local", 1, 0, "batch.atoms=160", "batch.slots=7360", "batch.edges=6400")
+    document = plan(tmp_path, "local", 1, 0, "batch.atoms=400", "batch.slots=18400", "batch.edges=16000")
     own = next(row for row in document["memory"] if row["own"])
     assert document["memory_of_node"]["dies"] == pytest.approx(2 * own["total"])
     assert document["memory_of_node"]["stream"] == document["memory_of_node"]["offloaded"] == 0
