@@ -13,7 +13,7 @@ from hydrazero.launch.plan_files import epoch, files, sources
 from hydrazero.launch.plan_memory import memory_of_dies, memory_of_node
 from hydrazero.launch.plan_request import Asked, accumulation, check_asked, check_batch, check_deepspeed, structures_of
 from hydrazero.launch.planned_data import TaskData, mean_atoms, planned_data
-from hydrazero.launch.scaling import RANKS, Stepper
+from hydrazero.launch.scaling import Stepper
 from hydrazero.launch.traffic import Run
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.batch_memory import memory_at_hand
@@ -132,7 +132,7 @@ def plan(asked: Asked) -> dict[str, Any]:
             "seconds_of_arithmetic_and_memory": stepper.pace.parts(stepper.cost, config.batch),
         },
         "stages": stages(stepper, memory, asked, micro),
-        "scaling": {"weak": stepper.weak(RANKS, micro), "strong": stepper.strong(RANKS, RANKS[-1])},
+        "scaling": stepper.scaling(site.nodes.most * asked.ranks_per_node, asked.ranks, micro),
         "heads": {
             name: {**asdict(each), "seconds": each.seconds}
             for name, each in placements(stepper, basis.one_head, asked.ranks, micro).items()

@@ -209,6 +209,13 @@ def test_stages_precisions_and_places_of_ranks(tmp_path):
     assert set(plan(tmp_path, "frontier", 2)["heads"]) == {"everywhere", "groups"}
 
 
+def test_scaling_is_shown_up_to_what_the_site_has_and_at_the_plan_s_own_size(tmp_path):
+    scaling = plan(tmp_path, "perlmutter", 3)["scaling"]  # of 1,536 nodes of four
+    for kind in ("weak", "strong"):
+        assert [row["ranks"] for row in scaling[kind]] == [1, 4, 12, 16, 64, 256, 1024, 4096]
+    assert scaling["batches"] == 4096 and scaling["strong"][-1]["efficiency"] < 1
+
+
 def test_groups_of_heads_send_as_many_messages_of_weights_as_all_ranks_do(tmp_path):
     heads = plan(tmp_path, "frontier", 2048, 0, "deepspeed.config=zero1")["heads"]
     # Each of the optimizer's two groups is gathered by itself, whose latency is nearly all.
