@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.launch.plan_tables import SHOWN_STATES, show_bytes, show_seconds
+from hydrazero.launch.scaling import RANKS
 
 COLOURS = ("#4878a8", "#e08a3c", "#5a9e6f", "#b04a5a", "#8a6bb1")
 SHOWN_SHARE = 0.005
@@ -51,14 +52,16 @@ def _memory(axes: Any, plan: dict[str, Any]) -> None:
 
 def _step(axes: Any, plan: dict[str, Any]) -> None:
     step = plan["step"]
-    parts = [("compute", step["compute"]), ("optimizer", step["optimizer"])]
-    parts += [(f"{row['kind']}\n{row['of']}", row["count"] * row["seconds"]) for row in plan["messages"]]
-    parts = [part for part in parts if part[1] > SHOWN_SHARE * step["seconds"]]
-    names, seconds = zip(*parts, strict=True)
-    places = range(len(names))  # not the names, of which two may be the same
-    bars = axes.barh(places, [1e3 * value for value in seconds], color=[COLOURS["\n" in name] for name in names])
-    axes.bar_label(bars, [show_seconds(value) for value in seconds], padding=3, fontsize=8)
-    axes.set_yticks(places, names, fontsize=8)
+    parts = {"compute": step["compute"], "optimizer": step["optimizer"]}
+    for row in plan["messages"]:
+        name = f"{row['kind']}\n{row['of']}"
+        parts[name] = parts.get(name, 0.0) + row["count"] * row["seconds"]
+    parts = {name: value for name, value in parts.items() if value > SHOWN_SHARE * step["seconds"]}
+    bars = axes.barh(
+        list(parts), [1e3 * value for value in parts.values()], color=[COLOURS["\n" in name] for name in parts]
+    )
+    axes.bar_label(bars, [show_seconds(value) for value in parts.values()], padding=3, fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("ms")
@@ -71,8 +74,9 @@ def _scaling(axes: Any, plan: dict[str, Any]) -> None:
         rows = plan["scaling"][kind]
         ranks, efficiency = [row["ranks"] for row in rows], [100 * row["efficiency"] for row in rows]
         axes.plot(ranks, efficiency, color=colour, marker=marker, label=kind)
-    shown = [row["ranks"] for row in plan["scaling"]["weak"]]
-    axes.axvline(plan["site"]["ranks"], color="#9a9a9a", linestyle="--", label="this plan", zorder=0)
+    own = plan["site"]["ranks"]
+    shown = [row["ranks"] for row in plan["scaling"]["weak"] if row["ranks"] in RANKS]  # its own size may be near one
+    axes.axvline(own, color="#9a9a9a", linestyle="--", label=f"this plan: {own:,}", zorder=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [f"{count:,}" for count in shown], rotation=45, fontsize=8)
     axes.minorticks_off()
