@@ -1,19 +1,30 @@
-"""How long collectives take: an alpha-beta model of rings and trees over the links within nodes and between them.
+"""How long collectives take: an alpha-beta model of the algorithms that a site's library chooses from.
 
-The formulas are those by which NCCL, and RCCL after it, choose an algorithm (NCCL, src/graph/tuning.cc). A ring takes a
-step for each rank, over the network once for each node; a double binary tree (Sanders, Speck, Träff 2009), which only
-an all-reduce can take, as many as the logarithm of the nodes. Both keep the bandwidth: of S bytes over n ranks each
-sends 2 S (n - 1) / n in an all-reduce, half of it in a gather or scatter (Thakur, Rabenseifner, Gropp 2005). All dies
-of a node send at once, each over its share of the network.
+Of S bytes over p ranks, d on each of N nodes, an all-reduce takes, and a gather or scatter half of it in a ring:
+
+    algorithm                  steps in nodes   over the network    bytes of a rank in nodes   over the network
+    ring                       2 (p - N)        2 (N - 1)           2 S (p - 1)(d - 1) / p d   2 S (p - 1) / p d
+    tree                       2 (d - 1)        2 log N             2 S (d - 1) / d            2 S / d
+    hierarchical ring          2 (d - 1)        2 (N - 1)           2 S (d - 1) / d            2 S (N - 1) / N d
+    hierarchical rabenseifner  2 (d - 1)        2 log N             2 S (d - 1) / d            2 S (N - 1) / N d
+
+A ring goes through all ranks, node after node. A tree is a chain in each node and two binary trees over the nodes
+(Sanders, Speck, Träff 2009), in which a node sends S up and S down. Both pass pieces on while others come, so that the
+slower of the links counts, and the steps are those by which NCCL and RCCL choose (src/graph/tuning.cc). A hierarchical
+one scatters within nodes, sums between them, a die with those of its number, and gathers within nodes, one after the
+other; between nodes it takes a ring or halves and doubles (Rabenseifner; Thakur, Rabenseifner, Gropp 2005). All dies of
+a node send at once, each over its share of the network. The factors by which NCCL and RCCL correct the bandwidth of
+messages of middle size are left out.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from hydrazero.launch.site_file import Site
+from hydrazero.launch.site_file import Site, WaySection
 from hydrazero.launch.traffic import ALL_REDUCE, Message
+from hydrazero.shards.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +34,11 @@ class Links:
     nodes: int
     dies: int
     """Ranks of a node."""
-    node_latency: float
-    """s."""
     node_bandwidth: float
     """Bytes/s of a die in each direction."""
-    network_latency: float
     network_bandwidth: float
+    ways: tuple[WaySection, ...]
+    """That the library chooses from."""
 
     @property
     def ranks(self) -> int:
@@ -42,11 +52,89 @@ def links_of(site: Site, ranks: int) -> Links:
     return Links(
         nodes=-(-ranks // dies),
         dies=dies,
-        node_latency=site.node_link.latency.value,
         node_bandwidth=site.node_link.bandwidth.value,
-        network_latency=site.network.latency.value,
         network_bandwidth=site.network.bandwidth.value,
+        ways=site.collectives.ways,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a rank does in a collective."""
+
+    node_steps: int
+    network_steps: int
+    node_bytes: float
+    """Sent over the links of the node."""
+    network_bytes: float
+    """Sent over the network."""
+    in_turn: bool
+    """Whether the node's bytes go before those of the network, not beside them."""
+
+
+def ring(size: float, rounds: int, links: Links) -> Work:
+    """A ring through all ranks, of which d - 1 of d links lie within nodes, or all of them on one node."""
+    p, nodes, d = links.ranks, links.nodes, links.dies
+    sent = rounds * size * (p - 1) / p
+    inside = d - 1 if nodes > 1 else d
+    return Work(
+        node_steps=rounds * (p - nodes),
+        network_steps=rounds * (nodes - 1),
+        node_bytes=sent * inside / d,
+        network_bytes=sent * (d - inside) / d,
+        in_turn=False,
+    )
+
+
+def tree(size: float, rounds: int, links: Links) -> Work:
+    """A chain in each node, a double binary tree over the nodes."""
+    return Work(
+        node_steps=rounds * (links.dies - 1),
+        network_steps=rounds * log2(links.nodes),
+        node_bytes=rounds * size * (links.dies - 1) / links.dies,
+        network_bytes=rounds * size / links.dies if links.nodes > 1 else 0.0,
+        in_turn=False,
+    )
+
+
+def hierarchical_ring(size: float, rounds: int, links: Links) -> Work:
+    """Within nodes, then in a ring between them."""
+    return Work(
+        node_steps=rounds * (links.dies - 1),
+        network_steps=rounds * (links.nodes - 1),
+        node_bytes=rounds * size * (links.dies - 1) / links.dies,
+        network_bytes=rounds * size / links.dies * (links.nodes - 1) / links.nodes,
+        in_turn=True,
+    )
+
+
+def hierarchical_rabenseifner(size: float, rounds: int, links: Links) -> Work:
+    """Within nodes, then by halving and doubling between them."""
+    return replace(hierarchical_ring(size, rounds, links), network_steps=rounds * log2(links.nodes))
+
+
+def log2(count: int) -> int:
+    """Levels of a binary tree of so many nodes: the logarithm, rounded up."""
+    return (count - 1).bit_length()
+
+
+ALGORITHMS: dict[str, Callable[[float, int, Links], Work]] = {
+    "ring": ring,
+    "tree": tree,
+    "hierarchical_ring": hierarchical_ring,
+    "hierarchical_rabenseifner": hierarchical_rabenseifner,
+}
+ONLY_ALL_REDUCE = ("tree", "hierarchical_rabenseifner")
+
+
+def check_ways(site: Site) -> None:
+    """Raise ConfigError if a site names an algorithm that is not known, or none that gathers."""
+    for way in site.collectives.ways:
+        if way.algorithm not in ALGORITHMS:
+            hint = did_you_mean(way.algorithm, list(ALGORITHMS))
+            raise ConfigError(f"site {site.name}: collectives.ways: algorithm '{way.algorithm}' is not known{hint}.")
+    if all(way.algorithm in ONLY_ALL_REDUCE for way in site.collectives.ways):
+        raise ConfigError(f"site {site.name}: collectives.ways has none that gathers; add a ring.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +147,26 @@ class Sent:
     """Sent over the network."""
     seconds: float
     algorithm: str
-    """'ring' or 'tree'."""
+    """With the library's protocol."""
 
 
 def cost(message: Message, links: Links) -> Sent:
-    """Return what one collective costs; only an all-reduce can be a tree."""
-    ways = ("ring", "tree") if message.kind == ALL_REDUCE else ("ring",)
-    found = [_cost(message, links, way) for way in ways]
+    """Return what one collective costs, by the way that takes least; nothing on one rank."""
+    if links.ranks == 1:
+        return Sent(node_bytes=0.0, network_bytes=0.0, seconds=0.0, algorithm="")
+    reduces = message.kind == ALL_REDUCE
+    found = [_cost(message, links, way) for way in links.ways if reduces or way.algorithm not in ONLY_ALL_REDUCE]
     return min(found, key=lambda sent: sent.seconds)
 
 
-def _cost(message: Message, links: Links, way: str) -> Sent:
-    rounds = 2 if message.kind == ALL_REDUCE else 1
-    # Each die takes its part of the message around; between nodes go the parts of the dies side by side.
-    node = rounds * message.bytes * (links.dies - 1) / links.dies
-    network = rounds * message.bytes / links.dies * (links.nodes - 1) / links.nodes
-    if way == "ring":
-        steps = links.ranks - links.nodes, links.nodes if links.nodes > 1 else 0
-    else:
-        steps = links.dies - 1, math.ceil(math.log2(links.nodes))
-    latency = rounds * (steps[0] * links.node_latency + steps[1] * links.network_latency)
-    seconds = latency + node / links.node_bandwidth + network / links.network_bandwidth
-    return Sent(node_bytes=node, network_bytes=network, seconds=seconds, algorithm=way)
+def _cost(message: Message, links: Links, way: WaySection) -> Sent:
+    work = ALGORITHMS[way.algorithm](message.bytes, 2 if message.kind == ALL_REDUCE else 1, links)
+    latency = way.start + work.node_steps * way.node_step + work.network_steps * way.network_step
+    node, network = work.node_bytes / links.node_bandwidth, work.network_bytes / links.network_bandwidth
+    moving = (node + network if work.in_turn else max(node, network)) / way.bandwidth_share
+    return Sent(
+        node_bytes=work.node_bytes,
+        network_bytes=work.network_bytes,
+        seconds=latency + moving,
+        algorithm=way.name,
+    )

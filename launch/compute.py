@@ -29,6 +29,8 @@ BENCH_SLOTS = {"cu": 48, "benzene": 16}
 """Neighbour slots of an atom in its two systems."""
 PIPELINES = {"pipeline_molecules_per_s": 20, "pipeline_metals_per_s": 32}
 """Rows of how fast a process makes batches, and the atoms of a structure in them; the slower is taken."""
+NEEDED = (*(f"{kind}_train_{system}_atoms" for kind in ("compiled", "eager") for system in BENCH_SLOTS), *PIPELINES)
+"""Rows of `make bench` that a plan needs."""
 PEAKS = {"fp64": "float64", "tf32": "tf32", "torch_autocast": "bf16", "bf16": "bf16", "fp16": "fp16"}
 """Precision -> key of a site's `die.flops`; float32 for the one without a name."""
 
@@ -43,8 +45,8 @@ class Pace:
     """Bytes/s of its memory."""
     share: float
     """Of the roofline that steps reach."""
-    atoms_of_worker: float
-    """Atoms/s that a process reads, finds the neighbours of and packs; infinite where that is not known."""
+    atoms_of_worker: float | None
+    """Atoms/s that a process reads, finds the neighbours of and packs; None where that is not known."""
     source: str
     """Where share and atoms are from."""
 
@@ -59,24 +61,52 @@ class Pace:
         return flops / self.peak, moved / self.bandwidth
 
 
-def pace_of(die: DieSection, precision: Precision, bench: Path | None, *, compiled: bool) -> Pace:
-    """Return the pace of a die; raises ConfigError if the site does not know its peak or the bench has no such rows."""
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """How fast steps and the stream were where `make bench` ran."""
+
+    rates: dict[str, float]
+    """Value of each row; none where it has not run."""
+    source: str
+    """The file, or why there are no rates."""
+
+
+def named_bench(path: Path) -> Bench:
+    """Read the rows that a plan needs; raises ConfigError if they are not all there."""
+    rates, missing = _rates(path)
+    if missing:
+        raise ConfigError(f"--bench {path} has no row {missing[0]}; make it with `make bench`.")
+    return Bench(rates=rates, source=str(path))
+
+
+def default_bench(path: Path) -> Bench:
+    """Read the rows if the file is there and has them all (`make bench-scaling` alone writes others)."""
+    if not path.is_file():
+        return Bench(rates={}, source=f"no {path}")
+    rates, missing = _rates(path)
+    if missing:
+        return Bench(rates={}, source=f"{path} has no row {missing[0]}")
+    return Bench(rates=rates, source=str(path))
+
+
+def pace_of(die: DieSection, precision: Precision, bench: Bench, *, compiled: bool) -> Pace:
+    """Return the pace of a die; raises ConfigError if the site does not know its peak."""
     key = PEAKS.get(precision.key, "float32")
     if key not in die.flops:
         known = ", ".join(sorted(die.flops))
         raise ConfigError(f"the site file has no die.flops.{key}, which {precision.label} needs; it has {known}.")
     peak, bandwidth = die.flops[key].value, die.memory_bandwidth.value
-    if bench is None:
-        source = "no bench: the bare roofline, which no step reaches, and data at once"
-        return Pace(peak=peak, bandwidth=bandwidth, share=1.0, atoms_of_worker=math.inf, source=source)
-    kind, rates = "compiled" if compiled else "eager", _rows(bench)
-    try:
-        steps = {system: rates[f"{kind}_train_{system}_atoms"] for system in BENCH_SLOTS}
-        worker = min(rates[name] * atoms for name, atoms in PIPELINES.items())
-    except KeyError as error:
-        raise ConfigError(f"--bench {bench} has no row {error.args[0]}; make it with `make bench`.") from error
-    source = f"{bench}: PaiNN of 128 features, {kind}, on {BENCH_DIES} cores"
-    return Pace(peak=peak, bandwidth=bandwidth, share=_share(steps), atoms_of_worker=worker, source=source)
+    if not bench.rates:
+        source = f"{bench.source}: the bare roofline, which no step reaches"
+        return Pace(peak=peak, bandwidth=bandwidth, share=1.0, atoms_of_worker=None, source=source)
+    kind = "compiled" if compiled else "eager"
+    return Pace(
+        peak=peak,
+        bandwidth=bandwidth,
+        share=_share({system: bench.rates[f"{kind}_train_{system}_atoms"] for system in BENCH_SLOTS}),
+        atoms_of_worker=min(bench.rates[name] * atoms for name, atoms in PIPELINES.items()),
+        source=f"{bench.source}: PaiNN of 128 features, {kind}, on {BENCH_DIES} cores",
+    )
 
 
 def _share(rates: dict[str, float]) -> float:
@@ -88,7 +118,7 @@ def _share(rates: dict[str, float]) -> float:
         peak=BENCH_DIES * die.flops["float32"].value,
         bandwidth=BENCH_DIES * die.memory_bandwidth.value,
         share=1.0,
-        atoms_of_worker=math.inf,
+        atoms_of_worker=None,
         source="",
     )
     return fmean(
@@ -97,12 +127,17 @@ def _share(rates: dict[str, float]) -> float:
     )
 
 
-def _rows(bench: Path) -> dict[str, float]:
-    """Values of the bench by name."""
+def _rates(path: Path) -> tuple[dict[str, float], list[str]]:
+    """Value of each row that a plan needs, and names of those that are missing; raises ConfigError if it is damaged."""
     try:
-        rows: list[dict[str, Any]] = json.loads(bench.read_text(encoding="utf-8"))
-        return {row["name"]: float(row["value"]) for row in rows}
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        values = {row["name"]: float(row["value"]) for row in rows}
     except OSError as error:
-        raise ConfigError(f"--bench {bench} cannot be read ({error.strerror}); make it with `make bench`.") from error
+        raise ConfigError(f"--bench {path} cannot be read ({error.strerror}); make it with `make bench`.") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--bench {bench} is no list of rows as `make bench` writes them.") from error
+        raise ConfigError(f"--bench {path} is no list of rows as `make bench` writes them.") from error
+    rates = {name: values[name] for name in NEEDED if name in values}
+    for name, value in rates.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"--bench {path}: {name} is {value:g}; make it anew with `make bench`.")
+    return rates, [name for name in NEEDED if name not in values]

@@ -1,6 +1,6 @@
 """What a die holds in a training step, part by part, under each ZeRO stage and precision.
 
-What DeepSpeed keeps was read off its buffers and is held to the measured peak of real ranks (`tests/test_plan.py`).
+What DeepSpeed keeps was read off its buffers, and is held to the peak of real ranks (`tests/test_plan_ranks.py`).
 """
 
 from __future__ import annotations

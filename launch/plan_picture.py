@@ -1,56 +1,72 @@
-"""The picture of a plan: memory by part and ZeRO stage, where a step's time goes, and scaling."""
+"""The picture of a plan: states by part and ZeRO stage, where a step's time goes, and scaling."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from hydrazero.launch.plan_tables import SHOWN_PARTS
+from hydrazero.launch.plan_tables import SHOWN_STATES, show_bytes, show_seconds
+from hydrazero.launch.scaling import RANKS
 
-COLOURS = ("#4878a8", "#e08a3c", "#5a9e6f", "#b04a5a", "#8a6bb1", "#9a9a9a")
+COLOURS = ("#4878a8", "#e08a3c", "#5a9e6f", "#b04a5a", "#8a6bb1")
+SHOWN_SHARE = 0.005
+"""Of a step, at least, that a bar is drawn for."""
 
 
 def draw(plan: dict[str, Any], out: Path) -> None:
     """Write a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    stages, times, curves = figure.subplots(1, 3, width_ratios=[1.3, 1, 1.3])
+    figure = Figure(figsize=(14, 4.4), layout="constrained")
+    stages, times, curves = figure.subplots(1, 3, width_ratios=[1.2, 1.1, 1.3])
     _memory(stages, plan)
     _step(times, plan)
     _scaling(curves, plan)
-    site = plan["site"]
-    figure.suptitle(f"{plan['run']} on {site['name']}: {site['nodes']:,} nodes, {site['ranks']:,} ranks")
+    site, by = plan["site"], plan["deepspeed"]
+    figure.suptitle(
+        f"{plan['run']} on {site['name']}: {site['nodes']:,} nodes, {site['ranks']:,} ranks, ZeRO {by['stage']}, "
+        f"{by['precision']}"
+    )
     figure.savefig(out, dpi=120)
 
 
 def _memory(axes: Any, plan: dict[str, Any]) -> None:
-    """Of the run's own precision: what grows with the model, part by part."""
+    """What the model takes whatever the batch, part by part, in the run's precision; activations would hide it."""
     own = next(row for row in plan["memory"] if row["own"])
     rows = [row for row in plan["memory"] if row["precision"] == own["precision"]]
-    labels = [f"ZeRO {row['stage']}" for row in rows]
+    labels = [f"ZeRO {row['stage']}" + ("" if row["fits"] else "\n(too much)") for row in rows]
     below = [0.0] * len(rows)
-    for part, colour in zip(SHOWN_PARTS, COLOURS, strict=True):
-        values = [row[part] / 1e9 for row in rows]
+    for part, colour in zip(SHOWN_STATES, COLOURS, strict=True):
+        values = [row[part] / 1e6 for row in rows]
         axes.bar(labels, values, bottom=below, label=part, color=colour, width=0.6)
         below = [low + value for low, value in zip(below, values, strict=True)]
-    axes.set_ylabel("GB on a die")
-    axes.set_title(f"memory, {own['precision']}; a die has {plan['memory_of_die'] / 1e9:.3g} GB", fontsize=10)
-    axes.set_ylim(0, 1.45 * max(below))
-    axes.legend(ncols=2, fontsize=8, loc="upper left")
+    axes.set_ylabel("MB on a die")
+    axes.set_ylim(0, 1.35 * max(below))
+    axes.legend(ncols=3, fontsize=8, loc="upper center")
+    room, whole = (show_bytes(plan["memory_of_die"][key]) for key in ("room", "bytes"))
+    activations = show_bytes(own["activations"])
+    axes.set_title(
+        f"states; activations take {activations} beside them,\n{room} of a die's {whole} may be taken", fontsize=10
+    )
 
 
 def _step(axes: Any, plan: dict[str, Any]) -> None:
-    parts = [("compute", plan["step"]["compute"]), ("optimizer", plan["step"]["optimizer"])]
-    parts += [(f"{row['kind']}\n{row['of']}", row["count"] * row["seconds"]) for row in plan["messages"]]
-    parts = [part for part in parts if part[1] > 0.005 * plan["step"]["seconds"]]
-    names, seconds = zip(*parts, strict=True)
-    colours = [COLOURS["\n" in name] for name in names]
-    axes.barh(names, [1e3 * value for value in seconds], color=colours)
-    axes.invert_yaxis()
+    step = plan["step"]
+    parts = {"compute": step["compute"], "optimizer": step["optimizer"]}
+    for row in plan["messages"]:
+        name = f"{row['kind']}\n{row['of']}"
+        parts[name] = parts.get(name, 0.0) + row["count"] * row["seconds"]
+    parts = {name: value for name, value in parts.items() if value > SHOWN_SHARE * step["seconds"]}
+    bars = axes.barh(
+        list(parts), [1e3 * value for value in parts.values()], color=[COLOURS["\n" in name] for name in parts]
+    )
+    axes.bar_label(bars, [show_seconds(value) for value in parts.values()], padding=3, fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
     axes.set_xlabel("ms")
-    axes.set_title(f"a step: {1e3 * plan['step']['seconds']:,.4g} ms", fontsize=10)
+    waits = "; batches take longer" if step["data"] >= step["seconds"] else ""
+    axes.set_title(f"a step: {show_seconds(step['seconds'])}{waits}", fontsize=10)
 
 
 def _scaling(axes: Any, plan: dict[str, Any]) -> None:
@@ -58,10 +74,15 @@ def _scaling(axes: Any, plan: dict[str, Any]) -> None:
         rows = plan["scaling"][kind]
         ranks, efficiency = [row["ranks"] for row in rows], [100 * row["efficiency"] for row in rows]
         axes.plot(ranks, efficiency, color=colour, marker=marker, label=kind)
+    own = plan["site"]["ranks"]
+    shown = [row["ranks"] for row in plan["scaling"]["weak"] if row["ranks"] in RANKS]  # its own size may be near one
+    axes.axvline(own, color="#9a9a9a", linestyle="--", label=f"this plan: {own:,}", zorder=0)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(shown, [f"{count:,}" for count in shown], rotation=45, fontsize=8)
+    axes.minorticks_off()
     axes.set_ylim(0, 105)
     axes.set_xlabel("ranks")
     axes.set_ylabel("efficiency, %")
-    axes.set_title("scaling", fontsize=10)
+    axes.set_title(f"scaling; strong: {plan['scaling']['batches']:,} batches a step", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")

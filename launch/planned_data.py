@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,10 @@ def planned_data(config: RunConfig) -> list[TaskData]:
     unknown = sorted({*config.plan.structures, *config.plan.atoms} - {task.name for task in config.tasks})
     if unknown:
         raise ConfigError(f"plan: '{unknown[0]}' is no task of the run file.")
+    for key, values in (("structures", config.plan.structures), ("atoms", config.plan.atoms)):
+        for task, value in values.items():
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"plan.{key}.{task} is {value}; it must be a number above 0.")
     return [_data_of(task, config) for task in config.tasks]
 
 
@@ -75,7 +80,9 @@ def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
     if not is_remote(task.shards) and (Path(task.shards) / "manifest.json").is_file():
         manifest = read_manifest(task.shards)
         count = manifest.structures("train")
-        atoms = manifest.atoms("train") / max(count, 1)
+        if not count:
+            raise ConfigError(f"task '{task.name}': {task.shards} holds no training structures; leave the task out.")
+        atoms = manifest.atoms("train") / count
         in_all = sum(manifest.structures(split) for split in manifest.splits)
         return TaskData(name=task.name, structures=count, in_all=in_all, atoms=atoms, source="its manifest")
     preset = load_preset(task.name) if task.name in preset_names() else None
@@ -109,9 +116,9 @@ class Reading:
     """Of all manifests."""
 
 
-def reading(data: Sequence[TaskData], temperature: float, lanes: int) -> Reading:
+def reading(data: Sequence[TaskData], config: RunConfig, lanes: int) -> Reading:
     """Return what `lanes` workers of all ranks read in an epoch."""
-    repeats = mixture_repeats([task.structures for task in data], temperature)
+    repeats = mixture_repeats([task.structures for task in data], config.data.temperature, config.shares)
     bytes_read = blocks = structures = 0.0
     for task, passes in zip(data, repeats, strict=True):
         sizes = np.full(task.blocks, BLOCK_STRUCTURES, dtype=np.int64)
@@ -139,8 +146,8 @@ def copying_seconds(data: Sequence[TaskData], nodes: int, files: FilesSection) -
     return max(nodes * size / files.bandwidth.value, nodes * count / files.opens.value, writing)
 
 
-def mean_atoms(data: Sequence[TaskData], temperature: float) -> float:
+def mean_atoms(data: Sequence[TaskData], config: RunConfig) -> float:
     """Atoms of a structure as the stream delivers them."""
-    repeats = mixture_repeats([task.structures for task in data], temperature)
+    repeats = mixture_repeats([task.structures for task in data], config.data.temperature, config.shares)
     drawn = [passes * task.structures for task, passes in zip(data, repeats, strict=True)]
     return sum(n * task.atoms for n, task in zip(drawn, data, strict=True)) / sum(drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hydrazero.launch.collectives import Sent, cost, links_of
 from hydrazero.launch.compute import Pace
@@ -13,7 +14,7 @@ from hydrazero.shards.graph import BatchShape
 from hydrazero.trainer.step_cost import StepCost
 
 RANKS = tuple(4**power for power in range(8))
-"""1 to 16,384, as scaling is shown."""
+"""1 to 16,384, as scaling is shown where a site has so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class StepTime:
     communication: float
     """Of all collectives, one after the other."""
     data: float
-    """In which the rank's workers make its batches, beside all that."""
+    """In which the rank's workers make its batches, beside all that; 0 where their pace is not known."""
 
     @property
     def seconds(self) -> float:
@@ -64,13 +65,23 @@ class Stepper:
 
     def time(self, ranks: int, micro_batches: int) -> StepTime:
         """Return the time of a step."""
+        by_workers = None if self.pace.atoms_of_worker is None else self.pace.atoms_of_worker * max(self.workers, 1)
         stepped = self.run.size.parameters / (ranks if self.run.stage else 1)
         return StepTime(
             compute=micro_batches * self.pace.seconds(self.cost, self.shape),
             optimizer=OPTIMIZER_PASSES * stepped * self.run.master_bytes / self.pace.bandwidth,
             communication=sum(message.count * one.seconds for message, one in self.sent(ranks, micro_batches)),
-            data=micro_batches * self.shape.atoms / (self.pace.atoms_of_worker * max(self.workers, 1)),
+            data=0.0 if by_workers is None else micro_batches * self.shape.atoms / by_workers,
         )
+
+    def scaling(self, most: int, own: int, micro_batches: int) -> dict[str, Any]:
+        """Return steps on more and more ranks, up to the `most` that the site gives to a job, with the plan's `own`."""
+        ranks = sorted({own, *(count for count in RANKS if count <= most)})
+        return {
+            "batches": ranks[-1],
+            "weak": self.weak(ranks, micro_batches),
+            "strong": self.strong(ranks, ranks[-1]),
+        }
 
     def weak(self, ranks: Sequence[int], micro_batches: int) -> list[dict[str, float]]:
         """Each rank keeps its batches: seconds of a step, and efficiency over the first."""
@@ -81,13 +92,8 @@ class Stepper:
         ]
 
     def strong(self, ranks: Sequence[int], batches: int) -> list[dict[str, float]]:
-        """The step keeps its `batches`, shared by fewer or more ranks; those that get none are left out."""
-        rows = []
-        for count in ranks:
-            if count > batches:
-                break
-            seconds = self.time(count, -(-batches // count)).seconds
-            rows.append({"ranks": count, "seconds": seconds})
+        """The step keeps its `batches`, shared by fewer or more ranks, each of which has one at least."""
+        rows = [{"ranks": count, "seconds": self.time(count, -(-batches // count)).seconds} for count in ranks]
         return [
             {**row, "efficiency": rows[0]["seconds"] * rows[0]["ranks"] / (row["seconds"] * row["ranks"])}
             for row in rows

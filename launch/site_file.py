@@ -42,12 +42,44 @@ class DieSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSection:
-    """How ranks reach each other: time of a message is latency + bytes / bandwidth (alpha-beta model)."""
+    """Links over which ranks reach each other."""
 
-    latency: Measure
-    """s."""
     bandwidth: Measure
     """Bytes/s of one die in each direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaySection:
+    """A way in which a library does collectives: their time is start + steps + bytes / bandwidth (alpha-beta model)."""
+
+    algorithm: str
+    """'ring', 'tree', 'hierarchical_ring', 'hierarchical_rabenseifner': see launch/collectives.py."""
+    protocol: str = ""
+    """By the library's name, if it has several."""
+    start: float
+    """s before the first step."""
+    node_step: float
+    """s of a step between dies of a node."""
+    network_step: float
+    """s of a step between nodes."""
+    bandwidth_share: float
+    """Of the links' bandwidth that it reaches."""
+    source: str
+
+    @property
+    def name(self) -> str:
+        """Algorithm and protocol."""
+        return ", ".join(filter(None, (self.algorithm.replace("_", " "), self.protocol)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectivesSection:
+    """The library that sums and gathers between ranks."""
+
+    library: str
+    """'RCCL', 'NCCL', 'oneCCL', 'gloo'."""
+    ways: tuple[WaySection, ...]
+    """From which the fastest is taken for each message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +187,7 @@ class Site:
     """Between dies of a node."""
     network: LinkSection
     """Between nodes."""
+    collectives: CollectivesSection
     files: FilesSection
     job: JobSection = field(default_factory=JobSection)
     variables: tuple[VariableSection, ...] = ()
@@ -207,9 +240,9 @@ def _check_words(site: Site, where: str) -> None:
 
 
 def _check_numbers(site: Site, where: str) -> None:
-    """Raise ConfigError for a number that no machine can have; all but latencies and retries must be above 0."""
+    """Raise ConfigError for a number that no machine can have; all but times of collectives and retries must be above 0."""
     for key, value in _numbers(site):
-        may_be_zero = key.endswith((".latency", ".retries"))
+        may_be_zero = key.endswith((".start", ".node_step", ".network_step", ".retries"))
         if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
             raise ConfigError(f"{where} {key} must be {'0 or more' if may_be_zero else 'above 0'}, not {value:g}.")
 

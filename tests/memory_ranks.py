@@ -1,4 +1,4 @@
-"""Run by test_plan.py on every rank: peak memory and collectives of real steps, beside what the plan says."""
+"""Run by test_plan_ranks.py on every rank: peak memory and collectives of real steps, beside what the plan says."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ def main() -> None:
     settings = ModelSettings(encoder=encoder, head_features=int(head_features))
     counter = Collectives()  # before DeepSpeed takes torch.distributed's functions
     distributed.start_ranks()
+    gc.freeze()  # what was imported is not looked through again
     found = {}
     for name in names:
         measured(name, SMALL, counter, warm_up=True)  # what is loaded once only

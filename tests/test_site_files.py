@@ -28,7 +28,7 @@ FAULTS = [
     ("memory = {value = 4e10", "memory = {value = 0", r"die.memory must be above 0, not 0"),
     ("memory_bandwidth = {value = 1.555e12", "memory_bandwidth = {value = nan", r"die.memory_bandwidth must be abo"),
     ("bf16 = {value = 3.12e14", "bf16 = {value = -1", r"die.flops.bf16 must be above 0, not -1"),
-    ("latency = {value = 1.9e-6", "latency = {value = -1.9e-6", r"node_link.latency must be 0 or more, not -"),
+    ("node_step = 2.0e-6", "node_step = -2.0e-6", r"collectives.ways\[0\].node_step must be 0 or more, not -"),
     ("bandwidth = {value = 6.25e09", "bandwidth = {value = 0.0", r"network.bandwidth must be above 0, not 0"),
     ("opens = {value = 2.0e4", "opens = {value = 0", r"files.opens must be above 0, not 0"),
     ('name = "OMP_NUM_THREADS"', 'name = "OMP THREADS"', r"variables\[0\].name 'OMP THREADS' is no name of an env"),
@@ -45,12 +45,12 @@ def test_faulty_site_files(old, new, said, tmp_path):
         load_site(str(path))
 
 
-def test_links_without_latency_and_jobs_that_are_not_tried_again_may_be(tmp_path):
+def test_steps_that_take_no_time_and_jobs_that_are_not_tried_again_may_be(tmp_path):
     text = (SITES / "slurm.toml").read_text()
     path = tmp_path / "mine.toml"
-    path.write_text(text.replace("{value = 1.9e-6", "{value = 0").replace("[job]", "[job]\nretries = 0", 1))
+    path.write_text(text.replace("node_step = 2.0e-6", "node_step = 0.0").replace("[job]", "[job]\nretries = 0", 1))
     site = load_site(str(path))
-    assert site.node_link.latency.value == 0 and site.job.retries == 0
+    assert site.collectives.ways[0].node_step == 0 and site.job.retries == 0
 
 
 @pytest.mark.parametrize("name", site_names())

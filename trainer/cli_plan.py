@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -23,7 +24,7 @@ BENCH = Path("runs/bench.json")
 )
 @click.option("--hours", default=0.0, type=click.FloatRange(0), help="Time of a job.  [default: the site's most]")
 @click.option(
-    "--bench", type=FOLDER, help=f"Rows of `make bench` that say how fast steps are.  [default: {BENCH} if it is there]"
+    "--bench", type=FOLDER, help=f"Rows of `make bench` that say how fast steps are.  [default: {BENCH} if it has them]"
 )
 @click.option("--out", type=FOLDER, help="Folder for plan.json and plan.png.  [default: the run's]")
 @click.option(
@@ -44,14 +45,16 @@ def plan_command(
 
     Shards need not be there: what is not converted yet is taken from presets and from [plan] in the run file.
     """
+    from hydrazero.launch.compute import default_bench, named_bench
     from hydrazero.launch.job import check_size
-    from hydrazero.launch.plan import Asked, plan
+    from hydrazero.launch.plan import plan
     from hydrazero.launch.plan_picture import draw
+    from hydrazero.launch.plan_request import Asked
     from hydrazero.launch.plan_tables import tables
     from hydrazero.launch.site_file import load_site
     from hydrazero.trainer.config import load_run_config
     from hydrazero.trainer.progress_line import wide_console
-    from hydrazero.trainer.run_files import write_json, writing
+    from hydrazero.trainer.run_files import write_text, writing
 
     site = load_site(site_name)
     check_size(site, nodes, hours, "")
@@ -62,7 +65,7 @@ def plan_command(
         ranks_per_node=site.nodes.dies if ranks_per_node is None else ranks_per_node,
         global_batch=global_batch,
         hours=hours,
-        bench=BENCH if bench is None and BENCH.is_file() else bench,
+        bench=default_bench(BENCH) if bench is None else named_bench(bench),
     )
     document = plan(asked)
     console = wide_console(stderr=False)
@@ -72,7 +75,7 @@ def plan_command(
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "plan.json", document)
+        write_text(folder / "plan.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
         draw(document, folder / "plan.png")
 
     writing(folder, write)

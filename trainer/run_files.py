@@ -34,8 +34,13 @@ def writing(run_dir: Path, write: Callable[[], None]) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file in one piece."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one piece."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,6 +82,7 @@ class StepCost:
     bytes_per_slot: float
 
 
+@cache
 def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
     """Count on small batches; with `tasks` heads side by side, each atom goes through all of them, as on a GPU."""
     model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(tasks)).train()
