@@ -240,7 +240,7 @@ def _check_words(site: Site, where: str) -> None:
 
 
 def _check_numbers(site: Site, where: str) -> None:
-    """Raise ConfigError for a number that no machine can have; all but times of collectives and retries must be above 0."""
+    """Raise ConfigError for a number that no machine can have; all but steps of collectives and retries are above 0."""
     for key, value in _numbers(site):
         may_be_zero = key.endswith((".start", ".node_step", ".network_step", ".retries"))
         if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
