@@ -117,8 +117,9 @@ tell() {{
     told="$told $1"
     if [ -d "$attempt" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
     if [ -n "$part" ]; then kill "$part" 2> /dev/null; fi
-    if [ -n "$ranks" ]; then kill -s "$1" {_target(job)} 2> /dev/null; fi
+    if [ -n "$ranks" ]; then tell_ranks "$1"; fi
 }}
+tell_ranks() {{ kill -s {SCHEDULERS[job.site.scheduler].tells} {_target(job)} 2> /dev/null; }}
 trap 'tell USR1' USR1
 trap 'tell TERM' TERM INT
 # Runs a command for so many seconds at most. It is in the background, since a shell puts signals off until the end of
@@ -245,7 +246,7 @@ if [ -n "$fit" ] && [ -z "$told" ]; then{carry}{group}
         "$python" -u -m hydrazero.trainer.train {" ".join(words)} &
     ranks=$!{alone}
     # What came before there was someone to tell.
-    for each in $told; do kill -s "$each" {_target(job)} 2> /dev/null; done
+    for each in $told; do tell_ranks "$each"; done
     # A signal ends a wait before the ranks have ended.
     while kill -0 {_target(job)} 2> /dev/null; do {pause}wait "$ranks" 2> /dev/null; done
 fi"""
@@ -254,7 +255,9 @@ fi"""
 def _judge(job: Job, texts: SiteTexts) -> str:
     section = job.site.job
     folders = _node_folders(job, texts)
-    clean = f"\non_each_node {CLEAN_WITHIN:g} rm -rf {' '.join(folders)}" if folders else ""
+    clean = f"""
+# Quietly: where a scheduler starts nothing more for a job that was cancelled, what ran on the nodes has cleaned up.
+on_each_node {CLEAN_WITHIN:g} rm -rf {" ".join(folders)} 2> /dev/null"""
     again = ""
     if section.requeue:
         requeue = texts.command("requeue")
@@ -269,5 +272,5 @@ fi"""
 wait={WAIT_FOR_RANKS}
 if [[ $told == *TERM* ]]; then wait={WAIT_IF_CANCELLED}; fi
 "$bin/hydrazero" postmortem "$run" --retries {section.retries} --wait "$wait"
-verdict=$?{clean}{again}
+verdict=$?{clean if folders else ""}{again}
 exit "$verdict\""""

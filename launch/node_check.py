@@ -102,7 +102,8 @@ def main(
         steps.append(Step(what="the check of its GPUs", do=partial(check_devices, devices)))
     if health:
         steps.append(Step(what=f"'{shlex.join(health)}'", do=partial(check_health, health)))
-    end_with_steps(attempt, "check", within, steps)
+    made = [*folders, *([] if copies is None else [copies])]
+    end_with_steps(attempt, "check", within, steps, made)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def _copy(pair: tuple[Path, Path]) -> None:
 def main(attempt: Path, within: float, to: Path, tasks: tuple[tuple[str, Path], ...]) -> None:
     """Copy shards here; ends with status 1 and a sentence if that cannot be."""
     copy = Step(what=f"copying shards to {to}", do=partial(copy_tasks, dict(tasks), to, node_name()))
-    end_with_steps(attempt, "copy", within, [copy])
+    end_with_steps(attempt, "copy", within, [copy], made=[to])
 
 
 if __name__ == "__main__":

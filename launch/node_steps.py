@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,12 +14,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import click
 
-from hydrazero.launch.rank_records import PASSED, UNFIT, add_event
+from hydrazero.launch.rank_records import BY_SHELL, PASSED, UNFIT, add_event
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 
+PASSES = 3
+"""Times that folders are removed at a SIGTERM: a step may still write there, until it finds no folder any more."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -43,11 +47,19 @@ def node_address() -> str:
     return words[2] if len(words) == 4 else ""
 
 
-def end_with_steps(attempt: Path, part: str, within: float, steps: Sequence[Step]) -> None:
+def end_with_steps(attempt: Path, part: str, within: float, steps: Sequence[Step], made: Sequence[Path] = ()) -> None:
     """Take the steps, leave a note in `attempt` and end the process; with status 1 and a sentence if the node is unfit.
 
-    `part` names the steps together; `within` is in seconds.
+    `part` names the steps together; `within` is in seconds; folders that are `made` go again at a SIGTERM.
     """
+
+    def clean(number: int, frame: FrameType | None) -> None:
+        for _ in range(PASSES):
+            for folder in made:
+                shutil.rmtree(folder, ignore_errors=True)
+        os._exit(BY_SHELL + number)
+
+    signal.signal(signal.SIGTERM, clean)
     try:
         _take(steps, within)
         _note(attempt, PASSED, part=part)

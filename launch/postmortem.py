@@ -13,6 +13,7 @@ from typing import Any
 
 from hydrazero.launch.rank_records import (
     ATTEMPTS,
+    BY_SHELL,
     JOB_NAME,
     LAUNCH,
     SIGN_EVERY,
@@ -37,8 +38,6 @@ SILENT = 3 * SIGN_EVERY
 """Seconds without a sign of life by which a node was lost before the others."""
 LOOK_EVERY = 1.0
 """Seconds between two looks at what ranks have noted."""
-BY_SHELL = 128
-"""A shell's exit status for a command that a signal has killed is this and the signal's number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +181,8 @@ def _good_end(records: TryRecords, progress: Progress, at: str) -> Verdict:
     told = {name for life in records.ranks for name in life.told}
     if progress.steps and progress.step >= progress.steps:
         return _verdict(FINISHED, f"finished {at}", (), progress)
+    if "SIGTERM" in records.told:
+        return _verdict(CANCELLED, f"stopped {at} by SIGTERM", (), progress)
     if "SIGUSR1" in told:
         return _verdict(STOPPED, f"stopped {at} by SIGUSR1, since the job's time was nearly over", (), progress)
     if told:

@@ -22,6 +22,8 @@ TOLD_NAME = "told"
 RECORDS = ".jsonl"
 PASSED, UNFIT = "passed", "unfit"
 """Events of a node before ranks start: it has done a part of what it must, or cannot take part."""
+BY_SHELL = 128
+"""A shell's exit status for a command that a signal has killed is this and the signal's number."""
 SIGN_EVERY = 10.0
 """Seconds between the signs of life of a node: its file's time of change."""
 

@@ -26,6 +26,8 @@ class Scheduler:
     """Whether it sends the script SIGUSR1 before the job's time is over; if not, the ranks' watchers count."""
     own_group: bool
     """Whether the launcher gets a group of processes of its own, all of which are told, since it passes on nothing."""
+    tells: str
+    """Signal that the launcher is sent for one that the script was sent (`$1`)."""
     job: str
     """Lines that set `job` (its number), and `again` if the job has been started before."""
     meet: str
@@ -51,6 +53,7 @@ SLURM = Scheduler(
     version=("sinfo", "--version"),
     signals=True,
     own_group=False,
+    tells="USR1",  # srun passes it on, and kills its ranks at a SIGTERM
     job="""\
 job=$SLURM_JOB_ID
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then again=yes; fi""",
@@ -71,6 +74,7 @@ PBS = Scheduler(
     version=("qstat", "--version"),
     signals=False,
     own_group=False,
+    tells='"$1"',
     job="""\
 job=$PBS_JOBID
 # PBS does not say that it has started a job before, but then there is a try of its number.
@@ -90,6 +94,7 @@ NONE = Scheduler(
     version=(),
     signals=False,
     own_group=True,
+    tells='"$1"',
     job="job=$$",
     meet="""\
 first={first_host}

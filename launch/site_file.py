@@ -138,7 +138,8 @@ class JobSection:
     Texts have places: {nodes}, {dies} (ranks of a node), {gpus} (dies that are GPUs), {ranks}, {cores} (of a node),
     {hours}, {walltime} (H:MM:SS), {name}, {account}, {queue}, {output} (file for what the job prints), {stop_before}
     (seconds), {node_local}, {python}, {bin} (its folder), {hosts} (options for the hosts of a hostfile). A text with a
-    place for which there is nothing is left out. `$NAME` and `${NAME}` are the shell's.
+    place for which there is nothing is left out. `$NAME` and `${NAME}` are the shell's. Values come quoted for who
+    reads them: the scheduler its directives, the shell commands, and folders and variables, which get double quotes.
     """
 
     directives: tuple[str, ...] = ()

@@ -59,7 +59,9 @@ def check(monkeypatch: pytest.MonkeyPatch, attempt: Path, *options: object) -> t
 
     monkeypatch.setattr(node_steps, "_end", end)
     words = ["--attempt", attempt, "--within", 60, *options]
+    before = signal.getsignal(signal.SIGTERM)
     result = CliRunner().invoke(node_check.main, [str(word) for word in words])
+    signal.signal(signal.SIGTERM, before)
     return result.exit_code, result.output
 
 
@@ -87,6 +89,20 @@ def test_a_node_that_hangs_says_in_what(tmp_path):
         r"Error: node \S+ is not fit: 'sleep 600' has not ended within 0.5 s.\n", done.stderr
     )
     assert read_try(tmp_path).unfit[0][1] == "'sleep 600' has not ended within 0.5 s"
+
+
+def test_a_node_that_is_told_to_end_leaves_nothing_on_its_disk(data, tmp_path):
+    """Slurm starts nothing more for a job that was cancelled, so that its script cannot clean up."""
+    words = ["--attempt", tmp_path, "--within", "60", "--folder", tmp_path / "a", "--copies", tmp_path / "b"]
+    process = subprocess.Popen([sys.executable, "-m", "hydrazero.launch.node_check", *map(str, words), "sleep", "600"])
+    until = time.monotonic() + 60
+    while b"\nsleep\x00600" not in children(process.pid):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 def test_faults_that_are_not_foreseen_are_named_too(tmp_path, monkeypatch):
@@ -134,11 +150,12 @@ def test_jobs_that_were_told_to_stop_before_a_rank_had_started(tmp_path, told, k
 
 def test_a_cancelled_job_has_not_failed_whatever_its_ranks_say(tmp_path):
     (tmp_path / "told").write_text(" TERM\n")
-    add_event(tmp_path, "n1", "start", rank=0, ranks=1, local=0, pid=1)
-    add_event(tmp_path, "n1", "end", rank=0, status=-9, tail=[])
-    verdict = judge(read_try(tmp_path), Progress(step=5, steps=9))
-    assert verdict.kind == CANCELLED
-    assert verdict.sentence.startswith("cancelled by SIGTERM: rank 0 on n1 was killed by SIGKILL")
+    for status, said in ((-9, "cancelled by SIGTERM: rank 0 on n1 was killed by"), (0, "stopped at step 5 of 9")):
+        add_event(tmp_path, "n1", "start", rank=0, ranks=1, local=0, pid=1)
+        add_event(tmp_path, "n1", "told", rank=0, signal="SIGUSR1")  # srun is told so in place of SIGTERM
+        add_event(tmp_path, "n1", "end", rank=0, status=status, tail=[])
+        verdict = judge(read_try(tmp_path), Progress(step=5, steps=9))
+        assert verdict.kind == CANCELLED and verdict.sentence.startswith(said)
 
 
 def waiting_job(run_file: Path, *, copying: bool) -> Path:

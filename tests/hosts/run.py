@@ -47,7 +47,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="hydrazero-hosts-") as folder:
         root = Path(folder)
-        run_file = write_run(root, make_data(root / "data"), 100000)
+        run_file = write_run(root / "a run", make_data(root / "data"), 100000)
         with Network(root, HOSTS) as network:
             print(f"two hosts, {' and '.join(network.addresses.values())}, let each other in by ssh", flush=True)
             try:

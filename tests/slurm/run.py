@@ -3,8 +3,9 @@
 A job trains on two nodes with a rank each. Its time is over (the signal that Slurm sends then): it stops with a
 checkpoint, goes back into the queue and on. A rank of it is killed: the post-mortem names it, and the job goes back
 once more. It ends with the losses, weights and moments of a run that nothing has interrupted, bit for bit. Another job
-loses a node: the post-mortem of the next try says so, and the job ends well. Status 0 if all this was so, 1 if not;
-77, with a sentence, where Slurm or root is missing.
+loses a node: the post-mortem of the next try says so, and the job ends well. Jobs that are cancelled, while they train
+or before, never go back, the former with a checkpoint, and leave nodes clean. A node that hangs is named. Status 0
+if all this was so, 1 if not; 77, with a sentence, where Slurm or root is missing.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from hydrazero.trainer.checkpoint_files import checkpoints, step_of  # noqa: E40
 
 SKIPPED = 77
 BIN = Path(sys.executable).parent
-STEPS = 40
+STEPS, MANY = 40, 100000
 CHANGES = ("train.evaluate_every=20", "train.checkpoint_every=5", "data.workers=0")
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 ENOUGH = 200.0
 """Seconds that anything may take on a busy machine; it takes a tenth of that on an idle one."""
 
@@ -59,8 +61,15 @@ def main() -> int:
         with Cluster(root) as cluster:
             say(f"Slurm {cluster.ask('sinfo', '--version').split()[-1]} is up with 2 nodes")
             try:
-                time_over_and_rank_killed(cluster, write_run(root / "first", data, STEPS), site, whole.parent / "run")
+                # sbatch and the script must read such a folder as it is meant.
+                first = write_run(root / "first job, 100%", data, STEPS)
+                time_over_and_rank_killed(cluster, first, site, whole.parent / "run")
                 node_lost(cluster, write_run(root / "second", data, STEPS), site, whole.parent / "run")
+                cancelled(cluster, write_run(root / "third", data, MANY), site)
+                hung = write_site(root / "hung", f"health = '{hanging_on_n2(root)}'")
+                cancelled_in_the_check(cluster, write_run(root / "fourth", data, STEPS), hung)
+                hung.write_text(hung.read_text().replace("[job]\n", "[job]\nretries = 0\ncheck_within = 5\n", 1))
+                node_hangs(cluster, write_run(root / "fifth", data, STEPS), hung)
             except (Failed, TimeoutError) as error:
                 print(f"FAILED: {error}")
                 return 1
@@ -84,10 +93,20 @@ def sets() -> list[str]:
     return [word for change in CHANGES for word in ("--set", change)]
 
 
-def write_site(root: Path) -> Path:
-    """The site that comes with the package, on cores, with a disk on each node."""
+def hanging_on_n2(root: Path) -> Path:
+    """Write a command that ends on all nodes but n2."""
+    path = root / "health"
+    path.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || exec sleep 600\n')
+    path.chmod(0o755)
+    return path
+
+
+def write_site(root: Path, *job: str) -> Path:
+    """The site that comes with the package, on cores, with a disk on each node; `job` are more lines of its [job]."""
+    root.mkdir(exist_ok=True)
     text = (ROOT / "launch" / "sites" / "slurm.toml").read_text()
     text = text.replace('kind = "gpu"', 'kind = "cpu"')
+    text = text.replace("[job]\n", "\n".join(["[job]", *job, ""]), 1)
     text = re.sub(r"^node_local = .*\n", "", text, flags=re.MULTILINE)
     text = text.replace("[files]\n", f'[files]\nnode_local = "{root}/disk"\n')
     path = root / "site.toml"
@@ -145,12 +164,14 @@ class RunningJob:
         if not re.search(pattern, self.output()):
             raise Failed(f"the job does not say '{pattern}':\n{self.output()}")
 
+    def end(self) -> str:
+        """Wait for the end; returns Slurm's word for it."""
+        self.wait(lambda: self.cluster.job(self.number).get("JobState") in OVER, "end of the job")
+        return self.cluster.job(self.number)["JobState"]
+
     def finish(self, whole: Path) -> None:
         """Wait for a good end, and compare it with a run that was never interrupted."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait(lambda: self.cluster.job(self.number).get("JobState") in over, "end of the job")
-        state = self.cluster.job(self.number).get("JobState")
-        if state != "COMPLETED":
+        if (state := self.end()) != "COMPLETED":
             raise Failed(f"the job ended as {state}:\n{self.output()}")
         if found := differences(self.run, whole):
             raise Failed(f"the run differs from the uninterrupted one in {', '.join(found)}")
@@ -187,6 +208,42 @@ def node_lost(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None
     job.finish(whole)
     job.expect(r"rank 1 on n2 was lost with its node, or with all that ran there")
     say("named by the post-mortem of the next try; the same losses, weights and moments, bit for bit")
+    say(last_postmortem(job.output()))
+
+
+def cancelled(cluster: Cluster, run_file: Path, site: Path) -> None:
+    job = RunningJob(cluster, run_file, site)
+    job.wait(lambda: job.step() >= 5, "checkpoint")
+    say(f"job {job.number} trains on 2 nodes; its script is sent SIGTERM")
+    cluster.ask("scancel", "--batch", "--signal=TERM", job.number)
+    over(job, "COMPLETED", rf"stopped at step \d+ of {MANY} by SIGTERM\n")
+
+
+def cancelled_in_the_check(cluster: Cluster, run_file: Path, site: Path) -> None:
+    job = RunningJob(cluster, run_file, site)
+    job.wait(lambda: any(job.run.glob("launch/attempt-*/n1.jsonl")), "answer of n1")
+    say(f"job {job.number} is cancelled while n2 is checked")
+    cluster.ask("scancel", job.number)
+    over(job, "CANCELLED", "cancelled by SIGTERM before a rank had started")
+
+
+def over(job: RunningJob, expected: str, pattern: str) -> None:
+    """Raise Failed unless a job that was cancelled ends so, with a word from the post-mortem, and stays away."""
+    if (state := job.end()) != expected:
+        raise Failed(f"the job ended as {state}:\n{job.output()}")
+    job.wait(lambda: re.search(pattern, job.output()) is not None, f"'{pattern}' of the post-mortem")
+    if job.restarts() or "goes back" in job.output():
+        raise Failed(f"the job that was cancelled has gone back into the queue:\n{job.output()}")
+    job.wait(lambda: not list(job.run.parent.parent.glob("**/disk/*")), "clean disks")
+    say(last_postmortem(job.output()))
+
+
+def node_hangs(cluster: Cluster, run_file: Path, site: Path) -> None:
+    job = RunningJob(cluster, run_file, site)
+    say(f"the check of n2 hangs in job {job.number}")
+    if (state := job.end()) != "FAILED":
+        raise Failed(f"the job ended as {state}:\n{job.output()}")
+    job.expect(r"nodes are not fit \(node n2: '.*health' has not ended within 5 s\)")
     say(last_postmortem(job.output()))
 
 
