@@ -21,6 +21,7 @@ from hydrazero.trainer.balance.base import bounded
 from hydrazero.trainer.balancing import RunBalance
 from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import make_objective
+from hydrazero.trainer.step_guard import StepGuard
 from hydrazero.trainer.trained_model import TrainedModel, new_probe
 
 TASKS = 3
@@ -218,6 +219,50 @@ def test_gradnorm_weighs_slow_tasks_by_alpha_and_leaves_unknown_ones_at_the_midd
     weights = balancer.weights
     assert float(weights[1] / weights[0]) == pytest.approx(4.0**alpha)
     assert float(weights[2]) == pytest.approx(float(weights[0] * weights[1]) ** 0.5, rel=1e-6)
+
+
+def norms_seen(*rows: tuple[list[float], list[float]], **settings: float) -> torch.Tensor:
+    """Weights of gradnorm after measurements of (squared norms, losses)."""
+    section = BalanceSection(method="gradnorm", every=1, **settings)
+    balancer = make_balancer(section, BalanceFacts(structures=(10,) * len(rows[0][0])))
+    for squares, losses in rows:
+        gram = torch.tensor(squares, dtype=torch.float64).diag()
+        balancer.update(1, Seen(losses=torch.tensor(losses, dtype=torch.float64), gram=gram))
+    return balancer.weights
+
+
+def test_one_outlier_among_gradients_does_not_hold_a_task_down():
+    usual = ([1.0, 1.0], [1.0, 1.0])
+    weights = norms_seen(usual, ([1e6, 1.0], [1.0, 1.0]), *[usual] * 30)
+    assert 0.7 < float(weights[0] / weights[1]) < 1.0
+
+
+def test_a_gradient_of_nothing_says_nothing_and_negative_losses_leave_weights_finite():
+    """Weights of a task's losses may be 0 at first, and rise later."""
+    usual = ([0.0, 1.0, 4.0], [1.0, 1.0, 1.0])
+    weights = norms_seen(*[usual] * 3)
+    assert float(weights[0]) == pytest.approx(float(weights[1] * weights[2]) ** 0.5)
+    weights = norms_seen(*[usual] * 3, ([1.0, 1.0, 4.0], [0.5, -0.5, 0.5]), alpha=0.5, smoothing=0.0)
+    assert torch.isfinite(weights).all() and float(weights[0] / weights[2]) == pytest.approx(2.0)
+
+
+def test_a_change_of_weights_alone_is_no_spike():
+    trained = trained_model((1.0, 1.0, 1.0))
+    balance = RunBalance(BalanceSection(method="gradnorm", every=1), BalanceFacts(structures=(1, 1, 1)), trained)
+    losses, guard = torch.tensor([10.0, 0.1, 0.1], dtype=torch.float64), StepGuard(max_skipped=3, spike=6.0)
+
+    def loss() -> float:
+        weights = trained.objective.task_weights.double()
+        return float((weights * losses).sum() / weights.sum())
+
+    for step in range(200):
+        guard.done(loss() * (1.01 if step % 2 else 0.99))
+    before = loss()
+    balance._gram = lambda present: torch.tensor([1e-4, 1.0, 1.0], dtype=torch.float64).diag()
+    balance.update(1, losses)
+    assert loss() > 2 * before and guard.is_spike(loss())
+    guard.shift(balance.shift)
+    assert not guard.is_spike(loss()) and guard.is_spike(2 * loss())
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class RunBalance:
         self.balancer = make_balancer(settings, facts)
         # One task has nothing to be balanced against.
         self.every = settings.every if len(self.names) > 1 else 0
+        self.shift = 0.0
+        """What the last change of weights alone made of the logarithm of the loss."""
         self._use()
 
     def _use(self) -> None:
@@ -46,9 +49,17 @@ class RunBalance:
         gram = None
         if self.due(step):
             gram = self._gram(~losses.isnan())
+        before = self._loss(losses)
         self.balancer.update(step, Seen(losses=losses, gram=gram))
         self._use()
+        after = self._loss(losses)
+        self.shift = math.log(after / before) if 0 < before < math.inf and 0 < after < math.inf else 0.0
         return None if gram is None else self._row(step, gram)
+
+    def _loss(self, losses: Tensor) -> float:
+        """Weighted mean of the tasks' losses [tasks], by the weights as they are."""
+        weights = self.trained.objective.task_weights.cpu()
+        return float((weights * losses.cpu().nan_to_num()).sum() / weights.sum())
 
     def _gram(self, present: Tensor) -> Tensor:
         """Products of the gradients of the tasks' unweighted losses: [tasks, tasks] float64.

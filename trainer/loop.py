@@ -87,7 +87,7 @@ class Trainer:
         self.interval = Interval()
         self.over = False
         """Whether the last step has been done, by their number or by train.budget_seconds."""
-        self._started = False
+        self._kinds_done: set[bool] = set()
         self.run_dir = Path(config.run.out)
         self.names = [task.name for task in self.engine.module.model.tasks]
         self._said_of: set[str] = set()
@@ -154,11 +154,15 @@ class Trainer:
         return self.step % every == 0 or self.over
 
     def _timed_step(self, batches: Iterator[GraphBatch]) -> bool:
-        """Do a step and count its time, but not of the first since the start, which compiles and waits for readers."""
-        began = time.monotonic()
+        """Do a step and count its time, but not of the first of a kind since the start, which may compile.
+
+        Those that measure gradients are a kind of their own; the very first waits for readers too.
+        """
+        began, kind = time.monotonic(), self.parts.balance.due(self.step + 1)
         wanted = self.one_step(batches, self.interval)
-        self.parts.stop.trained += (time.monotonic() - began) * self._started
-        self._started = True
+        if kind in self._kinds_done:
+            self.parts.stop.trained += time.monotonic() - began
+        self._kinds_done.add(kind)
         return wanted
 
     @contextlib.contextmanager
@@ -216,6 +220,7 @@ class Trainer:
             parts.log.say(parts.guard.skip(self.step, result.loss, result.suspects))
             return result.stop
         parts.guard.done(result.loss)
+        parts.guard.shift(parts.balance.shift)
         if parts.average is not None:
             parts.average.update()
         if measured is not None:

@@ -49,6 +49,10 @@ class StepGuard:
         self.mean += (1.0 - keep) * change
         self.variance = keep * (self.variance + (1.0 - keep) * change * change)
 
+    def shift(self, change: float) -> None:
+        """Take in how much larger the logarithms of losses are from now on, since tasks have other weights."""
+        self.mean += change
+
     def rescale(self, step: int) -> str | None:
         """Count a step that was left out for the scale of the loss; returns a sentence on the first."""
         self.rescaled += 1

@@ -33,7 +33,10 @@ def check_balance(settings: BalanceSection, where: str) -> None:
     if not 0 <= settings.smoothing < 1:
         raise ConfigError(f"{where} balance.smoothing is {settings.smoothing}; it must be at least 0 and below 1.")
     if settings.every < 0 or (METHODS[settings.method] in (GradNorm, Famo) and not settings.every):
-        raise ConfigError(f"{where} balance.every is {settings.every}; {settings.method} needs it to be at least 1.")
+        raise ConfigError(
+            f"{where} balance.every is {settings.every}; {settings.method} needs it to be at least 1 "
+            "(balance.method = \"uniform\" does not)."
+        )
     if not 0 <= settings.learning_rate < float("inf"):
         raise ConfigError(
             f"{where} balance.learning_rate is {settings.learning_rate}; it must be a number of at least 0."

@@ -6,6 +6,8 @@ import torch
 
 from hydrazero.trainer.balance.base import Balancer, Seen, bounded
 
+LARGEST_JUMP = 100.0
+"""Of a squared norm over what is known of it: one outlier would otherwise hold a task down for thousands of steps."""
 
 class GradNorm(Balancer):
     """Each task's weighted gradient is to be as long as their mean, times (relative loss ratio) ^ alpha (eq. 2).
@@ -24,13 +26,17 @@ class GradNorm(Balancer):
         self.losses = smoothed(self.losses, seen.losses, 1.0 - (1.0 - keep) / max(self.settings.every, 1))
         if seen.gram is None:
             return
-        self.squares = smoothed(self.squares, seen.gram.diagonal(), keep)
+        # A gradient of nothing, of losses whose weights are 0 at the time, says nothing of the task.
+        squares = torch.where(seen.gram.diagonal() > 0, seen.gram.diagonal(), float("nan"))
+        most = torch.where(self.squares.isnan(), float("inf"), LARGEST_JUMP * self.squares)
+        self.squares = smoothed(self.squares, torch.minimum(squares, most), keep)
         self.first_losses = torch.where(self.first_losses.isnan(), self.losses, self.first_losses)
         ratio = self.losses / self.first_losses
-        known = ~self.squares.isnan() & (self.squares > 0) & ~ratio.isnan()
+        known = ~self.squares.isnan() & ~ratio.isnan()
         if not known.any():
             return
-        ratio = ratio / ratio[known].mean()
+        # A loss that is negative, as that of an ensemble's spread may become, has no rate; it counts like a typical one.
+        ratio = torch.where(ratio > 0, ratio / ratio[known & (ratio > 0)].mean(), 1.0)
         wanted = ratio**self.settings.alpha / self.squares.sqrt()
         # A task that has not been met yet counts like a typical one.
         wanted = torch.where(known, wanted, wanted[known].log().mean().exp())

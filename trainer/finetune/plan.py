@@ -77,6 +77,8 @@ def plan_finetuning(wanted: Wanted, start: AtomisticModel) -> Plan:
         "model": _model(start, tasks),
         "batch": asdict(shape),
         "loss": {"kind": "l1", "energy_weight": 5.0},
+        # Weights and shares say how much old tasks count; a known one's gradients are short, its weight would grow.
+        "balance": {"method": "uniform"},
         "train": {
             "steps": steps,
             "evaluate_every": max(steps // EVALUATIONS, 1),
