@@ -24,7 +24,7 @@ from hydrazero.trainer.config import LossSection
 from hydrazero.trainer.losses import make_objective
 from hydrazero.trainer.parameter_groups import freeze, parameter_groups
 from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json, read_metrics
-from hydrazero.trainer.schedules import Plateau, Schedule, StableDecay
+from hydrazero.trainer.schedules import Plateau, Schedule, StableDecay, own_shape
 from hydrazero.trainer.trained_model import TrainedModel
 from hydrazero.trainer.trained_weights import model_of_run
 
@@ -119,6 +119,13 @@ def test_warm_up_stable_decay(steps, warmup, decay):
     assert all(a >= b for a, b in pairwise(rest))
     assert rest[-1] == pytest.approx(shape.min_ratio)
     assert sum(ratio == 1.0 for ratio in rest) >= len(rest) - max(round(decay * (steps + warmup)), 1)
+
+
+@pytest.mark.parametrize("name", ["decay_share", "min_ratio", "warmup_min_ratio"])
+def test_shares_of_a_schedule_are_at_most_one(name):
+    params = {"total_num_steps": 100, name: 2}
+    with pytest.raises(ConfigError, match=f"scheduler.params.{name} is 2; it is a share, from 0 to 1"):
+        own_shape({"scheduler": {"type": "WarmupStableDecayLR", "params": params}})
 
 
 def test_the_rate_falls_when_the_loss_stays_and_goes_on_after_a_resume():

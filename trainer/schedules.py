@@ -58,6 +58,9 @@ SHAPES: dict[str, type[StableDecay] | type[Plateau]] = {
     "WarmupPlateauLR": Plateau,
 }
 
+SHARES = ("warmup_min_ratio", "decay_share", "min_ratio", "factor")
+"""Parameters that are at most 1."""
+
 
 class Schedule:
     """A shape applied to an optimizer; DeepSpeed steps it after each step of the optimizer, and saves its state."""
@@ -124,6 +127,8 @@ def own_shape(document: dict[str, Any]) -> StableDecay | Plateau | None:
             raise ConfigError(f"scheduler.params.{key} is not known{did_you_mean(key, sorted(known))}.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ConfigError(f"scheduler.params.{key} is {value!r}; it must be a number of at least 0.")
+        if value > 1 and key in SHARES:
+            raise ConfigError(f"scheduler.params.{key} is {value!r}; it is a share, from 0 to 1.")
     if kind is StableDecay and "total_num_steps" not in params:
         raise ConfigError('scheduler.params.total_num_steps is missing; "auto" stands for the steps of the run.')
     return kind(**params)

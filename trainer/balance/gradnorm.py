@@ -35,7 +35,7 @@ class GradNorm(Balancer):
         known = ~self.squares.isnan() & ~ratio.isnan()
         if not known.any():
             return
-        # A loss that is negative, as that of an ensemble's spread may become, has no rate; it counts like a typical one.
+        # A loss that is negative, as that of an ensemble's spread may become, has no rate; it counts as typical.
         ratio = torch.where(ratio > 0, ratio / ratio[known & (ratio > 0)].mean(), 1.0)
         wanted = ratio**self.settings.alpha / self.squares.sqrt()
         # A task that has not been met yet counts like a typical one.
