@@ -49,17 +49,18 @@ class RunBalance:
         gram = None
         if self.due(step):
             gram = self._gram(~losses.isnan())
-        before = self._loss(losses)
+        before = self.balancer.weights
         self.balancer.update(step, Seen(losses=losses, gram=gram))
         self._use()
-        after = self._loss(losses)
-        self.shift = math.log(after / before) if 0 < before < math.inf and 0 < after < math.inf else 0.0
+        changed = self.balancer.weights is not before  # methods never write into weights
+        self.shift = self._log_change(before, losses) if changed else 0.0
         return None if gram is None else self._row(step, gram)
 
-    def _loss(self, losses: Tensor) -> float:
-        """Weighted mean of the tasks' losses [tasks], by the weights as they are."""
-        weights = self.trained.objective.task_weights.cpu()
-        return float((weights * losses.cpu().nan_to_num()).sum() / weights.sum())
+    def _log_change(self, before: Tensor, losses: Tensor) -> float:
+        """Logarithm of the weighted mean of losses [tasks] over that by the weights before; 0 where there is none."""
+        own, known = self.own_weights.cpu(), losses.cpu().nan_to_num()
+        old, new = (float((own * w * known).sum() / (own * w).sum()) for w in (before, self.balancer.weights))
+        return math.log(new / old) if 0 < old < math.inf and 0 < new < math.inf else 0.0
 
     def _gram(self, present: Tensor) -> Tensor:
         """Products of the gradients of the tasks' unweighted losses: [tasks, tasks] float64.

@@ -24,7 +24,7 @@ from hydrazero.trainer.checkpoint_files import Kept, is_kept
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.console import RunLog
 from hydrazero.trainer.distributed import device, gather_objects, gather_to_first, max_over_ranks, sum_over_ranks
-from hydrazero.trainer.engine import train_step
+from hydrazero.trainer.engine import StepResult, train_step
 from hydrazero.trainer.losses import errors_by_task
 from hydrazero.trainer.parity_sample import ParitySample
 from hydrazero.trainer.schedules import Schedule
@@ -212,15 +212,10 @@ class Trainer:
         result = train_step(self.engine, micro_batches, parts.guard, stop=parts.stop.wanted())
         self.step += 1
         measured = parts.balance.update(self.step, result.losses)
-        if result.rescaled:
-            if (sentence := parts.guard.rescale(self.step)) is not None:
-                parts.log.say(sentence)
-            return result.stop
-        if result.skipped:
-            parts.log.say(parts.guard.skip(self.step, result.loss, result.suspects))
-            return result.stop
-        parts.guard.done(result.loss)
+        taken = self._taken(result)
         parts.guard.shift(parts.balance.shift)
+        if not taken:
+            return result.stop
         if parts.average is not None:
             parts.average.update()
         if measured is not None:
@@ -231,6 +226,18 @@ class Trainer:
         interval.atoms += result.atoms
         parts.log.advance(self.step, result.loss)
         return result.stop
+
+    def _taken(self, result: StepResult) -> bool:
+        """Tell the guard, and the log, how a step went; returns whether it has changed weights."""
+        guard, log = self.parts.guard, self.parts.log
+        if result.rescaled:
+            if (sentence := guard.rescale(self.step)) is not None:
+                log.say(sentence)
+        elif result.skipped:
+            log.say(guard.skip(self.step, result.loss, result.suspects))
+        else:
+            guard.done(result.loss)
+        return not (result.rescaled or result.skipped)
 
     def _log_interval(self, interval: Interval) -> None:
         seconds = max(time.monotonic() - interval.since, 1e-9)

@@ -34,8 +34,8 @@ python -m hydrazero.launch.results.sixteen_page {run}
 `{encoder}` with {features} features and {layers} layers, tasks balanced by `{method}`.
 E: mean absolute error of energies, meV/atom; F: of forces, meV/Å; on the test sets. Trivial: the task's reference
 energies alone and zero forces. Alone: a model of the task's own, trained on as many of its structures as a quarter of
-an hour of all tasks gives it; in equal time the two are compared in [balancing.md](balancing.md). Forces of the bo2
-tasks vanish by symmetry in most structures.
+an hour of all tasks gives it; on equally many structures the two are compared in [balancing.md](balancing.md). Forces
+of the bo2 tasks are so small that no run comes below the trivial error.
 """
 
 
