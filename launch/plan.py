@@ -72,7 +72,7 @@ def basis_of(asked: Asked) -> Basis:
         run=run,
         site=replace(site, nodes=replace(site.nodes, dies=asked.ranks_per_node)),
         pace=pace_of(site.die, precision_of(ds_config), asked.bench, compiled=compiled),
-        # Without the kernels for CPUs every atom goes through the heads of all tasks.
+        # The kernels for CPUs need no blocks of one task, and no padding.
         cost=step_cost(settings, tasks if site.die.kind == "gpu" else 1),
         shape=config.batch,
         workers=config.data.workers,

@@ -132,7 +132,7 @@ class AtomisticModel(nn.Module):
         return Segments(owner=batch.structure, count=batch.task.shape[0], kernels=self.kernels)
 
     def _rows(self, task: Tensor, batch: GraphBatch) -> TaskRows:
-        return TaskRows(task=task[batch.structure], count=len(self.tasks), kernels=self.kernels)
+        return TaskRows.of(task[batch.structure], len(self.tasks), kernels=self.kernels)
 
     def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
         """What atoms hold [A, ...] -> structures [S, ...], padding left out."""

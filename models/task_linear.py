@@ -16,6 +16,62 @@ from torch.nn import functional
 
 from hydrazero.models.exact import exact_linear, exact_matmul
 
+LOWEST, HIGHEST = 4, 8
+"""Binary logarithms of the heights of blocks of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBlocks:
+    """Where rows of T tasks go in blocks of one task each, of which there are as many whatever the rows' tasks."""
+
+    place: Tensor
+    """Row in the blocks of each of the N rows, [N] int64."""
+    task: Tensor
+    """Of each of the N // height + T blocks, [B] int64."""
+    height: int
+    """Rows of a block."""
+    count: int
+    """T."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Put rows [N, I] into blocks [B, height, I], the rest of which is 0."""
+        flat = rows.new_zeros(len(self.task) * self.height, rows.shape[1])
+        return flat.index_copy(0, self.place, rows).view(len(self.task), self.height, -1)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """Return each block's task's matrix: [T, O, I] -> [B, O, I]."""
+        if weight.is_contiguous():
+            return weight[self.task]
+        return weight.transpose(1, 2)[self.task].transpose(1, 2)  # copied as it lies in memory, several times as fast
+
+    def sum(self, products: Tensor) -> Tensor:
+        """Sum what blocks hold over those of each task: [B, O, I] -> [T, O, I]."""
+        member = functional.one_hot(self.task, self.count).to(products.dtype)
+        return exact_matmul(member.t(), products.flatten(1)).view(-1, *products.shape[1:])
+
+    def scatter(self, blocks: Tensor) -> Tensor:
+        """Take rows [N, I] from blocks [B, height, I]."""
+        return blocks.flatten(0, 1)[self.place]
+
+
+def task_blocks(task: Tensor, count: int) -> TaskBlocks:
+    """Sort rows [N] of `count` tasks into blocks, about as high as a task has rows on average.
+
+    Higher ones would hold more padding, lower ones would read the tasks' matrices more often.
+    """
+    height = 2 ** min(max((len(task) // count).bit_length() - 1, LOWEST), HIGHEST)
+    member = functional.one_hot(task, count)
+    before = (member.cumsum(0) * member).sum(1) - 1  # of a row's own task
+    last = ((member.sum(0) + height - 1) // height).cumsum(0)
+    first = torch.cat([last.new_zeros(1), last[:-1]])
+    blocks = torch.arange(len(task) // height + count, device=task.device)
+    return TaskBlocks(
+        place=first[task] * height + before,
+        task=torch.searchsorted(last, blocks, right=True).clamp(max=count - 1),
+        height=height,
+        count=count,
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRows:
@@ -25,8 +81,16 @@ class TaskRows:
     """[N] int64."""
     count: int
     """T."""
-    kernels: bool = False
+    kernels: bool
     """Whether products are those of `hydrazero.models.kernels`, which must be loaded, or plain PyTorch's."""
+    blocks: TaskBlocks | None
+    """How plain PyTorch multiplies rows of several tasks."""
+
+    @classmethod
+    def of(cls, task: Tensor, count: int, *, kernels: bool) -> TaskRows:
+        """Return rows whose products are those of the kernels or plain PyTorch's."""
+        plain = count > 1 and not kernels
+        return cls(task=task, count=count, kernels=kernels, blocks=task_blocks(task, count) if plain else None)
 
     def pick(self, table: Tensor) -> Tensor:
         """Return each row's task's entry of a table: [T, ...] -> [N, ...], differentiable without a scatter."""
@@ -36,11 +100,9 @@ class TaskRows:
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply each row with its task's matrix: x [N, I], weight [T, O, I] -> [N, O]."""
-        if self.kernels:
-            return _TaskLinear.apply(x, weight.to(x.dtype), self)
-        every = exact_linear(x, weight.reshape(-1, weight.shape[2])).view(-1, *weight.shape[:2])
-        index = self.task.view(-1, 1, 1).expand(-1, 1, weight.shape[1])
-        return every.gather(1, index).squeeze(1)
+        if self.blocks is None and not self.kernels:
+            return exact_linear(x, weight[0])
+        return _TaskLinear.apply(x, weight.to(x.dtype), self)
 
 
 class _TaskLinear(Function):
@@ -50,6 +112,9 @@ class _TaskLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: TaskRows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(x, weight)
+        if rows.blocks is not None:
+            matrices = rows.blocks.matrices(weight).transpose(1, 2)
+            return rows.blocks.scatter(exact_matmul(rows.blocks.gather(x), matrices))
         out: Tensor = torch.ops.hydrazero.task_linear(x, weight, rows.task)
         return out
 
@@ -67,9 +132,10 @@ class _TaskOuter(Function):
     def forward(ctx: Any, g: Tensor, x: Tensor, rows: TaskRows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(g, x)
+        if rows.blocks is not None:
+            return rows.blocks.sum(exact_matmul(rows.blocks.gather(g).transpose(1, 2), rows.blocks.gather(x)))
         if not rows.kernels:
-            member = functional.one_hot(rows.task, rows.count).to(g.dtype)
-            return torch.stack([exact_matmul((g * of_task.unsqueeze(1)).t(), x) for of_task in member.unbind(1)])
+            return exact_matmul(g.t(), x).unsqueeze(0)
         out: Tensor = torch.ops.hydrazero.task_outer(g, x, rows.task, rows.count)
         return out
 

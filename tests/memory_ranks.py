@@ -55,7 +55,7 @@ def measured(name: str, settings: ModelSettings, counter: Collectives, *, warm_u
     batch = batch_of(structures, list(range(4)), dtype=dtype, cutoff=cutoff)
     shape = BatchShape(structures=4, atoms=len(batch.numbers), slots=batch.slot_mask.numel())
     tasks = [facts(f"task{n}") for n in range(TASKS)]
-    activations = 0.0 if warm_up else StepMemory(settings, TASKS).bytes_of(shape)
+    activations = 0.0 if warm_up else StepMemory(settings).bytes_of(shape)
     trim()
     before = megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

@@ -48,10 +48,9 @@ def peak_memory_mb() -> float:
 class StepMemory:
     """Bytes of a training step with forces as a linear function of atoms and slots."""
 
-    def __init__(self, settings: ModelSettings, tasks: int = 1) -> None:
-        """With more `tasks`, each atom goes through all their heads, as it does without the kernels for CPUs."""
-        # Targets are heads on top; what they take is nothing beside the encoder.
-        self._model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(tasks)).train()
+    def __init__(self, settings: ModelSettings) -> None:
+        # Targets are heads on top; what they take is nothing beside the encoder. An atom goes through one task's head.
+        self._model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(1)).train()
         small, wide = (self._kept(atoms, spare) for atoms, spare in ((32, 0), (32, 64)))
         more = self._kept(64, 0)
         self.per_slot = (wide[0] - small[0]) / (wide[2] - small[2])

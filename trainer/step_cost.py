@@ -10,7 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.heads import ScalarHead
 from hydrazero.models.task_facts import TaskFacts
+from hydrazero.models.task_linear import TaskRows
 from hydrazero.trainer.batch_memory import StepMemory, probe_batch, probe_tasks
 from hydrazero.trainer.config import RunConfig
 from hydrazero.trainer.parameter_groups import parameter_groups
@@ -84,17 +86,31 @@ class StepCost:
 
 @cache
 def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
-    """Count on small batches; with `tasks` heads side by side, each atom goes through all of them, as on a GPU."""
-    model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(tasks)).train()
+    """Count on small batches; rows of several tasks go through heads in blocks of one, padding among them."""
+    model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(1)).train()
     small, wide, more = (_flops(model, atoms, spare) for atoms, spare in ((32, 0), (32, 64), (64, 0)))
     per_slot = (wide[0] - small[0]) / (wide[2] - small[2])
-    memory = StepMemory(settings, tasks)
+    of_one = (more[0] - small[0] - per_slot * (more[2] - small[2])) / (more[1] - small[1])
+    memory = StepMemory(settings)
     return StepCost(
-        flops_per_atom=(more[0] - small[0] - per_slot * (more[2] - small[2])) / (more[1] - small[1]),
+        flops_per_atom=of_one + _head_flops(settings, tasks) - _head_flops(settings, 1),
         flops_per_slot=per_slot,
         bytes_per_atom=memory.per_atom,
         bytes_per_slot=memory.per_slot,
     )
+
+
+def _head_flops(settings: ModelSettings, tasks: int) -> float:
+    """Operations of a step's matrix products in the energy head per atom, 64 of each task."""
+    features = settings.encoder.features
+    head = ScalarHead(tasks, features, settings.head_features, settings.ensemble)
+    task = torch.arange(tasks).repeat_interleave(64)
+    scalars = torch.zeros(len(task), features, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:  # which cannot follow a leaf into a module
+        energy = head(scalars.clone(), TaskRows.of(task, tasks, kernels=False)).sum()
+        (slope,) = torch.autograd.grad(energy, scalars, create_graph=True)
+        (energy.square() + slope.square().sum()).backward()
+    return counter.get_total_flops() / len(task)
 
 
 def _flops(model: AtomisticModel, atoms: int, spare_rows: int) -> tuple[int, int, int]:
