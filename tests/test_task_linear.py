@@ -1,4 +1,4 @@
-"""Products of rows with their own task's matrix, in plain PyTorch: blocks of one task, values, derivatives, no waste."""
+"""Products of rows with their own task's matrix in plain PyTorch: blocks of one task, derivatives, no waste."""
 
 from __future__ import annotations
 
