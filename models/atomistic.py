@@ -20,7 +20,7 @@ from hydrazero.models.encoder import (
 )
 from hydrazero.models.encoders import encoder_class, make_encoder
 from hydrazero.models.exact import exact_matmul
-from hydrazero.models.heads import ScalarHead, VectorHead, VirialHead
+from hydrazero.models.heads import HeadSize, ScalarHead, VectorHead, VirialHead
 from hydrazero.models.repulsion import ZieglerBiersackLittmark
 from hydrazero.models.slots import Segments, slots_of
 from hydrazero.models.target_heads import TargetHeads, check_attention
@@ -38,7 +38,9 @@ class ModelSettings:
 
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     head_features: int = 64
-    """Width of the hidden layer of each head."""
+    """Width of the hidden layers of each head."""
+    head_layers: int = 1
+    """Hidden layers of each head."""
     ensemble: int = 1
     """Energies that each head gives; with more than one, their mean is the prediction, their spread its uncertainty."""
     repulsion: str = "none"
@@ -47,6 +49,11 @@ class ModelSettings:
     """Whether atoms are told their task from the first layer, not in the heads alone."""
     attention_targets: tuple[str, ...] = ()
     """Intensive targets whose mean over atoms is weighted by attention."""
+
+    def head_size(self, tasks: int) -> HeadSize:
+        """Return the size of heads for so many tasks."""
+        features = self.encoder.features
+        return HeadSize(tasks=tasks, features=features, hidden=self.head_features, layers=self.head_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +96,18 @@ class AtomisticModel(nn.Module):
         """Whether sums over neighbours use the C++ kernels; see `models.compiled.use_kernels`."""
         self.autocast: torch.dtype | None = None
         """Lower precision of the encoder's matrix products; geometry, sums, heads and energies keep to `dtype`."""
-        features, hidden, count = settings.encoder.features, settings.head_features, len(self.tasks)
+        features = settings.encoder.features
+        size = settings.head_size(len(self.tasks))
         self.embedding = AtomEmbedding(
             features, [task.charge_spin for task in self.tasks], of_tasks=settings.task_embedding
         )
         self.encoder = make_encoder(settings.encoder)
-        self.energy_head = ScalarHead(count, features, hidden, settings.ensemble)
-        self.forces_head = VectorHead(count, features, hidden) if self._any("forces", DIRECT) else None
+        self.energy_head = ScalarHead(size, settings.ensemble)
+        self.forces_head = VectorHead(size) if self._any("forces", DIRECT) else None
         self.stress_head: VirialHead | None = None
         if self._any("stress", DIRECT):
-            self.stress_head = VirialHead(count, features, hidden, settings.encoder.radial_functions + 1)
-        self.targets = TargetHeads(self.tasks, features, hidden, settings.attention_targets)
+            self.stress_head = VirialHead(size, settings.encoder.radial_functions + 1)
+        self.targets = TargetHeads(self.tasks, size, settings.attention_targets)
         self.repulsion = ZieglerBiersackLittmark(settings.encoder.cutoff) if settings.repulsion == "zbl" else None
         self.register_buffer("references", torch.empty(0), persistent=False)
         self.register_buffer("scales", torch.empty(0), persistent=False)

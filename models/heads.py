@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,21 +19,41 @@ ATTENTION_RANGE = 5.0
 """Attention logits stay within it, so that their exponentials need no maximum to be subtracted."""
 
 
-class ScalarHead(nn.Module):
-    """A two-layer perceptron per task, from node scalars to M numbers per atom."""
+@dataclass(frozen=True, kw_only=True)
+class HeadSize:
+    """What all heads of a model have in common."""
 
-    def __init__(self, tasks: int, features: int, hidden: int, outputs: int = 1) -> None:
+    tasks: int
+    """T."""
+    features: int
+    """F, of the node features."""
+    hidden: int
+    """H, width of the hidden layers."""
+    layers: int = 1
+    """Hidden layers."""
+
+
+class ScalarHead(nn.Module):
+    """A perceptron per task, from node scalars to M numbers per atom."""
+
+    def __init__(self, size: HeadSize, outputs: int = 1) -> None:
         super().__init__()
-        self.first = TaskLinear(tasks, features, hidden)
-        self.second = TaskLinear(tasks, hidden, outputs)
+        self.first = TaskLinear(size.tasks, size.features, size.hidden)
+        self.between = nn.ModuleList(TaskLinear(size.tasks, size.hidden, size.hidden) for _ in range(size.layers - 1))
+        self.second = TaskLinear(size.tasks, size.hidden, outputs)
 
     def forward(self, scalars: Tensor, rows: TaskRows) -> Tensor:
         """Node scalars [A, F] -> [A, M], each atom by its own task."""
-        return self.second(functional.silu(self.first(scalars, rows)), rows)
+        hidden = functional.silu(self.first(scalars, rows))
+        for layer in self.between:
+            hidden = functional.silu(layer(hidden, rows))
+        return self.second(hidden, rows)
 
     def all_tasks(self, scalars: Tensor) -> Tensor:
         """Node scalars [A, F] -> [A, T, M], every atom by every task."""
         hidden = functional.silu(self.first.all_tasks(scalars))
+        for layer in cast("Sequence[TaskLinear]", self.between):
+            hidden = functional.silu(layer.each_task(hidden))
         # One sum over the hidden features for each of the few outputs: no [A, T, M, H] in between.
         outputs = [(hidden * weight).sum(-1) for weight in self.second.weight.unbind(1)]
         bias = 0.0 if self.second.bias is None else self.second.bias
@@ -39,10 +63,10 @@ class ScalarHead(nn.Module):
 class VectorHead(nn.Module):
     """A vector per atom: vector features mixed per task, gated by the scalars (Schütt et al. 2021, PaiNN, sec. 3.4)."""
 
-    def __init__(self, tasks: int, features: int, hidden: int) -> None:
+    def __init__(self, size: HeadSize) -> None:
         super().__init__()
-        self.gates = ScalarHead(tasks, features, hidden, hidden)
-        self.mix = TaskLinear(tasks, features, hidden, bias=False)
+        self.gates = ScalarHead(size, size.hidden)
+        self.mix = TaskLinear(size.tasks, size.features, size.hidden, bias=False)
 
     def mixed(self, vectors: Tensor, rows: TaskRows) -> Tensor:
         """Node vectors [A, 3, F] -> [A, 3, H]."""
@@ -62,12 +86,12 @@ class VirialHead(nn.Module):
     vectors are zero, and the pairs alone tell a sheared crystal from a compressed one.
     """
 
-    def __init__(self, tasks: int, features: int, hidden: int, radial: int) -> None:
+    def __init__(self, size: HeadSize, radial: int) -> None:
         """`radial` is the number of radial functions of a pair, the cutoff function among them."""
         super().__init__()
-        self.vectors = VectorHead(tasks, features, hidden)
-        self.pressure = ScalarHead(tasks, features, hidden)
-        self.pairs = ScalarHead(tasks, features, hidden, radial)
+        self.vectors = VectorHead(size)
+        self.pressure = ScalarHead(size)
+        self.pairs = ScalarHead(size, radial)
 
     def forward(self, features: NodeFeatures, rows: TaskRows, pairs: PairGeometry) -> Tensor:
         """Node scalars [A, F] and vectors [A, 3, F], and pairs in R rows -> [A, 3, 3]."""
@@ -89,10 +113,10 @@ class VirialHead(nn.Module):
 class PooledHead(nn.Module):
     """An intensive number per structure: a mean over its atoms, weighted by attention or not."""
 
-    def __init__(self, tasks: int, features: int, hidden: int, *, attention: bool) -> None:
+    def __init__(self, size: HeadSize, *, attention: bool) -> None:
         super().__init__()
-        self.values = ScalarHead(tasks, features, hidden)
-        self.logits = ScalarHead(tasks, features, hidden) if attention else None
+        self.values = ScalarHead(size)
+        self.logits = ScalarHead(size) if attention else None
 
     def forward(self, scalars: Tensor, rows: TaskRows, structures: Segments, atom_mask: Tensor) -> Tensor:
         """Node scalars [A, F] -> [S]; a structure without atoms gets 0."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrazero.models.encoder import NodeFeatures
-from hydrazero.models.heads import PooledHead, ScalarHead, VectorHead
+from hydrazero.models.heads import HeadSize, PooledHead, ScalarHead, VectorHead
 from hydrazero.models.slots import Segments
 from hydrazero.models.task_facts import TargetFacts, TaskFacts, targets_of
 from hydrazero.models.task_linear import TaskRows
@@ -18,15 +18,13 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 class TargetHeads(nn.Module):
     """Every target that any of the tasks has."""
 
-    def __init__(
-        self, tasks: Sequence[TaskFacts], features: int, hidden: int, attention_targets: Sequence[str]
-    ) -> None:
+    def __init__(self, tasks: Sequence[TaskFacts], size: HeadSize, attention_targets: Sequence[str]) -> None:
         super().__init__()
         self.facts = targets_of(tasks)
         self.heads = nn.ModuleDict(
             {
                 # With a prefix: a ModuleDict takes no name that one of its own attributes has.
-                f"target_{name}": _head(facts, len(tasks), features, hidden, name in attention_targets)
+                f"target_{name}": _head(facts, size, name in attention_targets)
                 for name, facts in self.facts.items()
             }
         )
@@ -62,12 +60,12 @@ class TargetHeads(nn.Module):
         return structures.sum(atomic) if facts.of == "structure" else atomic
 
 
-def _head(facts: TargetFacts, tasks: int, features: int, hidden: int, attention: bool) -> nn.Module:
+def _head(facts: TargetFacts, size: HeadSize, attention: bool) -> nn.Module:
     if facts.kind == "vector":
-        return VectorHead(tasks, features, hidden)
+        return VectorHead(size)
     if facts.of == "structure" and not facts.extensive:
-        return PooledHead(tasks, features, hidden, attention=attention)
-    return ScalarHead(tasks, features, hidden)
+        return PooledHead(size, attention=attention)
+    return ScalarHead(size)
 
 
 def check_attention(targets: dict[str, TargetFacts], attention_targets: Sequence[str]) -> None:

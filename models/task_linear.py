@@ -188,6 +188,11 @@ class TaskLinear(nn.Module):
         out = rows.matmul(x, self.weight)
         return out if self.bias is None else out + rows.pick(self.bias)
 
+    def each_task(self, x: Tensor) -> Tensor:
+        """What every task has of each row [N, T, I] -> [N, T, O], by that task."""
+        out = exact_matmul(x.transpose(0, 1), self.weight.transpose(1, 2)).transpose(0, 1)
+        return out if self.bias is None else out + self.bias
+
     def all_tasks(self, x: Tensor) -> Tensor:
         """Rows [N, I] -> [N, T, O], by every task."""
         tasks, outputs, inputs = self.weight.shape

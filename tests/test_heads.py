@@ -159,6 +159,13 @@ def test_tasks_may_be_told_apart_from_the_first_layer():
             torch.testing.assert_close(found, every[task], rtol=0, atol=1e-9)
 
 
+def test_heads_of_more_layers_have_their_parameters_and_serve_all_tasks_in_one_pass():
+    model = model_of({}, {}, {}, head_layers=3)
+    assert sum(p.numel() for p in model.energy_head.parameters()) == 3 * (16 * 8 + 8 + 2 * (8 * 8 + 8) + 8 + 1)
+    batch = batch_of([to_structure(rattled_molecule())] * 3, tasks=[0, 1, 2])
+    torch.testing.assert_close(model.energies_of_all_tasks(batch).diagonal(), model(batch).energy, rtol=0, atol=1e-10)
+
+
 def test_repulsion_keeps_atoms_apart_and_ends_smoothly():
     plain, repelled = model_of({}), model_of({}, repulsion="zbl")
 
@@ -235,6 +242,7 @@ def test_files_keep_every_head_and_chosen_tasks_only_theirs(tmp_path):
         {"targets": ALL_TARGETS, "charge_spin": True},
         {"forces": "direct", "stress": "direct"},
         ensemble=3,
+        head_layers=2,
         task_embedding=True,
         attention_targets=("gap",),
     )
@@ -292,7 +300,7 @@ def test_a_compiled_step_holds_every_head(kind, encoder, monkeypatch):
         told, direct = {"targets": targets, "charge_spin": True}, {"forces": "direct", "stress": "direct"}
         settings = {"ensemble": 3, "task_embedding": True, "attention_targets": ("gap",)}
     else:
-        told, direct, settings = {"targets": targets}, {}, {"repulsion": "zbl", "ensemble": 2}
+        told, direct, settings = {"targets": targets}, {}, {"repulsion": "zbl", "ensemble": 2, "head_layers": 2}
     model = model_of(told, direct, encoder=encoder, layers=1, **settings).train()
     generator, structures = torch.Generator().manual_seed(1), []
     for atoms, condition in ((rattled_molecule(), {"charge": 1, "multiplicity": 2}), (rattled_crystal(), {})):

@@ -97,7 +97,9 @@ class ModelSection(EncoderSettings):
     size: str = ""
     """'tiny', 'small', 'base' or 'large': sets features, layers and the like where they are not set themselves."""
     head_features: int = ModelSettings.head_features
-    """Width of the hidden layer of each head."""
+    """Width of the hidden layers of each head."""
+    head_layers: int = ModelSettings.head_layers
+    """Hidden layers of each head."""
     ensemble: int = ModelSettings.ensemble
     """Energies that each head gives; their mean is the prediction, their spread its uncertainty."""
     repulsion: str = ModelSettings.repulsion
@@ -349,6 +351,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         "model.layers": config.model.layers,
         "model.radial_functions": config.model.radial_functions,
         "model.head_features": config.model.head_features,
+        "model.head_layers": config.model.head_layers,
         "model.ensemble": config.model.ensemble,
         "model.cutoff": config.model.cutoff,
         "loss.huber_delta": config.loss.huber_delta,

@@ -102,10 +102,9 @@ def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
 
 def _head_flops(settings: ModelSettings, tasks: int) -> float:
     """Operations of a step's matrix products in the energy head per atom, 64 of each task."""
-    features = settings.encoder.features
-    head = ScalarHead(tasks, features, settings.head_features, settings.ensemble)
+    head = ScalarHead(settings.head_size(tasks), settings.ensemble)
     task = torch.arange(tasks).repeat_interleave(64)
-    scalars = torch.zeros(len(task), features, requires_grad=True)
+    scalars = torch.zeros(len(task), settings.encoder.features, requires_grad=True)
     with FlopCounterMode(display=False) as counter:  # which cannot follow a leaf into a module
         energy = head(scalars.clone(), TaskRows.of(task, tasks, kernels=False)).sum()
         (slope,) = torch.autograd.grad(energy, scalars, create_graph=True)

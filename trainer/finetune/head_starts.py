@@ -53,7 +53,7 @@ def check_heads(config: RunConfig, start: AtomisticModel) -> None:
                 f"task '{task.name}': init_head = '{task.init_head}', but {config.run.start_from} has no head "
                 f"'{wanted}'{did_you_mean(wanted, names)}."
             )
-        for key in ("head_features", "ensemble", "repulsion", "task_embedding"):
+        for key in ("head_features", "head_layers", "ensemble", "repulsion", "task_embedding"):
             there, here = getattr(start.settings, key), getattr(config.model, key)
             if there != here:
                 raise ConfigError(
