@@ -23,8 +23,9 @@ RATES = {FULL: 5e-4, HEADS: 2e-3, LORA: 2e-3, LAYERWISE: 1e-3}
 """Learning rates: fewer weights, or smaller changes of them, bear larger ones."""
 LONG = 2000
 """Steps from which on averages of the weights go as far back as in other runs."""
-COMPILED = 500_000
-"""Atoms, padding among them, in all steps of a rank from which on the minute that compiling takes is worth it."""
+COMPILED = 150_000
+"""Atoms, padding among them, in all steps of a rank from which on the minute that compiling takes is worth it: so many
+take 70 s (molecules) to 290 s (metals) without, 20 s to 40 s with it (`make bench`, rows `..._train_..._atoms`)."""
 EVALUATIONS = 20
 PATIENCE = 6
 """Evaluations without a new lowest validation loss after which the run stops."""
