@@ -99,18 +99,21 @@ def test_learning_curves(results, monkeypatch):
         finetuning, "read_manifest", lambda folder: SimpleNamespace(structures=lambda split: there[str(folder)])
     )
     held_out = [{"name": name, "shards": name, "held_out": True, "text": f"Task {name}"} for name in there]
-    spec = {**SPEC, "sizes": [10, 30, 100], "data": [{"name": "known", "shards": "known"}, *held_out]}
+    known = {"name": "known", "shards": "known"}
+    spec = {**SPEC, "findings": "It helps.", "sizes": [10, 30, 100], "data": [known, *held_out]}
     points = finetuning.points_of(spec, "two")
     assert [(point.task, point.size) for point in points] == [("a", 10), ("b", 10), ("a", 30), ("b", 12), ("a", 100)]
     page = finetuning.write_page(spec, "two", points).read_text()
     assert page.count("Nothing has been run yet.") == 2 and not (results / "two.png").exists()
     for point in points[:3]:
         errors = {way: dict.fromkeys(tables.ERRORS.values(), 100.0 / point.size) for way in finetuning.WAYS}
+        errors["finetuned"]["trivial_force_mae_mev_per_angstrom"] = 7.0
         write_json(point.path, {**errors, "head": "known", "seconds": {"finetuned": 61.0, "scratch": 122.0}})
     page = finetuning.write_page(spec, "two", points).read_text()
     assert (results / "two.png").stat().st_size > 10_000
     assert "| 30 | `known` | 3.33 | 3.33 | 3.33 | 3.33 | 3.33 | 3.33 | 61 | 122 |" in page
     assert "| 10 | `known` | 10.0 |" in page and "| 12 |" not in page
+    assert "It helps." in page and "Task a. Forces of zero are off by 7.0 meV/Å." in page
 
 
 def test_from_scratch_starts_from_nothing(tmp_path):

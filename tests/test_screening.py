@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,11 @@ from hydrazero.models import load_model, save_model
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.screening import MadeSource, ScreenPlan, ScreenSettings, screen, sources_of
 from hydrazero.models.screening.parts import Best
+from hydrazero.models.screening.predictor import Predictor
+from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK
-from hydrazero.shards.errors import ConfigError, SourceError
+from hydrazero.models.screening.sources import Item
+from hydrazero.shards.errors import ConfigError, SourceError, StructureError
 from hydrazero.shards.readers.frames import ReadSettings, SourceUnits
 from hydrazero.trainer.cli import main
 
@@ -288,12 +292,102 @@ def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path,
 
 def test_a_rank_that_is_late_finds_nothing_to_do(model, tmp_path):
     potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s.parquet"
-    for rank, whole in ((0, True), (1, False)):
-        plan = ScreenPlan(rank=rank, ranks=2, workers=0, start="job 1")
+    for rank, whole, late in ((0, False, False), (1, True, False), (1, False, True)):
+        plan = ScreenPlan(rank=rank, ranks=2, workers=0)
         summary = screen(potential, [waters(20)], out, settings_, plan)
-        assert (summary.whole is not None) == whole
-    with pytest.raises(SourceError, match="exists"):
-        screen(potential, [waters(20)], out, settings_, ScreenPlan(workers=0, start="job 2"))
+        assert (summary.whole is not None, summary.was_complete) == (whole, late)
+    for other in (replace(plan, model_id="another"), IN_PROCESS):
+        with pytest.raises(SourceError, match="exists"):
+            screen(potential, [waters(20)], out, settings_, other)
+
+
+def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_path):
+    """As when a node that was thought lost lives on, while its job goes on with fewer."""
+    potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s"
+    count = 3 * CHUNK + 50
+    held = tmp_path / "held"
+
+    def part(ranks: int) -> None:
+        screen(potential, [waters(count)], out, settings_, ScreenPlan(rank=0, ranks=ranks, workers=0))
+
+    part(2)
+    (first,) = out.glob("part-*.parquet")
+    first.rename(held)
+    part(1000)
+    held.rename(first)  # chunks 0 and 2, and chunk 0
+    summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
+    assert summary.whole == {"structures": count, "written": count, "refused": {}}
+    assert sorted(pq.read_table(out)["index"].to_pylist()) == list(range(count))
+    assert {path.name.split("-")[0] for path in out.iterdir()} == {"part", "_screen.json", "_summary.json"}
+
+
+def test_workers_end_with_their_rank(model, tmp_path):
+    """However it ends: those that wait to hand over a batch would wait for ever, and keep the rank's lock."""
+    code = f"""
+import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_screening import *
+from hydrazero.models.screening.predictor import Predictor
+compute = Predictor._compute
+Predictor._compute = lambda self, model, batch: time.sleep(0.5) or compute(self, model, batch)
+plan, out = ScreenPlan(workers=3, atoms=512), Path({str(tmp_path / "s.parquet")!r})
+screen(load_model({str(model)!r}), [waters(20 * CHUNK)], out, ScreenSettings(tasks=("task0",)), plan, print)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()  # a batch is there, and more wait
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 3
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_structure_that_memory_or_numbers_fail_is_a_row(model, tmp_path, monkeypatch):
+    compute = Predictor._compute
+
+    def failing(self, model, batch):
+        if len(batch.numbers) > 40:
+            raise torch.OutOfMemoryError("out of memory")
+        found = compute(self, model, batch)
+        found.members[batch.n_atoms == 5] = torch.nan
+        return found
+
+    monkeypatch.setattr(Predictor, "_compute", failing)
+    frames = [rattled_molecule("H2O"), rattled_molecule("CH4"), rattled_crystal() * (3, 3, 3)]
+    source, out = write_extxyz(tmp_path / "s.extxyz", frames), tmp_path / "s.parquet"
+    done = command(model, source, "--out", out, "--batch-atoms", 30)
+    assert "1 of 3 structures computed" in done.output and "1 not_finite, 1 out_of_memory" in done.output, done.output
+    reasons = [row["reason"] for row in rows_of(out)]
+    assert reasons[0] is None and reasons[2] == "it does not fit into the GPU's memory"
+    assert reasons[1] == "its energy_task0 is no finite number"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_that_cannot_be_read_is_named(model, tmp_path, workers):
+    def broken():
+        yield from (to_structure(rattled_molecule("H2O", seed), f"s#{seed}") for seed in range(3 * CHUNK))
+        raise OSError(5, "Input/output error", "far.xyz")
+
+    plan, settings_ = ScreenPlan(workers=workers), ScreenSettings(tasks=("task0",))
+    with pytest.raises(SourceError, match=r"^far.xyz cannot be read \(Input/output error\); start again when it can.$"):
+        screen(load_model(model), [MadeSource("broken", broken)], tmp_path / "s.parquet", settings_, plan)
+
+
+def test_many_sources_are_not_all_looked_at(model, tmp_path):
+    looked = []
+
+    def source(number: int) -> MadeSource:
+        def make():
+            looked.append(number)
+            yield to_structure(rattled_molecule("H2O", number), f"s#{number}")
+
+        return MadeSource(str(number), make, 1)
+
+    settings_ = ScreenSettings(tasks=("task0",))
+    screen(load_model(model), [source(n) for n in range(300)], tmp_path / "s.parquet", settings_, IN_PROCESS)
+    assert len(looked) <= 300 + 64
 
 
 def test_a_screen_goes_on_with_the_same_reading_alone(model, tmp_path, spec):
@@ -348,6 +442,39 @@ def test_relaxed_on_the_way(model, tmp_path):
     assert "one or two directions" in rows[6]["reason"] and "holds Au" in rows[7]["reason"]
     refused = command(model, source, "--out", tmp_path / "t.parquet", "--relax", 4, "--tasks", "task1,task0")
     assert refused.exit_code == 0, refused.output
+
+
+def test_relaxations_that_fail_say_why(model, monkeypatch):
+    """Memory for two at once suffices, one falls apart, and what is no fault of a structure is an error."""
+    pytest.importorskip("torch_sim")
+    relaxer = Relaxer(load_model(model), "task0", 5, 100)
+    items = [Item(index=n, source_id=str(n), read=partial(to_structure, rattled_molecule("H2O", n))) for n in range(5)]
+    relaxed, sizes = Relaxer.relaxed, []
+
+    def failing(self, structures):
+        sizes.append(len(structures))
+        if len(structures) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        if any(np.allclose(s.positions, to_structure(rattled_molecule("H2O", 3)).positions) for s in structures):
+            raise torch.linalg.LinAlgError("singular")
+        return relaxed(self, structures)
+
+    monkeypatch.setattr(Relaxer, "relaxed", failing)
+    found = list(relaxer.items(items))
+    assert sizes[0] == 5 and max(sizes[1:]) <= 3
+    for item in found:
+        if item.index == 3:
+            with pytest.raises(StructureError, match=r"fell apart \(singular\)"):
+                item.read()
+        else:
+            assert len(item.read()) == 3
+
+    def broken(self, structures):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Relaxer, "relaxed", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        list(relaxer.items(items))
 
 
 SPEC = """

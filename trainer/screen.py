@@ -104,12 +104,13 @@ def screen_command(
         ranks=launcher_ranks(),
         workers=workers,
         atoms=batch_atoms,
-        start=_start_of_ranks(launched_by) if launcher_ranks() > 1 else "",
         model_id=f"{file_sha256(model)} bf16={bf16}",
     )
     found = _sources(sources, generate, config, format_name)
     summary = _with_progress(potential, found, out, settings, plan)
-    if summary.whole is not None:
+    if summary.was_complete:
+        click.echo(f"{out} is complete; rank {plan.rank} of {plan.ranks} had nothing to do.")
+    elif summary.whole is not None:
         click.echo(said(out, summary, plan.ranks))
     elif summary.structures:
         done = f"rank {plan.rank} of {plan.ranks} has done its {summary.structures:,} structures"
@@ -191,14 +192,6 @@ def _start_ranks(ranks: int) -> None:
         raise SystemExit(1)
     if outcome.status:
         raise HydrazeroError(f"{outcome.reason}; the same command goes on where it was.")
-
-
-def _start_of_ranks(launched_by: int | None) -> str:
-    """Return what all ranks of this start share, empty for one alone: of our own launcher, Slurm, or another."""
-    if launched_by is not None:
-        return f"{os.uname().nodename} {launched_by}"
-    told = [os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_ADDR", "MASTER_PORT")]
-    return " ".join([*told, os.environ.get("PMIX_NAMESPACE", "")]).strip()
 
 
 def without_ranks(words: list[str]) -> list[str]:

@@ -138,14 +138,20 @@ def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path
     lines = [f"# {spec['title']}", "", spec["text"].strip(), ""]
     if results:
         draw(results).savefig(HERE / f"{name}.png", dpi=100)
-        lines += [f"![Errors by the number of training structures]({name}.png)", ""]
+        lines += [f"![Errors by the number of training structures]({name}.png)", "", spec["findings"].strip(), ""]
     for data in (data for data in spec["data"] if data.get("held_out")):
         of_task = {point: found for point, found in results.items() if point.task == data["name"]}
-        lines += [f"## {data['name']}", "", f"{data['text']}.", "", *curve_table(of_task)]
+        lines += [f"## {data['name']}", "", f"{data['text']}.{zero_forces(of_task)}", "", *curve_table(of_task)]
     lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
     path = HERE / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def zero_forces(results: dict[Point, dict[str, Any]]) -> str:
+    """Return a sentence on the error that forces of zero have, if any results say it."""
+    errors = [found["finetuned"]["trivial_force_mae_mev_per_angstrom"] for found in results.values()]
+    return f" Forces of zero are off by {errors[0]:.1f} meV/Å." if errors else ""
 
 
 def curve_table(results: dict[Point, dict[str, Any]]) -> list[str]:

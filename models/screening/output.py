@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hydrazero.models.screening.parts import Best, ChunkNote, note_of
+from hydrazero.models.screening.parts import Best, ChunkNote, note_of, write_part
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import SourceError
 
 RECORD_NAME, SUMMARY_NAME = "_screen.json", "_summary.json"
 """Names that begin like this are passed over by what reads a folder of parquet files as one table."""
-START = b"hydrazero.start"
-TOP_NAME = "top.parquet"
+DONE = "_done-"
+"""Beginning of the names of files that ranks leave when they have done their share."""
+SCREEN = b"hydrazero.screened"
+TOP_NAME, PARTS = "top.parquet", "part-*.parquet"
 AT_ONCE = 64
 """Chunks that become one row group of a file."""
+OPEN_AT_ONCE = 64
+"""Parts that are held open while a file is made of them."""
 
 
 class Output:
@@ -36,45 +41,46 @@ class Output:
         self.out = out
         self.one_file = out.suffix == ".parquet"
         self.parts = out.with_name(f".{out.name}.parts") if self.one_file else out
+        self._screen = ""
 
-    def begin(self, record: dict[str, Any], start: str = "") -> bool:
+    def begin(self, record: dict[str, Any], ranks: int) -> bool:
         """Make the folder of parts, or go on with one of the same model, sources and settings.
 
-        `start` is what all ranks of one start have in common: one that is late finds that nothing is left to do, and
-        gets False. Raises SourceError if `out` is there from another start, or was begun with something else.
+        Of several ranks, one that is late finds that the same screen is complete, and gets False. Raises SourceError if
+        `out` is there otherwise, or was begun with something else.
         """
-        if (before := self._finished_by()) is not None:
-            if start and before == start:
-                return False
-            what = "holds a screen that is complete" if self.out.is_dir() else "exists"
-            raise SourceError(f"{self.out} {what}; remove it or choose another name.")
-        if self.out.is_file():
-            raise SourceError(f"{self.out} is a file; name a file that ends in .parquet, or a new folder.")
-        file = self.parts / RECORD_NAME
-        if self.parts.is_dir() and any(self.parts.iterdir()) and not file.exists():
-            raise SourceError(f"{self.parts} exists and is no unfinished screen; remove it or choose another name.")
-        self.parts.mkdir(parents=True, exist_ok=True)
-        part = self.out.with_name(f".{self.out.name}.{uuid.uuid4().hex}")
-        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        try:
-            os.link(part, file)  # the first rank wins, whole
-        except FileExistsError:
-            self._check_same(record, json.loads(file.read_text(encoding="utf-8")))
-        finally:
-            part.unlink()
+        self._screen = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            if (before := self._finished()) is not None:
+                self._tidy()
+                if ranks > 1 and before == self._screen:
+                    return False
+                what = "holds a screen that is complete" if self.out.is_dir() else "exists"
+                raise SourceError(f"{self.out} {what}; remove it or choose another name.")
+            if self.out.is_file():
+                raise SourceError(f"{self.out} is a file; name a file that ends in .parquet, or a new folder.")
+            file = self.parts / RECORD_NAME
+            if file.exists():
+                self._check_same(record, json.loads(file.read_text(encoding="utf-8")))
+                return True
+            if self.parts.is_dir() and any(self.parts.iterdir()):
+                raise SourceError(f"{self.parts} exists and is no unfinished screen; remove it or choose another name.")
+            self.parts.mkdir(exist_ok=True)
+            write_aside(file, json.dumps(record, indent=1).encode())
         return True
 
-    def _finished_by(self) -> str | None:
-        """Return which start has made the result, None if there is none yet."""
+    def _finished(self) -> str | None:
+        """Return which screen has made the result, None if there is none yet."""
         if self.one_file:
             if not self.out.is_file():
                 return None
             try:
-                return (pq.read_schema(self.out).metadata or {}).get(START, b"").decode()
+                return (pq.read_schema(self.out).metadata or {}).get(SCREEN, b"").decode()
             except pa.ArrowException:
                 return ""
         summary = self.summary()
-        return None if summary is None else str(summary.get("start", ""))
+        return None if summary is None else str(summary.get("screen", ""))
 
     @contextmanager
     def working(self, rank: int, ranks: int) -> Iterator[None]:
@@ -100,39 +106,70 @@ class Output:
 
     def notes(self) -> dict[Path, dict[int, ChunkNote]]:
         """Read what all parts say of themselves."""
-        return {path: note_of(path) for path in sorted(self.parts.glob("part-*.parquet"))}
+        return {path: note_of(path) for path in sorted(self.parts.glob(PARTS))}
 
     def summary(self) -> dict[str, Any] | None:
         """Return what `finish` has written into a folder."""
         file = self.parts / SUMMARY_NAME
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
-    def finish(self, total: int, settings: ScreenSettings, start: str = "") -> dict[str, Any] | None:
-        """Make the result of all parts, if they are all there and no other rank does it; returns the summary.
+    def finish(self, total: int, settings: ScreenSettings, rank: int, ranks: int) -> dict[str, Any] | None:
+        """Make the result of all parts, if this rank is the last; returns the summary.
 
         Raises SourceError if there was no structure, or if the parts do not hold as many as the sources.
         """
+        try:
+            write_aside(self.parts / f"{DONE}{rank}-of-{ranks}", b"")
+        except FileNotFoundError:
+            return None  # another start has made a file of the parts
+        if len(list(self.parts.glob(f"{DONE}*-of-{ranks}"))) < ranks:
+            return None
         with self._alone():
-            if not self.parts.is_dir() or self._finished_by() is not None:
+            if not self.parts.is_dir():
+                return None
+            if self._finished() is not None:
+                self._tidy()
+                if settings.top is None:
+                    self._drop_repeats(self.notes())
                 return None
             notes = self.notes()
             chunks = {chunk: note for found in notes.values() for chunk, note in found.items()}
-            if len(chunks) < -(-total // CHUNK):
-                return None
             if total == 0:
                 shutil.rmtree(self.parts)
                 raise SourceError("the sources hold no structure; there is nothing to screen.")
             self._check_whole(chunks, total)
             refused: Counter[str] = sum((note.refused for note in chunks.values()), Counter())
-            written = self._merge(notes, settings, start)
+            written = self._merge(notes, settings)
             summary = {"structures": total, "written": written, "refused": dict(refused)}
             if self.one_file:
                 shutil.rmtree(self.parts)
             else:
-                write_aside(self.parts / SUMMARY_NAME, json.dumps({**summary, "start": start}, indent=1).encode())
-                for left in self.parts.glob(".part-*"):  # of ranks that were killed while they wrote
-                    left.unlink()
+                document = {**summary, "screen": self._screen}
+                write_aside(self.parts / SUMMARY_NAME, json.dumps(document, indent=1).encode())
+                self._tidy()
             return summary
+
+    def _tidy(self) -> None:
+        """Leave in the folder of a complete screen nothing but the result."""
+        leftovers = [f"{DONE}*", ".part-*"]  # the latter of ranks that were killed while they wrote
+        if (self.parts / TOP_NAME).exists():
+            leftovers.append(PARTS)
+        for pattern in leftovers:
+            for left in self.parts.glob(pattern):
+                left.unlink()
+
+    def _drop_repeats(self, notes: dict[Path, dict[int, ChunkNote]]) -> None:
+        """Leave each chunk in one part: starts with different numbers of ranks may have done the same ones."""
+        seen: set[int] = set()
+        for path, found in notes.items():
+            kept = {chunk: note for chunk, note in found.items() if chunk not in seen}
+            seen |= kept.keys()
+            if not kept:
+                path.unlink()
+            elif len(kept) < len(found):
+                table = pq.read_table(path)
+                mine = np.isin(table["index"].to_numpy() // CHUNK, list(kept))
+                write_part(path, [table.filter(pa.array(mine))], kept)
 
     def _check_whole(self, chunks: dict[int, ChunkNote], total: int) -> None:
         """Raise SourceError unless the chunks hold just the structures that the sources do."""
@@ -149,68 +186,67 @@ class Output:
     def _alone(self) -> Iterator[None]:
         """Wait until no other rank is at it; the lock ends with its process."""
         path = self.out.with_name(f".{self.out.name}.lock")
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-            if self._finished_by() is not None:  # before that somebody may wait for this very file
-                path.unlink(missing_ok=True)
+        while True:
+            with path.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(path, file.fileno()):
+                    continue  # who had it has removed it
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
 
-    def _merge(self, notes: dict[Path, dict[int, ChunkNote]], settings: ScreenSettings, start: str) -> int:
+    def _merge(self, notes: dict[Path, dict[int, ChunkNote]], settings: ScreenSettings) -> int:
         """Write what is to stay; returns its rows."""
         if settings.top is not None:
             best = Best(settings, pq.read_schema(next(iter(notes))))
             for path in notes:
                 best.add(pq.read_table(path).replace_schema_metadata(None))
-            rows = _write_tables(self.out if self.one_file else self.out / TOP_NAME, iter([best.table()]), start)
-            for path in notes:  # a folder holds the result alone
-                path.unlink()
-            return rows
-        if not self.one_file:
-            return sum(note.structures for found in notes.values() for note in found.values())
-        return _write_tables(self.out, _in_order(notes), start)
+            return self._write_tables(self.out if self.one_file else self.out / TOP_NAME, iter([best.table()]))
+        if self.one_file:
+            return self._write_tables(self.out, _in_order(notes))
+        self._drop_repeats(notes)
+        return sum(note.structures for note in {c: n for found in notes.values() for c, n in found.items()}.values())
+
+    def _write_tables(self, path: Path, tables: Iterator[pa.Table]) -> int:
+        """Write tables of one schema to a file, which appears when it is whole; returns the number of rows."""
+        part = path.with_name(f".{path.name}.part-{os.getpid()}")
+        rows, writer = 0, None
+        try:
+            for table in tables:
+                table = table.replace_schema_metadata({SCREEN: self._screen.encode()})
+                writer = writer or pq.ParquetWriter(part, table.schema)
+                writer.write_table(table)
+                rows += table.num_rows
+            if writer is not None:
+                writer.close()
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        return rows
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _in_order(notes: dict[Path, dict[int, ChunkNote]]) -> Iterator[pa.Table]:
-    """Yield the rows of all chunks in the order of the sources; parts are kept only while they have rows to give."""
-    owner = {chunk: path for path, found in notes.items() for chunk in found}
-    places = sorted(owner.items())
-    begins: dict[Path, dict[int, int]] = {}
-    for path, found in notes.items():
-        ends = np.cumsum([0, *(note.structures for note in found.values())]).tolist()
-        begins[path] = dict(zip(found, ends, strict=False))
-    left = Counter(owner.values())
-    held: dict[Path, pa.Table] = {}
+    """Yield the rows of all chunks in the order of the sources; each is a row group of its part."""
+    owner = {chunk: (path, place) for path, found in notes.items() for place, chunk in enumerate(found)}
+    opened = lru_cache(maxsize=OPEN_AT_ONCE)(pq.ParquetFile)
     waiting: list[pa.Table] = []
-    for chunk, path in places:
-        if path not in held:
-            held[path] = pq.read_table(path)
-        waiting.append(held[path].slice(begins[path][chunk], notes[path][chunk].structures))
-        left[path] -= 1
-        if not left[path]:
-            del held[path]
+    for _, (path, place) in sorted(owner.items()):
+        waiting.append(opened(path).read_row_group(place))
         if len(waiting) == AT_ONCE:
             yield pa.concat_tables(waiting)
             waiting = []
     if waiting:
         yield pa.concat_tables(waiting)
-
-
-def _write_tables(path: Path, tables: Iterator[pa.Table], start: str) -> int:
-    """Write tables of one schema to a file, which appears when it is whole; returns the number of rows."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    rows, writer = 0, None
-    try:
-        for table in tables:
-            table = table.replace_schema_metadata({START: start.encode()})
-            writer = writer or pq.ParquetWriter(part, table.schema)
-            writer.write_table(table)
-            rows += table.num_rows
-        if writer is not None:
-            writer.close()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return rows
 
 
 def write_aside(path: Path, content: bytes) -> None:

@@ -44,6 +44,20 @@ def note_of(path: Path) -> dict[int, ChunkNote]:
         raise SourceError(f"{path} is no readable part of a screen ({error}); remove it, and start again.") from error
 
 
+def write_part(path: Path, tables: list[pa.Table], notes: dict[int, ChunkNote]) -> None:
+    """Write tables of the chunks that the notes are of, each as a row group; the file appears when it is whole."""
+    said = json.dumps([[chunk, note.structures, note.refused] for chunk, note in notes.items()])
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        schema = tables[0].schema.with_metadata({KEY: said.encode()})
+        with pq.ParquetWriter(part, schema) as writer:
+            for table in tables:
+                writer.write_table(table.replace_schema_metadata(schema.metadata))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class Best:
     """The rows of lowest rank among all that were added."""
 
@@ -84,8 +98,9 @@ class Best:
 class PartWriter:
     """Collects a rank's rows, and writes those of chunks that are whole."""
 
-    def __init__(self, folder: Path, settings: ScreenSettings, schema: pa.Schema) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: ScreenSettings, schema: pa.Schema, *, by_chunk: bool) -> None:
+        """With `by_chunk` each chunk is a row group of its part, so that it can be read alone."""
+        self.folder, self._by_chunk = folder, by_chunk
         self._rows: dict[int, list[pa.Table]] = {}
         self._counts: Counter[int] = Counter()
         self._expected: dict[int, int] = {}
@@ -133,23 +148,13 @@ class PartWriter:
             chunk: ChunkNote(structures=rows.num_rows, refused=self._refused.pop(chunk, Counter()))
             for chunk, rows in sorted(self._whole.items())
         }
-        table = pa.concat_tables([self._whole[chunk] for chunk in notes])
+        tables = [self._whole[chunk] for chunk in notes]
         self._whole.clear()
         if self._best is None:
             # A name of its own: should two processes ever work on the same chunks, neither loses what the other has.
-            self._write(f"part-{min(notes):09d}-{uuid.uuid4().hex[:8]}.parquet", table, notes)
+            name = f"part-{min(notes):09d}-{uuid.uuid4().hex[:8]}.parquet"
+            write_part(self.folder / name, tables if self._by_chunk else [pa.concat_tables(tables)], notes)
             return
-        self._best.add(table)
+        self._best.add(pa.concat_tables(tables))
         self._best_notes |= notes
-        self._write(self._name, self._best.table(), self._best_notes)  # instead of the one before
-
-    def _write(self, name: str, table: pa.Table, notes: dict[int, ChunkNote]) -> None:
-        said = [[chunk, note.structures, note.refused] for chunk, note in notes.items()]
-        table = table.replace_schema_metadata({KEY: json.dumps(said).encode()})
-        path = self.folder / name
-        part = path.with_name(f".{name}.{os.getpid()}")
-        try:
-            pq.write_table(table, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_part(self.folder / self._name, [self._best.table()], self._best_notes)  # instead of the one before

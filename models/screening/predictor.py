@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.compiled import CompilationError, CompiledModel, use_kernels
 from hydrazero.models.potential import Potential
-from hydrazero.models.screening.reader import Refused, Rows
-from hydrazero.models.screening.settings import ScreenSettings, schema_of
+from hydrazero.models.screening.lookup import Refused, Rows
+from hydrazero.models.screening.settings import ScreenSettings, number_columns, schema_of
 from hydrazero.shards.graph import GraphBatch
 
 
@@ -42,7 +43,7 @@ class Predictor:
         """Of the whole work, what is still to do over what is done; infinite while nobody knows."""
         self._of_forces = [(task, potential.task_index(task)) for task in settings.forces]
         self._compiled: CompiledModel | None = None
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
         self.compiling = 0.0
         """Seconds that the compiler took."""
@@ -50,10 +51,9 @@ class Predictor:
     @property
     def seconds(self) -> float:
         """Of the model alone, without reading, copies and compilation."""
-        if self._events:
-            torch.cuda.synchronize()
-            self._seconds += sum(first.elapsed_time(last) for first, last in self._events) / 1e3
-            self._events.clear()
+        while self._events and self._events[0][1].query():  # no waiting for what is not done
+            first, last = self._events.popleft()
+            self._seconds += first.elapsed_time(last) / 1e3
         return self._seconds
 
     def __call__(self, batch: GraphBatch, *, usual: bool) -> Found:
@@ -85,8 +85,6 @@ class Predictor:
     def _model(self, batch: GraphBatch) -> CompiledModel | AtomisticModel:
         if self._compiled is not None:
             return self._compiled
-        if self.compile_after == float("inf"):  # and no waiting for the device to know the seconds
-            return self.potential.model
         if self.seconds < self.compile_after or self.seconds * self.left < self.compile_after:
             return self.potential.model
         started = time.perf_counter()
@@ -112,11 +110,12 @@ class Columns:
     def __init__(self, potential: Potential, settings: ScreenSettings) -> None:
         self.potential, self.settings = potential, settings
         self.schema = schema_of(potential, settings)
+        self.numbers = number_columns(potential, settings)
         self._indices = [potential.task_index(task) for task in settings.tasks]
         self._has_energy = [potential.facts(task).has_energy for task in settings.tasks]
 
-    def table(self, rows: Rows, found: Found) -> pa.Table:
-        """Put a batch into columns; where a task cannot take a structure its columns are null."""
+    def table(self, rows: Rows, found: Found) -> tuple[pa.Table, list[Refused]]:
+        """Put a batch into columns, null where a task cannot take a structure; those without finite numbers apart."""
         count = len(rows.index)
         members = found.members[:count].cpu().numpy()[:, self._indices]
         energies = members.mean(axis=2)
@@ -143,7 +142,30 @@ class Columns:
             flat = pa.list_(pa.float64())
             columns["positions"] = pa.array([each.positions.reshape(-1) for each in rows.structures], flat)
             columns["cell"] = pa.array([each.cell.reshape(-1) for each in rows.structures], flat)
-        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+        table = pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+        return self._apart(table, rows)
+
+    def _apart(self, table: pa.Table, rows: Rows) -> tuple[pa.Table, list[Refused]]:
+        """Take out the rows with numbers that are not finite."""
+        strange = np.zeros(table.num_rows, dtype=bool)
+        named: dict[int, str] = {}
+        for name in self.numbers:
+            column = table[name]
+            bad = column.is_valid().to_numpy() & ~np.isfinite(column.fill_null(0.0).to_numpy())
+            named |= dict.fromkeys(np.flatnonzero(bad & ~strange).tolist(), name)
+            strange |= bad
+        refused = [
+            Refused(
+                index=int(rows.index[place]),
+                source_id=rows.source_ids[place],
+                formula=rows.formulas[place],
+                atoms=int(rows.atoms[place]),
+                kind="not_finite",
+                reason=f"its {name} is no finite number",
+            )
+            for place, name in sorted(named.items())
+        ]
+        return (table.filter(pa.array(~strange)) if refused else table), refused
 
     def refused(self, refused: list[Refused]) -> pa.Table:
         """Rows of structures that were not computed: with a reason and nothing else."""

@@ -3,76 +3,37 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from ase.geometry import complete_cell
 from ase.symbols import Symbols
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hydrazero.models.potential import Potential
+from hydrazero.models.screening.lookup import Lookup, Refused, Rows, TooStrange
 from hydrazero.models.screening.relaxed import Relaxer
-from hydrazero.models.screening.settings import CHUNK, ScreenSettings
-from hydrazero.models.screening.sources import Item, Items, Source, structure_at, walk
-from hydrazero.models.task_facts import known_elements, reference_table
-from hydrazero.shards.errors import StructureError
-from hydrazero.shards.graph import BatchShape, GraphSample, collate, graph_sample, shape_holding
+from hydrazero.models.screening.settings import CHUNK
+from hydrazero.models.screening.sources import Item, Items, Source, walk
+from hydrazero.shards.errors import HydrazeroError, StructureError
+from hydrazero.shards.graph import BatchShape, GraphSample, collate, shape_holding
 from hydrazero.shards.handover import HandedBatch, to_buffer
-from hydrazero.shards.neighbours import ROW_SLOTS, HalfPairs
+from hydrazero.shards.neighbours import ROW_SLOTS
 from hydrazero.shards.packing import Packer, fits
-from hydrazero.shards.structure import Structure
 
-LOOKED_AT = 64
-"""Structures of each source that the shape of batches is worked out from."""
+LOOKED_AT, SOURCES = 64, 64
+"""Structures of a source, and sources, that the shape of batches is worked out from at most."""
+WATCHED = 1.0
+"""Seconds between a worker's looks at whether its rank is there."""
 PREFETCHED = 4
 """Batches that each worker may be ahead."""
-REMEMBERED = 100_000
-"""Compositions whose formula, references and tasks a worker keeps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refused:
-    """A structure that is not computed."""
-
-    index: int
-    source_id: str
-    formula: str
-    atoms: int
-    kind: str
-    """Short stable word, by which they are counted."""
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Composition:
-    """What follows from the atomic numbers alone; T tasks of the screen."""
-
-    formula: str
-    known: NDArray[np.bool_]
-    """Whether the task has seen all elements, [T]."""
-    reference: NDArray[np.float64]
-    """Sum of the task's reference energies, eV, [T]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What is known of the S structures of a batch before it is computed."""
-
-    index: NDArray[np.int64]
-    source_ids: list[str]
-    formulas: list[str]
-    atoms: NDArray[np.int32]
-    usable: NDArray[np.bool_]
-    """Whether a task can take a structure, [S, T]."""
-    reference: NDArray[np.float64]
-    """eV, [S, T]."""
-    structures: list[Structure]
-    """Where they have been relaxed; else none."""
 
 
 @dataclass(kw_only=True)
@@ -88,86 +49,13 @@ class Screenful:
     """Chunk that has been read to its end -> its number of structures."""
     total: int | None = None
     """Number of structures in all sources, once it is known."""
+    fault: str = ""
+    """What keeps the worker from going on, a sentence."""
 
     def pin_memory(self) -> Screenful:
         """Copy the batch to where a GPU reads it fast; the DataLoader asks for it."""
         self.batch = None if self.batch is None else self.batch.pin_memory()
         return self
-
-
-class Lookup:
-    """What the tasks say to structures."""
-
-    def __init__(self, potential: Potential, settings: ScreenSettings) -> None:
-        self.potential, self.settings = potential, settings
-        self.rows_per_atom: float | None = None
-        """Of neighbour slots, an estimate, where neighbours are found on the model's device and not by the workers."""
-        facts = [potential.facts(task) for task in settings.tasks]
-        self._references = reference_table(facts).numpy().T
-        self._known = known_elements(facts).numpy().T
-        self._needs_multiplicity = np.array([task.charge_spin and task.multiplicity_known for task in facts])
-        self._compositions: dict[bytes, Composition] = {}
-
-    def composition(self, structure: Structure) -> Composition:
-        """What follows from a structure's atomic numbers."""
-        key = structure.numbers.tobytes()
-        if key not in self._compositions:
-            if len(self._compositions) >= REMEMBERED:
-                self._compositions.clear()
-            numbers = structure.numbers.astype(np.int64)
-            self._compositions[key] = Composition(
-                formula=str(Symbols(numbers).get_chemical_formula()),
-                known=np.asarray(self._known[numbers].all(axis=0)),
-                reference=self._references[numbers].sum(axis=0),
-            )
-        return self._compositions[key]
-
-    def usable(self, structure: Structure) -> NDArray[np.bool_]:
-        """Whether each task can take a structure, [T]."""
-        known = self.composition(structure).known
-        return known if structure.multiplicity else known & ~self._needs_multiplicity
-
-    def sample(self, item: Item) -> GraphSample:
-        """Read an item and find its neighbours; raises StructureError for what cannot be computed."""
-        structure = structure_at(item)
-        if len(structure) > self.settings.max_atoms:
-            most = self.settings.max_atoms
-            raise TooStrange(structure, "too_large", f"has {len(structure)} atoms, more than --max-atoms {most}")
-        if not self.usable(structure).any():
-            reasons = (self.potential.why_not(structure, task) for task in self.settings.tasks)
-            raise TooStrange(structure, "unseen", next(reason for reason in reasons if reason))
-        if self.rows_per_atom is None:
-            return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
-        rows = math.ceil(self.rows_per_atom * len(structure))
-        if structure.pbc.any() and not structure.pbc.all():  # the engine wants three independent vectors
-            along = np.where(structure.pbc[:, None], structure.cell, 0.0)
-            structure = replace(structure, cell=complete_cell(along))
-        none = np.zeros(0, dtype=np.int64)
-        pairs = HalfPairs(first=none, second=none, shift=None, degrees=np.zeros(len(structure), dtype=np.int64))
-        return GraphSample(structure=structure, pairs=pairs, task=0, rows=rows, edges=0, origin=(item.index,))
-
-    def rows(self, packed: Sequence[GraphSample], names: dict[int, str]) -> Rows:
-        """What is known of the structures of a batch; `names` gives up those of its structures."""
-        structures = [sample.structure for sample in packed]
-        compositions = [self.composition(structure) for structure in structures]
-        index = np.array([sample.origin[0] for sample in packed], dtype=np.int64)
-        return Rows(
-            index=index,
-            source_ids=[names.pop(number) for number in index.tolist()],
-            formulas=[composition.formula for composition in compositions],
-            atoms=np.array([len(structure) for structure in structures], dtype=np.int32),
-            usable=np.stack([self.usable(structure) for structure in structures]),
-            reference=np.stack([composition.reference for composition in compositions]),
-            structures=structures if self.settings.relax else [],
-        )
-
-
-class TooStrange(StructureError):
-    """A sound structure that no task can take."""
-
-    def __init__(self, structure: Structure, reason: str, message: str) -> None:
-        super().__init__(reason, message)
-        self.structure = structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +78,15 @@ class Lane(IterableDataset):  # type: ignore[type-arg]
         self._ended: dict[int, int] = {}
 
     def __iter__(self) -> Iterator[Screenful]:
+        try:
+            yield from self._screenfuls()
+        except HydrazeroError as error:  # which a DataLoader would pass on with all that led to it
+            yield Screenful(fault=str(error))
+        except OSError as error:
+            where = error.filename or "a source"
+            yield Screenful(fault=f"{where} cannot be read ({error.strerror or error}); start again when it can.")
+
+    def _screenfuls(self) -> Iterator[Screenful]:
         packer, news, names = Packer(self.shape), Screenful(), dict[int, str]()
         for item in self._items():
             news.finished |= self._ended
@@ -269,11 +166,11 @@ def _refused(item: Item, error: StructureError) -> Refused:
 
 
 def shape_for_screen(sources: Sequence[Source], lookup: Lookup, atoms: int) -> BatchShape:
-    """Work out the shape of batches of some `atoms` atoms from the first structures of each source."""
+    """Work out the shape of batches of some `atoms` atoms from the first structures of sources all over."""
     samples = []
-    for source in sources:
+    for source in sources[:: math.ceil(len(sources) / SOURCES) or 1]:
         good = 0
-        for item in source.items(0, lambda chunk: chunk == 0):
+        for item in islice(source.items(0, lambda chunk: True), CHUNK):
             try:
                 samples.append(lookup.sample(item))
             except StructureError:
@@ -285,11 +182,11 @@ def shape_for_screen(sources: Sequence[Source], lookup: Lookup, atoms: int) -> B
         return BatchShape(structures=atoms, atoms=atoms, slots=2 * ROW_SLOTS * atoms)
     sizes = np.array([len(sample.structure) for sample in samples])
     rows = np.array([sample.rows for sample in samples])
-    atoms = max(atoms, int(sizes.max()))
+    atoms = max(atoms, math.ceil(np.median(sizes)))  # far larger ones go alone, which memory may have room for
     return BatchShape(
         structures=math.ceil(1.25 * atoms / sizes.mean()),
         atoms=atoms,
-        slots=max(math.ceil(atoms * rows.sum() / sizes.sum()), int(rows.max()), 1) * ROW_SLOTS,
+        slots=max(math.ceil(atoms * rows.sum() / sizes.sum()), 1) * ROW_SLOTS,
     )
 
 
@@ -301,13 +198,23 @@ def screenfuls(lane: Lane, workers: int) -> Iterator[Screenful]:
         num_workers=workers,
         prefetch_factor=PREFETCHED if workers else None,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_rank,
+        worker_init_fn=partial(_end_with_the_rank, os.getpid()),
         pin_memory=torch.cuda.is_available(),
     )
     yield from loader
 
 
-def _leave_interrupts_to_the_rank(worker: int) -> None:
-    """Let a worker ignore Ctrl-C, which goes to every process: it ends with its rank."""
+def _end_with_the_rank(rank: int, worker: int) -> None:
+    """Let a worker ignore Ctrl-C, which goes to every process, and end when its rank, a process, does.
+
+    Else one whose rank was killed would wait for ever to hand over a batch, and hold the rank's lock.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == rank:
+            time.sleep(WATCHED)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 

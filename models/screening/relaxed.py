@@ -13,6 +13,7 @@ import torch
 from ase import Atoms
 
 from hydrazero.models.potential import Potential
+from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, structure_at
 from hydrazero.models.task_facts import CONSERVATIVE
 from hydrazero.shards.errors import ConfigError, HydrazeroError, StructureError
@@ -74,7 +75,13 @@ class Relaxer:
     def items(self, items: Iterable[Item]) -> Iterator[Item]:
         """Give each item with its structure relaxed; what cannot be read or relaxed raises when it is read."""
         waiting: dict[bool, list[tuple[Item, Structure]]] = {True: [], False: []}
+        chunk = 0
         for item in items:
+            if item.index // CHUNK != chunk:  # which is written when it is whole
+                for group in waiting.values():
+                    yield from self._all(group)
+                    group.clear()
+                chunk = item.index // CHUNK
             try:
                 structure = structure_at(item)
             except StructureError as error:
@@ -84,7 +91,7 @@ class Relaxer:
                 yield replace(item, read=partial(_same, structure))
                 continue
             if self.potential.why_not(structure, self.task) is not None or structure.pbc.any() != structure.pbc.all():
-                yield replace(item, read=partial(_unrelaxed, structure, self))
+                yield replace(item, read=partial(_raise, self._refusal(structure)))
                 continue
             group = waiting[bool(structure.pbc.all())]
             group.append((item, structure))
@@ -94,19 +101,25 @@ class Relaxer:
         for group in waiting.values():
             yield from self._all(group)
 
+    def _refusal(self, structure: Structure) -> StructureError:
+        """Say why a structure is not even tried."""
+        reason = self.potential.why_not(structure, self.task)
+        if reason is not None:
+            return StructureError("unseen", f"it {reason}")
+        return StructureError("not_relaxed", "it is periodic in one or two directions, which --relax does not do")
+
     def _all(self, group: Sequence[tuple[Item, Structure]]) -> Iterator[Item]:
-        """Relax together; if that fails each alone, so that the one at fault is known."""
+        """Relax together; if that fails in halves, so that the one at fault is known, and memory suffices."""
         if not group:
             return
         try:
             found = self.relaxed([structure for _, structure in group])
-        except (HydrazeroError, RuntimeError, ValueError):
+        except (HydrazeroError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
             if len(group) == 1:
-                item, structure = group[0]
-                yield replace(item, read=partial(_unrelaxed, structure, self))
+                yield replace(group[0][0], read=partial(_raise, _not_relaxed(error)))
                 return
-            for one in group:
-                yield from self._all([one])
+            for half in (group[: len(group) // 2], group[len(group) // 2 :]):
+                yield from self._all(half)
             return
         for (item, _), structure in zip(group, found, strict=True):
             yield replace(item, read=partial(_same, structure))
@@ -120,10 +133,7 @@ def _raise(error: StructureError) -> Structure:
     raise error
 
 
-def _unrelaxed(structure: Structure, relaxer: Relaxer) -> Structure:
-    reason = relaxer.potential.why_not(structure, relaxer.task)
-    if reason is not None:
-        raise StructureError("unseen", f"it {reason}")
-    if structure.pbc.any() != structure.pbc.all():
-        raise StructureError("not_relaxed", "it is periodic in one or two directions, which --relax does not do")
-    raise StructureError("not_relaxed", "its relaxation fell apart")
+def _not_relaxed(error: Exception) -> StructureError:
+    if isinstance(error, torch.OutOfMemoryError):
+        return StructureError("out_of_memory", "it does not fit into the GPU's memory")
+    return StructureError("not_relaxed", f"its relaxation fell apart ({str(error).rstrip('.')})")

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from hydrazero.models.potential import Potential
+from hydrazero.models.screening.lookup import Lookup, Refused, Rows
 from hydrazero.models.screening.output import Output
 from hydrazero.models.screening.parts import PartWriter
 from hydrazero.models.screening.predictor import Columns, Found, Predictor
-from hydrazero.models.screening.reader import Lane, Lookup, Rows, Screenful, Share, screenfuls, shape_for_screen
+from hydrazero.models.screening.reader import Lane, Screenful, Share, screenfuls, shape_for_screen
 from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_settings
 from hydrazero.models.screening.sources import Source
@@ -42,8 +43,6 @@ class ScreenPlan:
     """Seconds of the model's work after which it is compiled."""
     device_neighbours: bool | None = None
     """Whether neighbours are found on the model's device; by default on a GPU where the extra `gpu` is installed."""
-    start: str = ""
-    """What all ranks of one start have in common and no other start has, so that one that is late knows the result."""
     model_id: str = ""
     """What tells the model from others when a screen goes on, its file's checksum for example."""
 
@@ -62,6 +61,8 @@ class ScreenSummary:
     """Of these, until the first batch was there, and in the compiler."""
     whole: dict[str, Any] | None = None
     """'structures', 'written' and 'refused' (kind -> number) of the whole screen; None while other ranks are at it."""
+    was_complete: bool = False
+    """Whether the same screen was complete when this rank began."""
 
 
 def screen(
@@ -94,14 +95,17 @@ def screen(
     identities = [source.identity() for source in sources]
     with _said(out):
         record = {"model": plan.model_id, "sources": identities, "settings": settings.record()}
-        if not output.begin(record, plan.start):
-            return ScreenSummary(structures=0, seconds=time.monotonic() - started, model_seconds=0.0, start_seconds=0.0)
+        if not output.begin(record, plan.ranks):
+            seconds = time.monotonic() - started
+            return ScreenSummary(
+                structures=0, seconds=seconds, model_seconds=0.0, start_seconds=0.0, was_complete=True
+            )
         with output.working(plan.rank, plan.ranks):
             done = frozenset(chunk for found in output.notes().values() for chunk in found)
             total = work.do(sources, Share(rank=plan.rank, ranks=plan.ranks, done=done))
         if [source.identity() for source in sources] != identities:
             raise SourceError(f"the sources have changed meanwhile; remove {output.parts}, and start again.")
-        whole = output.finish(total, settings, plan.start)
+        whole = output.finish(total, settings, plan.rank, plan.ranks)
     return ScreenSummary(
         structures=work.structures,
         seconds=time.monotonic() - started,
@@ -120,7 +124,7 @@ def _said(out: Path) -> Iterator[None]:
     except OSError as error:
         raise SourceError(f"{out} cannot be written ({error.strerror or error}); {again}.") from error
     except torch.OutOfMemoryError as error:
-        raise SourceError(f"a batch does not fit into the GPU's memory; with smaller --batch-atoms {again}.") from error
+        raise SourceError(f"a batch exceeds the GPU's memory; with a smaller --batch-atoms {again}.") from error
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -147,7 +151,7 @@ class _Work:
         self.potential, self.settings, self.plan = potential, settings, plan
         self.predictor = Predictor(potential, settings, plan.compile_after)
         self.columns = Columns(potential, settings)
-        self.writer = PartWriter(output.parts, settings, self.columns.schema)
+        self.writer = PartWriter(output.parts, settings, self.columns.schema, by_chunk=output.one_file)
         self.progress = progress or (lambda count: None)
         wanted = plan.device_neighbours
         self._on_device = potential.device.type == "cuda" and has_device_neighbours() if wanted is None else wanted
@@ -176,6 +180,8 @@ class _Work:
             for news in screenfuls(lane, workers):
                 if self.waited_for_first == 0.0:
                     self.waited_for_first = time.monotonic() - started
+                if news.fault:
+                    raise SourceError(news.fault)
                 self._take(news)
                 totals |= {news.total} - {None}
             self._collect()
@@ -193,20 +199,33 @@ class _Work:
             if self._on_device:
                 usual &= find_neighbours(batch, len(batch.row_atom), self.potential.cutoff)
                 del batch.pbc
-            found = self.predictor(batch, usual=usual)
+            try:
+                found = self.predictor(batch, usual=usual)
+            except torch.OutOfMemoryError:
+                if len(news.rows.index) > 1:
+                    raise
+                found = None
             self._collect()
-            self._computing = _Batch(rows=news.rows, found=found)
-        if news.refused:
-            self.writer.add(self.columns.refused(news.refused), [each.kind for each in news.refused])
-            self._count(len(news.refused))
+            if found is None:
+                self._refuse([without_memory(news.rows)])
+            else:
+                self._computing = _Batch(rows=news.rows, found=found)
+        self._refuse(news.refused)
         self.writer.finished(news.finished)
 
     def _collect(self) -> None:
         if self._computing is not None:
             rows = self._computing.rows
-            self.writer.add(self.columns.table(rows, self._computing.found))
-            self._count(len(rows.index))
+            table, strange = self.columns.table(rows, self._computing.found)
+            self.writer.add(table)
+            self._count(table.num_rows)
+            self._refuse(strange)
             self._computing = None
+
+    def _refuse(self, refused: list[Refused]) -> None:
+        if refused:
+            self.writer.add(self.columns.refused(refused), [each.kind for each in refused])
+            self._count(len(refused))
 
     def _count(self, structures: int) -> None:
         self.structures += structures
@@ -220,3 +239,15 @@ def structures_of(sources: Sequence[Source], share: Share) -> float:
     if None in lengths:
         return float("inf")
     return max(sum(length or 0 for length in lengths) - CHUNK * len(share.done), 0) / share.ranks
+
+
+def without_memory(rows: Rows) -> Refused:
+    """Refuse the only structure of a batch."""
+    return Refused(
+        index=int(rows.index[0]),
+        source_id=rows.source_ids[0],
+        formula=rows.formulas[0],
+        atoms=int(rows.atoms[0]),
+        kind="out_of_memory",
+        reason="it does not fit into the GPU's memory",
+    )
