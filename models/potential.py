@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` that predictions may depend on."""
 
+AT_ONCE = 512
+"""Structures whose neighbours are held at a time."""
 DEFAULT_SHAPE = BatchShape(structures=64, atoms=2048, slots=32768)
 
 
@@ -145,15 +148,15 @@ class Potential:
         converted = [structure_from_atoms(atoms, f"structure {n}") for n, atoms in enumerate(structures)]
         self._refuse_strange(converted, names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
-        samples = [
-            graph_sample(structure, task, self.cutoff, origin=(n, position))
-            for n, structure in enumerate(converted)
-            for position, task in enumerate(indices)
-        ]
-        for packed, batch in self.batches(samples, shape_for(samples)):
-            for sample, row in zip(packed, self.rows(packed, batch), strict=True):
-                n, position = sample.origin
-                rows[n * len(names) + position] = {"structure": n, "task": names[position], **row}
+        for first in range(0, len(converted), AT_ONCE):
+            samples = []
+            for n, structure in enumerate(converted[first : first + AT_ONCE], first):
+                of_any = graph_sample(structure, 0, self.cutoff)
+                samples += [replace(of_any, task=task, origin=(n, place)) for place, task in enumerate(indices)]
+            for packed, batch in self.batches(samples, shape_for(samples)):
+                for sample, row in zip(packed, self.rows(packed, batch), strict=True):
+                    n, place = sample.origin
+                    rows[n * len(names) + place] = {"structure": n, "task": names[place], **row}
         return rows
 
     def rows(self, packed: Sequence[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:

@@ -26,7 +26,7 @@ from hydrazero.trainer.report.search_page import write_search_page
 from hydrazero.trainer.run_files import read_metrics
 from hydrazero.trainer.search.campaign import begin
 from hydrazero.trainer.search.halving import goes_on, pareto_front
-from hydrazero.trainer.search.journal import open_journal
+from hydrazero.trainer.search.journal import JOURNAL_NAME, open_journal
 from hydrazero.trainer.search.objective import relative_error, trivial_errors
 from hydrazero.trainer.search.trial_rows import trial_rows
 from hydrazero.trainer.search.trial_settings import ENDLESS, search_overrides, trial_overrides
@@ -309,3 +309,17 @@ def test_a_trial_fails_and_one_that_was_stopped_goes_on_from_its_checkpoint(root
     assert journal.study.best_trials[0].values == [last["error"], last["training"]]
     assert "trial 0 failed: " in (printed := capsys.readouterr().out) and "trial 1 finished at 4 s: " in printed
     assert "Failed trials" in write_search_page(journal).read_text()
+
+
+def test_a_line_that_was_cut_short_is_all_that_is_lost(root):
+    space = write_space(root, "cut")
+    journal = begin(space)
+    assert (held := journal.take(2)) is not None
+    held.lock.close()
+    file = journal.out / JOURNAL_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"op_code": 4, "worker')  # a full disk
+    for number in (0, 1):
+        assert (held := begin(space).take(2)) is not None and held.number == 0, number
+        held.lock.close()
+    assert file.read_bytes().startswith(whole) and len(trial_rows(open_journal(journal.out))) == 1

@@ -9,6 +9,7 @@ next.
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,8 +216,22 @@ def _study(out: Path, directions: list[str] | None) -> Any:
     optuna = require_optuna()
     # Optuna's lock is a link to this path, which it follows to see how old it is.
     path = str((out / JOURNAL_NAME).resolve())
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
+    lock = optuna.storages.journal.JournalFileSymlinkLock(path)
+    _cut_to_whole_lines(Path(path), lock)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path, lock))
     return optuna.create_study(study_name=STUDY, storage=storage, directions=directions, load_if_exists=True)
+
+
+def _cut_to_whole_lines(path: Path, lock: Any) -> None:
+    """Cut off a line that a full disk or a kill has left without its end: with one behind it nothing can be read."""
+    if not path.is_file():
+        return
+    lock.acquire()  # nobody is in the middle of a line
+    try:
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _go_through_choices(study: Any, space: SearchSpace) -> None:
