@@ -8,6 +8,7 @@ flows through it must be masked by the caller.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,11 @@ def slots_of(batch: GraphBatch, *, kernels: bool = False) -> Slots:
     )
 
 
+def _flat(values: Tensor, leading: int) -> Tensor:
+    """Join the first sizes, and the others: [N, C], also where there is nothing of the first, which -1 would not take."""
+    return values.reshape(math.prod(values.shape[:leading]), math.prod(values.shape[leading:]))
+
+
 def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None) -> Tensor:
     """Sum over each owner's items: [N, C], or their K slots [N * K, C], or the slots [N, K] that they name.
 
@@ -128,7 +134,7 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
         ctx.slots = slots
-        flat = x.reshape(x.shape[0], -1).index_select(0, slots.neighbours.reshape(-1))
+        flat = _flat(x, 1).index_select(0, slots.neighbours.reshape(-1))
         return flat.view(*slots.neighbours.shape, *x.shape[1:])
 
     @staticmethod
@@ -140,7 +146,7 @@ class _SumBySender(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
         ctx.slots = slots
-        flat = values.reshape(slots.neighbours.numel(), -1)
+        flat = _flat(values, 2)
         return _segment_sum(slots.rows, flat, slots.reverse).view(slots.atoms, *values.shape[2:])
 
     @staticmethod
@@ -154,7 +160,7 @@ class _Opposite(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
         ctx.slots = slots
-        flat = values.reshape(slots.reverse.numel(), -1).index_select(0, slots.reverse.reshape(-1))
+        flat = _flat(values, 2).index_select(0, slots.reverse.reshape(-1))
         return flat.view(values.shape)
 
     @staticmethod
@@ -180,7 +186,7 @@ class _SumOwn(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
         ctx.slots = slots
-        flat = values.reshape(slots.neighbours.numel(), -1)
+        flat = _flat(values, 2)
         return _segment_sum(slots.rows, flat).view(slots.atoms, *values.shape[2:])
 
     @staticmethod
@@ -203,7 +209,7 @@ class _Sum(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
         ctx.segments = segments
-        flat = values.reshape(values.shape[0], -1)
+        flat = _flat(values, 1)
         return _segment_sum(segments, flat).view(segments.count, *values.shape[1:])
 
     @staticmethod

@@ -60,7 +60,8 @@ def one_task(encoder: str = "painn", dtype: torch.dtype = torch.float64, **value
 def structures() -> list[Atoms]:
     slab = rattled_crystal(4)
     slab.pbc = [True, True, False]
-    return [rattled_molecule(), rattled_crystal(), slab, bulk("Na"), rattled_molecule("H2O", 3)]
+    far = Atoms("H2", positions=[[0, 0, 0], [0, 0, 40]])
+    return [rattled_molecule(), rattled_crystal(), slab, bulk("Na"), rattled_molecule("H2O", 3), far, Atoms("H")]
 
 
 def compare(model: AtomisticModel, function) -> None:
