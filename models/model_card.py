@@ -35,8 +35,13 @@ ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 
 def weights_fingerprint(model: AtomisticModel) -> str:
     """Return the SHA-256 of a model's weights and their names."""
+    return sha256_of(model.state_dict())
+
+
+def sha256_of(weights: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of weights and their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

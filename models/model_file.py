@@ -18,7 +18,7 @@ import torch
 from ase.data import atomic_numbers
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
-from hydrazero.models.model_card import Origin, model_card
+from hydrazero.models.model_card import Origin, model_card, sha256_of
 from hydrazero.shards.element_pairs import listed_pairs, named_pairs
 from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
 from hydrazero.shards.graph import collate, graph_sample, shape_holding
@@ -97,12 +97,15 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", ori
         "dtype": dtype,
         "card": json.dumps(model_card(model, dtype, origin or Origin()), ensure_ascii=False),
         "facts": _packed(model.facts()),
+        "weights_sha256": sha256_of(weights),
     }
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(weights, str(part), metadata=header)
         _compare(model, weights, part)
+        os.umask(mask := os.umask(0))  # only setting it tells it
+        part.chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes
         os.replace(part, path)
     except OSError as error:
         raise ModelFileError(f"{path} cannot be written ({error.strerror or error}).") from error
@@ -129,7 +132,10 @@ def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path
     """Raise unless the file gives exactly what a model with these weights gives, for every task."""
     expected = model_from_facts(model.facts()).to(_compute_dtype(weights)).eval()
     expected.load_state_dict(weights, strict=True)
-    loaded = read_model(part)
+    try:
+        loaded = read_model(part)
+    except ModelFileError as error:
+        raise ModelFileError("the exported file does not reproduce the model; nothing was written.") from error
     for task, facts in enumerate(model.tasks):
         probe = probe_structure(facts.elements)
         sample = graph_sample(probe, task, model.settings.encoder.cutoff)
@@ -179,7 +185,9 @@ def read_card(path: Path | str) -> dict[str, Any] | None:
 
 def _metadata(path: Path) -> dict[str, str]:
     if path.is_dir():
-        raise ModelFileError(f"{path} is a folder; if it is a run's, export its model first: hydrazero export {path}.")
+        raise ModelFileError(
+            f"{path} is a folder; if it is a run's, export its model first: hydrazero export {path} --out FILE."
+        )
     if not path.is_file():
         raise ModelFileError(f"model file {path} does not exist.")
     try:
@@ -200,11 +208,15 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def read_model(path: Path) -> AtomisticModel:
     """Load an exported model on the CPU, ready to predict; raises ModelFileError as `read_header` does."""
-    facts = read_header(path)
+    facts, digest = read_header(path), _metadata(path).get("weights_sha256")
     try:
         weights = safetensors.torch.load_file(str(path))
+        if digest not in (None, sha256_of(weights)):  # files of earlier versions do not say it
+            raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
         model = model_from_facts(facts).to(_compute_dtype(weights))
         model.load_state_dict(weights, strict=True)
+    except ModelFileError:
+        raise
     except (safetensors.SafetensorError, RuntimeError, HydrazeroError) as error:
         raise ModelFileError(f"{path} holds other weights than its header describes ({error}).") from error
     return model.eval()

@@ -94,7 +94,7 @@ def slots_of(batch: GraphBatch, *, kernels: bool = False) -> Slots:
 
 
 def _flat(values: Tensor, leading: int) -> Tensor:
-    """Join the first sizes, and the others: [N, C], also where there is nothing of the first, which -1 would not take."""
+    """Join the first sizes, and the others: [N, C]; N may be 0, which -1 would not take."""
     return values.reshape(math.prod(values.shape[:leading]), math.prod(values.shape[leading:]))
 
 

@@ -22,6 +22,10 @@ ROW_SLOTS = 8
 filled, 94% of fours, 82% of one row an atom with eight sizes of batches) and more rows to sum up."""
 
 
+MOST_CUTOFFS = 20_000
+"""That a structure may extend over; vesin stops the process where it is some 100,000."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HalfPairs:
     """Each pair of a structure once; P pairs, A atoms."""
@@ -77,6 +81,7 @@ def half_pairs(
     points = np.ascontiguousarray(positions, dtype=np.float64)
     box = np.asarray(cell, dtype=np.float64)
     anywhere = any(periodic)
+    _check_extent(points, box[pbc], cutoff)
     if anywhere and not all(periodic):
         # vesin wants three independent vectors; those along open directions are never used as shifts.
         box = complete_cell(np.where(np.array(periodic)[:, None], box, 0.0))
@@ -89,6 +94,15 @@ def half_pairs(
     first, second = found[0].view(np.int64), found[1].view(np.int64)
     degrees = np.bincount(np.concatenate([first, second]), minlength=len(points))
     return HalfPairs(first=first, second=second, shift=found[2] @ box if anywhere else None, degrees=degrees)
+
+
+def _check_extent(points: NDArray[np.float64], vectors: NDArray[np.float64], cutoff: float) -> None:
+    """Raise StructureError for what is too far spread for vesin, whose numbers of boxes overflow."""
+    extent = max(np.ptp(points, axis=0).max(initial=0.0) if len(points) else 0.0, np.abs(vectors).max(initial=0.0))
+    if extent > MOST_CUTOFFS * cutoff:
+        raise StructureError(
+            "far_apart", f"it extends over {extent:,.0f} Å, more than {MOST_CUTOFFS:,} times the cutoff of {cutoff:g} Å"
+        )
 
 
 def lay_out(structures: Sequence[HalfPairs]) -> SlotLayout:

@@ -375,6 +375,25 @@ def test_a_source_that_cannot_be_read_is_named(model, tmp_path, workers):
         screen(load_model(model), [MadeSource("broken", broken)], tmp_path / "s.parquet", settings_, plan)
 
 
+def test_files_of_one_name_are_told_apart(model, tmp_path):
+    for folder in ("a/x", "b/x", "c"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_extxyz(tmp_path / folder / "s.extxyz", [rattled_molecule("H2O")])
+    command(model, tmp_path / "a", tmp_path / "b", tmp_path / "c", "--out", tmp_path / "s.parquet")
+    names = [row["source_id"] for row in rows_of(tmp_path / "s.parquet")]
+    assert names == ["a/x/s.extxyz#0", "b/x/s.extxyz#0", "c/s.extxyz#0"]
+
+
+def test_nothing_computed_is_an_error_with_its_rows(model, tmp_path):
+    """Unknown elements, and atoms too far from each other for a neighbour list."""
+    far = rattled_molecule("CH3CH2OH")
+    far.positions[0, 0] += 1e6
+    source, out = write_extxyz(tmp_path / "s.extxyz", [bulk("Au"), far]), tmp_path / "s.parquet"
+    done = command(model, source, "--out", out)
+    assert done.exit_code == 1 and "no structure could be computed" in done.output, done.output
+    assert "far_apart" in done.output and "times the cutoff" in rows_of(out)[1]["reason"]
+
+
 def test_many_sources_are_not_all_looked_at(model, tmp_path):
     looked = []
 
@@ -556,6 +575,7 @@ def test_bad_specifications(model, tmp_path, spec, change, words):
         (["--top", 3, "--by", "energy_tsk0"], ("no column 'energy_tsk0'", "energy_task0")),
         (["--top", 3, "--by", "energy_task0 +"], ("no expression",)),
         (["--top", 3, "--by", "2 + 3"], ("names no column",)),
+        (["--top", 3, "--by", "atoms * 9**9**9**9"], ("no expression", "out of range")),
         (["--top", 3, "--by", "sum(energy_task0)"], ("cannot be computed",)),
         (["--tasks", "task0,task0"], ("'task0' is named twice",)),
         (["--format", "extxz"], ("format 'extxz' is not known", "extxyz")),

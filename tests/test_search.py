@@ -115,6 +115,7 @@ def search(*words: object, **environment: str) -> subprocess.Popen[str]:
         ('"model.features" = {low = 8, high = 16, step = 3}', "", "steps of 3 from low = 8 do not come to high = 16"),
         ('"model.features" = {low = 8, hihg = 16}', "", "'model.features'.hihg is not known (did you mean 'high'?)"),
         ('"model.features" = {low = 8.5, high = 16}', "", "model.features must be a whole number, not 8.5"),
+        ('"model.features" = {low = 8, high = 16, step = 0}', "", "step = 0; it must be above 0"),
         ('"model.features" = []', "", "'model.features' is an empty list"),
         ('"model.features" = 8', "", "'model.features' is 8; give a list of values, or a range"),
         ('"model.features" = [8, 8]', "", "'model.features' names 8 twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import json
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def test_a_file_that_would_not_reproduce_the_model_is_refused(tmp_path, monkeypa
     with pytest.raises(ModelFileError, match="does not reproduce"):
         save_model(small_model(), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_weight_that_has_changed_is_noticed_and_others_may_read_the_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_model(small_model(), path)
+    os.umask(mask := os.umask(0))
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match="is damaged: its weights are not those that were written"):
+        load_model(path)
 
 
 def test_rows_are_by_structure_then_task(path):

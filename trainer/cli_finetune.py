@@ -41,7 +41,7 @@ FOLDER = click.Path(path_type=Path)
     help="Shards of an old task, to measure what is forgotten, and to replay; may be given several times.",
 )
 @click.option("--steps", metavar="N", type=click.IntRange(1), help="Most steps; by the structures if not given.")
-@click.option("--lr", "rate", metavar="X", type=click.FloatRange(0), help="Learning rate; by the method if not given.")
+@click.option("--lr", "rate", metavar="X", type=float, help="Learning rate; by the method if not given.")
 @click.option("--ranks", default=1, show_default=True, type=click.IntRange(1), help="Processes on this machine.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."

@@ -44,7 +44,9 @@ def task_list(text: str | None) -> list[str] | None:
 @click.option("--top", type=click.IntRange(1), metavar="K", help="Keep only the K structures that rank lowest.")
 @click.option("--by", default="", metavar="EXPR", help="What ranks, of columns: 'abs(energy_a - energy_b) / atoms'.")
 @click.option("--relax", default=0, metavar="STEPS", type=click.IntRange(0), help="Relax first, with the first head.")
-@click.option("--max-atoms", default=10_000, show_default=True, help="Larger structures are not computed.")
+@click.option(
+    "--max-atoms", default=10_000, show_default=True, type=click.IntRange(1), help="Larger ones are not computed."
+)
 @click.option("--bf16", is_flag=True, help="The encoder's matrix products in bfloat16: faster, energies to about 1%.")
 @click.option("--config", metavar="FILE", type=FOLDER, help="TOML of a conversion: how to read the sources.")
 @click.option("--format", "format_name", metavar="NAME", help="Of the sources; guessed from their suffixes.")
@@ -112,6 +114,8 @@ def screen_command(
         click.echo(f"{out} is complete; rank {plan.rank} of {plan.ranks} had nothing to do.")
     elif summary.whole is not None:
         click.echo(said(out, summary, plan.ranks))
+        if sum(summary.whole["refused"].values()) == summary.whole["structures"]:
+            raise HydrazeroError(f"no structure could be computed; the column 'reason' of {out} says why of each.")
     elif summary.structures:
         done = f"rank {plan.rank} of {plan.ranks} has done its {summary.structures:,} structures"
         click.echo(f"{done}; the last one makes {out}.")
@@ -163,7 +167,7 @@ def said(out: Path, summary: ScreenSummary, ranks: int) -> str:
     """Tell what a screen has come to."""
     whole = summary.whole or {}
     refused = sum(whole["refused"].values())
-    kept = "" if whole["written"] == whole["structures"] else f", {whole['written']:,} kept"
+    kept = "" if whole["written"] == whole["structures"] else f", {whole['written']:,} kept that rank lowest"
     lines = [f"{out}: {whole['structures'] - refused:,} of {whole['structures']:,} structures computed{kept}"]
     if refused:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(whole["refused"].items()))

@@ -94,7 +94,8 @@ class NeighbourDensity(nn.Module):
             mix = mix.permute(0, 3, 1, 2)
             messages = gathered[node] * weight.unsqueeze(2)
             flat = slots * (2 * node + 1)
-            parts[out].append(exact_matmul(mix.reshape(rows, 2 * out + 1, flat), messages.reshape(rows, flat, self.features)))
+            messages = messages.reshape(rows, flat, self.features)
+            parts[out].append(exact_matmul(mix.reshape(rows, 2 * out + 1, flat), messages))
         summed = torch.cat([torch.stack(part).sum(0) for part in parts], dim=1)
         return self.down(pairs.slots.sum_rows(summed) / TYPICAL_NEIGHBOURS)
 

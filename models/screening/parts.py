@@ -81,9 +81,9 @@ class Best:
         given = {name: table[name].to_numpy().astype(np.float64) for name in self._ranking.columns.values()}
         known = table["reason"].is_null().to_numpy()  # whatever the expression makes of a structure without numbers
         for values in given.values():
-            known &= ~np.isnan(values)
+            known &= np.isfinite(values)
         rank = self._ranking(given) if table.num_rows else np.zeros(0)
-        known &= ~np.isnan(rank)
+        known &= np.isfinite(rank)
         # Equal ones in the order of the sources, so that the result is one and the same however it was shared out.
         order = np.lexsort((table["index"].to_numpy(), rank))
         order = order[known[order]][: self.top]

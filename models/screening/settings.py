@@ -107,6 +107,8 @@ class Ranking:
         plain = {name: alias for alias, name in names.items()}
         longest_first = "|".join(re.escape(name) for name in sorted(known, key=len, reverse=True))
         self._plain = re.sub(rf"(?<!\w)({longest_first})(?!\w)", lambda found: plain[found[0]], expression)
+        # Without whole numbers: numexpr works out 9**9**9 before anything else, and never ends.
+        self._plain = re.sub(r"(?<![\w.])(?<![\d.][eE][-+])(\d+)(?![\w.])", r"\1.0", self._plain)
         try:
             used = list(self._evaluator.NumExpr(self._plain).input_names)
         except Exception as error:  # of many kinds, by what is wrong with the text

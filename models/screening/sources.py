@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,8 +100,9 @@ class ShardSource:
 class FileSource:
     """A file that `convert` reads."""
 
-    def __init__(self, path: Path, settings: ReadSettings = GEOMETRY_ALONE) -> None:
-        self.path, self.settings = path, settings
+    def __init__(self, path: Path, settings: ReadSettings = GEOMETRY_ALONE, name: str = "") -> None:
+        """`name` is what its structures are called by, by default the file's."""
+        self.path, self.settings, self.name = path, settings, name or path.name
 
     def items(self, first: int, wanted: Wanted) -> Items:
         """See Source; what makes the file unreadable is an item too, after those that could be read."""
@@ -108,11 +110,12 @@ class FileSource:
         try:
             for frame in unread(self.path, self.settings):
                 if wanted(index // CHUNK):
-                    yield Item(index=index, source_id=frame.source_id, read=partial(_read, frame))
+                    source_id = self.name + frame.source_id.removeprefix(self.path.name)
+                    yield Item(index=index, source_id=source_id, read=partial(_read, frame))
                 index += 1
         except SourceError as error:
             if wanted(index // CHUNK):
-                yield Item(index=index, source_id=self.path.name, read=partial(_raise, error))
+                yield Item(index=index, source_id=self.name, read=partial(_raise, error))
             index += 1
         return index - first
 
@@ -181,7 +184,24 @@ def sources_of(paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE) -
             found.append(ShardSource(path))
         else:
             found += [FileSource(file, settings) for file in expand_sources([path], settings)]
+    files = [source for source in found if isinstance(source, FileSource)]
+    for source, name in zip(files, names_apart([source.path for source in files]), strict=True):
+        source.name = name
     return found
+
+
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """Return as many last parts of each path as tell it from all others of the same name."""
+    parts = [path.resolve().parts for path in paths]
+    taken = [1] * len(parts)
+    while True:
+        names = ["/".join(each[-count:]) for each, count in zip(parts, taken, strict=True)]
+        counts = Counter(names)
+        longer = [n for n, name in enumerate(names) if counts[name] > 1 and taken[n] < len(parts[n])]
+        if not longer:
+            return names
+        for n in longer:
+            taken[n] += 1
 
 
 def walk(sources: Sequence[Source], wanted: Wanted) -> Items:

@@ -206,7 +206,7 @@ def _range(table: dict[str, Any], where: str) -> Range:
         raise ConfigError(f"{where}: low = {found.low:g} has no logarithm; with log = true it must be above 0.")
     if found.log and found.step:
         raise ConfigError(f"{where}: log = true and step = {found.step:g} exclude each other.")
-    if found.step < 0:
+    if found.step < 0 or (found.step == 0 and "step" in table):
         raise ConfigError(f"{where}: step = {found.step:g}; it must be above 0.")
     steps = (found.high - found.low) / found.step if found.step else 1.0
     if abs(steps - round(steps)) > 1e-6 or steps < 1:
