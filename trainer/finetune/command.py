@@ -80,8 +80,8 @@ def _wanted(request: Request, head: str) -> Wanted:
 
 def _check(request: Request, start: AtomisticModel) -> None:
     """Raise ConfigError for arguments that cannot be used, or do not go together."""
-    if request.rate is not None and not 0 < request.rate < math.inf:
-        raise ConfigError(f"--lr is {request.rate}; it must be a number above 0.")
+    if request.rate is not None and not 0 <= request.rate < math.inf:
+        raise ConfigError(f"--lr is {request.rate}; it must be a number, 0 or above.")
     names, manifest = [task.name for task in start.tasks], read_manifest(request.folder)
     if not manifest.structures("train"):
         raise ConfigError(f"{request.folder} holds no training structures; convert some with a share for training.")
