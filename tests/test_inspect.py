@@ -186,3 +186,9 @@ def test_elements_stand_where_they_should():
         (6, 17),
     ]
     assert len({place_of(z) for z in range(1, 119)}) == 118
+
+
+def test_a_run_is_no_conversion(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1 and "is a run, which 'hydrazero report" in result.output

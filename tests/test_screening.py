@@ -177,7 +177,7 @@ screen(load_model({str(model)!r}), [waters({count})], out, ScreenSettings(tasks=
     there = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
     assert not (tmp_path / "s.parquet").exists()
     potential, settings_ = load_model(model), ScreenSettings(tasks=("task0",))
-    with pytest.raises(SourceError, match="other settings"):
+    with pytest.raises(SourceError, match=r"other settings \(tasks\)"):
         screen(potential, [waters(count)], tmp_path / "s.parquet", replace(settings_, tasks=("task1",)), IN_PROCESS)
     with pytest.raises(SourceError, match="other sources"):
         screen(potential, [waters(7)], tmp_path / "s.parquet", settings_, IN_PROCESS)

@@ -39,6 +39,7 @@ def inspect_command(
 
     from hydrazero.shards.inspection import describe, describe_several, manifest_facts
     from hydrazero.shards.manifest import check_shard_files, read_manifest
+    from hydrazero.trainer.run_files import RUN_NAME
 
     models = [path for path in folders if path.is_file() or path.suffix == ".safetensors"]
     if models:
@@ -46,6 +47,8 @@ def inspect_command(
             raise ConfigError(f"{models[0]} is a model; it is shown alone, and with no option but --json.")
         _show_model(models[0], as_json)
         return
+    for run in (path for path in folders if (path / RUN_NAME).is_file()):
+        raise ConfigError(f"{run} is a run, which 'hydrazero report {run}' shows; inspect is for shards and models.")
     manifests = [read_manifest(folder) for folder in folders]
     names = [manifest.task for manifest in manifests]
     for name, folder in zip(names, folders, strict=True):

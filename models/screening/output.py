@@ -98,6 +98,10 @@ class Output:
 
     def _check_same(self, record: dict[str, Any], there: dict[str, Any]) -> None:
         other = [key for key in record if record[key] != there.get(key)]
+        if "settings" in other:
+            before = there.get("settings", {})
+            changed = [key for key, value in record["settings"].items() if value != before.get(key)]
+            other[other.index("settings")] = f"settings ({', '.join(changed)})"
         if other:
             raise SourceError(
                 f"{self.parts} holds an unfinished screen with other {' and '.join(other)}; give the same ones to go "

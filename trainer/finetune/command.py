@@ -149,6 +149,8 @@ def _write_run_file(request: Request, plan: Plan, heads: Sequence[HeadErrors]) -
         os.replace(part, path)
     except OSError as error:
         raise ConfigError(f"{request.out} cannot be written ({error.strerror}).") from error
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{part}:", "--set:")) from error
     finally:
         part.unlink(missing_ok=True)
     return path, config
