@@ -21,13 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
+from head_groups import CASES, EVERYWHERE, GROUPS, RANKS
 from systems import SCREENED, SYSTEMS, THREADS
 
 HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
 MACE = "mace-torch 0.3.16"
-PARTS = ["data", "steps", "screen", "scaling"]
+PARTS = ["data", "steps", "screen", "scaling", "groups"]
 ALONE = "sixteen models of one head in turn"
+STACKED = "heads of all tasks on every rank"
+FIRST_STEPS = 3
+"""Of either placement of heads, which warm up and are not counted."""
 REFERENCE_STRUCTURES, REFERENCE_SECONDS = 1.1e9, 50.0
 """What HydraGNN screened (arXiv 2604.15380)."""
 
@@ -120,6 +124,37 @@ def scaling_rows(rounds: int) -> list[dict[str, Any]]:
                 rows.append(row(f"{side}_over_ddp{suffix}", ratio, "times a step of DDP, same work"))
             if ranks > 1:
                 rows.append(row(f"{side}_sent{suffix}", middle[f"{side}_bytes"] / 1e6, "MB of messages a step"))
+    return rows
+
+
+def group_rows(steps: int) -> list[dict[str, Any]]:
+    """Steps of four ranks with heads in groups by task, against stacked heads on every rank: the same training.
+
+    On fewer cores than ranks, one that waits leaves its core to the others: then the time of a step shows nothing of
+    it, and what it would be with a core for each rank is the processor time of the busiest.
+    """
+    found = run_ranks("head_groups_rank.py", RANKS, str(steps))
+    units = {
+        "step": ("ms a step, wall clock", 1e3),
+        "step_processor": ("ms a step, processor time of the busiest rank", 1e3),
+        "imbalance": ("processor time of the busiest rank over the mean", 1.0),
+        "sums": ("ms a step, sums of gradients, wall clock", 1e3),
+        "sums_processor": ("ms a step, sums of gradients, processor time", 1e3),
+        "sent": ("kB to all-reduces, of a rank a step", 1e-3),
+        "states": ("kB of weights, gradients, moments", 1e-3),
+    }
+    rows = []
+    for case in CASES:
+        for quantity, (unit, factor) in units.items():
+            of_sides = (found[f"{case}_{side}_{quantity}"][FIRST_STEPS:] for side in (GROUPS, EVERYWHERE))
+            groups, everywhere = (factor * statistics.median(of_side) for of_side in of_sides)
+            rows.append(row(f"groups_{case}_{quantity}", groups, unit, STACKED, everywhere))
+    pairs = [(found[f"{case}_{EVERYWHERE}_loss"], found[f"{case}_{GROUPS}_loss"]) for case in CASES]
+    losses = [abs(other / one - 1.0) for both in pairs for one, other in zip(*both, strict=True)]
+    rows.append(row("groups_loss_difference", 1e6 * max(losses), f"millionths, largest of {steps} steps' losses"))
+    for kind in ("shared", "heads"):
+        most = max(found[f"{case}_{kind}_difference"][0] for case in CASES)
+        rows.append(row(f"groups_{kind}_difference", 1e6 * most, "millionths, largest of the weights at the end"))
     return rows
 
 
@@ -226,6 +261,8 @@ def main() -> None:
         rows += screen_rows(options.peer_python, options.mace_python, options.rounds, options.repeats)
     if "scaling" in parts:
         rows += scaling_rows(10 * options.rounds)
+    if "groups" in parts:
+        rows += group_rows(10 * options.rounds)
     if torch.cuda.is_available() and "steps" in parts:
         rows += gpu_rows(options.repeats)
     if options.only and options.out.is_file():
