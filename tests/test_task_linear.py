@@ -60,11 +60,12 @@ def test_rows_do_not_go_through_the_matrices_of_all_tasks():
 def test_compiled_products_are_the_same():
     """As on a GPU, where there are no kernels of our own."""
 
-    def gradients(x, weight, task):
+    def gradients(tensors):
+        x, weight, task = tensors
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
         energy = torch.tanh(TaskRows.of(task, 4, kernels=False).matmul(x, weight)).sum()
         (found,) = torch.autograd.grad(energy, x, create_graph=True)
         return torch.autograd.grad(found.square().sum(), (x, weight))
 
     inputs = [torch.randn(300, 6), torch.randn(4, 7, 6), torch.randint(0, 4, (300,))]
-    torch.testing.assert_close(compile_traced(gradients, inputs)(*inputs), gradients(*inputs))
+    torch.testing.assert_close(compile_traced(gradients, inputs)(inputs), gradients(inputs))
