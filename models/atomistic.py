@@ -140,7 +140,7 @@ class AtomisticModel(nn.Module):
         return Segments(owner=batch.structure, count=batch.task.shape[0], kernels=self.kernels)
 
     def _rows(self, task: Tensor, batch: GraphBatch) -> TaskRows:
-        return TaskRows.of(task[batch.structure], len(self.tasks), kernels=self.kernels)
+        return TaskRows(task=task[batch.structure], count=len(self.tasks), kernels=self.kernels)
 
     def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
         """What atoms hold [A, ...] -> structures [S, ...], padding left out."""
@@ -207,7 +207,7 @@ class AtomisticModel(nn.Module):
             )
             pairs = replace(pairs, radial=pairs.radial.detach(), directions=pairs.directions.detach())
         virial = 0.5 * (virial + virial.transpose(1, 2))
-        forces, virial = self._direct(batch, features, pairs, forces, virial)
+        forces, virial = self._direct(batch, rows, features, pairs, (forces, virial))
         predictions = Predictions(
             interaction=interaction if self.training else interaction.detach(),
             reference=self.reference_energy(batch, batch.task),
@@ -224,10 +224,15 @@ class AtomisticModel(nn.Module):
         return self._sum_atoms(batch, atomic) * self.scales.to(atomic.dtype)[batch.task].unsqueeze(1)
 
     def _direct(
-        self, batch: GraphBatch, features: NodeFeatures, pairs: PairGeometry, forces: Tensor, virial: Tensor
+        self,
+        batch: GraphBatch,
+        rows: TaskRows,
+        features: NodeFeatures,
+        pairs: PairGeometry,
+        gradients: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Put what direct heads give in the place of gradients, for the tasks that want it so."""
-        rows = self._rows(batch.task, batch)
+        """Put what direct heads give in the place of gradients, forces and virial, for the tasks that want it so."""
+        forces, virial = gradients
         if features.vectors is None:
             return forces, virial
         if self.forces_head is not None:

@@ -71,7 +71,7 @@ class VectorHead(nn.Module):
     def mixed(self, vectors: Tensor, rows: TaskRows) -> Tensor:
         """Node vectors [A, 3, F] -> [A, 3, H]."""
         atoms, _, features = vectors.shape
-        three = TaskRows.of(rows.task.repeat_interleave(3), rows.count, kernels=rows.kernels)
+        three = TaskRows(task=rows.task.repeat_interleave(3), count=rows.count, kernels=rows.kernels)
         return self.mix(vectors.reshape(3 * atoms, features), three).view(atoms, 3, -1)
 
     def forward(self, scalars: Tensor, vectors: Tensor, rows: TaskRows) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,16 +82,13 @@ class TaskRows:
     """[N] int64."""
     count: int
     """T."""
-    kernels: bool
+    kernels: bool = False
     """Whether products are those of `hydrazero.models.kernels`, which must be loaded, or plain PyTorch's."""
-    blocks: TaskBlocks | None
-    """How plain PyTorch multiplies rows of several tasks."""
 
-    @classmethod
-    def of(cls, task: Tensor, count: int, *, kernels: bool) -> TaskRows:
-        """Return rows whose products are those of the kernels or plain PyTorch's."""
-        plain = count > 1 and not kernels
-        return cls(task=task, count=count, kernels=kernels, blocks=task_blocks(task, count) if plain else None)
+    @cached_property
+    def blocks(self) -> TaskBlocks:
+        """How plain PyTorch multiplies rows of several tasks."""
+        return task_blocks(self.task, self.count)
 
     def pick(self, table: Tensor) -> Tensor:
         """Return each row's task's entry of a table: [T, ...] -> [N, ...], differentiable without a scatter."""
@@ -100,7 +98,7 @@ class TaskRows:
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply each row with its task's matrix: x [N, I], weight [T, O, I] -> [N, O]."""
-        if self.blocks is None and not self.kernels:
+        if self.count == 1 and not self.kernels:
             return exact_linear(x, weight[0])
         return _TaskLinear.apply(x, weight.to(x.dtype), self)
 
@@ -112,7 +110,7 @@ class _TaskLinear(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: TaskRows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(x, weight)
-        if rows.blocks is not None:
+        if not rows.kernels:
             matrices = rows.blocks.matrices(weight).transpose(1, 2)
             return rows.blocks.scatter(exact_matmul(rows.blocks.gather(x), matrices))
         out: Tensor = torch.ops.hydrazero.task_linear(x, weight, rows.task)
@@ -132,10 +130,10 @@ class _TaskOuter(Function):
     def forward(ctx: Any, g: Tensor, x: Tensor, rows: TaskRows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(g, x)
-        if rows.blocks is not None:
-            return rows.blocks.sum(exact_matmul(rows.blocks.gather(g).transpose(1, 2), rows.blocks.gather(x)))
-        if not rows.kernels:
+        if rows.count == 1 and not rows.kernels:
             return exact_matmul(g.t(), x).unsqueeze(0)
+        if not rows.kernels:
+            return rows.blocks.sum(exact_matmul(rows.blocks.gather(g).transpose(1, 2), rows.blocks.gather(x)))
         out: Tensor = torch.ops.hydrazero.task_outer(g, x, rows.task, rows.count)
         return out
 

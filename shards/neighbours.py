@@ -22,6 +22,7 @@ ROW_SLOTS = 8
 filled, 94% of fours, 82% of one row an atom with eight sizes of batches) and more rows to sum up."""
 
 
+NO_VECTORS = np.zeros((0, 3))
 MOST_CUTOFFS = 20_000
 """That a structure may extend over; vesin stops the process where it is some 100,000."""
 
@@ -81,7 +82,7 @@ def half_pairs(
     points = np.ascontiguousarray(positions, dtype=np.float64)
     box = np.asarray(cell, dtype=np.float64)
     anywhere = any(periodic)
-    _check_extent(points, box[pbc], cutoff)
+    _check_extent(points, box[pbc] if anywhere else NO_VECTORS, cutoff)
     if anywhere and not all(periodic):
         # vesin wants three independent vectors; those along open directions are never used as shifts.
         box = complete_cell(np.where(np.array(periodic)[:, None], box, 0.0))
@@ -98,7 +99,12 @@ def half_pairs(
 
 def _check_extent(points: NDArray[np.float64], vectors: NDArray[np.float64], cutoff: float) -> None:
     """Raise StructureError for what is too far spread for vesin, whose numbers of boxes overflow."""
-    extent = max(np.ptp(points, axis=0).max(initial=0.0) if len(points) else 0.0, np.abs(vectors).max(initial=0.0))
+    if not len(points):
+        return
+    longest = np.abs(vectors).max() if len(vectors) else 0.0
+    if max(points.max() - points.min(), longest) <= MOST_CUTOFFS * cutoff:  # quick to see, and usual
+        return
+    extent = max(np.ptp(points, axis=0).max(), longest)
     if extent > MOST_CUTOFFS * cutoff:
         raise StructureError(
             "far_apart", f"it extends over {extent:,.0f} Å, more than {MOST_CUTOFFS:,} times the cutoff of {cutoff:g} Å"

@@ -276,6 +276,7 @@ def test_elements_that_the_model_has_not_seen(teacher, tmp_path):
     [
         (["--method", "lorra"], "did you mean 'lora'"),
         (["--init-head", "task_1"], "did you mean 'task1'"),
+        (["--set", "foo.bar=1"], "--set: foo is not known"),
         (["--lr", "nan"], "--lr is nan; it must be a number, 0 or above"),
         (["--replay", "0.2"], "--replay needs structures of old tasks"),
         (["--replay", "1.5", "--replay-data", "{data}/task0"], "--replay is 1.5; it must be above 0 and below 1"),

@@ -35,13 +35,13 @@ def test_products_are_those_of_each_row_alone(rows_of_tasks):
     task, layer = torch.tensor(tasks), TaskLinear(count, 3, 5).double()
     x = torch.randn(len(tasks), 3, dtype=torch.float64)
     alone = torch.einsum("noi,ni->no", layer.weight[task], x) + layer.bias[task]
-    torch.testing.assert_close(layer(x, TaskRows.of(task, count, kernels=False)), alone)
+    torch.testing.assert_close(layer(x, TaskRows(task=task, count=count)), alone)
 
 
 @pytest.mark.parametrize("tasks", [[0, 2, 2, 0, 0, 2, 2], [0, 0, 0]], ids=["of three tasks", "of one"])
 def test_derivatives_are_exact_twice(tasks):
     task = torch.tensor(tasks)
-    rows = TaskRows.of(task, 1 + max(tasks), kernels=False)
+    rows = TaskRows(task=task, count=1 + max(tasks))
     x = torch.randn(len(tasks), 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(rows.count, 3, 4, dtype=torch.float64, requires_grad=True)
     assert gradcheck(rows.matmul, (x, weight))
@@ -50,7 +50,7 @@ def test_derivatives_are_exact_twice(tasks):
 
 def test_rows_do_not_go_through_the_matrices_of_all_tasks():
     task = torch.arange(16).repeat_interleave(70)
-    rows, layer = TaskRows.of(task, 16, kernels=False), TaskLinear(16, 8, 8)
+    rows, layer = TaskRows(task=task, count=16), TaskLinear(16, 8, 8)
     with FlopCounterMode(display=False) as counter:
         rows.matmul(torch.randn(len(task), 8), layer.weight)
     assert counter.get_total_flops() <= 2 * (2 * len(task) * 8 * 8)
@@ -63,7 +63,7 @@ def test_compiled_products_are_the_same():
     def gradients(tensors):
         x, weight, task = tensors
         x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        energy = torch.tanh(TaskRows.of(task, 4, kernels=False).matmul(x, weight)).sum()
+        energy = torch.tanh(TaskRows(task=task, count=4).matmul(x, weight)).sum()
         (found,) = torch.autograd.grad(energy, x, create_graph=True)
         return torch.autograd.grad(found.square().sum(), (x, weight))
 

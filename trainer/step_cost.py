@@ -106,7 +106,7 @@ def _head_flops(settings: ModelSettings, tasks: int) -> float:
     task = torch.arange(tasks).repeat_interleave(64)
     scalars = torch.zeros(len(task), settings.encoder.features, requires_grad=True)
     with FlopCounterMode(display=False) as counter:  # which cannot follow a leaf into a module
-        energy = head(scalars.clone(), TaskRows.of(task, tasks, kernels=False)).sum()
+        energy = head(scalars.clone(), TaskRows(task=task, count=tasks)).sum()
         (slope,) = torch.autograd.grad(energy, scalars, create_graph=True)
         (energy.square() + slope.square().sum()).backward()
     return counter.get_total_flops() / len(task)

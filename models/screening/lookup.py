@@ -63,6 +63,17 @@ class Rows:
     structures: list[Structure]
     """Where they have been relaxed; else none."""
 
+    def refused(self, place: int, kind: str, reason: str) -> Refused:
+        """Refuse the structure at a place."""
+        return Refused(
+            index=int(self.index[place]),
+            source_id=self.source_ids[place],
+            formula=self.formulas[place],
+            atoms=int(self.atoms[place]),
+            kind=kind,
+            reason=reason,
+        )
+
 
 class Lookup:
     """What the tasks say to structures."""

@@ -143,7 +143,7 @@ class Output:
                 raise SourceError("the sources hold no structure; there is nothing to screen.")
             self._check_whole(chunks, total)
             refused: Counter[str] = sum((note.refused for note in chunks.values()), Counter())
-            written = self._merge(notes, settings)
+            written = self._merge(notes, settings, total)
             summary = {"structures": total, "written": written, "refused": dict(refused)}
             if self.one_file:
                 shutil.rmtree(self.parts)
@@ -201,8 +201,8 @@ class Output:
                     path.unlink(missing_ok=True)
                 return
 
-    def _merge(self, notes: dict[Path, dict[int, ChunkNote]], settings: ScreenSettings) -> int:
-        """Write what is to stay; returns its rows."""
+    def _merge(self, notes: dict[Path, dict[int, ChunkNote]], settings: ScreenSettings, total: int) -> int:
+        """Write what is to stay of all `total` structures; returns its rows."""
         if settings.top is not None:
             best = Best(settings, pq.read_schema(next(iter(notes))))
             for path in notes:
@@ -211,7 +211,7 @@ class Output:
         if self.one_file:
             return self._write_tables(self.out, _in_order(notes))
         self._drop_repeats(notes)
-        return sum(note.structures for note in {c: n for found in notes.values() for c, n in found.items()}.values())
+        return total
 
     def _write_tables(self, path: Path, tables: Iterator[pa.Table]) -> int:
         """Write tables of one schema to a file, which appears when it is whole; returns the number of rows."""

@@ -51,10 +51,13 @@ class Predictor:
     @property
     def seconds(self) -> float:
         """Of the model alone, without reading, copies and compilation."""
+        self._settle()
+        return self._seconds
+
+    def _settle(self) -> None:
         while self._events and self._events[0][1].query():  # no waiting for what is not done
             first, last = self._events.popleft()
             self._seconds += first.elapsed_time(last) / 1e3
-        return self._seconds
 
     def __call__(self, batch: GraphBatch, *, usual: bool) -> Found:
         """Compute a batch that is on the model's device; only those of the usual shape are worth compiling."""
@@ -68,6 +71,7 @@ class Predictor:
         if on_gpu:
             last.record()
             self._events.append((first, last))
+            self._settle()  # or they would pile up, two a batch
         else:
             self._seconds += time.perf_counter() - started
         return found
@@ -155,14 +159,7 @@ class Columns:
             named |= dict.fromkeys(np.flatnonzero(bad & ~strange).tolist(), name)
             strange |= bad
         refused = [
-            Refused(
-                index=int(rows.index[place]),
-                source_id=rows.source_ids[place],
-                formula=rows.formulas[place],
-                atoms=int(rows.atoms[place]),
-                kind="not_finite",
-                reason=f"its {name} is no finite number",
-            )
+            rows.refused(place, "not_finite", f"its {name} is no finite number")
             for place, name in sorted(named.items())
         ]
         return (table.filter(pa.array(~strange)) if refused else table), refused

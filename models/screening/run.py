@@ -207,7 +207,7 @@ class _Work:
                 found = None
             self._collect()
             if found is None:
-                self._refuse([without_memory(news.rows)])
+                self._refuse([news.rows.refused(0, "out_of_memory", "it does not fit into the GPU's memory")])
             else:
                 self._computing = _Batch(rows=news.rows, found=found)
         self._refuse(news.refused)
@@ -239,15 +239,3 @@ def structures_of(sources: Sequence[Source], share: Share) -> float:
     if None in lengths:
         return float("inf")
     return max(sum(length or 0 for length in lengths) - CHUNK * len(share.done), 0) / share.ranks
-
-
-def without_memory(rows: Rows) -> Refused:
-    """Refuse the only structure of a batch."""
-    return Refused(
-        index=int(rows.index[0]),
-        source_id=rows.source_ids[0],
-        formula=rows.formulas[0],
-        atoms=int(rows.atoms[0]),
-        kind="out_of_memory",
-        reason="it does not fit into the GPU's memory",
-    )

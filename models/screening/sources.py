@@ -100,9 +100,10 @@ class ShardSource:
 class FileSource:
     """A file that `convert` reads."""
 
-    def __init__(self, path: Path, settings: ReadSettings = GEOMETRY_ALONE, name: str = "") -> None:
-        """`name` is what its structures are called by, by default the file's."""
-        self.path, self.settings, self.name = path, settings, name or path.name
+    def __init__(self, path: Path, settings: ReadSettings = GEOMETRY_ALONE) -> None:
+        self.path, self.settings = path, settings
+        self.name = path.name
+        """What its structures are called by."""
 
     def items(self, first: int, wanted: Wanted) -> Items:
         """See Source; what makes the file unreadable is an item too, after those that could be read."""
