@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rank_processes import run_ranks
 from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
@@ -168,7 +168,6 @@ def test_gradnorm_brings_norms_together_that_differ_by_a_thousand():
     st.floats(1e-3, 1.0),
     st.floats(1.0, 1e3),
 )
-@settings(deadline=None)
 def test_weights_have_the_mean_one_within_their_bounds(values, smallest, largest):
     raw = torch.tensor(values, dtype=torch.float64)
     weights = bounded(raw, smallest, largest)

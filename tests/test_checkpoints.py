@@ -31,7 +31,7 @@ from hydrazero.trainer.step_guard import SETTLED, NonFiniteLossError, StepGuard
 layouts = st.tuples(st.sampled_from([0, 1, 3]), st.integers(1, 5))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layouts, layouts, st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_pieces_cover_each_parameter_once(one, other, sizes):
     """Whatever piece one layout needs, the holders in another have all of it, each number once."""
@@ -139,7 +139,7 @@ def test_damaged_checkpoints_are_named_and_left_aside(tmp_path, damage):
             usable_checkpoint(tmp_path)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**31), st.floats(0.02, 1.0), st.floats(1e-6, 1e6))
 def test_spikes_are_told_from_noise(seed, noise, size):
     """At six standard deviations nothing of a normal log loss is a spike, and ten are, once the mean has settled."""

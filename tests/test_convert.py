@@ -162,7 +162,7 @@ def test_groups_stay_together(tmp_path):
     assert len(where) == 4 and all(len(splits) == 1 for splits in where.values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.1, 0.9), st.integers(0, 10**6))
 def test_split_shares(train, seed):
     rest = (1 - train) / 2

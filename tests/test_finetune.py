@@ -320,7 +320,7 @@ def test_keys_of_a_run_file_that_need_a_start(data, tmp_path):
 
 
 @given(st.lists(st.integers(3, 600), min_size=2, max_size=3), st.floats(0.05, 0.9), st.integers(1, 3))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_tasks_have_their_shares(counts, share, lanes):
     """Over some epochs: in each of them passes begin and end with whole pieces of blocks."""
     shares = [None] * (len(counts) - 1) + [share]

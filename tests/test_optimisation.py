@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sources import make_shards, metals, molecules
 from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
@@ -109,7 +109,6 @@ def test_a_compiled_step_follows_the_weights(monkeypatch):
 
 
 @given(st.integers(1, 400), st.integers(0, 100), st.floats(0.0, 1.0))
-@settings(deadline=None)
 def test_warm_up_stable_decay(steps, warmup, decay):
     shape = StableDecay(total_num_steps=steps + warmup, warmup_num_steps=warmup, decay_share=decay)
     ratios = [shape.ratio(step, 0) for step in range(1, steps + warmup + 1)]

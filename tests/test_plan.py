@@ -61,7 +61,7 @@ def sent(run: Run, ranks: int) -> float:
     parameters=st.integers(50_000, 5_000_000).map(lambda half: 2 * half),
     micro=st.integers(1, 8),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_traffic_grows_with_the_model_and_from_stage_to_stage(ranks, parameters, micro):
     by_stage = [sent(run_of(stage, parameters, micro), ranks) for stage in range(4)]
     own = sum(m.total for m in step_messages(run_of(0, parameters), ranks) if m.of != "gradients")
@@ -77,7 +77,7 @@ def test_traffic_grows_with_the_model_and_from_stage_to_stage(ranks, parameters,
 
 
 @given(ranks=st.integers(2, 20_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_zero_divides_what_it_says(ranks):
     whole, *divided = (
         die_memory(run_of(stage), ranks, activations=0.0, gpu=False, workers=0) for stage in range(4)
@@ -96,7 +96,7 @@ def test_bytes_of_weights_gradients_and_optimizer():
 
 
 @given(size=st.floats(1, 1e10), nodes=st.sampled_from([1, 2, 3, 64, 2048]), dies=st.sampled_from([1, 2, 8]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_collectives_keep_the_bandwidth(size, nodes, dies):
     joined = replace(links_of(FRONTIER, 8 * nodes), dies=dies)
     summed, gathered = (cost(message(kind, size), joined) for kind in (ALL_REDUCE, ALL_GATHER))

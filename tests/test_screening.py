@@ -142,7 +142,7 @@ VALUES = st.sampled_from([0.5, 1.0, 2.0, 3.0, float("nan")])
 
 
 @given(st.lists(st.lists(VALUES, max_size=40), max_size=60), st.integers(1, 50))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_best_of_tables(values, top):
     schema = pa.schema([("index", pa.int64()), ("energy_a", pa.float64()), ("reason", pa.string())])
     best = Best(ScreenSettings(tasks=("a",), top=top, by="energy_a"), schema)

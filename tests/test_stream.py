@@ -40,7 +40,7 @@ def plans(sizes: list[list[int]], repeats: list[float] | None = None) -> list[Ta
 block_sizes = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(block_sizes, st.integers(1, 7), st.integers(0, 3), st.integers(0, 99))
 def test_each_structure_once_an_epoch_whatever_the_lanes(sizes, lanes, epoch, seed):
     delivered = Counter(
@@ -67,7 +67,7 @@ def test_tasks_are_interleaved_evenly():
         assert tasks[first : first + 90].count(1) == pytest.approx(10, abs=2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 400), st.integers(1, 3))
 def test_a_walk_goes_on_where_it_stopped(stop, lanes):
     deal = Deal(plans([[40, 33], [10]]), lanes=lanes, seed=3)
@@ -159,7 +159,7 @@ def what_is_left(tasks: list[TaskPlan], number: tuple[int, int], saved: dict) ->
     return items
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     block_sizes,
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 2), st.integers(0, 120)), min_size=1, max_size=4),
@@ -191,7 +191,7 @@ def test_each_structure_once_however_often_the_lanes_change(sizes, legs, held_ba
     assert set(delivered) == everything and set(delivered.values()) == {foremost + 1}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(block_sizes, st.integers(1, 4), st.integers(1, 3), st.floats(1.0, 8.0), st.integers(0, 3))
 def test_lanes_and_ranks_get_equally_many_pieces(sizes, ranks, workers, temperature, epoch):
     """Within one of each other, for each task and over all of them, for lanes and for ranks."""
@@ -259,7 +259,7 @@ def test_neighbours_are_those_of_ase(pbc):
     np.testing.assert_allclose(vector[opposite], -vector, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from(["H2O", "CH4", "C6H6", "H2", "crystal"]), min_size=1, max_size=60), st.integers(1, 6))
 def test_packing_loses_nothing_and_never_overfills(names, structures):
     shape = BatchShape(structures=structures, atoms=30, slots=30 * 48, edges=30 * 40)
