@@ -309,6 +309,7 @@ def test_bad_models(shards, tmp_path):
     refused(command("evaluate", path), "name the shard folders")
     refused(command("evaluate", tmp_path, shards), "run.json")
     refused(command("export", tmp_path, "--out", tmp_path / "x.safetensors"), "model.json")
+    refused(command("export", tmp_path, "--out", tmp_path / "x.pt"), "x.safetensors")
     whole = path.read_bytes()
     for cut in (4, 100, len(whole) - 10):
         path.write_bytes(whole[:cut])

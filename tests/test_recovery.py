@@ -294,7 +294,7 @@ def test_damaged_weights_are_not_used(whole, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    for command in (["evaluate", str(run)], ["export", str(run), "--out", str(tmp_path / "model")]):
+    for command in (["evaluate", str(run)], ["export", str(run), "--out", str(tmp_path / "model.safetensors")]):
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1 and f"{file} is not what was written" in result.output, result.output
     shutil.rmtree(file.parent)

@@ -458,6 +458,8 @@ def test_relaxed_on_the_way(model, tmp_path):
         relaxed.pbc = atoms.pbc
         (found,) = potential.predict([relaxed], tasks=["task0"])
         assert row["energy_task0"] == pytest.approx(found["energy"], abs=1e-3)
+        assert row["converged"] == (row["max_force_task0"] < 0.05) or relaxed.pbc.all()
+    assert {row["converged"] for row in rows[6:]} == {None}
     assert "one or two directions" in rows[6]["reason"] and "holds Au" in rows[7]["reason"]
     refused = command(model, source, "--out", tmp_path / "t.parquet", "--relax", 4, "--tasks", "task1,task0")
     assert refused.exit_code == 0, refused.output
@@ -595,7 +597,9 @@ def test_bad_sources_and_outputs(model, tmp_path):
     for words, said in (
         ([tmp_path / "no.xyz", "--out", out], "no.xyz does not exist"),
         (["--out", out], "name what to screen"),
-        ([source, "--out", source], "is a file"),
+        ([source, "--out", model], "is a file"),
+        ([source, "--out", source], "s.parquet, or a folder"),
+        ([source, "--out", tmp_path / "t.csv"], "t.parquet, or a folder"),
         ([source, "--out", tmp_path], "no unfinished screen"),
     ):
         done = command(model, *words)

@@ -17,6 +17,7 @@ from hydrazero.trainer.run_files import EVALUATION_NAME, read_json
 from hydrazero.trainer.run_record import read_record
 from hydrazero.trainer.trained_weights import model_of_run
 
+SUFFIX = ".safetensors"
 ROUNDED = "bfloat16 rounds the weights that the run's evaluation is of; 'hydrazero evaluate MODEL DIR' measures these"
 
 
@@ -32,8 +33,11 @@ def export_run(
 
     With `old_heads` it also has those heads of the model that the run started from which it has not trained.
 
-    Raises ConfigError if `out` exists or the run has no model, ModelFileError for an unknown task or dtype.
+    Raises ConfigError if `out` exists or is not named FILE.safetensors, or the run has no model, ModelFileError for an
+    unknown task or dtype.
     """
+    if out.suffix != SUFFIX:
+        raise ConfigError(f"{out}: a model is written as safetensors; name it {out.with_suffix(SUFFIX)}.")
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another name.")
     model = model_of_run(run_dir)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from hydrazero.models.screening.parts import Best, ChunkNote, note_of, write_part
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
-from hydrazero.shards.errors import SourceError
+from hydrazero.shards.errors import ConfigError, SourceError
 
 RECORD_NAME, SUMMARY_NAME = "_screen.json", "_summary.json"
 """Names that begin like this are passed over by what reads a folder of parquet files as one table."""
@@ -32,14 +32,20 @@ AT_ONCE = 64
 """Chunks that become one row group of a file."""
 OPEN_AT_ONCE = 64
 """Parts that are held open while a file is made of them."""
+SUFFIX = ".parquet"
+OTHER_FILES = {".arrow", ".csv", ".db", ".extxyz", ".feather", ".h5", ".hdf5", ".json", ".npz", ".pq", ".txt", ".xyz"}
+"""Suffixes of what is no folder for sure."""
 
 
 class Output:
     """Where a screen's rows go: a folder of parts, or a file that is made of parts at the end."""
 
     def __init__(self, out: Path) -> None:
+        """Raise ConfigError for the name of another kind of file."""
+        if out.suffix.lower() in OTHER_FILES:
+            raise ConfigError(f"{out}: rows are written as Parquet; name {out.with_suffix(SUFFIX)}, or a folder.")
         self.out = out
-        self.one_file = out.suffix == ".parquet"
+        self.one_file = out.suffix == SUFFIX
         self.parts = out.with_name(f".{out.name}.parts") if self.one_file else out
         self._screen = ""
 

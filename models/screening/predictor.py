@@ -17,7 +17,7 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.compiled import CompilationError, CompiledModel, use_kernels
 from hydrazero.models.potential import Potential
 from hydrazero.models.screening.lookup import Refused, Rows
-from hydrazero.models.screening.settings import ScreenSettings, number_columns, schema_of
+from hydrazero.models.screening.settings import REACHED, ScreenSettings, number_columns, schema_of
 from hydrazero.shards.graph import GraphBatch
 
 
@@ -146,6 +146,7 @@ class Columns:
             flat = pa.list_(pa.float64())
             columns["positions"] = pa.array([each.positions.reshape(-1) for each in rows.structures], flat)
             columns["cell"] = pa.array([each.cell.reshape(-1) for each in rows.structures], flat)
+            columns[REACHED] = pa.array([bool(each.targets[REACHED]) for each in rows.structures])
         table = pa.table([columns[name] for name in self.schema.names], schema=self.schema)
         return self._apart(table, rows)
 

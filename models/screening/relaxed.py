@@ -13,7 +13,7 @@ import torch
 from ase import Atoms
 
 from hydrazero.models.potential import Potential
-from hydrazero.models.screening.settings import CHUNK
+from hydrazero.models.screening.settings import CHUNK, REACHED
 from hydrazero.models.screening.sources import Item, structure_at
 from hydrazero.models.task_facts import CONSERVATIVE
 from hydrazero.shards.errors import ConfigError, HydrazeroError, StructureError
@@ -47,27 +47,31 @@ class Relaxer:
         self._model: Any = TorchSimModel(potential, task)
 
     def relaxed(self, structures: Sequence[Structure]) -> list[Structure]:
-        """Relax structures that are all periodic in three directions, or all of them not; raises StructureError."""
+        """Relax structures that are all periodic in three directions, or all of them not; raises StructureError.
+
+        Each has a target REACHED."""
         periodic = bool(structures[0].pbc.all())
         cells = [structure.cell if periodic else np.eye(3) for structure in structures]
         atoms = [Atoms(s.numbers, s.positions, cell=c, pbc=periodic) for s, c in zip(structures, cells, strict=True)]
         optimizer = getattr(self._sim.optimizers, "frechet_cell_fire" if periodic else "fire")
         state = self._sim.io.atoms_to_state(atoms, self._model.device, torch.float64)
+        small = self._sim.generate_force_convergence_fn(CONVERGED, include_cell_forces=periodic)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the most steps were taken shows in the forces
+            warnings.simplefilter("ignore")  # that the most steps were taken is said of each structure
             done = self._sim.optimize(
                 state,
                 self._model,
                 optimizer=optimizer,
-                convergence_fn=self._sim.generate_force_convergence_fn(CONVERGED, include_cell_forces=periodic),
+                convergence_fn=small,
                 max_steps=self.steps,
                 steps_between_swaps=min(CHECK_EVERY, self.steps),
             )
-        found = []
+        reached, found = small(done).tolist(), []
         for number, structure in enumerate(structures):
             positions = done.positions[done.system_idx == number].detach().cpu().numpy().astype(np.float64)
             cell = done.cell[number].T.detach().cpu().numpy().astype(np.float64) if periodic else structure.cell
-            relaxed = replace(structure, positions=positions, cell=cell)
+            targets = {REACHED: np.array(float(reached[number]))}
+            relaxed = replace(structure, positions=positions, cell=cell, targets=targets)
             check_structure(relaxed)
             found.append(relaxed)
         return found

@@ -22,7 +22,7 @@ from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_set
 from hydrazero.models.screening.sources import Source
 from hydrazero.shards.device_neighbours import find_neighbours, has_device_neighbours
 from hydrazero.shards.errors import ConfigError, SourceError
-from hydrazero.shards.handover import from_buffer
+from hydrazero.shards.handover import HandedBatch, from_buffer
 
 ATOMS_ON_CPU, ATOMS_ON_GPU = 2048, 32_768
 COMPILE_AFTER = 20.0
@@ -79,8 +79,8 @@ def screen(
     formula, atoms; for each task energy_TASK (eV), interaction_per_atom_TASK (eV, the energy above the task's
     references) and, by ensembles, energy_spread_TASK (eV), null where the task has no energies, has not seen an element
     of the structure or lacks its multiplicity; for tasks with forces max_force_TASK (eV/Å) and forces_TASK (eV/Å, flat
-    list of 3 * atoms); where they are relaxed positions and cell (Å, flat); and reason, which says why a structure was
-    not computed. Rows of a file are in the order of the sources, with `top` by rank.
+    list of 3 * atoms); where they are relaxed positions and cell (Å, flat) and converged; and reason, which says why a
+    structure was not computed. Rows of a file are in the order of the sources, with `top` by rank.
 
     Raises SourceError if there is no structure or `out` is there already, ModelFileError for an unknown task,
     ConfigError for settings that do not fit.
@@ -195,12 +195,8 @@ class _Work:
     def _take(self, news: Screenful) -> None:
         """Start a batch, and only then fetch the one before: on a GPU both go on at once."""
         if news.batch is not None and news.rows is not None:
-            batch, usual = from_buffer(news.batch).to(self.potential.device, non_blocking=True), news.usual
-            if self._on_device:
-                usual &= find_neighbours(batch, len(batch.row_atom), self.potential.cutoff)
-                del batch.pbc
             try:
-                found = self.predictor(batch, usual=usual)
+                found = self._predicted(news.batch, usual=news.usual)
             except torch.OutOfMemoryError:
                 if len(news.rows.index) > 1:
                     raise
@@ -212,6 +208,14 @@ class _Work:
                 self._computing = _Batch(rows=news.rows, found=found)
         self._refuse(news.refused)
         self.writer.finished(news.finished)
+
+    def _predicted(self, handed: HandedBatch, *, usual: bool) -> Found:
+        """Bring a batch to the model's device, find its neighbours there if workers have not, and start the model."""
+        batch = from_buffer(handed).to(self.potential.device, non_blocking=True)
+        if self._on_device:
+            usual &= find_neighbours(batch, len(batch.row_atom), self.potential.cutoff)
+            del batch.pbc
+        return self.predictor(batch, usual=usual)
 
     def _collect(self) -> None:
         if self._computing is not None:

@@ -19,6 +19,8 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 CHUNK = 1024
 """Structures in a chunk: what a reader takes over at a time, and what is either done or not when a screen goes on."""
+REACHED = "converged"
+"""Column, and target of a relaxed structure: whether its forces became small before its steps ran out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ def schema_of(potential: Potential, settings: ScreenSettings) -> pa.Schema:
     columns = [("index", pa.int64()), ("source_id", pa.string()), ("formula", pa.string()), ("atoms", pa.int32())]
     columns += [(name, pa.float64()) for name in number_columns(potential, settings)]
     columns += [(f"forces_{task}", pa.list_(pa.float32())) for task in settings.forces]
-    columns += [("positions", pa.list_(pa.float64())), ("cell", pa.list_(pa.float64()))] if settings.relax else []
+    if settings.relax:
+        columns += [("positions", pa.list_(pa.float64())), ("cell", pa.list_(pa.float64())), (REACHED, pa.bool_())]
     return pa.schema([*columns, ("reason", pa.string())])
 
 
