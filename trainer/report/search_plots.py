@@ -23,6 +23,8 @@ from hydrazero.trainer.report.panels import (
 from hydrazero.trainer.search.space import Choices, Range, SearchSpace
 from hydrazero.trainer.search.trial_rows import TrialRow, front_rows, short_names
 
+WORST = 2.0
+"""Error over trivial above which trials are drawn on the edge: what has diverged would squeeze all others."""
 RATES = {"inference": "inference, structures/s", "training": "training, structures/s"}
 
 
@@ -43,8 +45,19 @@ class Colours:
         return [(_dot(colour), str(value)) for value, colour in self.by_value.items()]
 
 
-def _dot(colour: str, **style: Any) -> Line2D:
-    return Line2D([], [], color=colour, marker="o", linestyle="", markersize=5, **style)
+def _dot(colour: str, marker: str = "o", **style: Any) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5, **style)
+
+
+def _draw(ax: Axes, place: float, error: float, **style: Any) -> None:
+    """A trial at an error, or on the edge."""
+    ax.plot(place, min(error, WORST), "o" if error <= WORST else "^", clip_on=False, **style)
+
+
+def _edge_entry(rows: Sequence[TrialRow]) -> list[tuple[Line2D, str]]:
+    """What a legend says of trials on the edge, if there are any."""
+    beyond = any(each["error"] > WORST for row in rows for each in row.results)
+    return [(_dot(GREY, "^"), f"above {WORST:g}")] if beyond else []
 
 
 def colours_of(space: SearchSpace) -> Colours:
@@ -62,8 +75,10 @@ def progress_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colo
     _errors_over_time(over_time, rows, space, colours)
     for row in rows:
         seconds, errors = zip(*((each["seconds"], each["error"]) for each in row.results), strict=True)
-        style: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.8, "marker": "o", "markersize": 3}
-        over_rungs.plot(seconds, errors, color=colours.of(row), **style)
+        over_rungs.plot(seconds, np.minimum(errors, WORST), color=colours.of(row), linewidth=1.0, alpha=0.8)
+        for each in row.results:
+            style: dict[str, Any] = {"alpha": 0.8, "markersize": 3}
+            _draw(over_rungs, each["seconds"], each["error"], color=colours.of(row), **style)
     over_rungs.set_xscale("log")
     over_rungs.set(xlabel="training, s", title="from rung to rung")
     over_rungs.set_xticks(list(space.rungs), [f"{seconds:.3g}" for seconds in space.rungs])
@@ -74,7 +89,7 @@ def progress_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colo
     last = (_dot(GREY), f"finished, {space.rungs[-1]:.3g} s")
     earlier = (_dot(GREY, markerfacecolor="none"), "an earlier rung")
     line = (Line2D([], [], color="black", linewidth=1.2), "lowest of the finished so far")
-    legend_below(figure, [*colours.entries(), last, earlier, line])
+    legend_below(figure, [*colours.entries(), last, earlier, *_edge_entry(rows), line])
     return figure
 
 
@@ -91,7 +106,7 @@ def _errors_over_time(ax: Axes, rows: Sequence[TrialRow], space: SearchSpace, co
         for rung, each in enumerate(row.results):
             minutes, last = (each["at"] - start) / 60, rung == space.search.rungs - 1
             face = colours.of(row) if last else "none"
-            ax.plot(minutes, each["error"], "o", color=colours.of(row), markerfacecolor=face, markersize=4.5)
+            _draw(ax, minutes, each["error"], color=colours.of(row), markerfacecolor=face, markersize=4.5)
             finished += [(minutes, each["error"])] if last else []
     if finished:
         minutes, errors = np.array(sorted(finished)).T
@@ -115,7 +130,7 @@ def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours
             last, finished = row.results[-1], len(row.results) == rungs
             face, ink = (colours.of(row), 1.0) if finished else ("none", 0.7)
             style: dict[str, Any] = {"markerfacecolor": face, "alpha": ink, "markersize": 6 if finished else 4}
-            ax.plot(last[rate], last["error"], "o", color=colours.of(row), **style)
+            _draw(ax, last[rate], last["error"], color=colours.of(row), **style)
         front = [(row.results[-1][rate], row.results[-1]["error"]) for row in front_rows(rows, rate, rungs)]
         if front:
             ax.plot(*zip(*front, strict=True), color="black", linewidth=1.2, zorder=0, drawstyle="steps-pre")
@@ -124,7 +139,8 @@ def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours
         ax.set_xlabel(label)
         _logarithmic_errors(ax)
     line = (Line2D([], [], color="black", linewidth=1.2), "Pareto front of the finished")
-    legend_below(figure, [*colours.entries(), (_dot(GREY, markerfacecolor="none"), "pruned, at its last rung"), line])
+    pruned = (_dot(GREY, markerfacecolor="none"), "pruned, at its last rung")
+    legend_below(figure, [*colours.entries(), pruned, *_edge_entry(rows), line])
     return figure
 
 
@@ -135,15 +151,15 @@ def settings_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colo
     figure, axes = small_multiples(len(varied), height=2.3)
     for ax, (key, parameter) in zip(axes, varied.items(), strict=True):
         for row in rows:
-            place = row.values[key]
-            if isinstance(parameter, Choices):
-                place = [*parameter.values].index(row.values[key])
-            ax.plot(place, row.results[0]["error"], "o", color=colours.of(row), markersize=3.5, alpha=0.8)
+            value = row.values[key]
+            place = [*parameter.values].index(value) if isinstance(parameter, Choices) else float(value)
+            _draw(ax, place, row.results[0]["error"], color=colours.of(row), markersize=3.5, alpha=0.8)
         _scale_of(ax, parameter)
         ax.set_xlabel(names[key])
         _logarithmic_errors(ax)
-    if colours.key:
-        legend_below(figure, colours.entries())
+    entries = [*colours.entries(), *_edge_entry(rows)]
+    if entries:
+        legend_below(figure, entries)
     return figure
 
 
