@@ -29,6 +29,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = LINE.fullmatch(line.strip())
         if match is None:
             raise ConfigError(f"hostfile {path}, line {number}: '{line.strip()}' is not of the form 'HOST slots=N'.")
+        if int(match[2]) == 0:
+            raise ConfigError(f"hostfile {path}, line {number}: host {match[1]} has no slots; leave it out.")
         if match[1] in hosts:
             raise ConfigError(f"hostfile {path}, line {number}: host {match[1]} is named twice.")
         hosts[match[1]] = int(match[2])
@@ -37,19 +39,24 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def chosen_hosts(path: Path, nodes: int, ranks_per_node: int) -> tuple[str, ...]:
-    """Return the first hosts of a hostfile; raises ConfigError if it has too few, or they too few slots."""
+def chosen_hosts(path: Path, nodes: int, ranks_per_node: int | None) -> tuple[tuple[str, ...], int]:
+    """Return the first hosts of a hostfile and the ranks on each: as many as are wanted, or all have slots for.
+
+    Raises ConfigError if it has too few hosts, or they too few slots.
+    """
     hosts = read_hostfile(path)
     if len(hosts) < nodes:
-        raise ConfigError(f"--nodes is {nodes}, but hostfile {path} has {len(hosts)} hosts.")
+        names = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
+        raise ConfigError(f"--nodes is {nodes}, but hostfile {path} has {names}; name more, or take fewer nodes.")
     chosen = dict(list(hosts.items())[:nodes])
+    ranks = ranks_per_node or min(chosen.values())
     for host, slots in chosen.items():
-        if slots < ranks_per_node:
+        if slots < ranks:
             raise ConfigError(
-                f"host {host} has {slots} slots in hostfile {path}, and {ranks_per_node} ranks are to run on each; "
-                "choose --ranks-per-node."
+                f"host {host} has slots={slots} in hostfile {path}, and --ranks-per-node is {ranks}; take as many as "
+                "every host has slots for."
             )
-    return tuple(chosen)
+    return tuple(chosen), ranks
 
 
 def check_hosts(hosts: tuple[str, ...]) -> None:

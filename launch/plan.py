@@ -105,6 +105,7 @@ def plan(asked: Asked) -> dict[str, Any]:
     memory, of_die = memory_of_dies(run, stepper.cost, asked, max(task.atoms for task in basis.data))
     of_node = memory_of_node(run, stepper.cost, asked, basis.data)
     time, global_batch = stepper.time(asked.ranks, micro), asked.ranks * basis.per_batch * micro
+    read = files(asked, basis.data, basis.per_batch * micro / time.seconds)
     return {
         "run": config.run.out,
         "site": {"name": site.name, "about": site.about, "nodes": asked.nodes, "ranks": asked.ranks},
@@ -137,8 +138,8 @@ def plan(asked: Asked) -> dict[str, Any]:
             name: {**asdict(each), "seconds": each.seconds}
             for name, each in placements(stepper, basis.one_head, asked.ranks, micro).items()
         },
-        "files": files(asked, basis.data, basis.per_batch * micro / time.seconds),
-        "epoch": epoch(asked, basis.data, global_batch, time.seconds),
+        "files": read,
+        "epoch": epoch(asked, basis.data, global_batch, time.seconds, read["seconds_of_copying"]),
         "tasks": [{**asdict(task), "bytes": task.bytes, "shards": task.shards} for task in basis.data],
         "collectives": asdict(site.collectives),
         "sources": sources(site),

@@ -38,12 +38,20 @@ def files(asked: Asked, data: Sequence[TaskData], structures_per_s: float) -> di
     }
 
 
-def epoch(asked: Asked, data: Sequence[TaskData], global_batch: int, seconds: float) -> dict[str, float]:
-    """Return steps, time and node-hours of a pass over the data, evaluations and checkpoints left aside."""
+def epoch(
+    asked: Asked, data: Sequence[TaskData], global_batch: int, seconds: float, copying: float
+) -> dict[str, float]:
+    """Return steps, time and node-hours of a pass over the data and of the run, whose jobs begin with the copies.
+
+    `seconds` of a step, `copying` seconds of the copies; evaluations and checkpoints are left aside.
+    """
     structures = sum(task.structures for task in data)
     steps = -(-structures // global_batch)
     hours = steps * seconds / 3600
     longest = asked.hours or longest_hours(asked.site, asked.nodes, "")
+    run_hours, copy_hours = asked.config.train.steps * seconds / 3600, copying / 3600
+    run_jobs = max(-(-run_hours // max(longest - copy_hours, 0.1 * longest)), 1)
+    in_all = run_hours + run_jobs * copy_hours
     return {
         "structures": structures,
         "steps": steps,
@@ -51,8 +59,11 @@ def epoch(asked: Asked, data: Sequence[TaskData], global_batch: int, seconds: fl
         "node_hours": hours * asked.nodes,
         "jobs": -(-hours // longest) if hours > 0 else 0,
         "hours_of_job": longest,
-        "run_hours": asked.config.train.steps * seconds / 3600,
+        "run_hours": run_hours,
         "run_epochs": asked.config.train.steps / steps,
+        "run_jobs": run_jobs,
+        "run_hours_with_copies": in_all,
+        "run_node_hours": in_all * asked.nodes,
     }
 
 

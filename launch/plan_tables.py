@@ -27,12 +27,17 @@ def tables(plan: dict[str, Any]) -> list[Table]:
     return [make(plan) for make in makers]
 
 
+def _jobs(number: float) -> str:
+    return "1 job" if number == 1 else f"{number:,.0f} jobs"
+
+
 def summary(plan: dict[str, Any]) -> Table:
     """Return the run, its step, files and epoch."""
     site, batch, step, files, epoch = (plan[key] for key in ("site", "batch", "step", "files", "epoch"))
     model, pace, by = plan["model"], plan["pace"], plan["deepspeed"]
     own = next(row for row in plan["memory"] if row["own"])
-    jobs = "1 job" if epoch["jobs"] == 1 else f"{epoch['jobs']:,.0f} jobs"
+    jobs, run_jobs = _jobs(epoch["jobs"]), _jobs(epoch["run_jobs"])
+    copies = " with the copies" if files["seconds_of_copying"] else ""
     data = "data unknown" if pace["atoms_of_worker"] is None else f"{show_seconds(step['data'])} for data beside them"
     table = _table(f"{plan['run']} on {site['name']}", ["", "value"])
     table.show_header = False
@@ -82,7 +87,11 @@ def summary(plan: dict[str, Any]) -> Table:
             f"{epoch['structures']:,} structures, {epoch['steps']:,} steps, {_hours(epoch['hours'])}, "
             f"{epoch['node_hours']:,.3g} node-hours, {jobs} of {epoch['hours_of_job']:,g} h",
         ),
-        ("the run", f"{epoch['run_epochs']:.2g} epochs, {_hours(epoch['run_hours'])}"),
+        (
+            "the run",
+            f"{epoch['run_epochs']:.2g} epochs, {_hours(epoch['run_hours'])}; {run_jobs}{copies} "
+            f"{_hours(epoch['run_hours_with_copies'])}, {epoch['run_node_hours']:,.0f} node-hours",
+        ),
     ):
         table.add_row(name, value)
     return table

@@ -79,6 +79,8 @@ def judge_tries(run_dir: Path, wait: float = 0.0) -> list[tuple[Path, Verdict]]:
     Ranks of the last one that still live are waited for, `wait` seconds at most. Raises ConfigError if the run was
     never launched as a job.
     """
+    if not run_dir.is_dir():
+        raise ConfigError(f"there is no folder {run_dir}; name that of a run.")
     folders = sorted((run_dir / LAUNCH).glob(ATTEMPTS))
     if not folders:
         raise ConfigError(f"{run_dir} holds no tries of a job ({LAUNCH}/{ATTEMPTS}); is it a run that was launched?")

@@ -35,7 +35,8 @@ def check_scheduler(site: Site) -> None:
         raise ConfigError(f"'{shown}' does not tell a version ({reason[0].rstrip('.')}); is the scheduler set up here?")
     if _numbers(found[0]) < _numbers(site.job.oldest):
         raise ConfigError(
-            f"'{shown}' tells version {found[0]}, and jobs of site {site.name} need {site.job.oldest} at least."
+            f"'{shown}' tells version {found[0]}, and jobs of site {site.name} need {site.job.oldest} "
+            "at least; submit where there is a newer one."
         )
 
 
@@ -63,5 +64,5 @@ def submit(site: Site, script: Path) -> str:
     done = subprocess.run([*SCHEDULERS[site.scheduler].submit, str(script)], capture_output=True, text=True)
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
-        raise ConfigError(f"the scheduler refuses {script}: {said.rstrip('.')}.")
+        raise ConfigError(f"the scheduler refuses {script}: {said.rstrip('.')}; the script stays there, to be mended.")
     return done.stdout.strip().split(";")[0]

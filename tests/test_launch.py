@@ -14,7 +14,7 @@ import torch
 from launched import SITES, launch, refused, run_script, script_of, script_path, write_site
 from torture import make_data, write_run
 
-from hydrazero.launch.hosts import read_hostfile
+from hydrazero.launch.hosts import chosen_hosts, read_hostfile
 from hydrazero.launch.job import longest_hours
 from hydrazero.launch.node_check import check_devices
 from hydrazero.launch.site_file import load_site, site_names
@@ -93,7 +93,7 @@ BAD = {
     "no hostfile": (["--site", "local", "--hostfile", "absent"], r"hostfile absent cannot be read"),
     "value": (["--site", "slurm", "--set", "data.workers=-1"], r"data.workers is -1"),
     "budget": (["--site", "slurm", "--set", "batch.atoms=2"], r"batch"),
-    "resume": (["--site", "slurm", "--resume"], r"run.json cannot be read"),
+    "resume": (["--site", "slurm", "--resume"], r"holds no run to go on with; leave out --resume"),
 }
 
 
@@ -147,6 +147,7 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
         ("", "names no host"),
         ("a slots=2\n\n# b\nb 2\n", "line 4: 'b 2' is not of the form 'HOST slots=N'"),
         ("a slots=2\na slots=2\n", "line 2: host a is named twice"),
+        ("a slots=2\nb slots=0\n", "line 2: host b has no slots"),
     ):
         hostfile.write_text(text)
         with pytest.raises(ConfigError, match=said):
@@ -158,11 +159,12 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
     programs(tmp_path / "bin", monkeypatch, ssh=ssh, pdsh="exit 0")
     options = ("--site", "local", "--hostfile", hostfile, "--ranks-per-node")
     refused(launch(run_file, *options, 1, "--nodes", 3), "--nodes is 3, but hostfile .* has 2 hosts")
-    refused(launch(run_file, *options, 2, "--nodes", 2), "host b has 1 slots in hostfile")
+    refused(launch(run_file, *options, 2, "--nodes", 2), "host b has slots=1 in hostfile .*, and --ranks-per-node is 2")
     refused(launch(run_file, *options, 1, "--nodes", 2), r"not reached by ssh without a password: b \(ssh: .* No route")
     assert not (run_file.parent / "run").exists()
     text = script_of(run_file, *options, 2)
     assert f"--hostfile={hostfile} --num_nodes=1" in text and 'pdsh -R ssh -S -w "a"' in text and "DS_ENV_FILE" in text
+    assert chosen_hosts(hostfile, 2, None) == (("a", "b"), 1) and chosen_hosts(hostfile, 1, None) == (("a",), 2)
     programs(tmp_path / "poor", monkeypatch, ssh="exit 0")
     refused(launch(run_file, *options, 2), "through pdsh, which is not installed here")
 

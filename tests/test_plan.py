@@ -206,6 +206,9 @@ def test_the_exascale_run_is_planned(tmp_path):
     efficiencies = [row["efficiency"] for row in document["scaling"]["weak"]]
     assert efficiencies == sorted(efficiencies, reverse=True) and efficiencies[0] == 1.0
     assert document["epoch"]["node_hours"] == pytest.approx(2048 * document["epoch"]["hours"])
+    epoch, copying = document["epoch"], document["files"]["seconds_of_copying"] / 3600
+    assert copying > 0.1 and epoch["run_hours_with_copies"] == pytest.approx(epoch["run_hours"] + copying)
+    assert epoch["run_node_hours"] == pytest.approx(2048 * epoch["run_hours_with_copies"])
     assert all(row["source"] for row in document["sources"].values())
 
 

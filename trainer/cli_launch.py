@@ -14,6 +14,7 @@ from hydrazero.shards.errors import ConfigError
 
 if TYPE_CHECKING:
     from hydrazero.launch.job import Job
+    from hydrazero.launch.site_file import Site
 
 FOLDER = click.Path(path_type=Path)
 
@@ -98,8 +99,7 @@ def checked_job(
     time = hours or (longest_hours(site, nodes, queue) if limited else 0.0)
     check_size(site, nodes, time, queue)
     check_account(site, account)
-    ranks = ranks_per_node or site.nodes.dies
-    hosts = _hosts(site.scheduler, hostfile, nodes, ranks)
+    hosts, ranks = _hosts(site, hostfile, nodes, ranks_per_node)
     check_run(config, resume, has_gpu=site.die.kind == "gpu")
     return Job(
         site=site,
@@ -119,21 +119,24 @@ def checked_job(
     )
 
 
-def _hosts(scheduler: str, hostfile: Path | None, nodes: int, ranks: int) -> tuple[str, ...]:
-    """Return the hosts of a job, which answer; none if it runs here or a scheduler chooses them."""
+def _hosts(
+    site: Site, hostfile: Path | None, nodes: int, ranks_per_node: int | None
+) -> tuple[tuple[str, ...], int]:
+    """Return a job's hosts, which answer, none if it runs here or a scheduler chooses them; and the ranks on each."""
     from hydrazero.launch.hosts import check_hosts, chosen_hosts
 
-    if scheduler != "none":
+    usual = ranks_per_node or site.nodes.dies
+    if site.scheduler != "none":
         if hostfile is not None:
             raise ConfigError("--hostfile is for sites without a scheduler, which chooses the nodes itself.")
-        return ()
+        return (), usual
     if hostfile is None:
         if nodes > 1:
             raise ConfigError(f"--nodes is {nodes}, but without a scheduler the hosts must be named: --hostfile FILE.")
-        return ()
-    hosts = chosen_hosts(hostfile, nodes, ranks)
+        return (), usual
+    hosts, ranks = chosen_hosts(hostfile, nodes, ranks_per_node)
     check_hosts(hosts)
-    return hosts
+    return hosts, ranks
 
 
 @click.command("postmortem")

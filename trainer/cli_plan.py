@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from hydrazero.shards.errors import ConfigError
+
 FOLDER = click.Path(path_type=Path)
 BENCH = Path("runs/bench.json")
 
@@ -54,7 +56,7 @@ def plan_command(
     from hydrazero.launch.site_file import load_site
     from hydrazero.trainer.config import load_run_config
     from hydrazero.trainer.progress_line import wide_console
-    from hydrazero.trainer.run_files import write_text, writing
+    from hydrazero.trainer.run_files import write_text
 
     site = load_site(site_name)
     check_size(site, nodes, hours, "")
@@ -67,17 +69,19 @@ def plan_command(
         hours=hours,
         bench=default_bench(BENCH) if bench is None else named_bench(bench),
     )
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is no folder; name another one.")
     document = plan(asked)
     console = wide_console(stderr=False)
     for table in tables(document):
         console.print(table)
     folder = Path(document["run"]) if out is None else out
 
-    def write() -> None:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
         draw(document, folder / "plan.png")
-
-    writing(folder, write)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); name another with --out.") from error
     click.echo(f"{folder / 'plan.json'}\n{folder / 'plan.png'}")
 

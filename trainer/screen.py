@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -116,9 +116,21 @@ def screen_command(
         click.echo(said(out, summary, plan.ranks))
         if sum(summary.whole["refused"].values()) == summary.whole["structures"]:
             raise HydrazeroError(f"no structure could be computed; the column 'reason' of {out} says why of each.")
+        _tell_unranked(settings, summary.whole)
     elif summary.structures:
         done = f"rank {plan.rank} of {plan.ranks} has done its {summary.structures:,} structures"
         click.echo(f"{done}; the last one makes {out}.")
+
+
+def _tell_unranked(settings: ScreenSettings, whole: dict[str, Any]) -> None:
+    """Say how many structures could not be ranked; raises ConfigError if none could be."""
+    computed = whole["structures"] - sum(whole["refused"].values())
+    if settings.top is None or whole["written"] >= min(settings.top, computed):
+        return
+    why = f"of '{settings.ranking}': a head that has not seen an element leaves its columns empty"
+    if whole["written"] == 0:
+        raise ConfigError(f"no structure has a value {why}; rank by other columns.")
+    click.echo(f"{computed - whole['written']:,} have no value {why}")
 
 
 def _sources(

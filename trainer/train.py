@@ -58,6 +58,8 @@ def check_run(
     checked = check_settings(config, has_gpu=has_gpu, manifests=manifests)
     run_dir = Path(config.run.out)
     if resume:
+        if not (run_dir / RUN_NAME).exists():
+            raise ConfigError(f"run folder {run_dir} holds no run to go on with; leave out --resume, or set run.out.")
         read_record(run_dir)
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(
