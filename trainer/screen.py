@@ -127,10 +127,10 @@ def _tell_unranked(settings: ScreenSettings, whole: dict[str, Any]) -> None:
     computed = whole["structures"] - sum(whole["refused"].values())
     if settings.top is None or whole["written"] >= min(settings.top, computed):
         return
-    why = f"of '{settings.ranking}': a head that has not seen an element leaves its columns empty"
+    why = "a head that has not seen an element leaves its columns empty"
     if whole["written"] == 0:
-        raise ConfigError(f"no structure has a value {why}; rank by other columns.")
-    click.echo(f"{computed - whole['written']:,} have no value {why}")
+        raise ConfigError(f"no structure has a value of '{settings.ranking}': {why}; rank by other columns.")
+    click.echo(f"{computed - whole['written']:,} without a value of '{settings.ranking}': {why}")
 
 
 def _sources(
