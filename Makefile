@@ -36,7 +36,7 @@ check: .venv/.installed links
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Converts the three tasks of launch/runs/ethanol_3bpa.toml from DATA, trains some eight minutes, prints the table.
+# Converts the three tasks of launch/runs/ethanol_3bpa.toml from DATA, trains some ten minutes, prints the table.
 real: .venv/.installed
 	rm -rf runs/ethanol_3bpa runs/data/ethanol_pbe runs/data/ethanol_ccsdt runs/data/3bpa
 	$(BIN)/hydrazero convert $(DATA)/ethanol_multifid/pbe_def2svp/*.xyz --task ethanol_pbe --out runs/data/ethanol_pbe --config launch/convert/ethanol_pbe.toml
