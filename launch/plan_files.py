@@ -10,6 +10,7 @@ from hydrazero.launch.job import longest_hours
 from hydrazero.launch.plan_request import Asked
 from hydrazero.launch.planned_data import TaskData, copying_seconds, reading
 from hydrazero.launch.site_file import Site
+from hydrazero.shards.errors import ConfigError
 
 MANIFEST_READERS = 1
 """Ranks that read each manifest; they tell the others."""
@@ -43,14 +44,19 @@ def epoch(
 ) -> dict[str, float]:
     """Return steps, time and node-hours of a pass over the data and of the run, whose jobs begin with the copies.
 
-    `seconds` of a step, `copying` seconds of the copies; evaluations and checkpoints are left aside.
+    `seconds` of a step, `copying` seconds of the copies; evaluations and checkpoints are left aside. Raises ConfigError
+    if the copies take longer than a job may.
     """
     structures = sum(task.structures for task in data)
     steps = -(-structures // global_batch)
     hours = steps * seconds / 3600
     longest = asked.hours or longest_hours(asked.site, asked.nodes, "")
     run_hours, copy_hours = asked.config.train.steps * seconds / 3600, copying / 3600
-    run_jobs = max(-(-run_hours // max(longest - copy_hours, 0.1 * longest)), 1)
+    if copy_hours >= longest:
+        raise ConfigError(
+            f"copying the shards takes {copy_hours:.3g} h of a job's {longest:.3g} h; ask for more --hours."
+        )
+    run_jobs = max(-(-run_hours // (longest - copy_hours)), 1)
     in_all = run_hours + run_jobs * copy_hours
     return {
         "structures": structures,

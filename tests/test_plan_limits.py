@@ -6,7 +6,7 @@ import re
 
 import pytest
 from click.testing import CliRunner
-from plans import plan, refused, write_bench, write_site
+from plans import EXASCALE, plan, refused, write_bench, write_site
 
 from hydrazero.launch.die_memory import die_memory
 from hydrazero.launch.node_memory import node_memory
@@ -77,6 +77,12 @@ def test_plans_that_cannot_be_are_one_sentence(arguments, said, tmp_path):
 )
 def test_ways_of_collectives_that_cannot_be(new, said, tmp_path):
     assert refused("--site", write_site(tmp_path, ('"ring"', new))).startswith(f"Error: {said}")
+
+
+def test_copies_that_take_longer_than_a_job(tmp_path):
+    asked = ("--site", "frontier", "--nodes", 2048, "--hours", 0.25, "--out", tmp_path)
+    result = CliRunner().invoke(main, ["plan", str(EXASCALE), *map(str, asked)])
+    assert result.exit_code == 1 and "h of a job's 0.25 h; ask for more --hours" in result.output, result.output
 
 
 def test_a_run_file_that_is_missing():

@@ -127,7 +127,7 @@ def _tell_unranked(settings: ScreenSettings, whole: dict[str, Any]) -> None:
     computed = whole["structures"] - sum(whole["refused"].values())
     if settings.top is None or whole["written"] >= min(settings.top, computed):
         return
-    why = "a head that has not seen an element leaves its columns empty"
+    why = "columns of a head that has not seen an element are empty, and not every result is a number"
     if whole["written"] == 0:
         raise ConfigError(f"no structure has a value of '{settings.ranking}': {why}; rank by other columns.")
     click.echo(f"{computed - whole['written']:,} without a value of '{settings.ranking}': {why}")
