@@ -1,1 +1,1 @@
-"""Example run files and conversion settings."""
+"""The command line, job scripts, plans of large runs, example run files and conversion settings."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydrazero.launch.rank_records import (
+from hydrazero.launch.node.records import (
     ATTEMPTS,
     BY_SHELL,
     JOB_NAME,
@@ -23,9 +23,9 @@ from hydrazero.launch.rank_records import (
     read_try,
 )
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.checkpoint_files import checkpoints, step_of
-from hydrazero.trainer.exit_status import MAY_PASS
-from hydrazero.trainer.run_files import RUN_NAME, read_json, write_json
+from hydrazero.trainer.checkpoint.folders import checkpoints, step_of
+from hydrazero.trainer.ranks.exit_status import MAY_PASS
+from hydrazero.trainer.records.run_files import RUN_NAME, read_json, write_json
 
 FINISHED, STOPPED, CANCELLED, FAILED, REFUSED = "finished", "stopped", "cancelled", "failed", "refused"
 """The run is complete or has stopped by itself; the job's time was over; somebody ended it; something broke; what

@@ -1,6 +1,6 @@
 """Encoders, heads, exported models and what they are used for."""
 
-from hydrazero.models.model_file import read_card, save_model
-from hydrazero.models.potential import Potential, load_model
+from hydrazero.models.inference.model_file import read_card, save_model
+from hydrazero.models.inference.potential import Potential, load_model
 
 __all__ = ["Potential", "load_model", "read_card", "save_model"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hydrazero.models.embedding import AtomConditions, AtomEmbedding
-from hydrazero.models.encoder import (
+from hydrazero.models.encoders import encoder_class, make_encoder
+from hydrazero.models.encoders.base import (
     SMALLEST_WIDTH,
     AtomInputs,
     EncoderSettings,
@@ -18,16 +19,15 @@ from hydrazero.models.encoder import (
     PairGeometry,
     check_encoder,
 )
-from hydrazero.models.encoders import encoder_class, make_encoder
-from hydrazero.models.exact import exact_matmul
-from hydrazero.models.heads import HeadSize, ScalarHead, VectorHead, VirialHead
+from hydrazero.models.heads.heads import HeadSize, ScalarHead, VectorHead, VirialHead
+from hydrazero.models.heads.target_heads import TargetHeads, check_attention
+from hydrazero.models.heads.task_linear import TaskRows, probed
+from hydrazero.models.ops.exact import exact_matmul
+from hydrazero.models.ops.slots import Segments, slots_of
 from hydrazero.models.repulsion import ZieglerBiersackLittmark
-from hydrazero.models.slots import Segments, slots_of
-from hydrazero.models.target_heads import TargetHeads, check_attention
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, targets_of, task_facts_from
-from hydrazero.models.task_linear import TaskRows, probed
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.shards.graph import GraphBatch
+from hydrazero.shards.graphs.graph import GraphBatch
 
 REPULSIONS = ("none", "zbl")
 

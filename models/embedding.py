@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.exact import ExactLinear, exact_matmul
-from hydrazero.models.task_linear import TaskRows
+from hydrazero.models.heads.task_linear import TaskRows
+from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 

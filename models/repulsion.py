@@ -8,8 +8,8 @@ from ase.data import covalent_radii
 from ase.units import Bohr, Hartree
 from torch import Tensor, nn
 
-from hydrazero.models.encoder import PairGeometry
-from hydrazero.models.slots import Slots
+from hydrazero.models.encoders.base import PairGeometry
+from hydrazero.models.ops.slots import Slots
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hydrazero.trainer.cli import main
-from hydrazero.trainer.config import load_run_config
-from hydrazero.trainer.engine_config import deepspeed_config
+from hydrazero.launch.cli.main import main
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.run_file import load_run_config
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("shards", "models", "trainer", "launch", "ds_configs")
@@ -30,8 +30,8 @@ MAY_IMPORT = {
 ONLY_IN = {
     "deepspeed": {"trainer"},
     "tensorboard": {"trainer"},
-    "mpi4py": {"shards/workers.py"},
-    "webdataset": {"shards/writer.py", "shards/block_reader.py", "shards/location.py"},
+    "mpi4py": {"shards/convert/workers.py"},
+    "webdataset": {"shards/convert/writer.py", "shards/stream/block_reader.py", "shards/location.py"},
 }
 
 
@@ -94,7 +94,7 @@ def test_run_files_are_valid(path, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "convert").glob("*.toml")), ids=lambda path: path.stem)
 def test_convert_settings_are_valid(path):
-    from hydrazero.shards.convert_settings import load_convert_settings
+    from hydrazero.shards.convert.settings import load_convert_settings
 
     assert load_convert_settings(path).source["method"]
 

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from hydrazero.shards.errors import CheckpointError
-from hydrazero.shards.graph import GraphBatch
-from hydrazero.shards.stream import SplitReader, TrainStream
-from hydrazero.trainer.balancing import RunBalance
-from hydrazero.trainer.batch_memory import peak_memory_mb
-from hydrazero.trainer.checkpoint import save_checkpoint
-from hydrazero.trainer.checkpoint_files import Kept, is_kept
-from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.console import RunLog
-from hydrazero.trainer.distributed import device, gather_objects, gather_to_first, max_over_ranks, sum_over_ranks
-from hydrazero.trainer.engine import StepResult, train_step
-from hydrazero.trainer.losses import errors_by_task
-from hydrazero.trainer.parity_sample import ParitySample
-from hydrazero.trainer.schedules import Schedule
-from hydrazero.trainer.step_guard import StepGuard
-from hydrazero.trainer.stop_request import StopRequest
-from hydrazero.trainer.validation import evaluate_engine
-from hydrazero.trainer.weight_average import WeightAverage
+from hydrazero.shards.graphs.graph import GraphBatch
+from hydrazero.shards.stream.stream import SplitReader, TrainStream
+from hydrazero.trainer.checkpoint.folders import Kept, is_kept
+from hydrazero.trainer.checkpoint.save_load import save_checkpoint
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.cost.step_memory import peak_memory_mb
+from hydrazero.trainer.engine.engine import StepResult, train_step
+from hydrazero.trainer.engine.losses import errors_by_task
+from hydrazero.trainer.engine.run_balance import RunBalance
+from hydrazero.trainer.engine.schedules import Schedule
+from hydrazero.trainer.engine.step_guard import StepGuard
+from hydrazero.trainer.engine.weight_average import WeightAverage
+from hydrazero.trainer.evaluation.parity_sample import ParitySample
+from hydrazero.trainer.evaluation.validation import evaluate_engine
+from hydrazero.trainer.ranks.distributed import device, gather_objects, gather_to_first, max_over_ranks, sum_over_ranks
+from hydrazero.trainer.ranks.stop_signals import StopRequest
+from hydrazero.trainer.records.run_log import RunLog
 
 
 @dataclass(kw_only=True)

@@ -13,18 +13,25 @@ import click
 
 from hydrazero.models.atomistic import model_from_facts
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.checkpoint_files import checkpoints
-from hydrazero.trainer.config import RunConfig, load_run_config
-from hydrazero.trainer.engine_config import deepspeed_config
-from hydrazero.trainer.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json, truncate_metrics, write_json, writing
-from hydrazero.trainer.run_record import add_resume, read_record, run_record
+from hydrazero.trainer.checkpoint.folders import checkpoints
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.run_file import RunConfig, load_run_config
+from hydrazero.trainer.records.run_files import (
+    MODEL_FACTS_NAME,
+    RUN_NAME,
+    read_json,
+    truncate_metrics,
+    write_json,
+    writing,
+)
+from hydrazero.trainer.records.run_record import add_resume, read_record, run_record
 
 if TYPE_CHECKING:
     from hydrazero.models.atomistic import AtomisticModel
     from hydrazero.models.task_facts import TaskFacts
     from hydrazero.shards.manifest import Manifest
-    from hydrazero.shards.stream import StreamSettings
-    from hydrazero.trainer.trained_model import TrainedModel
+    from hydrazero.shards.stream.stream import StreamSettings
+    from hydrazero.trainer.engine.training_step import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +74,8 @@ def check_run(
         )
     # A run that was resumed before it had a checkpoint starts as it did at first.
     if config.run.start_from and not checkpoints(run_dir):
+        from hydrazero.trainer.checkpoint.start_weights import model_to_start_from, rows_of_same_name
         from hydrazero.trainer.finetune.head_starts import check_heads
-        from hydrazero.trainer.start_weights import model_to_start_from, rows_of_same_name
 
         start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
         check_heads(config, start)
@@ -81,8 +88,8 @@ def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[Ch
 
     A run that is resumed has the facts that it was started with. Called on every rank.
     """
-    from hydrazero.trainer import distributed
     from hydrazero.trainer.finetune.head_starts import HeadStart, head_starts, resumed_facts
+    from hydrazero.trainer.ranks import distributed
 
     if not any(task.init_head for task in config.tasks):
         return checked, []
@@ -104,9 +111,8 @@ def check_settings(
 ) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
     from hydrazero.models.atomistic import check_model
-    from hydrazero.trainer.gpu import device_kind
-    from hydrazero.trainer.precision import check_device, precision_of
-    from hydrazero.trainer.run_tasks import (
+    from hydrazero.trainer.config.precision import check_device, precision_of
+    from hydrazero.trainer.config.tasks import (
         budget_warning,
         charge_warning,
         check_copies,
@@ -116,7 +122,8 @@ def check_settings(
         task_facts,
         task_manifests,
     )
-    from hydrazero.trainer.scalar_log import check_wandb
+    from hydrazero.trainer.ranks.device import device_kind
+    from hydrazero.trainer.records.scalar_log import check_wandb
 
     check_wandb(config)
     ds_config = deepspeed_config(config)
@@ -153,8 +160,8 @@ def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
 
     Of `train.max_hours` some may be over, by tries before this one.
     """
-    from hydrazero.trainer import distributed
-    from hydrazero.trainer.run_tasks import task_manifests
+    from hydrazero.trainer.config.tasks import task_manifests
+    from hydrazero.trainer.ranks import distributed
 
     def job() -> None:
         # Nobody goes on before all have checked: rank 0 would make the folder that the others want to see absent.
@@ -167,7 +174,7 @@ def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
 
 def on_ranks(config: RunConfig, job: Callable[[], None]) -> None:
     """Do a job on this rank within the group of all of them; raises what it raises."""
-    from hydrazero.trainer import distributed
+    from hydrazero.trainer.ranks import distributed
 
     distributed.start_ranks(config.train.timeout_minutes)
     try:
@@ -183,18 +190,18 @@ def on_ranks(config: RunConfig, job: Callable[[], None]) -> None:
 
 
 def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: float) -> None:
-    from hydrazero.shards.stream import TrainStream
-    from hydrazero.trainer import distributed
+    from hydrazero.shards.stream.stream import TrainStream
     from hydrazero.trainer.balance import BalanceFacts
-    from hydrazero.trainer.balancing import RunBalance
-    from hydrazero.trainer.checkpoint import load_checkpoint, resumed_from
-    from hydrazero.trainer.console import RunLog
+    from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
+    from hydrazero.trainer.engine.parameter_groups import frozen
+    from hydrazero.trainer.engine.run_balance import RunBalance
+    from hydrazero.trainer.engine.step_guard import StepGuard
+    from hydrazero.trainer.engine.weight_average import WeightAverage
     from hydrazero.trainer.finetune.head_starts import started_from
     from hydrazero.trainer.loop import RunParts, Trainer
-    from hydrazero.trainer.parameter_groups import frozen
-    from hydrazero.trainer.step_guard import StepGuard
-    from hydrazero.trainer.stop_request import StopRequest
-    from hydrazero.trainer.weight_average import WeightAverage
+    from hydrazero.trainer.ranks import distributed
+    from hydrazero.trainer.ranks.stop_signals import StopRequest
+    from hydrazero.trainer.records.run_log import RunLog
 
     checked, heads = with_heads(config, checked, resume)
     engine = engine_of(config, checked)
@@ -249,14 +256,14 @@ def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
     import torch
 
     from hydrazero.models.atomistic import AtomisticModel
-    from hydrazero.trainer.distributed import device
-    from hydrazero.trainer.engine import make_engine
+    from hydrazero.trainer.checkpoint.start_weights import start_from
+    from hydrazero.trainer.config.precision import precision_of
+    from hydrazero.trainer.engine.engine import make_engine
+    from hydrazero.trainer.engine.losses import make_objective
+    from hydrazero.trainer.engine.parameter_groups import freeze
+    from hydrazero.trainer.engine.training_step import TrainedModel
     from hydrazero.trainer.finetune.methods import prepare, rate_factors
-    from hydrazero.trainer.losses import make_objective
-    from hydrazero.trainer.parameter_groups import freeze
-    from hydrazero.trainer.precision import precision_of
-    from hydrazero.trainer.start_weights import start_from
-    from hydrazero.trainer.trained_model import TrainedModel
+    from hydrazero.trainer.ranks.distributed import device
 
     torch.manual_seed(config.run.seed)
     weights = precision_of(checked.ds_config).weights
@@ -275,8 +282,8 @@ def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Only rank 0 looks: it renames what is damaged.
     """
-    from hydrazero.trainer import distributed
-    from hydrazero.trainer.checkpoint_files import usable_checkpoint
+    from hydrazero.trainer.checkpoint.folders import usable_checkpoint
+    from hydrazero.trainer.ranks import distributed
 
     found: tuple[Path | None, list[str]] = distributed.together(
         lambda: usable_checkpoint(run_dir) if distributed.rank() == 0 else (None, [])
@@ -288,9 +295,9 @@ def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
 def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
     """Return what a run's stream of batches is made with."""
     from hydrazero.models.task_facts import targets_of
-    from hydrazero.shards.stream import StreamSettings
+    from hydrazero.shards.stream.stream import StreamSettings
     from hydrazero.shards.targets import TargetColumn
-    from hydrazero.trainer.precision import precision_of
+    from hydrazero.trainer.config.precision import precision_of
 
     return StreamSettings(
         folders=tuple(config.data.folder(task) for task in config.tasks),
@@ -355,9 +362,9 @@ def main(
     used_hours: float,
 ) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
-    from hydrazero.trainer.distributed import LostContactError, exit_rank, launcher_rank
-    from hydrazero.trainer.exit_status import FAILED
-    from hydrazero.trainer.launcher import end_with
+    from hydrazero.trainer.ranks.distributed import LostContactError, exit_rank, launcher_rank
+    from hydrazero.trainer.ranks.exit_status import FAILED
+    from hydrazero.trainer.ranks.launcher import end_with
     from hydrazero.trainer.trial import run_trial
 
     if launched_by is not None:

@@ -6,25 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydrazero.shards.manifest import Manifest
-from hydrazero.shards.stream import TrainStream
-from hydrazero.trainer import distributed
+from hydrazero.shards.stream.stream import TrainStream
 from hydrazero.trainer.balance import BalanceFacts
-from hydrazero.trainer.balancing import RunBalance
-from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.console import RunLog
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.tasks import task_manifests
+from hydrazero.trainer.engine.run_balance import RunBalance
+from hydrazero.trainer.engine.step_guard import StepGuard
+from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.loop import RunParts, Trainer
-from hydrazero.trainer.run_tasks import task_manifests
-from hydrazero.trainer.step_guard import StepGuard
-from hydrazero.trainer.stop_request import StopRequest
+from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.stop_signals import StopRequest
+from hydrazero.trainer.records.run_log import RunLog
 from hydrazero.trainer.train import CheckedRun, check_run, check_settings, on_ranks, stream_settings
-from hydrazero.trainer.weight_average import WeightAverage
 
 PROFILE = "profile"
 
 
-def check_trial(
-    kind: str, config: RunConfig, resume: bool, manifests: Sequence[Manifest] | None = None
-) -> CheckedRun:
+def check_trial(kind: str, config: RunConfig, resume: bool, manifests: Sequence[Manifest] | None = None) -> CheckedRun:
     """Check everything that can be checked before the first step; raises HydrazeroError.
 
     A profile does not care for what the run's folder holds.
@@ -36,8 +34,8 @@ def check_trial(
 
 def run_trial(kind: str, config: RunConfig, resume: bool) -> None:
     """Do a 'dry-run' or a 'profile' on this rank; raises HydrazeroError on every rank that a fault concerns."""
-    from hydrazero.trainer.dry_run import dry_run
-    from hydrazero.trainer.profile_steps import profile_steps
+    from hydrazero.trainer.rehearsal.dry_run import dry_run
+    from hydrazero.trainer.rehearsal.profile_steps import profile_steps
 
     def job() -> None:
         manifests = distributed.from_first(lambda: task_manifests(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from hydrazero.models.encoder import Encoder, EncoderSettings, check_known
+from hydrazero.models.encoders.base import Encoder, EncoderSettings, check_known
 
 ENCODERS = {
     "painn": ("painn", "PaiNN"),

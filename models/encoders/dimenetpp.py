@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.exact import ExactLinear, exact_matmul
-from hydrazero.models.harmonics import solid_harmonics
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.harmonics import solid_harmonics
+from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 RADIAL_GAIN = 3.0
 """Brings weights of radial functions, which are far below one, to about one at the length of a bond."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.exact import ExactLinear, exact_matmul
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 
 class EGNNLayer(nn.Module):
@@ -52,8 +52,7 @@ class EGNN(Encoder):
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)
         self.layers = nn.ModuleList(
-            EGNNLayer(settings.features, settings.radial_functions, settings.norm_width)
-            for _ in range(settings.layers)
+            EGNNLayer(settings.features, settings.radial_functions, settings.norm_width) for _ in range(settings.layers)
         )
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.exact import ExactLinear, exact_matmul
-from hydrazero.models.harmonics import CARTESIAN, Constants, coupling, solid_harmonics, sphere_tables
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.harmonics import CARTESIAN, Constants, coupling, solid_harmonics, sphere_tables
+from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 TYPICAL_NEIGHBOURS = 10.0
 """Densities are divided by it; a constant keeps them smooth and the energy extensive."""

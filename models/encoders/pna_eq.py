@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.encoders.painn import PaiNNUpdate
-from hydrazero.models.exact import ExactLinear
-from hydrazero.models.pair_sums import pair_sum
-from hydrazero.models.slots import Slots
+from hydrazero.models.ops.exact import ExactLinear
+from hydrazero.models.ops.pair_sums import pair_sum
+from hydrazero.models.ops.slots import Slots
 
 AGGREGATES = 4
 SCALERS = 3

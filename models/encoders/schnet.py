@@ -7,8 +7,8 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoder import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.exact import ExactLinear
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.ops.exact import ExactLinear
 
 
 def shifted_softplus(x: Tensor) -> Tensor:

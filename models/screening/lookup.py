@@ -11,13 +11,13 @@ from ase.geometry import complete_cell
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 
-from hydrazero.models.potential import Potential
+from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.models.screening.sources import Item, structure_at
 from hydrazero.models.task_facts import known_elements, reference_table
 from hydrazero.shards.errors import StructureError
-from hydrazero.shards.graph import GraphSample, graph_sample
-from hydrazero.shards.neighbours import HalfPairs
+from hydrazero.shards.graphs.graph import GraphSample, graph_sample
+from hydrazero.shards.graphs.neighbours import HalfPairs
 from hydrazero.shards.structure import Structure
 
 REMEMBERED = 100_000

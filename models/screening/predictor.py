@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.compiled import CompilationError, CompiledModel, use_kernels
-from hydrazero.models.potential import Potential
+from hydrazero.models.inference.potential import Potential
+from hydrazero.models.ops.compiled import CompilationError, CompiledModel, use_kernels
 from hydrazero.models.screening.lookup import Refused, Rows
 from hydrazero.models.screening.settings import REACHED, ScreenSettings, number_columns, schema_of
-from hydrazero.shards.graph import GraphBatch
+from hydrazero.shards.graphs.graph import GraphBatch
 
 
 @dataclass(frozen=True, kw_only=True)

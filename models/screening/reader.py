@@ -23,10 +23,10 @@ from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, Items, Source, walk
 from hydrazero.shards.errors import HydrazeroError, StructureError
-from hydrazero.shards.graph import BatchShape, GraphSample, collate, shape_holding
-from hydrazero.shards.handover import HandedBatch, to_buffer
-from hydrazero.shards.neighbours import ROW_SLOTS
-from hydrazero.shards.packing import Packer, fits
+from hydrazero.shards.graphs.graph import BatchShape, GraphSample, collate, shape_holding
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS
+from hydrazero.shards.stream.handover import HandedBatch, to_buffer
+from hydrazero.shards.stream.packing import Packer, fits
 
 LOOKED_AT, SOURCES = 64, 64
 """Structures of a source, and sources, that the shape of batches is worked out from at most."""
@@ -217,4 +217,3 @@ def _end_with_the_rank(rank: int, worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from hydrazero.models.potential import Potential
+from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.settings import CHUNK, REACHED
 from hydrazero.models.screening.sources import Item, structure_at
 from hydrazero.models.task_facts import CONSERVATIVE
@@ -41,7 +41,7 @@ class Relaxer:
         if facts.charge_spin:
             raise ConfigError(f"task '{task}' depends on charge and spin, torch-sim does not: relax with ASE.")
         self._sim = optional_module("torch_sim", "torch-sim-atomistic", "--relax", "torch-sim")
-        from hydrazero.models.torch_sim_model import TorchSimModel
+        from hydrazero.models.inference.torch_sim_model import TorchSimModel
 
         self.potential, self.task, self.steps, self.max_atoms = potential, task, steps, max_atoms
         self._model: Any = TorchSimModel(potential, task)

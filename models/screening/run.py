@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hydrazero.models.potential import Potential
+from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.lookup import Lookup, Refused, Rows
 from hydrazero.models.screening.output import Output
 from hydrazero.models.screening.parts import PartWriter
@@ -20,9 +20,9 @@ from hydrazero.models.screening.reader import Lane, Screenful, Share, screenfuls
 from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_settings
 from hydrazero.models.screening.sources import Source
-from hydrazero.shards.device_neighbours import find_neighbours, has_device_neighbours
 from hydrazero.shards.errors import ConfigError, SourceError
-from hydrazero.shards.handover import HandedBatch, from_buffer
+from hydrazero.shards.graphs.device_neighbours import find_neighbours, has_device_neighbours
+from hydrazero.shards.stream.handover import HandedBatch, from_buffer
 
 ATOMS_ON_CPU, ATOMS_ON_GPU = 2048, 32_768
 COMPILE_AFTER = 20.0
@@ -97,9 +97,7 @@ def screen(
         record = {"model": plan.model_id, "sources": identities, "settings": settings.record()}
         if not output.begin(record, plan.ranks):
             seconds = time.monotonic() - started
-            return ScreenSummary(
-                structures=0, seconds=seconds, model_seconds=0.0, start_seconds=0.0, was_complete=True
-            )
+            return ScreenSummary(structures=0, seconds=seconds, model_seconds=0.0, start_seconds=0.0, was_complete=True)
         with output.working(plan.rank, plan.ranks):
             done = frozenset(chunk for found in output.notes().values() for chunk in found)
             total = work.do(sources, Share(rank=plan.rank, ranks=plan.ranks, done=done))

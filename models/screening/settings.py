@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hydrazero.models.potential import Potential
+from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import NONE
 from hydrazero.shards.errors import ConfigError, did_you_mean
 

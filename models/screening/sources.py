@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from hydrazero.models.screening.settings import CHUNK
-from hydrazero.shards.block_reader import BlockReader
 from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError, did_you_mean
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
 from hydrazero.shards.readers import READERS, expand_sources, unread
 from hydrazero.shards.readers.frames import FieldNames, ReadSettings, UnreadFrame
+from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.structure import Structure, check_structure
 
 GEOMETRY_ALONE = ReadSettings(fields=FieldNames(energy="", forces="", stress=""))
@@ -38,6 +38,7 @@ class Item:
 
 
 Items = Generator[Item, None, int]
+
 
 class Source(Protocol):
     """Structures in an order that never changes."""

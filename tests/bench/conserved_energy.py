@@ -109,9 +109,7 @@ def draw(runs: dict[str, Conserved], out: Path) -> None:
 @click.option("--molecule-task", default="gfn2", show_default=True)
 @click.option("--crystal-task", default="emt", show_default=True)
 @click.option("--compile", is_flag=True, help="Compile the steps.")
-def main(
-    model: Path, out: Path, picoseconds: float, molecule_task: str, crystal_task: str, compile: bool
-) -> None:
+def main(model: Path, out: Path, picoseconds: float, molecule_task: str, crystal_task: str, compile: bool) -> None:
     """Follow the total energy of a molecule and a crystal at constant energy."""
     try:
         potential = load_model(model)

@@ -23,14 +23,14 @@ from timing import hand_over
 from vesin import NeighborList
 
 from hydrazero.shards.block import block_from_structures
-from hydrazero.shards.block_reader import BlockReader
-from hydrazero.shards.graph import BatchShape, GraphBatch
+from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.writer import write_shard
+from hydrazero.shards.graphs.graph import BatchShape, GraphBatch
+from hydrazero.shards.graphs.neighbours import half_pairs, lay_out
 from hydrazero.shards.manifest import Manifest, write_manifest
-from hydrazero.shards.neighbours import half_pairs, lay_out
-from hydrazero.shards.stream import StreamSettings, TrainStream
+from hydrazero.shards.stream.block_reader import BlockReader
+from hydrazero.shards.stream.stream import StreamSettings, TrainStream
 from hydrazero.shards.structure import Structure
-from hydrazero.shards.task_statistics import Statistics
-from hydrazero.shards.writer import write_shard
 
 STRUCTURES = 32 * 256
 CUTOFF = 5.0

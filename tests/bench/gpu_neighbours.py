@@ -10,9 +10,9 @@ from ase.build import bulk
 from systems import CUTOFF
 from timing import hand_over, step_seconds
 
-from hydrazero.models.potential import structure_from_atoms
-from hydrazero.shards.device_neighbours import find_neighbours, neighbour_engine
-from hydrazero.shards.graph import GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.models.inference.potential import structure_from_atoms
+from hydrazero.shards.graphs.device_neighbours import find_neighbours, neighbour_engine
+from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
 
 CELLS = 4096
 

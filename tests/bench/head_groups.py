@@ -28,17 +28,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from structures import rattled_molecule, to_structure
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
-from hydrazero.models.compiled import use_kernels
-from hydrazero.models.encoder import EncoderSettings
-from hydrazero.models.model_file import STACKED, with_tasks
-from hydrazero.models.sizes import size_settings
+from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.encoders.sizes import size_settings
+from hydrazero.models.inference.model_file import STACKED, with_tasks
+from hydrazero.models.ops.compiled import use_kernels
 from hydrazero.models.task_facts import NONE, TaskFacts
-from hydrazero.shards.graph import GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
-from hydrazero.trainer import distributed
-from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import make_objective
-from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.ranks import distributed
 
 RANKS, TASKS = 4, 2
 GROUP = RANKS // TASKS

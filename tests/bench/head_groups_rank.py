@@ -19,7 +19,7 @@ from bench.head_groups import CASES, make_sides, parameters_of, weight_differenc
 from bench.timing import hand_over
 from collective_count import Collectives
 
-from hydrazero.trainer import distributed
+from hydrazero.trainer.ranks import distributed
 
 Found = dict[str, list[float]]
 

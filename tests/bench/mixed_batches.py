@@ -11,10 +11,10 @@ from ours import Steps, model_of
 from systems import CUTOFF, THREADS
 from timing import hand_over, step_seconds
 
-from hydrazero.models.compiled import use_kernels
-from hydrazero.shards.batch_proposal import demand_of, propose
-from hydrazero.shards.graph import BatchShape
-from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream
+from hydrazero.models.ops.compiled import use_kernels
+from hydrazero.shards.graphs.graph import BatchShape
+from hydrazero.shards.stream.batch_proposal import demand_of, propose
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings, TrainStream
 
 STRUCTURES = 48
 BATCHES = 5

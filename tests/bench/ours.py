@@ -11,16 +11,16 @@ from timing import hand_over, peak_megabytes, step_seconds
 from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
-from hydrazero.models.compiled import CompiledModel
-from hydrazero.models.encoder import EncoderSettings
-from hydrazero.models.potential import structure_from_atoms
+from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.inference.potential import structure_from_atoms
+from hydrazero.models.ops.compiled import CompiledModel
 from hydrazero.models.task_facts import TaskFacts
-from hydrazero.shards.graph import GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.trainer.balance import BalanceFacts, BalanceSection
-from hydrazero.trainer.balancing import RunBalance
-from hydrazero.trainer.config import LossSection
-from hydrazero.trainer.losses import make_objective
-from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.run_balance import RunBalance
+from hydrazero.trainer.engine.training_step import TrainedModel
 
 MANY_HEADS = 16
 EVERY = 50

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from timing import hand_over
 
-from hydrazero.shards.batch_proposal import Demand, demand_of, fill_of, propose, simulate
-from hydrazero.shards.graph import BatchShape
-from hydrazero.shards.stream import SplitReader, StreamSettings, TrainStream
+from hydrazero.shards.graphs.graph import BatchShape
+from hydrazero.shards.stream.batch_proposal import Demand, demand_of, fill_of, propose, simulate
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings, TrainStream
 
 CUTOFF = 5.0
 RANKS = 16_384

@@ -18,14 +18,14 @@ from timing import hand_over
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hydrazero.models.compiled import use_kernels
-from hydrazero.trainer import distributed
-from hydrazero.trainer.config import LossSection, RunConfig, RunSection, TrainSection
-from hydrazero.trainer.engine_config import deepspeed_config
-from hydrazero.trainer.losses import make_objective
-from hydrazero.trainer.parameter_groups import parameter_groups
-from hydrazero.trainer.step_guard import StepGuard
-from hydrazero.trainer.trained_model import TrainedModel
+from hydrazero.models.ops.compiled import use_kernels
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.run_file import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.parameter_groups import parameter_groups
+from hydrazero.trainer.engine.step_guard import StepGuard
+from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.ranks import distributed
 
 STAGES = (0, 1, 2, 3)
 TASKS, STRUCTURES = 4, 64
@@ -67,7 +67,7 @@ def run_config(stage: int) -> RunConfig:
 
 
 def zero_step(stage: int) -> Callable[[], None]:
-    from hydrazero.trainer.engine import make_engine, train_step
+    from hydrazero.trainer.engine.engine import make_engine, train_step
 
     engine = make_engine(trained_model(), deepspeed_config(run_config(stage)))
     batch, guard = batch_of("benzene", TASKS, STRUCTURES), StepGuard(10, 0.0)

@@ -11,13 +11,13 @@ from systems import SCREENED, THREADS
 from timing import hand_over
 
 from hydrazero.models import Potential
-from hydrazero.models.potential import structure_from_atoms
+from hydrazero.models.inference.potential import structure_from_atoms
 from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary, ShardSource, screen
 from hydrazero.shards.block import BLOCK_STRUCTURES, block_from_structures
+from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.writer import write_shard
 from hydrazero.shards.manifest import Manifest, write_manifest
 from hydrazero.shards.structure import Structure
-from hydrazero.shards.task_statistics import Statistics
-from hydrazero.shards.writer import write_shard
 
 COUNTS = {
     ("molecules", "energy"): 20_480,

@@ -23,7 +23,7 @@ sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
 from network import INTERFACE, PREFIX, Network, missing  # noqa: E402
 from torture import make_data, write_run  # noqa: E402
 
-from hydrazero.trainer.checkpoint_files import checkpoints  # noqa: E402
+from hydrazero.trainer.checkpoint.folders import checkpoints  # noqa: E402
 
 SKIPPED = 77
 BIN = Path(sys.executable).parent

@@ -27,7 +27,7 @@ sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
 from cluster import Cluster, missing  # noqa: E402
 from torture import differences, make_data, write_run  # noqa: E402
 
-from hydrazero.trainer.checkpoint_files import checkpoints, step_of  # noqa: E402
+from hydrazero.trainer.checkpoint.folders import checkpoints, step_of  # noqa: E402
 
 SKIPPED = 77
 BIN = Path(sys.executable).parent
@@ -155,7 +155,7 @@ class RunningJob:
         """Process of the rank on a node."""
         for pid in self.cluster.of_node(node):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"hydrazero.trainer.train" in words and b"hydrazero.launch.rank" not in words:
+            if b"hydrazero.trainer.train" in words and b"hydrazero.launch.node.rank" not in words:
                 return pid
         raise Failed(f"no rank on {node}")
 

@@ -35,7 +35,7 @@ def check_balance(settings: BalanceSection, where: str) -> None:
     if settings.every < 0 or (METHODS[settings.method] in (GradNorm, Famo) and not settings.every):
         raise ConfigError(
             f"{where} balance.every is {settings.every}; {settings.method} needs it to be at least 1 "
-            "(balance.method = \"uniform\" does not)."
+            '(balance.method = "uniform" does not).'
         )
     if not 0 <= settings.learning_rate < float("inf"):
         raise ConfigError(

@@ -22,7 +22,7 @@ class BalanceSection:
     """Of what is measured: the share that is kept of what was known before."""
     alpha: float = 0.0
     """gradnorm: how much more a task is to count that has been learning slowly; at 0 all gradients are equally long,
-    below 0 a task counts more the more it has learned (0 was better than 0.5: launch/results/balancing.md)."""
+    below 0 a task counts more the more it has learned (0 was better than 0.5: docs/results/balancing.md)."""
     learning_rate: float = 0.025
     """famo, uncertainty: of the logits of the weights."""
     smallest: float = 0.05

@@ -9,6 +9,7 @@ from hydrazero.trainer.balance.base import Balancer, Seen, bounded
 LARGEST_JUMP = 100.0
 """Of a squared norm over what is known of it: one outlier would otherwise hold a task down for thousands of steps."""
 
+
 class GradNorm(Balancer):
     """Each task's weighted gradient is to be as long as their mean, times (relative loss ratio) ^ alpha (eq. 2).
 

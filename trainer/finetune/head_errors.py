@@ -12,13 +12,13 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.potential import DEFAULT_SHAPE, Potential, shape_for
+from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, shape_for
 from hydrazero.models.task_facts import TaskFacts
-from hydrazero.shards.graph import GraphSample
-from hydrazero.shards.references import reference_energies
-from hydrazero.shards.stream import SplitReader, StreamSettings, split_places
+from hydrazero.shards.convert.references import reference_energies
+from hydrazero.shards.graphs.graph import GraphSample
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_places
+from hydrazero.trainer.checkpoint.start_weights import start_from
 from hydrazero.trainer.finetune.unit_check import Likeness, energy_likeness, likeness
-from hydrazero.trainer.start_weights import start_from
 
 COMPARED = 100
 """Training structures by which heads are compared."""

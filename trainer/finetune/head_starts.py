@@ -10,7 +10,7 @@ from typing import TypeVar
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.task_facts import CONSERVATIVE, NONE, TargetFacts, TaskFacts, task_facts_from
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.trainer.config import RunConfig, TaskSection
+from hydrazero.trainer.config.run_file import RunConfig, TaskSection
 from hydrazero.trainer.finetune.head_errors import (
     COMPARED,
     FITTED,
@@ -24,7 +24,7 @@ from hydrazero.trainer.finetune.head_errors import (
 )
 from hydrazero.trainer.finetune.settings import HEADS, MEAN, NEAREST, NEW, OWN
 from hydrazero.trainer.finetune.unit_check import ALIKE, suspicion
-from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
 
 T = TypeVar("T")
 

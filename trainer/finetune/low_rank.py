@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hydrazero.models.exact import exact_matmul
+from hydrazero.models.ops.exact import exact_matmul
 
 INSIDE, ORIGINAL, DOWN, UP = ".parametrizations.", ".original", ".0.down", ".0.up"
 """What PyTorch puts into the names of reparametrised weights, and the names of A and B after it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.model_file import STACKED
+from hydrazero.models.inference.model_file import STACKED
 from hydrazero.trainer.finetune.low_rank import add_low_rank_changes
 from hydrazero.trainer.finetune.settings import HEADS, LAYERWISE, LORA, FinetuneSection
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.model_file import with_heads_of
+from hydrazero.models.inference.model_file import with_heads_of
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.run_record import read_record
-from hydrazero.trainer.start_weights import read_start
+from hydrazero.trainer.checkpoint.start_weights import read_start
+from hydrazero.trainer.records.run_record import read_record
 
 
 def with_old_heads(model: AtomisticModel, run_dir: Path) -> AtomisticModel:

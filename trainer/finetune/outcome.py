@@ -11,21 +11,21 @@ from rich import box
 from rich.table import Table
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.potential import Potential
+from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import task_facts_from
-from hydrazero.shards.graph import BatchShape
+from hydrazero.shards.convert.references import reference_table
+from hydrazero.shards.graphs.graph import BatchShape
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.shards.neighbours import ROW_SLOTS
-from hydrazero.shards.references import reference_table
-from hydrazero.shards.stream import SplitReader, StreamSettings, split_samples
-from hydrazero.trainer.console import shown
-from hydrazero.trainer.evaluate import evaluate, evaluate_task, results_in
-from hydrazero.trainer.evaluation_errors import Mean
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
+from hydrazero.trainer.checkpoint.model_of_run import model_of_run
+from hydrazero.trainer.evaluation.errors import Mean
+from hydrazero.trainer.evaluation.evaluate import evaluate, evaluate_task, results_in
 from hydrazero.trainer.finetune.head_errors import HeadErrors, head_model
 from hydrazero.trainer.finetune.old_heads import with_old_heads
-from hydrazero.trainer.progress_line import wide_console
-from hydrazero.trainer.run_files import MODEL_FACTS_NAME, read_json, write_json
-from hydrazero.trainer.trained_weights import model_of_run
+from hydrazero.trainer.records.progress_line import wide_console
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, write_json
+from hydrazero.trainer.records.run_log import shown
 
 OUTCOME_NAME = "finetune.json"
 """In the run's folder: the errors before and after."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.shards.batch_proposal import demand_of, propose
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.graph import BatchShape
+from hydrazero.shards.graphs.graph import BatchShape
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import Manifest, read_manifest
-from hydrazero.shards.neighbours import ROW_SLOTS
-from hydrazero.shards.stream import SplitReader, StreamSettings
-from hydrazero.trainer.batch_memory import SHARE, StepMemory, memory_at_hand
+from hydrazero.shards.stream.batch_proposal import demand_of, propose
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings
+from hydrazero.trainer.cost.step_memory import SHARE, StepMemory, memory_at_hand
 from hydrazero.trainer.finetune.settings import FULL, HEADS, LAYERWISE, LORA, OWN
 
 RATES = {FULL: 5e-4, HEADS: 2e-3, LORA: 2e-3, LAYERWISE: 1e-3}

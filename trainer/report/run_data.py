@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, read_metrics
+from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, read_metrics
 
 Array = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from hydrazero.trainer.console import shown
+from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table, write_page
 from hydrazero.trainer.report.search_plots import (
     RATES,

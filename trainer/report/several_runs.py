@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hydrazero.trainer.console import shown
+from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.errors_by import force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table

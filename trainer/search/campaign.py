@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.launcher import handling
+from hydrazero.trainer.ranks.launcher import handling
 from hydrazero.trainer.search.journal import Journal, begin_search
 from hydrazero.trainer.search.objective import trivial_errors
 from hydrazero.trainer.search.space import SearchSpace, require_optuna

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from hydrazero.models.task_facts import NONE
-from hydrazero.shards.block_reader import BlockReader
+from hydrazero.shards.convert.references import reference_table
 from hydrazero.shards.errors import ConfigError, ShardError
-from hydrazero.shards.references import reference_table
-from hydrazero.trainer.config import RunConfig
-from hydrazero.trainer.evaluation_errors import Mean
-from hydrazero.trainer.run_files import read_metrics
+from hydrazero.shards.stream.block_reader import BlockReader
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.evaluation.errors import Mean
+from hydrazero.trainer.records.run_files import read_metrics
 
 ERRORS = {"energy": "energy_mae_mev_per_atom", "forces": "force_mae_mev_per_angstrom"}
 """Quantities, and where an evaluation has their errors."""
@@ -76,7 +76,7 @@ def _log_ratio(error: float, trivial: float) -> float:
 
 def trivial_errors(config: RunConfig) -> Errors:
     """Return the trivial predictor's errors of all that counts; raises ConfigError if nothing does, ShardError."""
-    from hydrazero.trainer.run_tasks import task_facts, task_manifest
+    from hydrazero.trainer.config.tasks import task_facts, task_manifest
 
     found: Errors = {}
     for task in config.tasks:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError, did_you_mean
-from hydrazero.trainer.config import RunConfig, load_run_config
-from hydrazero.trainer.engine_config import deepspeed_config
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.run_file import RunConfig, load_run_config
 from hydrazero.trainer.search.space import OF_THE_BATCH, WANTED_STRUCTURES, Choices, Range, SearchSpace, read_space
 from hydrazero.trainer.search.trial_settings import SET_BY_SEARCH, WARM_UP, trial_overrides
 
@@ -44,7 +44,7 @@ def check_space(path: Path) -> CheckedSpace:
     if WANTED_STRUCTURES not in vary and (found := [key for key in OF_THE_BATCH if key in vary]):
         raise ConfigError(
             f"{path}: vary, '{found[0]}' changes what a batch holds, so [batch] must be worked out for each trial: say "
-            f"for how many structures, as \"{WANTED_STRUCTURES}\" = [16]."
+            f'for how many structures, as "{WANTED_STRUCTURES}" = [16].'
         )
     _check_values(space)
     return CheckedSpace(space=space, base=base, text=text)

@@ -8,7 +8,7 @@ import click
 from rich import box
 from rich.table import Table
 
-from hydrazero.trainer.progress_line import wide_console
+from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.search.campaign import command_of
 from hydrazero.trainer.search.journal import Journal
 from hydrazero.trainer.search.trial_rows import STATES, headings_of, ranked, shown_value, trial_rows

@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hydrazero.shards.graph import BatchShape
-from hydrazero.shards.neighbours import ROW_SLOTS
-from hydrazero.trainer.config import RunConfig, load_run_config
-from hydrazero.trainer.engine_config import deepspeed_config
+from hydrazero.shards.graphs.graph import BatchShape
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.run_file import RunConfig, load_run_config
 from hydrazero.trainer.search.space import WANTED_STRUCTURES, Value
 
 ENDLESS = 1_000_000_000
@@ -68,8 +68,8 @@ def _toml(value: Value) -> str:
 
 @lru_cache(maxsize=64)
 def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, structures: int) -> BatchShape:
-    from hydrazero.shards.batch_proposal import demand_of, propose
-    from hydrazero.shards.stream import SplitReader, StreamSettings
+    from hydrazero.shards.stream.batch_proposal import demand_of, propose
+    from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 
     # The shape plays no part in reading samples.
     shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 
 from hydrazero.shards.errors import HydrazeroError
-from hydrazero.trainer.checkpoint_files import CHECKPOINTS
-from hydrazero.trainer.config import load_run_config
-from hydrazero.trainer.distributed import MPI_VARIABLES, RANK_VARIABLES, exit_rank
-from hydrazero.trainer.exit_status import FAILED
-from hydrazero.trainer.launcher import Ranks, end_with, train_command
-from hydrazero.trainer.run_files import RUN_NAME
+from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
+from hydrazero.trainer.config.run_file import load_run_config
+from hydrazero.trainer.ranks.distributed import MPI_VARIABLES, RANK_VARIABLES, exit_rank
+from hydrazero.trainer.ranks.exit_status import FAILED
+from hydrazero.trainer.ranks.launcher import Ranks, end_with, train_command
+from hydrazero.trainer.records.run_files import RUN_NAME
 from hydrazero.trainer.search.journal import HeldTrial, Journal, open_journal
 from hydrazero.trainer.search.objective import RungResult, result_at
 from hydrazero.trainer.search.trial_rows import describe

@@ -1,0 +1,101 @@
+"""What a conversion shows on the terminal: its progress, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from hydrazero.shards.convert.convert import Progress as Place
+from hydrazero.shards.convert.convert import convert
+from hydrazero.shards.convert.settings import ConvertSettings
+from hydrazero.shards.convert.workers import worker_processes
+from hydrazero.shards.manifest import Manifest
+
+
+def convert_with_progress(
+    sources: Sequence[Path],
+    task: str,
+    out: Path,
+    settings: ConvertSettings,
+    *,
+    workers: int,
+    skip_bad: bool,
+    trust_pickle: bool,
+) -> None:
+    """Convert and print what was made; under mpirun, the other ranks return when the first has no more work for them.
+
+    Raises what `convert` and `worker_processes` raise.
+    """
+    with worker_processes(workers) as team:
+        if team is None:
+            return
+        columns = (
+            TextColumn("{task.description:8}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            watch = _Watch(bar)
+            manifest = convert(
+                sources,
+                task,
+                out,
+                settings,
+                workers=team,
+                skip_bad=skip_bad,
+                trust_pickle=trust_pickle,
+                progress=watch,
+            )
+    _print_summary(manifest, out, settings)
+
+
+class _Watch:
+    """Moves a progress bar for each part of the conversion, with its rate and the time left at this rate."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.part = ""
+        self.row: TaskID | None = None
+        self.started, self.first = monotonic(), 0.0
+
+    def __call__(self, place: Place) -> None:
+        if place.part != self.part:
+            if self.row is not None:
+                self.bar.update(self.row, completed=1.0, rate=self.bar.tasks[-1].fields["rate"].partition(",")[0])
+            self.part, self.row = place.part, self.bar.add_task(place.part, total=1.0, rate="")
+            # Work of an earlier start is behind it already and says nothing of the speed.
+            self.started, self.first = monotonic(), place.fraction
+        seconds = max(monotonic() - self.started, 1e-6)
+        words = []
+        if place.frames:
+            words.append(f"{place.frames:,} frames at {place.frames / seconds:,.0f}/s")
+        gained = place.fraction - self.first
+        if gained > 0.001 and place.fraction < 1:
+            words.append(f"{seconds * (1 - place.fraction) / gained:,.0f} s left")
+        if self.row is not None:
+            self.bar.update(self.row, completed=place.fraction, rate=", ".join(words))
+
+
+def shown_splits(manifest: Manifest) -> str:
+    """Return how many structures shards have, and in which splits."""
+    counts = ", ".join(f"{split} {manifest.structures(split):,}" for split in manifest.splits)
+    return f"{manifest.structures():,} structures ({counts})"
+
+
+def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> None:
+    click.echo(f"{out}: {shown_splits(manifest)}")
+    if manifest.duplicate_count:
+        what = "left out" if settings.duplicates == "drop" else "kept, in the split of the first"
+        click.echo(f"duplicates: {manifest.duplicate_count:,} frames repeat an earlier geometry ({what})")
+    for reason, count in manifest.set_aside.items():
+        click.echo(f"set aside, {reason}: {count:,}")
+    untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
+    if untrained:
+        click.echo(f"warning: no training structure holds {', '.join(untrained)}; they get no reference energy")

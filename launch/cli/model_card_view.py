@@ -1,0 +1,87 @@
+"""What a model file tells of itself: the card in its header, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hydrazero.models.inference.model_card import Origin, model_facts
+from hydrazero.models.inference.model_file import read_card, read_model
+
+SHOWN_HASH = 12
+"""Digits of a SHA-256 that are shown; '--json' has all."""
+
+
+def card_of(path: Path) -> dict[str, Any]:
+    """Return the card of a model file, of an old one what its facts tell; raises ModelFileError as `read_card` does."""
+    card = read_card(path)
+    if card is not None:
+        return card
+    model = read_model(path)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return model_facts(model, dtype, Origin(no_errors="the file is of format version 2, which has no card"))
+
+
+def describe_model(path: Path) -> RenderableType:
+    """Return a model file's card for a terminal; raises ModelFileError as `read_card` does."""
+    card = card_of(path)
+    about = Table.grid(padding=(0, 2))
+    lines = {
+        "exported": f"{card['created']} by hydrazero {card['hydrazero']}" if "created" in card else "",
+        "from": card["run"],
+        "encoder": f"{card['encoder']}, cutoff {card['cutoff']:g} Å",
+        "parameters": f"{card['parameters']:,}, {card['dtype']}; {path.stat().st_size / 1e6:.2f} MB",
+        "units": ", ".join(f"{name} {unit}" for name, unit in card["units"].items()),
+    }
+    for name, value in lines.items():
+        if value:
+            about.add_row(Text(name, style="bold"), Text(value))
+    parts: list[RenderableType] = [Text(str(path)), about, _tasks(card["tasks"])]
+    if "no_errors" in card:
+        parts.append(Text(f"no test errors: {card['no_errors']}"))
+    else:
+        parts.append(_errors(card))
+    return Group(*parts)
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _tasks(tasks: dict[str, Any]) -> Table:
+    table = _table("tasks", ("task", "method", "predicts", "elements", "data (SHA-256)"))
+    for name, task in tasks.items():
+        data = f"{task['data'][:SHOWN_HASH]}…" if task["data"] else "-"
+        table.add_row(*map(Text, (name, task["method"], ", ".join(task["predicts"]), task["elements"], data)))
+    return table
+
+
+def _errors(card: dict[str, Any]) -> Table:
+    """Return the table of mean absolute errors of the test split; targets in a column that says their units."""
+    units = card["error_units"]
+    headings = [f"{name}\n{unit}" for name, unit in units.items()]
+    others = any(set(task["errors"] or {}) - {"structures", *units} for task in card["tasks"].values())
+    table = _table("mean absolute errors, test split", ("task",), ("structures", *headings, *["others"] * others))
+    for name, task in card["tasks"].items():
+        errors = task["errors"] or {}
+        numbers = [f"{errors['structures']:,}" if errors else "-"]
+        numbers += [f"{errors[unit]:.2f}" if unit in errors else "-" for unit in units]
+        if others:
+            found = [
+                f"{target} {errors[target]:.4g} {task['predicts'][target]}"
+                for target in errors
+                if target not in {"structures", *units}
+            ]
+            numbers.append("\n".join(found) or "-")
+        table.add_row(*map(Text, (name, *numbers)))
+    return table

@@ -1,0 +1,283 @@
+"""What a manifest tells, for people and for programs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ase.data import atomic_numbers, chemical_symbols
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hydrazero.launch.cli.periodic_table import COLUMNS, ROWS, place_of
+from hydrazero.launch.cli.target_table import targets_table
+from hydrazero.shards.manifest import SPLITS, Degrees, Manifest
+
+HISTOGRAM_BINS = 12
+BAR_WIDTH = 40
+SHOWN_OUTLIERS = 5
+OUTLIER_UNITS = {
+    "energy_residual_per_atom": "eV/atom from the mean, less references",
+    "force_norm": "eV/Å, largest force",
+}
+LABEL_HEADINGS = {
+    "energy_per_atom": "energy",
+    "energy_residual_per_atom": "energy - references",
+    "forces": "forces",
+    "stress": "stress",
+}
+LABEL_UNITS = {
+    "energy_per_atom": "eV/atom",
+    "energy_residual_per_atom": "eV/atom",
+    "forces": "eV/Å",
+    "stress": "eV/Å³",
+}
+
+
+def manifest_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return the manifest's facts as one JSON-ready dict, without the lists of blocks."""
+    splits = {
+        split: {
+            "structures": manifest.structures(split),
+            "atoms": manifest.atoms(split),
+            "shards": len(manifest.splits.get(split, [])),
+            "bytes": sum(shard.bytes for shard in manifest.splits.get(split, [])),
+        }
+        for split in SPLITS
+    }
+    return {
+        "task": manifest.task,
+        "structures": manifest.structures(),
+        "atoms": manifest.atoms(),
+        "splits": splits,
+        "elements": manifest.elements,
+        "trained_elements": manifest.trained_elements,
+        "size_histogram": {str(size): count for size, count in manifest.size_histogram.items()},
+        "periodic_structures": manifest.periodic_structures,
+        "labels": {name: vars(label) for name, label in manifest.labels.items()},
+        "targets": {name: vars(facts) for name, facts in manifest.targets.items()},
+        "required_labels": manifest.required_labels,
+        "reference_energies": manifest.reference_energies,
+        "charged_structures": manifest.charged_structures,
+        "degrees": {cutoff: _degree_facts(degrees) for cutoff, degrees in manifest.degrees.items()},
+        "distributions": {name: vars(histogram) for name, histogram in manifest.distributions.items()},
+        "outliers": {name: [vars(one) for one in found] for name, found in manifest.outliers.items()},
+        "duplicate_count": manifest.duplicate_count,
+        "duplicates": manifest.duplicates,
+        "set_aside": manifest.set_aside,
+        "source": manifest.source,
+        "units": manifest.units,
+        "float_dtype": manifest.float_dtype,
+    }
+
+
+def _degree_facts(degrees: Degrees) -> dict[str, Any]:
+    atoms = sum(degrees.histogram.values())
+    return {
+        "mean": degrees.edges / atoms if atoms else 0.0,
+        "most": max(degrees.histogram, default=0),
+        "most_edges": degrees.most_edges,
+        "most_edges_in": degrees.most_edges_in,
+        "most_slots": degrees.most_slots,
+        "most_slots_in": degrees.most_slots_in,
+        "histogram": {str(degree): count for degree, count in sorted(degrees.histogram.items())},
+    }
+
+
+SIDE_BY_SIDE = (
+    "task",
+    "train",
+    "val",
+    "test",
+    "atoms of one",
+    "elements",
+    "periodic",
+    "charged",
+    "energy",
+    "forces",
+    "neighbours",
+    "repeats",
+    "set aside",
+)
+"""Columns of the table of several tasks."""
+
+
+def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[str]]:
+    """Return a row of texts for each task, in the columns SIDE_BY_SIDE."""
+    rows = []
+    for manifest in manifests:
+        sizes = sorted(manifest.size_histogram)
+        symbols = sorted(manifest.elements, key=lambda symbol: atomic_numbers[symbol])
+        labels, degrees = manifest.labels, manifest.degrees.get(cutoff)
+        facts = None if degrees is None else _degree_facts(degrees)
+        forces, energy = labels.get("forces"), labels.get("energy_residual_per_atom")
+        rows.append(
+            [
+                manifest.task,
+                *(f"{manifest.structures(split):,}" for split in SPLITS),
+                str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}",
+                " ".join(symbols) if len(symbols) <= 5 else f"{len(symbols)}: {symbols[0]} to {symbols[-1]}",
+                f"{100 * manifest.periodic_structures / manifest.structures():.0f}%",
+                f"{100 * manifest.charged_structures / manifest.structures():.0f}%",
+                "-" if energy is None else f"{1000 * energy.rms:,.0f}",
+                "-" if forces is None else f"{forces.rms:.2f}",
+                "-" if facts is None else f"{facts['mean']:.0f}, {facts['most']}",
+                f"{manifest.duplicate_count:,}",
+                f"{sum(manifest.set_aside.values()):,}",
+            ]
+        )
+    return rows
+
+
+def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableType:
+    """Return a table of tasks side by side and the elements of all of them, for a terminal."""
+    total = sum(manifest.structures() for manifest in manifests)
+    rows = side_by_side_rows(manifests, cutoff)
+    # Two tables: one of all columns is wider than a terminal of 80.
+    tables = []
+    for title, columns in (("structures", range(1, 8)), ("labels, neighbours", range(8, len(SIDE_BY_SIDE)))):
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in (0, *columns):
+            table.add_column(SIDE_BY_SIDE[column], justify="left" if column in (0, 5) else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[column] for column in (0, *columns)))
+        tables.append(table)
+    head = Text(f"{len(manifests)} tasks, {total:,} structures", style="bold")
+    note = (
+        "energy: root mean square less references, meV/atom; forces: root mean square, eV/Å; neighbours within "
+        f"{cutoff} Å: mean and most of an atom"
+    )
+    return Group(head, *tables, Text(note), Text(""), element_map(manifests))
+
+
+HEAT = ("#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#084594")
+"""Colours of a decade or more of atoms each, from few to many."""
+
+
+def element_map(manifests: Sequence[Manifest]) -> Text:
+    """Return the periodic table, elements coloured by how many atoms the tasks have of them."""
+    counts: Counter[str] = Counter()
+    for manifest in manifests:
+        counts.update(manifest.elements)
+    most = math.log10(max(counts.values()))
+    cells: dict[tuple[int, int], tuple[str, str]] = {}
+    for number in range(1, 119):
+        symbol = chemical_symbols[number]
+        count = counts.get(symbol, 0)
+        shade = HEAT[min(int(len(HEAT) * math.log10(count) / most), len(HEAT) - 1)] if count and most else HEAT[-1]
+        ink = "white" if shade in HEAT[3:] else "black"
+        cells[place_of(number)] = (symbol, f"{ink} on {shade}" if count else "dim")
+    text = Text()
+    for row in range(ROWS):
+        if row == 7:
+            text.append("\n")
+        for column in range(COLUMNS):
+            symbol, style = cells.get((row, column), ("", ""))
+            text.append(f"{symbol:^3}", style=style)
+            text.append(" ")
+        text.append("\n")
+    text.append(f"atoms, from 1 (light) to {max(counts.values()):,} (dark); grey: none")
+    return text
+
+
+def size_bins(histogram: dict[int, int]) -> list[tuple[str, int]]:
+    """Gather a histogram of sizes into at most HISTOGRAM_BINS bins of equal width: (label, structures)."""
+    smallest, largest = min(histogram), max(histogram)
+    width = -(-(largest - smallest + 1) // HISTOGRAM_BINS)
+    bins = []
+    for first in range(smallest, largest + 1, width):
+        last = first + width - 1
+        count = sum(number for size, number in histogram.items() if first <= size <= last)
+        bins.append((str(first) if width == 1 else f"{first}-{last}", count))
+    return bins
+
+
+def describe(manifest: Manifest) -> RenderableType:
+    """Return tables of counts, elements, sizes and labels for a terminal."""
+    parts: list[RenderableType] = [Text(f"task {manifest.task}: {manifest.structures():,} structures", style="bold")]
+    parts += [_splits_table(manifest), _elements_table(manifest), element_map([manifest]), _sizes_table(manifest)]
+    parts.append(_labels_table(manifest))
+    if manifest.targets:
+        parts.append(targets_table(manifest))
+    parts += [_degrees_table(manifest), _outliers_table(manifest)]
+    facts = [f"{key}: {value}" for key, value in manifest.source.items()]
+    periodic = f"{manifest.periodic_structures:,} of {manifest.structures():,} structures are periodic"
+    notes = [periodic, f"positions, forces and stress are {manifest.float_dtype}, energies float64"]
+    if manifest.duplicate_count:
+        notes.append(f"{manifest.duplicate_count:,} frames repeat an earlier geometry, first: {manifest.duplicates[0]}")
+    notes += [f"set aside, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
+    untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
+    if untrained:
+        notes.append(f"no training structure holds {', '.join(untrained)}: no reference energy for them")
+    parts.append(Text("\n".join(facts + notes)))
+    return Group(*parts)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def _splits_table(manifest: Manifest) -> Table:
+    table = _table("splits", "split", "structures", "atoms", "shards", "MB")
+    for split, row in manifest_facts(manifest)["splits"].items():
+        megabytes = f"{row['bytes'] / 1e6:.2f}"
+        table.add_row(split, f"{row['structures']:,}", f"{row['atoms']:,}", str(row["shards"]), megabytes)
+    return table
+
+
+def _elements_table(manifest: Manifest) -> Table:
+    table = _table("elements", "element", "atoms", "reference energy eV")
+    for symbol, count in manifest.elements.items():
+        reference = manifest.reference_energies.get(symbol)
+        table.add_row(symbol, f"{count:,}", "-" if reference is None else f"{reference:.4f}")
+    return table
+
+
+def _sizes_table(manifest: Manifest) -> Table:
+    bins = size_bins(manifest.size_histogram)
+    most = max(count for _, count in bins)
+    table = Table(title="sizes", title_justify="left")
+    table.add_column("atoms")
+    table.add_column("structures", justify="right")
+    table.add_column("")
+    for label, count in bins:
+        table.add_row(label, f"{count:,}", "█" * round(BAR_WIDTH * count / most))
+    return table
+
+
+def _labels_table(manifest: Manifest) -> Table:
+    # One column a label: with one row a label the table is wider than a terminal of 80 columns.
+    table = _table("labels (training split)", "", *(LABEL_HEADINGS[name] for name in manifest.labels))
+    labels = list(manifest.labels.values())
+    table.add_row("unit", *(LABEL_UNITS[name] for name in manifest.labels))
+    table.add_row("values", *(f"{label.count:,}" for label in labels))
+    for heading, key in (("lowest", "minimum"), ("highest", "maximum"), ("mean", "mean"), ("rms", "rms")):
+        table.add_row(heading, *(f"{getattr(label, key):.6g}" for label in labels))
+    return table
+
+
+def _degrees_table(manifest: Manifest) -> Table:
+    table = _table("neighbours", "cutoff Å", "mean", "most", "most edges in one", "most slots in one")
+    for cutoff, degrees in manifest.degrees.items():
+        facts = _degree_facts(degrees)
+        table.add_row(
+            cutoff, f"{facts['mean']:.1f}", str(facts["most"]), f"{degrees.most_edges:,}", f"{degrees.most_slots:,}"
+        )
+    return table
+
+
+def _outliers_table(manifest: Manifest) -> Table:
+    table = Table(title="what stands out", title_justify="left")
+    for heading, justify in (("structure", "left"), ("value", "right"), ("", "left")):
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for label, unit in OUTLIER_UNITS.items():
+        for one in manifest.outliers.get(label, [])[:SHOWN_OUTLIERS]:
+            table.add_row(one.source_id, f"{one.value:.4g}", unit)
+    return table

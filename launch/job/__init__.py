@@ -1,0 +1,1 @@
+"""Job scripts: sites, schedulers, and submission."""

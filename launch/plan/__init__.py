@@ -1,0 +1,1 @@
+"""The plan of a large run: memory, messages, time and data, by arithmetic from measurements."""

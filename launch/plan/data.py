@@ -1,0 +1,153 @@
+"""The data of a planned run: from manifests where shards are there, else from presets and the run file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hydrazero.launch.job.site_file import FilesSection
+from hydrazero.shards.block import BLOCK_STRUCTURES
+from hydrazero.shards.convert.presets import load_preset, preset_names
+from hydrazero.shards.convert.settings import SplitSection
+from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.location import is_remote
+from hydrazero.shards.manifest import read_manifest
+from hydrazero.shards.stream.deal import Deal, TaskPlan, mixture_repeats
+from hydrazero.trainer.config.run_file import RunConfig, TaskSection
+
+BYTES_OF_ATOM, BYTES_OF_STRUCTURE = 25.0, 110.0
+"""On the disk: a line through the shards of the sixteen real tasks."""
+MANIFEST_BYTES = 45.0
+"""Of a block in a manifest (measured)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """The training data of a task."""
+
+    name: str
+    structures: int
+    in_all: int
+    """Structures of all its splits."""
+    atoms: float
+    """Of a structure, mean."""
+    source: str
+    """Where the numbers are from."""
+
+    @property
+    def bytes(self) -> float:
+        """Of its training shards."""
+        return self.structures * self._bytes_each
+
+    @property
+    def bytes_in_all(self) -> float:
+        """Of the shards of all its splits."""
+        return self.in_all * self._bytes_each
+
+    @property
+    def _bytes_each(self) -> float:
+        return BYTES_OF_STRUCTURE + BYTES_OF_ATOM * self.atoms
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of its training split."""
+        return -(-self.structures // BLOCK_STRUCTURES)
+
+    @property
+    def shards(self) -> int:
+        """Files of its training split."""
+        return -(-self.blocks // BLOCKS_PER_SHARD)
+
+
+def planned_data(config: RunConfig) -> list[TaskData]:
+    """Return what is known of each task's data; raises ConfigError for a task of which nothing is."""
+    unknown = sorted({*config.plan.structures, *config.plan.atoms} - {task.name for task in config.tasks})
+    if unknown:
+        raise ConfigError(f"plan: '{unknown[0]}' is no task of the run file.")
+    for key, values in (("structures", config.plan.structures), ("atoms", config.plan.atoms)):
+        for task, value in values.items():
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"plan.{key}.{task} is {value}; it must be a number above 0.")
+    return [_data_of(task, config) for task in config.tasks]
+
+
+def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
+    if not is_remote(task.shards) and (Path(task.shards) / "manifest.json").is_file():
+        manifest = read_manifest(task.shards)
+        count = manifest.structures("train")
+        if not count:
+            raise ConfigError(f"task '{task.name}': {task.shards} holds no training structures; leave the task out.")
+        atoms = manifest.atoms("train") / count
+        in_all = sum(manifest.structures(split) for split in manifest.splits)
+        return TaskData(name=task.name, structures=count, in_all=in_all, atoms=atoms, source="its manifest")
+    preset = load_preset(task.name) if task.name in preset_names() else None
+    share = SplitSection.train if preset is None else preset.table.get("split", {}).get("train", SplitSection.train)
+    count, source = config.plan.structures.get(task.name, 0), "the run file"
+    if not count and preset is not None and preset.about.structures:
+        count, source = int(preset.about.structures * share), "its preset"
+    atoms = config.plan.atoms.get(task.name, 0.0)
+    if not count or not atoms:
+        what = "atoms" if count else "structures"
+        raise ConfigError(
+            f"task '{task.name}': {task.shards} has no manifest yet; say how many {what} it will have in the run file: "
+            f"[plan.{what}] {task.name} = ..."
+        )
+    return TaskData(name=task.name, structures=count, in_all=round(count / share), atoms=atoms, source=source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the stream asks of the file system."""
+
+    structures: float
+    """In an epoch."""
+    bytes: float
+    """Read in an epoch: of a block that is dealt in parts, all of it for each part."""
+    blocks: float
+    """Reads in an epoch, each of which opens a shard."""
+    shards: int
+    """Files in all."""
+    manifest_bytes: float
+    """Of all manifests."""
+
+
+def reading(data: Sequence[TaskData], config: RunConfig, lanes: int) -> Reading:
+    """Return what `lanes` workers of all ranks read in an epoch."""
+    repeats = mixture_repeats([task.structures for task in data], config.data.temperature, config.shares)
+    bytes_read = blocks = structures = 0.0
+    for task, passes in zip(data, repeats, strict=True):
+        sizes = np.full(task.blocks, BLOCK_STRUCTURES, dtype=np.int64)
+        parts = Deal([TaskPlan(name=task.name, block_sizes=sizes)], lanes=lanes, seed=0).parts[0]
+        structures += passes * task.structures
+        blocks += passes * task.blocks * parts
+        bytes_read += passes * task.bytes * parts
+    return Reading(
+        structures=structures,
+        bytes=bytes_read,
+        blocks=blocks,
+        shards=sum(task.shards for task in data),
+        manifest_bytes=sum(task.blocks * MANIFEST_BYTES for task in data),
+    )
+
+
+def copying_seconds(data: Sequence[TaskData], nodes: int, files: FilesSection) -> float:
+    """Return the seconds in which all nodes at once copy the shards to their own disks (`node_copy`), each all of them.
+
+    The slowest of three decides: what the file system reads, what it opens, what a node writes, if that is known.
+    """
+    size = sum(task.bytes_in_all for task in data)
+    count = sum(task.shards * task.in_all / max(task.structures, 1) for task in data)
+    writing = 0.0 if files.node_local_write is None else size / files.node_local_write.value
+    return max(nodes * size / files.bandwidth.value, nodes * count / files.opens.value, writing)
+
+
+def mean_atoms(data: Sequence[TaskData], config: RunConfig) -> float:
+    """Atoms of a structure as the stream delivers them."""
+    repeats = mixture_repeats([task.structures for task in data], config.data.temperature, config.shares)
+    drawn = [passes * task.structures for task, passes in zip(data, repeats, strict=True)]
+    return sum(n * task.atoms for n, task in zip(drawn, data, strict=True)) / sum(drawn)

@@ -1,0 +1,1 @@
+"""Exported models and the interfaces through which they are used."""

@@ -1,0 +1,193 @@
+"""One task of a model, compiled ahead of time into a package that PyTorch runs without a line of this library.
+
+The package is an AOTInductor archive (`torch._inductor.aoti_load_package`, or `AOTIModelPackageLoader` in C++). It
+takes any number of atoms A and of pairs P, each pair once:
+
+    numbers [A] int64, positions [A, 3] Å, first [P] int64, second [P] int64, shifts [P, 3] Å, cell [3, 3] Å
+
+and charge [1] and multiplicity [1] int64 where the task is told of them. The vector of a pair is positions[second] +
+shifts - positions[first]; pairs beyond the cutoff add nothing. The cell is zero where the structure is not periodic in
+three directions. It gives energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3] eV/Å³ (zero without a cell), and
+then the task's other quantities. `get_metadata()` has the names of inputs and outputs, the precision, the cutoff and
+the card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import atomic_numbers
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.inference.model_file import probe_structure
+from hydrazero.models.ops.compiler_cache import remove_cut_off_files
+from hydrazero.shards.errors import ModelFileError
+from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
+from hydrazero.shards.structure import Structure
+
+GEOMETRY = ("numbers", "positions", "first", "second", "shifts", "cell")
+CONDITIONS = ("charge", "multiplicity")
+RESULTS = ("energy", "forces", "stress")
+SUFFIX = ".pt2"
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def package_inputs(model: AtomisticModel, structure: Structure) -> list[Tensor]:
+    """Return what a package of the model's one task takes, for a structure."""
+    pairs = graph_sample(structure, 0, model.settings.encoder.cutoff).pairs
+    whole, number = torch.int64, model.dtype
+    shifts = torch.zeros(len(pairs.first), 3) if pairs.shift is None else torch.from_numpy(pairs.shift)
+    cell = torch.from_numpy(structure.cell) * bool(structure.pbc.all())
+    inputs = [
+        torch.from_numpy(structure.numbers).to(whole),
+        torch.from_numpy(structure.positions).to(number),
+        torch.from_numpy(pairs.first.copy()),
+        torch.from_numpy(pairs.second.copy()),
+        shifts.to(number),
+        cell.to(number),
+    ]
+    if model.tasks[0].charge_spin:
+        inputs += [torch.tensor([value], dtype=whole) for value in (structure.charge, structure.multiplicity)]
+    return inputs
+
+
+def package_function(model: AtomisticModel) -> Function:
+    """Return a function of a package's inputs, for a model of one task; its sizes may be symbols."""
+
+    def function(
+        numbers: Tensor,
+        positions: Tensor,
+        first: Tensor,
+        second: Tensor,
+        shifts: Tensor,
+        cell: Tensor,
+        *conditions: Tensor,
+    ) -> tuple[Tensor, ...]:
+        pairs, none = first.shape[0], torch.zeros(1, dtype=torch.int64)
+        charge, multiplicity = conditions or (none, none)
+        volume = (cell[0] * torch.linalg.cross(cell[1], cell[2])).sum().abs().reshape(1)
+        places = torch.arange(pairs)
+        # Each slot a row of its own: a list of pairs needs no layout, and no padding.
+        batch = GraphBatch(
+            numbers=numbers,
+            positions=positions - positions.mean(0),
+            row_atom=torch.cat([first, second]),
+            neighbours=torch.cat([second, first]).unsqueeze(1),
+            reverse=torch.cat([places + pairs, places]).unsqueeze(1),
+            shifts=torch.cat([shifts, -shifts]).unsqueeze(1),
+            slot_mask=torch.ones(2 * pairs, 1, dtype=torch.bool),
+            atom_mask=torch.ones(numbers.shape[0], dtype=torch.bool),
+            structure=torch.zeros(numbers.shape[0], dtype=torch.int64),
+            task=none,
+            charge=charge,
+            multiplicity=multiplicity,
+            volume=torch.where(volume > 0, volume, torch.ones_like(volume)),
+            periodic=volume > 0,
+        )
+        out = model(batch)
+        return out.energy, out.forces, out.stress[0], *out.targets.values()
+
+    return function
+
+
+def traced(model: AtomisticModel) -> tuple[GraphModule, list[Tensor]]:
+    """Return the graph of a model of one task, energies and their gradients, for any sizes, and inputs to try it on."""
+    example = package_inputs(model, probe_structure(model.tasks[0].elements[:1] * 3))
+    with torch.enable_grad():
+        graph = make_fx(package_function(model), tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph, example
+
+
+def exported(model: AtomisticModel) -> ExportedProgram:
+    """Return the graph as PyTorch exports it, for any number of atoms and pairs."""
+    graph, example = traced(model)
+    atoms, pairs = Dim("atoms", min=2, max=2**24), Dim("pairs", min=2, max=2**30)
+    sizes: list[Any] = [{0: atoms}, {0: atoms}, {0: pairs}, {0: pairs}, {0: pairs}, None]
+    sizes += [None] * (len(example) - len(sizes))
+    return torch.export.export(graph, tuple(example), dynamic_shapes=tuple(sizes), strict=False)
+
+
+def write_package(model: AtomisticModel, out: Path, card: dict[str, Any] | None) -> None:
+    """Compile the only task of a model into a package, compare it with the model, and give it its name.
+
+    The code is for this kind of processor and this version of PyTorch. Raises ModelFileError if the model has several
+    tasks, `out` exists or has another suffix than '.pt2', the compiler fails, or the package gives other results.
+    """
+    if len(model.tasks) != 1:
+        raise ModelFileError(f"a package is of one task, and the model has {len(model.tasks)}; choose one.")
+    if out.suffix != SUFFIX:
+        raise ModelFileError(f"{out} must end in {SUFFIX}, by which PyTorch knows its packages.")
+    if out.exists():
+        raise ModelFileError(f"{out} exists; remove it or choose another name.")
+    part = out.with_name(f".{out.stem}.part-{os.getpid()}{SUFFIX}")
+    remove_cut_off_files()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PyTorch's own code
+            torch._inductor.aoti_compile_and_package(
+                exported(model), package_path=str(part), inductor_configs={"aot_inductor.metadata": _facts(model, card)}
+            )
+        _compare(model, part)
+        os.replace(part, out)
+    except OSError as error:
+        raise ModelFileError(f"{out} cannot be written ({error.strerror or error}).") from error
+    except (InductorError, TorchDynamoException) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelFileError(f"the model cannot be compiled here ({lines[0]}); is there a C++ compiler?") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _facts(model: AtomisticModel, card: dict[str, Any] | None) -> dict[str, str]:
+    (task,) = model.tasks
+    return {
+        "task": task.name,
+        "method": task.fidelity,
+        "elements": " ".join(task.elements),
+        "cutoff": f"{model.settings.encoder.cutoff:g}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "inputs": " ".join(GEOMETRY + CONDITIONS * task.charge_spin),
+        "outputs": " ".join([*RESULTS, *model.targets.facts]),
+        "card": json.dumps(card or {}, ensure_ascii=False),
+    }
+
+
+def _compare(model: AtomisticModel, path: Path) -> None:
+    """Raise unless a package gives what the model does, for a cluster of all elements and for a cell."""
+    package = torch._inductor.aoti_load_package(str(path))
+    tolerance = 1e-10 if model.dtype == torch.float64 else 1e-4
+    cluster = probe_structure(model.tasks[0].elements)
+    for structure in (cluster, _cell_of(model.tasks[0].elements[0])):
+        sample = graph_sample(structure, 0, model.settings.encoder.cutoff)
+        expected = model(collate([sample], shape_holding([sample]), model.dtype))
+        found = package(*package_inputs(model, structure))
+        pairs = [(expected.energy, found[0]), (expected.forces, found[1]), (expected.stress[0], found[2])]
+        pairs += list(zip(expected.targets.values(), found[len(RESULTS) :], strict=True))
+        for ours, theirs in pairs:
+            room = tolerance * (1.0 + float(ours.abs().max()))
+            if not torch.allclose(ours, theirs.to(ours.dtype), rtol=0.0, atol=room):
+                raise ModelFileError("the package does not reproduce the model; nothing was written.")
+
+
+def _cell_of(symbol: str) -> Structure:
+    """A skewed cell of two atoms."""
+    numbers = torch.tensor([atomic_numbers[symbol]] * 2, dtype=torch.uint8).numpy()
+    cell = torch.tensor([[3.0, 0.1, 0.0], [0.0, 3.2, 0.2], [0.3, 0.0, 3.1]], dtype=torch.float64).numpy()
+    positions = torch.tensor([[0.0, 0.0, 0.0], [1.6, 1.4, 1.7]], dtype=torch.float64).numpy()
+    return Structure(numbers=numbers, positions=positions, cell=cell, pbc=torch.ones(3, dtype=torch.bool).numpy())

@@ -1,0 +1,74 @@
+"""Warnings that a structure lies outside of what a task was trained on."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+from ase.data import atomic_numbers, chemical_symbols
+from numpy.typing import NDArray
+
+from hydrazero.models.task_facts import TaskFacts
+from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
+from hydrazero.shards.graphs.neighbours import HalfPairs
+from hydrazero.shards.structure import FloatArray
+
+
+class ExtrapolationWarning(UserWarning):
+    """A prediction for a structure unlike those that the task was trained on."""
+
+
+class Extrapolation:
+    """Looks at structures of one task and warns, once for each kind of fault and each formula."""
+
+    def __init__(self, facts: TaskFacts, cutoff: float) -> None:
+        """Pairs farther apart than `cutoff`, Å, are not looked at."""
+        self.facts = facts
+        self._bounds = np.full(ELEMENTS**2, min(facts.closest_within, cutoff))
+        for pair, distance in facts.closest.items():
+            first, second = (np.array([atomic_numbers[symbol]]) for symbol in pair.split("-"))
+            self._bounds[pair_places(first, second)] = min(distance, cutoff)
+        self._said: set[tuple[str, str, str]] = set()
+
+    def bounds(self, numbers: NDArray[np.uint8], pairs: HalfPairs) -> FloatArray:
+        """Return the smallest distance in the training data for the elements of each pair, Å, [P]; 0: not known."""
+        found: FloatArray = self._bounds[pair_places(numbers[pairs.first], numbers[pairs.second])]
+        return found
+
+    def look_at_distances(
+        self, formula: str, numbers: NDArray[np.uint8], pairs: HalfPairs, distances: FloatArray, bounds: FloatArray
+    ) -> None:
+        """Warn of pairs [P] that are closer, by `distances` [P] in Å, than any of their elements in training."""
+        short = np.flatnonzero(distances < bounds)
+        if not len(short):
+            return
+        worst = int(short[np.argmin(distances[short] / bounds[short])])
+        ends = (int(pairs.first[worst]), int(pairs.second[worst]))
+        elements = "-".join(chemical_symbols[z] for z in sorted(int(numbers[end]) for end in ends))
+        nearest = self.facts.closest.get(elements)
+        known = f"no two of these are closer than {nearest:.2f} Å" if nearest else "these are nowhere neighbours"
+        self._warn(
+            "distance",
+            formula,
+            f"{elements} at {distances[worst]:.2f} Å (atoms {ends[0]} and {ends[1]}); {known} in the training data",
+        )
+
+    def look_at_spread(self, formula: str, per_atom: float) -> None:
+        """Warn if the ensemble, eV per atom, agrees less than on 99% of the structures that it was evaluated on."""
+        if 0.0 < self.facts.largest_spread < per_atom:
+            self._warn(
+                "spread",
+                formula,
+                f"the ensemble disagrees by {1000 * per_atom:.3g} meV per atom; it does by less than "
+                f"{1000 * self.facts.largest_spread:.3g} on 99% of the structures that it was evaluated on",
+            )
+
+    def look_at_other(self, formula: str, task: str, reason: str) -> None:
+        """Warn that another task is left out, for a reason that follows the structure's name."""
+        self._warn(f"task {task}", formula, f"{reason}; the task is left out of the comparison")
+
+    def _warn(self, kind: str, formula: str, text: str) -> None:
+        place = (self.facts.name, kind, formula)
+        if place not in self._said:
+            self._said.add(place)
+            warnings.warn(f"task '{self.facts.name}', {formula}: {text}.", ExtrapolationWarning, stacklevel=2)

@@ -1,0 +1,222 @@
+"""Exported models: one safetensors file, its description in the header; nothing in it can run code."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from ase.data import atomic_numbers
+
+from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.models.inference.model_card import Origin, model_card, sha256_of
+from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
+from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
+from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
+from hydrazero.shards.structure import Structure
+
+FORMAT = "hydrazero-model"
+FORMAT_VERSION = 4
+READABLE = ("2", "3", "4")
+"""Versions that this hydrazero reads; 2 had no card, and the facts as plain JSON; 3 named each pair of elements."""
+STACKED = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
+"""Beginnings of the names of parameters with a leading task dimension."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
+    """Return a copy with the named tasks' heads only, in that order; raises ModelFileError for an unknown task."""
+    known = [task.name for task in model.tasks]
+    for name in names:
+        if name not in known:
+            raise ModelFileError(f"the model has no task '{name}'{did_you_mean(name, known)}.")
+        if list(names).count(name) > 1:
+            raise ModelFileError(f"task '{name}' is named twice.")
+    rows = [known.index(name) for name in names]
+    tasks = [model.tasks[row] for row in rows]
+    attention = tuple(name for name in model.settings.attention_targets if any(name in t.targets for t in tasks))
+    smaller = AtomisticModel(replace(model.settings, attention_targets=attention), tasks).to(model.dtype)
+    wanted = smaller.state_dict().keys()
+    weights = {
+        key: value[rows] if key.startswith(STACKED) else value
+        for key, value in model.state_dict().items()
+        if key in wanted  # a head that none of these tasks uses is left behind
+    }
+    smaller.load_state_dict(weights, strict=True)
+    return smaller.eval()
+
+
+def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticModel:
+    """Return a copy that also has the heads of tasks which only the `other` model knows, on the encoder of the first.
+
+    Raises ModelFileError if the two are not of the same settings, so that heads would not fit.
+    """
+    ours, theirs = (replace(each.settings, attention_targets=()) for each in (model, other))
+    if ours != theirs:
+        raise ModelFileError("heads of a model with other settings do not fit; a run that starts from it has the same.")
+    known = {task.name for task in model.tasks}
+    rows = [row for row, task in enumerate(other.tasks) if task.name not in known]
+    attention = tuple(dict.fromkeys([*model.settings.attention_targets, *other.settings.attention_targets]))
+    tasks = [*model.tasks, *(other.tasks[row] for row in rows)]
+    joined = AtomisticModel(replace(model.settings, attention_targets=attention), tasks).to(model.dtype)
+    first, second = model.state_dict(), other.state_dict()
+    with torch.no_grad():
+        for key, value in joined.state_dict().items():
+            if key.startswith(STACKED):
+                if key in first:
+                    value[: len(model.tasks)] = first[key]
+                if key in second:
+                    value[len(model.tasks) :] = second[key][rows]
+            else:
+                value.copy_(first[key] if key in first else second[key])
+    return joined.eval()
+
+
+def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", origin: Origin | None = None) -> None:
+    """Write a model to one file, read it back and compare its predictions; nothing is left behind on failure.
+
+    The card in its header says what can be told from the model, and where it comes from.
+
+    Raises ModelFileError if the dtype is unknown or the file gives other predictions than the model.
+    """
+    if dtype not in DTYPES:
+        raise ModelFileError(f"dtype '{dtype}' is not known{did_you_mean(dtype, list(DTYPES))}.")
+    weights = {key: value.detach().cpu().to(DTYPES[dtype]).contiguous() for key, value in model.state_dict().items()}
+    header = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "dtype": dtype,
+        "card": json.dumps(model_card(model, dtype, origin or Origin()), ensure_ascii=False),
+        "facts": _packed(model.facts()),
+        "weights_sha256": sha256_of(weights),
+    }
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(weights, str(part), metadata=header)
+        _compare(model, weights, part)
+        os.umask(mask := os.umask(0))  # only setting it tells it
+        part.chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes
+        os.replace(part, path)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be written ({error.strerror or error}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _packed(facts: dict[str, Any]) -> str:
+    """Return plain types as text that is short: with many tasks and elements facts would outweigh a small model."""
+    tasks = [{**task, "closest": listed_pairs(task["closest"])} for task in facts["tasks"]]
+    text = json.dumps({**facts, "tasks": tasks}, separators=(",", ":"))
+    return base64.b85encode(zlib.compress(text.encode(), level=9)).decode()
+
+
+def _unpacked(text: str, version: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(text if version == "2" else zlib.decompress(base64.b85decode(text)))
+    if version == "4":
+        for task in facts["tasks"]:
+            task["closest"] = named_pairs(task["closest"])
+    return facts
+
+
+def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path) -> None:
+    """Raise unless the file gives exactly what a model with these weights gives, for every task."""
+    expected = model_from_facts(model.facts()).to(_compute_dtype(weights)).eval()
+    expected.load_state_dict(weights, strict=True)
+    try:
+        loaded = read_model(part)
+    except ModelFileError as error:
+        raise ModelFileError("the exported file does not reproduce the model; nothing was written.") from error
+    for task, facts in enumerate(model.tasks):
+        probe = probe_structure(facts.elements)
+        sample = graph_sample(probe, task, model.settings.encoder.cutoff)
+        batch = collate([sample], shape_holding([sample]), expected.dtype)
+        ours, theirs = expected(batch), loaded(batch)
+        pairs = [(ours.energy, theirs.energy), (ours.forces, theirs.forces), (ours.stress, theirs.stress)]
+        pairs += [(value, theirs.targets[name]) for name, value in ours.targets.items()]
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise ModelFileError(
+                f"the exported file does not reproduce the model for task '{facts.name}'; nothing was written."
+            )
+
+
+def probe_structure(elements: Sequence[str]) -> Structure:
+    """Return a cluster of two atoms of each of the elements, 1.5 Å apart on a helix."""
+    numbers = np.array([atomic_numbers[symbol] for symbol in elements] * 2, dtype=np.uint8)
+    turn = np.arange(len(numbers))
+    positions = np.stack([2.0 * np.cos(turn), 2.0 * np.sin(turn), 0.9 * turn], axis=1)
+    return Structure(numbers=numbers, positions=positions, cell=np.zeros((3, 3)), pbc=np.zeros(3, dtype=bool))
+
+
+def _compute_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    """Precision to compute in: float64 for float64 weights, else float32; geometry is never in low precision."""
+    return torch.float64 if any(value.dtype == torch.float64 for value in weights.values()) else torch.float32
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return settings, tasks and dtype in a model file's header; raises ModelFileError as `read_card` does."""
+    metadata = _metadata(path)
+    try:
+        return {"dtype": metadata["dtype"], **_unpacked(metadata["facts"], metadata["format_version"])}
+    except (KeyError, ValueError, TypeError, zlib.error) as error:
+        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+
+
+def read_card(path: Path | str) -> dict[str, Any] | None:
+    """Return the card of a model file as plain types, without reading its weights; None if it is of version 2.
+
+    Raises ModelFileError if the file is missing, not ours, newer, cut short or damaged.
+    """
+    metadata = _metadata(Path(path))
+    try:
+        return json.loads(metadata["card"]) if metadata["format_version"] != "2" else None
+    except (KeyError, ValueError) as error:
+        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if path.is_dir():
+        raise ModelFileError(
+            f"{path} is a folder; if it is a run's, export its model first: hydrazero export {path} --out FILE."
+        )
+    if not path.is_file():
+        raise ModelFileError(f"model file {path} does not exist.")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path} is no readable model file, or is cut short ({error}).") from error
+    if metadata.get("format") != FORMAT:
+        raise ModelFileError(f"{path} is a safetensors file, but not a model exported by hydrazero.")
+    version = metadata.get("format_version", "")
+    if version not in READABLE:
+        raise ModelFileError(
+            f"{path} has model format version {version}, this hydrazero reads versions {', '.join(READABLE)}; "
+            "use a matching hydrazero or export the model again."
+        )
+    return metadata
+
+
+def read_model(path: Path) -> AtomisticModel:
+    """Load an exported model on the CPU, ready to predict; raises ModelFileError as `read_header` does."""
+    facts, digest = read_header(path), _metadata(path).get("weights_sha256")
+    try:
+        weights = safetensors.torch.load_file(str(path))
+        if digest not in (None, sha256_of(weights)):  # files of earlier versions do not say it
+            raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
+        model = model_from_facts(facts).to(_compute_dtype(weights))
+        model.load_state_dict(weights, strict=True)
+    except ModelFileError:
+        raise
+    except (safetensors.SafetensorError, RuntimeError, HydrazeroError) as error:
+        raise ModelFileError(f"{path} holds other weights than its header describes ({error}).") from error
+    return model.eval()

@@ -1,0 +1,217 @@
+"""The converter: source files in, shards and a manifest out, all of it or nothing.
+
+Three parts, each shared out to workers: frames into chunks on the disk (`convert_frames`), an index that finds repeats
+and shuffles (`convert_index`), chunks into shards (`convert_shards`). What they make depends on the sources and
+settings alone, not on how many workers there are, and what is done when a conversion is killed is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from ase.data import chemical_symbols
+
+from hydrazero.shards.convert.element_pairs import closest_pairs
+from hydrazero.shards.convert.folder import Job, distinct_names, working_folder, write_whole
+from hydrazero.shards.convert.frames import SLICED_BYTES, frames_path, read_part, status_path
+from hydrazero.shards.convert.index import Index, build_index
+from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_facts
+from hydrazero.shards.convert.references import reference_energies
+from hydrazero.shards.convert.settings import ConvertSettings
+from hydrazero.shards.convert.shards import ShardNote, make_shard, shard_calls
+from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.workers import Workers, one_worker
+from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
+from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
+from hydrazero.shards.readers import expand_sources
+from hydrazero.shards.targets import TargetFacts
+from hydrazero.shards.units import target_unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a conversion is."""
+
+    part: str
+    """'reading', 'sorting', 'writing' or 'counting'."""
+    frames: int
+    """Read so far by this start of it."""
+    fraction: float
+    """Of the part that is done, 0 to 1."""
+
+
+def convert(
+    sources: Sequence[Path],
+    task: str,
+    out: Path,
+    settings: ConvertSettings,
+    *,
+    workers: Workers | None = None,
+    skip_bad: bool = False,
+    trust_pickle: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Manifest:
+    """Convert source files into the shards of a task in the new folder `out`, shared out to workers (one if None).
+
+    The folder appears when everything is in it. A conversion that is killed, or finds the disk full, goes on where it
+    was when it is started again with the same sources and settings. A bad frame ends it with a SourceError naming file
+    and frame; with `skip_bad` it is set aside, counted by reason and listed in set_aside.jsonl. `trust_pickle` lets
+    sources of pickles be read, which can run any code. Raises ConfigError for a task name that is no word, an `out`
+    that exists, or what the system refuses to write.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
+        raise ConfigError(f"task name '{task}' must be of letters, digits, '_' and '-'.")
+    if out.exists():
+        raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
+    files = expand_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
+    job = Job(
+        task=task,
+        sources=tuple(files),
+        names=distinct_names(files),
+        settings=settings,
+        skip_bad=skip_bad,
+        trust_pickle=trust_pickle,
+        folder=(out.parent / f".{out.name}.part").absolute(),
+    )
+    with working_folder(job):
+        try:
+            with ExitStack() as stack:
+                manifest = _convert(job, workers or stack.enter_context(one_worker()), progress)
+            os.replace(job.shards, out)
+        except HydrazeroError:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"{out} cannot be written ({error.strerror or error}); mend that and start again: what was done is "
+                f"kept in {job.folder} and not done twice."
+            ) from error
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return manifest
+
+
+def _convert(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> Manifest:
+    _read(job, workers, progress)
+    progress(Progress(part="sorting", frames=0, fraction=0.0))
+    index = build_index(job)
+    if not len(index.orders["train"]):
+        raise SourceError(_no_training_frames(job, index))
+    calls = shard_calls(job, index.orders)
+
+    def watch() -> None:
+        done = sum(1 for _ in job.notes.iterdir())
+        progress(Progress(part="writing", frames=0, fraction=min(done / len(calls), 1.0)))
+
+    notes: list[ShardNote] = workers.run_all(make_shard, calls, watch)
+    by_split = {split: [n.shard for n, call in zip(notes, calls, strict=True) if call[1] == split] for split in SPLITS}
+    total = Statistics()
+    for note in notes:
+        total.merge(note.statistics)
+    progress(Progress(part="counting", frames=0, fraction=0.0))
+    manifest = _manifest(job, index, by_split, total, workers)
+    write_manifest(manifest, job.shards)
+    return manifest
+
+
+def _read(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> None:
+    """Read all sources into chunks."""
+    parts = workers.count
+    wanted = [number for number in range(len(job.sources)) if not frames_path(job, number).exists()]
+    sizes = [_bytes_of(source) for source in job.sources]
+    calls = [
+        (job, number, part, parts if sizes[number] > SLICED_BYTES else 1)
+        for number in wanted
+        for part in range(parts if sizes[number] > SLICED_BYTES else 1)
+    ]
+    done_before = sum(size for number, size in enumerate(sizes) if number not in set(wanted))
+
+    def watch() -> None:
+        frames, behind = 0, float(done_before)
+        for _, number, part, share in calls:
+            path = status_path(job, number, part)
+            words = path.read_text().split() if path.exists() else []
+            if len(words) == 2:  # else it is just being written
+                frames += int(words[0])
+                behind += float(words[1]) * sizes[number] / share
+        progress(Progress(part="reading", frames=frames, fraction=behind / max(sum(sizes), 1)))
+
+    try:
+        counts = workers.run_all(read_part, calls, watch)
+    except BaseException:
+        job.stop.touch()  # or the others would go on to the ends of their sources
+        raise
+    watch()
+    for (_, number, _, _), frames in zip(calls, counts, strict=True):
+        write_whole(frames_path(job, number), json.dumps(frames).encode())
+
+
+def _bytes_of(source: Path) -> int:
+    if source.is_dir():
+        return sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    return source.stat().st_size if source.exists() else 0
+
+
+def _no_training_frames(job: Job, index: Index) -> str:
+    total = sum(len(order) for order in index.orders.values())
+    if total == 0 and index.set_aside:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(index.set_aside.items()))
+        return f"task '{job.task}': every frame was set aside ({reasons}); mend the sources or the settings."
+    return f"task '{job.task}': none of {total} usable frames falls into the training split; add frames."
+
+
+def _manifest(job: Job, index: Index, splits: dict[str, list[Shard]], total: Statistics, workers: Workers) -> Manifest:
+    references = reference_energies(total.triangle)
+    calls = [(job.shards, shard, references) for shards in splits.values() for shard in shards]
+    residuals = workers.run_all(residuals_of, calls, lambda: None) if references else []
+    found = label_statistics(total, residuals, len(splits["train"]))
+    targets = {
+        name: _target_facts(job, name, total)
+        for name, target in job.settings.targets.items()
+        if name in total.targets or not target.optional
+    }
+    texts = {key: str(value) for key, value in job.settings.source.items()}
+    return Manifest(
+        task=job.task,
+        splits=splits,
+        float_dtype=job.settings.float_dtype,
+        elements={chemical_symbols[z]: count for z, count in sorted(total.elements.items())},
+        trained_elements=sorted(references or (chemical_symbols[z] for z in total.trained)),
+        size_histogram=dict(sorted(total.sizes.items())),
+        labels=found.labels,
+        reference_energies=references,
+        required_labels=list(job.settings.labels.require),
+        periodic_structures=total.periodic,
+        targets=targets,
+        charged_structures=total.charged,
+        multiplicity_known=total.multiplicity_known,
+        degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
+        closest=closest_pairs(total.closest),
+        closest_within=max(job.settings.degree_cutoffs, default=0.0),
+        distributions=found.distributions,
+        outliers=found.outliers,
+        duplicates=index.duplicates,
+        duplicate_count=index.duplicate_count,
+        set_aside=dict(sorted(index.set_aside.items())),
+        source={**texts, "files": ", ".join(job.names)},
+    )
+
+
+def _target_facts(job: Job, name: str, total: Statistics) -> TargetFacts:
+    """Return what the manifest tells of a target; raises SourceError if no training structure has it."""
+    target = job.settings.targets[name]
+    moments = total.targets.get(name)
+    if moments is None or not moments.count:
+        raise SourceError(
+            f"task '{job.task}': no training structure has the target '{name}' (field '{target.field}'); name the "
+            "field that the sources have under [targets], leave it out, or say that it is optional."
+        )
+    return target_facts(
+        moments, of=target.of, kind=target.kind, unit=target_unit(target.unit)[1], extensive=target.extensive
+    )

@@ -1,0 +1,119 @@
+"""The folder that a conversion works in: what is done stays done when it is killed and started again."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.convert.settings import ConvertSettings
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.manifest import FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A conversion, as every worker gets to know it."""
+
+    task: str
+    sources: tuple[Path, ...]
+    names: tuple[str, ...]
+    """Of the sources, in source ids."""
+    settings: ConvertSettings
+    skip_bad: bool
+    trust_pickle: bool
+    folder: Path
+    """That it works in, beside the one to be made."""
+
+    @property
+    def frames(self) -> Path:
+        """Folder of what has been read."""
+        return self.folder / "frames"
+
+    @property
+    def shards(self) -> Path:
+        """Folder that becomes the task's."""
+        return self.folder / "shards"
+
+    @property
+    def notes(self) -> Path:
+        """Folder of what is known of the shards that are done."""
+        return self.folder / "notes"
+
+    @property
+    def stop(self) -> Path:
+        """File whose presence tells workers to give up."""
+        return self.folder / "stop"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return all that the shards depend on; unfinished work of another fingerprint is of no use."""
+        stats = [source.stat() for source in self.sources]
+        files = [
+            [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
+            for source, stat in zip(self.sources, stats, strict=True)
+        ]
+        settings = json.loads(json.dumps(asdict(self.settings), default=str))
+        return {
+            "format_version": FORMAT_VERSION,
+            "task": self.task,
+            "sources": files,
+            "settings": settings,
+            "skip_bad": self.skip_bad,
+        }
+
+
+@contextmanager
+def working_folder(job: Job) -> Iterator[None]:
+    """Set up the job's folder, keeping unfinished work of the same job; a lock keeps a second process out of it.
+
+    Raises ConfigError if another process is at it, or the folder cannot be made.
+    """
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{job.folder} cannot be made ({error.strerror}).") from error
+    with open(job.folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"another process is converting into {job.folder}; wait for it or stop it.") from error
+        about = job.folder / "job.json"
+        wanted = job.fingerprint()
+        if not about.is_file() or json.loads(about.read_text(encoding="utf-8")) != wanted:
+            about.unlink(missing_ok=True)
+            for folder in (job.frames, job.shards, job.notes):
+                shutil.rmtree(folder, ignore_errors=True)
+            (job.folder / "index.sqlite").unlink(missing_ok=True)
+            write_whole(about, json.dumps(wanted).encode())
+        job.stop.unlink(missing_ok=True)
+        for folder in (job.frames, job.shards, job.notes):
+            folder.mkdir(exist_ok=True)
+        yield
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that has its name only when all of it is on the disk; raises OSError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def distinct_names(sources: Sequence[Path]) -> tuple[str, ...]:
+    """Name of each source for source ids: the file's, or its path below the common folder where names repeat."""
+    paths = [Path(os.path.abspath(source)) for source in sources]
+    if len({path.name for path in paths}) == len(set(paths)):
+        return tuple(path.name for path in paths)
+    common = os.path.commonpath([path.parent for path in paths])
+    return tuple(path.relative_to(common).as_posix() for path in paths)

@@ -1,0 +1,224 @@
+"""First part of a conversion: frames of the sources into chunks on the disk, each worker every so many chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
+from hydrazero.shards.convert.folder import Job, write_whole
+from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
+from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.manifest import SPLITS
+from hydrazero.shards.readers import Frame, unread
+from hydrazero.shards.structure import Structure
+from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
+
+CHUNK_FRAMES = 1024
+"""Frames of a source that are read in one go: what is lost when a conversion is killed."""
+
+SLICED_BYTES = 2_000_000
+"""Sources smaller than this are read by one worker."""
+
+
+@dataclass(kw_only=True)
+class Chunk:
+    """CHUNK_FRAMES frames of a source, sorted out."""
+
+    structures: list[Structure] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    splits: list[int] = field(default_factory=list)
+    not_selected: int = 0
+    bad: list[dict[str, str]] = field(default_factory=list)
+    """source_id, reason and message of frames that were set aside."""
+
+    def add(self, frame: Frame, job: Job, source: Path) -> None:
+        """Sort a frame in; raises SourceError for a bad one unless they are to be set aside."""
+        settings = job.settings
+        # A frame that could not even be parsed has no fields to be left out by: it is bad, not unwanted.
+        parsed = frame.structure is not None or bool(frame.info)
+        if parsed and any(str(frame.info.get(key)) not in map(str, wanted) for key, wanted in settings.select.items()):
+            self.not_selected += 1
+            return
+        try:
+            if frame.structure is None:
+                raise frame.error or StructureError("unreadable", "the frame cannot be read")
+            key = group_key(frame, frame.structure, settings.split.group)
+            split = split_of_file(source, settings.split)
+            if split is None and settings.split.train and is_isolated_atom(frame.structure):
+                split = "train"  # references that were fitted without it would be wrong for it by any amount
+            split = split or split_of(key, settings.split)
+        except StructureError as error:
+            if not job.skip_bad:
+                number = frame.source_id.rpartition("#")[2]
+                hint = "mend it, or use --skip-bad to set bad frames aside"
+                raise SourceError(f"{source}, frame {number}: {error}; {hint}.") from error
+            self.bad.append({"source_id": frame.source_id, "reason": error.reason, "message": str(error)})
+            return
+        self.structures.append(frame.structure)
+        self.hashes.append(frame.structure.geometry_hash())
+        self.splits.append(SPLITS.index(split))
+
+    def encode(self, float_dtype: str) -> bytes:
+        """Serialise as safetensors: a block's columns, hashes and splits, and what was left out as its metadata."""
+        about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
+        columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
+        if self.structures:
+            columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
+            # Texts of one structure are wanted later without those of all others.
+            lengths = [len(s.source_id.replace("\n", " ").encode()) + 1 for s in self.structures]
+            columns["name_starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            columns["hashes"] = np.frombuffer(b"".join(self.hashes), dtype=np.uint8).reshape(-1, 16)
+            columns["atom_starts"] = np.concatenate([[0], np.cumsum(columns["n_atoms"])]).astype(np.int64)
+        return safetensors.numpy.save(columns, metadata=about)
+
+
+def chunk_path(job: Job, source: int, chunk: int) -> Path:
+    """File of a chunk."""
+    return job.frames / f"{source:06d}-{chunk:08d}.safetensors"
+
+
+def frames_path(job: Job, source: int) -> Path:
+    """File that says how many frames a source has, there once all of them are read."""
+    return job.frames / f"{source:06d}.json"
+
+
+def status_path(job: Job, source: int, part: int) -> Path:
+    """File in which a worker says how far it is: frames read by it, share of the source that is behind it."""
+    return job.frames / f"{source:06d}.{part}.status"
+
+
+def read_part(job: Job, source: int, part: int, parts: int) -> int:
+    """Read every `parts`-th chunk of a source, from chunk `part` on, and pass the others by; returns all frames in it.
+
+    Chunks that are there already are passed by as well. Raises SourceError for what is wrong in the source.
+    """
+    settings = job.settings.read_settings(trust_pickle=job.trust_pickle)
+    chunk, written, read = Chunk(), -1, 0
+    number = -1
+    mine = False
+    for number, unread_frame in enumerate(unread(job.sources[source], settings)):
+        if number % CHUNK_FRAMES == 0:
+            if mine:
+                _write(job, source, written, chunk)
+            if job.stop.exists():
+                raise SourceError("the conversion was stopped.")
+            written = number // CHUNK_FRAMES
+            mine = written % parts == part and not chunk_path(job, source, written).exists()
+            chunk = Chunk()
+            status_path(job, source, part).write_text(f"{read} {unread_frame.fraction:.6f}")
+        if mine:
+            read += 1
+            frame = _named(unread_frame.read(), job.sources[source].name, job.names[source])
+            chunk.add(frame, job, job.sources[source])
+    if mine:
+        _write(job, source, written, chunk)
+    status_path(job, source, part).write_text(f"{read} 1")
+    return number + 1
+
+
+def _write(job: Job, source: int, number: int, chunk: Chunk) -> None:
+    check_one_unit(chunk.structures, job.sources[source])
+    write_whole(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype))
+
+
+def _named(frame: Frame, file: str, name: str) -> Frame:
+    """Put the source's distinct name in the place of its file's name, with which source ids begin."""
+    if file == name:
+        return frame
+    source_id = name + frame.source_id.removeprefix(file)
+    structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
+    return replace(frame, source_id=source_id, structure=structure)
+
+
+UNIT_RATIOS = {
+    "eV and Hartree": 27.211386,
+    "eV and Rydberg": 13.605693,
+    "eV and kcal/mol": 23.060548,
+    "eV and kJ/mol": 96.485332,
+    "Hartree and kcal/mol": 627.509474,
+    "Hartree and kJ/mol": 2625.499639,
+    "eV and meV": 1000.0,
+}
+"""Of energies that only differ in their unit."""
+
+SAME_ENERGY = 0.005
+"""Relative difference of total energies of the same atoms that is no more than a change of geometry."""
+
+
+def check_one_unit(structures: Sequence[Structure], source: Path) -> None:
+    """Raise SourceError if structures of the same atoms have energies that differ by the ratio of two units.
+
+    Only where they fall into two groups, each of nearly one energy and of two structures or more: small energies, of
+    which geometry makes most, may differ by any factor.
+    """
+    by_atoms: dict[bytes, list[Structure]] = {}
+    for structure in structures:
+        if structure.energy:
+            by_atoms.setdefault(np.sort(structure.numbers).tobytes(), []).append(structure)
+    for members in by_atoms.values():
+        energies = np.abs([structure.energy or 0.0 for structure in members])
+        high = energies >= np.sqrt(energies.min() * energies.max())
+        groups = energies[high], energies[~high]
+        if min(map(len, groups)) < 2 or any(np.ptp(group) > SAME_ENERGY * group.max() for group in groups):
+            continue
+        ratio = float(np.median(groups[0]) / np.median(groups[1]))
+        for units, expected in UNIT_RATIOS.items():
+            if abs(ratio / expected - 1) < SAME_ENERGY:
+                one, other = members[int(np.argmax(high))], members[int(np.argmin(high))]
+                raise SourceError(
+                    f"{source}: {one.source_id} and {other.source_id} hold the same atoms, with energies a "
+                    f"factor of {ratio:.5g} apart, that of {units}: part the source by units, convert each alone."
+                )
+
+
+class ChunkFile:
+    """A chunk on the disk, of which only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safetensors.safe_open(str(path), framework="numpy")
+        about = self._file.metadata()
+        self.not_selected = int(about["not_selected"])
+        self.bad: list[dict[str, str]] = json.loads(about["bad"])
+        self._names = set(self._file.keys())
+
+    def column(self, name: str) -> NDArray[Any]:
+        """All of a column."""
+        return self._file.get_tensor(name)
+
+    def structures(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """Yield (row, columns of that structure alone) for the rows."""
+        atoms, names = self.column("atom_starts"), self.column("name_starts")
+        slices = {name: self._file.get_slice(name) for name in self._names if is_column(name)}
+        for row in rows.tolist():
+            ranges = {
+                "atoms": slice(int(atoms[row]), int(atoms[row + 1])),
+                "structure": slice(row, row + 1),
+                # Without the newline that parts it from the next.
+                "text": slice(int(names[row]), int(names[row + 1]) - 1),
+            }
+            yield row, {name: column[ranges[length_of(name)]] for name, column in slices.items()}
+
+
+LENGTHS = {"numbers": "atoms", "positions": "atoms", "forces": "atoms", "source_ids": "text"}
+"""Columns that are not one row a structure."""
+
+COLUMNS = set(StructureBlock.__dataclass_fields__)
+
+
+def is_column(name: str) -> bool:
+    """Whether an array of a chunk is a column of a block."""
+    return name in COLUMNS or name.startswith((STRUCTURE_PREFIX, ATOM_PREFIX))
+
+
+def length_of(name: str) -> str:
+    """What a column has a row for: 'structure', 'atoms' or bytes of 'text'."""
+    return "atoms" if name.startswith(ATOM_PREFIX) else LENGTHS.get(name, "structure")

@@ -1,0 +1,150 @@
+"""Second part of a conversion: which structures repeat earlier ones, and which shard each goes to, on the disk.
+
+The index is an SQLite database, which sorts what does not fit into memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydrazero.shards.convert.folder import Job, write_whole
+from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
+from hydrazero.shards.manifest import SPLITS
+
+SET_ASIDE_NAME = "set_aside.jsonl"
+NAMED_DUPLICATES = 1000
+
+TABLE = """
+CREATE TABLE frames (number INTEGER PRIMARY KEY, hash BLOB, split INTEGER, key INTEGER, source INTEGER, chunk INTEGER,
+row INTEGER)
+"""
+
+REPEATS = """
+SELECT later.number, first.number, first.split FROM frames AS later JOIN
+(SELECT hash, MIN(number) AS number, split FROM frames GROUP BY hash HAVING COUNT(*) > 1) AS first
+ON later.hash = first.hash WHERE later.number > first.number ORDER BY later.number
+"""
+
+
+@dataclass(kw_only=True)
+class Index:
+    """What the sources hold, and the order of structures in each split."""
+
+    orders: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    """Split -> [structures, 3], source, chunk and row in the order of the shards; lies on the disk."""
+    duplicates: list[str] = field(default_factory=list)
+    duplicate_count: int = 0
+    set_aside: Counter[str] = field(default_factory=Counter)
+
+
+def build_index(job: Job) -> Index:
+    """Go through all chunks, find repeated geometries, and put the structures of each split into a random order."""
+    path = job.folder / "index.sqlite"
+    path.unlink(missing_ok=True)
+    index = Index()
+    database = sqlite3.connect(path)
+    try:
+        # What is lost if the machine fails is made again; fsync after every page would cost more.
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute(TABLE)
+        database.executemany("INSERT INTO frames VALUES (?, ?, ?, ?, ?, ?, ?)", _rows(job, index))
+        database.execute("CREATE INDEX by_hash ON frames (hash, number)")
+        _mark_duplicates(database, job, index)
+        database.execute("CREATE INDEX by_key ON frames (split, key, number)")
+        for number, split in enumerate(SPLITS):
+            index.orders[split] = _order(database, job, number, split)
+    except sqlite3.OperationalError as error:  # its way to say that the disk is full or fails
+        raise OSError(str(error)) from error
+    finally:
+        database.close()
+    return index
+
+
+def chunks_of(job: Job) -> Iterator[tuple[int, int]]:
+    """Yield (source, chunk) of all chunks, in order."""
+    for source in range(len(job.sources)):
+        frames = json.loads(frames_path(job, source).read_text())
+        for chunk in range(-(-frames // CHUNK_FRAMES)):
+            yield source, chunk
+
+
+def _rows(job: Job, index: Index) -> Iterator[tuple[int, bytes, int, int, int, int, int]]:
+    """Rows of the table; what was set aside is counted and listed on the way."""
+    number = 0
+    lines = bytearray()
+    for source, chunk in chunks_of(job):
+        file = ChunkFile(chunk_path(job, source, chunk))
+        if file.not_selected:
+            index.set_aside["not_selected"] += file.not_selected
+        for entry in file.bad:
+            index.set_aside[entry["reason"]] += 1
+            lines += json.dumps(entry).encode() + b"\n"
+        splits = file.column("splits")
+        if not len(splits):
+            continue
+        hashes = file.column("hashes")
+        keys = shuffling_keys(np.arange(number, number + len(splits)), job.settings.split.seed)
+        for row, (split, key) in enumerate(zip(splits.tolist(), keys.tolist(), strict=True)):
+            yield number, hashes[row].tobytes(), split, key, source, chunk, row
+            number += 1
+    if lines:
+        write_whole(job.shards / SET_ASIDE_NAME, bytes(lines))
+
+
+def shuffling_keys(numbers: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Return a random 63-bit key for each frame's number: splitmix64 (Steele, Lea, Flood 2014), counted from a seed."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        x = (numbers.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(2**32) + np.uint64(1)) * golden
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(1)).astype(np.int64)
+
+
+def _mark_duplicates(database: sqlite3.Connection, job: Job, index: Index) -> None:
+    """Count geometries that have come before; if kept, they follow the first into its split, never into another."""
+    drop = job.settings.duplicates == "drop"
+    database.execute("CREATE TABLE repeats (number INTEGER PRIMARY KEY, first INTEGER, split INTEGER)")
+    database.execute(f"INSERT INTO repeats {REPEATS}")
+    (index.duplicate_count,) = database.execute("SELECT COUNT(*) FROM repeats").fetchone()
+    named = database.execute("SELECT number, first FROM repeats ORDER BY number LIMIT ?", (NAMED_DUPLICATES,))
+    index.duplicates = [f"{_name(database, job, n)} = {_name(database, job, first)}" for n, first in named.fetchall()]
+    if drop:
+        database.execute("DELETE FROM frames WHERE number IN (SELECT number FROM repeats)")
+    else:
+        database.execute(
+            "UPDATE frames SET split = (SELECT split FROM repeats WHERE repeats.number = frames.number) "
+            "WHERE number IN (SELECT number FROM repeats)"
+        )
+
+
+def _name(database: sqlite3.Connection, job: Job, number: int) -> str:
+    query = "SELECT source, chunk, row FROM frames WHERE number = ?"
+    source, chunk, row = database.execute(query, (number,)).fetchone()
+    file = ChunkFile(chunk_path(job, source, chunk))
+    ((_, columns),) = file.structures(np.array([row]))
+    return columns["source_ids"].tobytes().decode()
+
+
+def _order(database: sqlite3.Connection, job: Job, number: int, split: str) -> NDArray[np.int64]:
+    """Sort a split by its keys into an array on the disk: neighbouring frames of a source are alike."""
+    (count,) = database.execute("SELECT COUNT(*) FROM frames WHERE split = ?", (number,)).fetchone()
+    if count == 0:
+        return np.zeros((0, 3), dtype=np.int64)
+    path = job.folder / f"order-{split}.rows"
+    query = "SELECT source, chunk, row FROM frames WHERE split = ? ORDER BY key, number"
+    cursor = database.execute(query, (number,))
+    # Written as a file and mapped for reading alone: writing to a map of a full disk would end the process.
+    with open(path, "wb") as file:
+        while rows := cursor.fetchmany(100_000):
+            file.write(np.array(rows, dtype=np.int64).tobytes())
+    return np.memmap(path, mode="r", dtype=np.int64, shape=(count, 3))

@@ -1,0 +1,113 @@
+"""What a manifest tells of labels: their ranges, how they are distributed, and which structures stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydrazero.shards.convert.references import reference_table
+from hydrazero.shards.convert.task_statistics import (
+    FORCE_EDGES,
+    Moments,
+    Statistics,
+    compositions,
+    histogram_of,
+    strongest,
+)
+from hydrazero.shards.convert.writer import read_blocks
+from hydrazero.shards.manifest import Histogram, LabelRange, Outlier, Shard
+from hydrazero.shards.targets import TargetFacts
+
+LABELS = ("energy_per_atom", "energy_residual_per_atom", "forces", "stress")
+"""In the order in which manifests have them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelStatistics:
+    """Of a task's labels; see the fields of the same names in `Manifest`."""
+
+    labels: dict[str, LabelRange]
+    distributions: dict[str, Histogram]
+    outliers: dict[str, list[Outlier]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residuals:
+    """Energies less references of one shard."""
+
+    per_atom: NDArray[np.float64]
+    """eV/atom, [structures]; NaN where there is no energy or an element has no reference."""
+    moments: Moments
+    names: list[str]
+
+
+def residuals_of(folder: Path, shard: Shard, references: dict[str, float]) -> Residuals:
+    """Return energies less references of the structures of a shard in a folder, per atom."""
+    table = reference_table(references)
+    parts, names = [], []
+    for block in read_blocks(folder / shard.file, shard):
+        counts = compositions(block)
+        # 0 times NaN would spoil the sums of structures that do not hold the element.
+        sums = np.where(counts > 0, counts * table, 0.0).sum(axis=1)
+        parts.append((block.energy - sums) / block.n_atoms)
+        names += block.names
+    per_atom = np.concatenate(parts)
+    moments = Moments()
+    moments.add(per_atom)
+    return Residuals(per_atom=per_atom, moments=moments, names=names)
+
+
+def energy_outliers(residuals: Residuals, mean: float) -> list[Outlier]:
+    """Structures whose residual is farthest from the mean, eV/atom from it."""
+    away = np.nan_to_num(np.abs(residuals.per_atom - mean), nan=-1.0)
+    chosen = np.argsort(-away, kind="stable")[:10]
+    return strongest(
+        Outlier(source_id=residuals.names[i], value=float(residuals.per_atom[i] - mean)) for i in chosen if away[i] >= 0
+    )
+
+
+def label_statistics(total: Statistics, residuals: Sequence[Residuals], training: int) -> LabelStatistics:
+    """Put together what was counted over all shards; the first `training` of the residuals are of the training split.
+
+    There are no residuals of a task without energies.
+    """
+    labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
+    distributions, outliers = {}, {"force_norm": total.strongest}
+    if residuals:
+        moments = Moments()
+        for part in residuals[:training]:
+            moments.merge(part.moments)
+        mean = moments.total / moments.count
+        labels["energy_residual_per_atom"] = moments.label_range()
+        per_atom = (part.per_atom for part in residuals[:training])
+        distributions["energy_residual_per_atom"] = histogram_of(per_atom, moments)
+        found = (entry for part in residuals for entry in energy_outliers(part, mean))
+        outliers["energy_residual_per_atom"] = strongest(found)
+    if total.forces.any():
+        distributions["force_norm"] = Histogram(edges=FORCE_EDGES.tolist(), counts=total.forces.tolist())
+    return LabelStatistics(
+        labels={name: labels[name] for name in LABELS if name in labels},
+        distributions=distributions,
+        outliers=dict(sorted(outliers.items())),
+    )
+
+
+def target_facts(moments: Moments, *, of: str, kind: str, unit: str, extensive: bool) -> TargetFacts:
+    """Return what a manifest tells of a target whose labels were counted."""
+    # A mean of vectors would depend on how the frames are turned.
+    mean = 0.0 if kind == "vector" else moments.total / moments.count
+    return TargetFacts(
+        of=of,
+        kind=kind,
+        unit=unit,
+        extensive=extensive,
+        count=moments.count,
+        minimum=moments.minimum,
+        maximum=moments.maximum,
+        mean=mean,
+        deviation=float(np.sqrt(max(moments.squares / moments.count - mean**2, 0.0))),
+    )

@@ -1,0 +1,97 @@
+"""Third part of a conversion: structures from the chunks into shards, each shard written and counted by one worker."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from
+from hydrazero.shards.convert.folder import Job, write_whole
+from hydrazero.shards.convert.frames import ChunkFile, chunk_path, length_of
+from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
+from hydrazero.shards.manifest import Shard
+
+SHARD_STRUCTURES = BLOCKS_PER_SHARD * BLOCK_STRUCTURES
+
+Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardNote:
+    """A shard that is done, and what was counted in it."""
+
+    shard: Shard
+    statistics: Statistics
+
+
+def shard_calls(job: Job, orders: dict[str, NDArray[np.int64]]) -> list[tuple[Job, str, int, NDArray[np.int64]]]:
+    """Return the arguments of `make_shard` for each shard, in order; its part of the order with each."""
+    return [
+        (job, split, number, order[first : first + SHARD_STRUCTURES])
+        for split, order in orders.items()
+        for number, first in enumerate(range(0, len(order), SHARD_STRUCTURES))
+    ]
+
+
+def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> ShardNote:
+    """Write a shard of the structures at `places`, unless it is there and noted already."""
+    name = f"{split}-{number:06d}"
+    note_path = job.notes / f"{name}.pickle"
+    if note_path.exists():
+        note: ShardNote = pickle.loads(note_path.read_bytes())  # our own, from the locked folder we work in
+        return note
+    structures = _gather(job, np.asarray(places))
+    blocks = [
+        block_from_columns(structures[first : first + BLOCK_STRUCTURES])
+        for first in range(0, len(structures), BLOCK_STRUCTURES)
+    ]
+    shard = write_shard(job.shards / f"{name}.tar", blocks)
+    statistics = Statistics()
+    for block in blocks:
+        extensive = [name for name, target in job.settings.targets.items() if target.extensive]
+        statistics.add(block, split, job.settings.degree_cutoffs, extensive)
+    note = ShardNote(shard=shard, statistics=statistics)
+    write_whole(note_path, pickle.dumps(note))
+    return note
+
+
+def _gather(job: Job, places: NDArray[np.int64]) -> list[Columns]:
+    """Read structures at (source, chunk, row), in that order, opening each chunk once."""
+    found: list[Columns] = [{} for _ in places]
+    by_chunk = np.lexsort((places[:, 2], places[:, 1], places[:, 0]))
+    files = places[by_chunk][:, :2]
+    starts = np.flatnonzero(np.concatenate([[True], (files[1:] != files[:-1]).any(axis=1)]))
+    for first, last in zip(starts, [*starts[1:], len(places)], strict=True):
+        members = by_chunk[first:last]
+        source, chunk = places[members[0], :2].tolist()
+        file = ChunkFile(chunk_path(job, source, chunk))
+        for member, (_, columns) in zip(members, file.structures(places[members, 2]), strict=True):
+            found[member] = columns
+    return found
+
+
+def block_from_columns(structures: Sequence[Columns]) -> StructureBlock:
+    """Join structures, each in columns of its own, into one block; labels that some lack are NaN there."""
+    names = set().union(*(columns.keys() for columns in structures))
+    joined: Columns = {}
+    for name in names - {"source_ids"}:
+        example = next(columns[name] for columns in structures if name in columns)
+        parts = []
+        for columns in structures:
+            if name in columns:
+                parts.append(columns[name])
+            else:  # forces or stress of a chunk in which no structure has any
+                rows = int(columns["n_atoms"][0]) if length_of(name) == "atoms" else 1
+                parts.append(np.full((rows, *example.shape[1:]), np.nan, dtype=example.dtype))
+        joined[name] = np.concatenate(parts)
+    for name in [name for name in joined if name in ("forces", "stress") or "target." in name]:
+        if np.isnan(joined[name]).all():
+            del joined[name]
+    joined["source_ids"] = np.frombuffer(b"\n".join(c["source_ids"].tobytes() for c in structures), dtype=np.uint8)
+    return block_from(joined)

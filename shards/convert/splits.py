@@ -1,0 +1,50 @@
+"""Which split a frame belongs to: a hash of its group key, independent of order and of the other frames."""
+
+from __future__ import annotations
+
+import hashlib
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ase.symbols import Symbols
+
+from hydrazero.shards.convert.settings import SplitSection
+from hydrazero.shards.errors import StructureError
+from hydrazero.shards.readers.frames import Frame
+from hydrazero.shards.structure import Structure
+
+
+def group_key(frame: Frame, structure: Structure, group: str) -> bytes:
+    """Return the key that frames of one group share; raises StructureError if the frame lacks the field it is in."""
+    if group == "geometry":
+        return structure.geometry_hash()
+    if group == "composition":
+        return str(Symbols(structure.numbers).get_chemical_formula()).encode()
+    if group == "file":
+        return frame.source_id.rpartition("#")[0].encode()
+    name = group.removeprefix("info:")
+    if name not in frame.info:
+        raise StructureError("no_group", f"the frame has no field '{name}', which split.group asks for")
+    return str(frame.info[name]).encode()
+
+
+def split_of_file(source: Path, settings: SplitSection) -> str | None:
+    """Return the split that the settings give to all frames of a source, if they do."""
+    for split, patterns in (("val", settings.val_files), ("test", settings.test_files)):
+        if any(fnmatch(str(source), pattern) for pattern in patterns):
+            return split
+    return None
+
+
+def is_isolated_atom(structure: Structure) -> bool:
+    """Whether it is one atom alone: no sample of anything, but what tells reference energies."""
+    return len(structure) == 1 and not structure.pbc.any()
+
+
+def split_of(key: bytes, settings: SplitSection) -> str:
+    """Return 'train', 'val' or 'test' for a group key, with the shares that the settings give."""
+    digest = hashlib.blake2b(key, digest_size=8, salt=str(settings.seed).encode()[:16]).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    if place < settings.train:
+        return "train"
+    return "val" if place < settings.train + settings.val else "test"

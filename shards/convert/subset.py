@@ -1,0 +1,123 @@
+"""Part of a task's shards as shards of their own, with a manifest of what they hold: for learning curves and trials."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from ase.data import chemical_symbols
+
+from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from_structures
+from hydrazero.shards.convert.element_pairs import closest_pairs
+from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_facts
+from hydrazero.shards.convert.references import reference_energies
+from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.manifest import SPLITS, Manifest, Shard, read_manifest, write_manifest
+from hydrazero.shards.stream.block_reader import BlockReader
+from hydrazero.shards.structure import Structure
+
+
+def write_subset(folder: Path | str, out: Path, counts: Mapping[str, int], seed: int = 0) -> Manifest:
+    """Write the first so many structures of a seeded shuffle of each split into the new folder `out`; all of splits
+    that `counts` do not name.
+
+    A smaller subset of the same seed is part of a larger one. References and statistics are those of the subset.
+    Raises ConfigError for an `out` that exists, a split that is not known or counts that cannot be had, ShardError for
+    shards that cannot be read.
+    """
+    manifest = read_manifest(folder)
+    for split, count in counts.items():
+        there = manifest.structures(split)
+        if split not in SPLITS or not (split == "train") <= count <= there:
+            raise ConfigError(f"{folder} has {there:,} structures in the split '{split}', not {count:,} to take.")
+    if out.exists():
+        raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
+    part = out.parent / f".{out.name}.{os.getpid()}.part"
+    try:
+        part.mkdir(parents=True)
+        written = _write(manifest, folder, part, counts, seed)
+        os.replace(part, out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return written
+
+
+def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[str, int], seed: int) -> Manifest:
+    total, splits = Statistics(), {}
+    cutoffs = [float(cutoff) for cutoff in manifest.degrees]
+    extensive = [name for name, target in manifest.targets.items() if target.extensive]
+    for split in SPLITS:
+        structures = _chosen(BlockReader(folder, split), counts.get(split), seed)
+        blocks = [
+            block_from_structures(structures[first : first + BLOCK_STRUCTURES], float_dtype=manifest.float_dtype)
+            for first in range(0, len(structures), BLOCK_STRUCTURES)
+        ]
+        splits[split] = _shards(part, split, blocks)
+        for block in blocks:
+            total.add(block, split, cutoffs, extensive)
+    references = reference_energies(total.triangle)
+    residuals = [residuals_of(part, shard, references) for shards in splits.values() for shard in shards]
+    found = label_statistics(total, residuals if references else [], len(splits["train"]))
+    taken = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    subset = replace(
+        manifest,
+        splits=splits,
+        elements={chemical_symbols[z]: count for z, count in sorted(total.elements.items())},
+        trained_elements=sorted(references or (chemical_symbols[z] for z in total.trained)),
+        size_histogram=dict(sorted(total.sizes.items())),
+        labels=found.labels,
+        reference_energies=references,
+        periodic_structures=total.periodic,
+        targets={
+            name: target_facts(moments, of=old.of, kind=old.kind, unit=old.unit, extensive=old.extensive)
+            for name, old in manifest.targets.items()
+            if (moments := total.targets.get(name)) is not None and moments.count
+        },
+        charged_structures=total.charged,
+        multiplicity_known=total.multiplicity_known,
+        degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
+        closest=closest_pairs(total.closest),
+        closest_within=max(cutoffs, default=0.0),
+        distributions=found.distributions,
+        outliers=found.outliers,
+        duplicates=[],
+        duplicate_count=0,
+        set_aside={},
+        source={**manifest.source, "subset": f"{taken or 'all'} of {folder}, seed {seed}"},
+    )
+    write_manifest(subset, part)
+    return subset
+
+
+def _chosen(reader: BlockReader, count: int | None, seed: int) -> list[Structure]:
+    """Read the first structures of a shuffle; all of them, in their order, if there is no count."""
+    sizes = reader.block_sizes
+    places = [(block, row) for block, size in enumerate(sizes) for row in range(int(size))]
+    if count is None:
+        order = list(range(len(places)))
+    else:
+        # numpy promises never to change this generator's numbers.
+        order = np.random.RandomState(seed).permutation(len(places))[:count].tolist()
+    found: dict[int, Structure] = {}
+    read: tuple[int, StructureBlock] | None = None
+    for place in sorted(order):  # so that each block is read once
+        block, row = places[place]
+        if read is None or read[0] != block:
+            read = block, reader.read(block)
+        found[place] = read[1].structure(row)
+    return [found[place] for place in order]
+
+
+def _shards(part: Path, split: str, blocks: list[StructureBlock]) -> list[Shard]:
+    return [
+        write_shard(part / f"{split}-{number:06d}.tar", blocks[first : first + BLOCKS_PER_SHARD])
+        for number, first in enumerate(range(0, len(blocks), BLOCKS_PER_SHARD))
+    ]

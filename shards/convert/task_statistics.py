@@ -1,0 +1,190 @@
+"""Statistics of a task that are summed up shard by shard, in the order of the shards: the same however it was split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hydrazero.shards.block import StructureBlock
+from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS, half_pairs
+from hydrazero.shards.manifest import Degrees, Histogram, LabelRange, Outlier
+
+NAMED_OUTLIERS = 10
+
+FORCE_EDGES = np.concatenate([[0.0], np.logspace(-4, 3, 57)])
+"""eV/Å; bins of force norms, eight a decade."""
+
+
+@dataclass(kw_only=True)
+class Moments:
+    """Running count, range and sums of a label's values."""
+
+    count: int = 0
+    minimum: float = np.inf
+    maximum: float = -np.inf
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: NDArray[np.floating]) -> None:
+        """Count finite values; NaN stands for a label that is absent."""
+        finite = values[~np.isnan(values)].astype(np.float64).reshape(-1)
+        if finite.size:
+            squares = float(np.dot(finite, finite))
+            low, high = float(finite.min()), float(finite.max())
+            self.merge(Moments(count=finite.size, minimum=low, maximum=high, total=finite.sum(), squares=squares))
+
+    def merge(self, other: Moments) -> None:
+        """Count what another has counted."""
+        self.count += int(other.count)
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.total += float(other.total)
+        self.squares += other.squares
+
+    def label_range(self) -> LabelRange:
+        """Count, range, mean and root mean square; there must be a value."""
+        return LabelRange(
+            count=self.count,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            mean=self.total / self.count,
+            rms=float(np.sqrt(self.squares / self.count)),
+        )
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """What is counted over some blocks of a task."""
+
+    elements: Counter[int] = field(default_factory=Counter)
+    """Atomic number -> atoms."""
+    trained: set[int] = field(default_factory=set)
+    """Atomic numbers in the training split."""
+    sizes: Counter[int] = field(default_factory=Counter)
+    """Atoms per structure -> structures."""
+    periodic: int = 0
+    charged: int = 0
+    """Structures with a charge, or a multiplicity other than 1."""
+    multiplicity_known: int = 0
+    """Structures that say their multiplicity."""
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """Of the training split: 'energy_per_atom', 'forces', 'stress'."""
+    targets: dict[str, Moments] = field(default_factory=dict)
+    """Of the training split: targets, extensive ones per atom."""
+    triangle: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 120)))
+    """Triangular factor of the training split's rows (atoms of each element 0 to 118, energy): all that least squares
+    needs of them."""
+    forces: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(FORCE_EDGES) - 1, dtype=np.int64))
+    """Atoms of the training split by the norm of their force, in the bins of FORCE_EDGES."""
+    strongest: list[Outlier] = field(default_factory=list)
+    """Structures with the largest forces, of all splits."""
+    degrees: dict[float, Degrees] = field(default_factory=dict)
+    """Cutoff, Å -> neighbours within it."""
+    closest: NDArray[np.float32] = field(default_factory=lambda: np.full(ELEMENTS**2, np.inf, dtype=np.float32))
+    """Å: smallest distance of two elements in the training split, at 119 times the lighter one plus the heavier."""
+
+    def add(self, block: StructureBlock, split: str, cutoffs: Sequence[float], extensive: Collection[str] = ()) -> None:
+        """Count the structures of a block; `extensive` targets are divided by the number of atoms."""
+        self.elements.update(Counter(block.numbers.tolist()))
+        self.sizes.update(Counter(block.n_atoms.tolist()))
+        self.periodic += int(block.pbc.any(axis=1).sum())
+        self.charged += int(((block.charge != 0) | (block.multiplicity > 1)).sum())
+        self.multiplicity_known += int((block.multiplicity > 0).sum())
+        if split == "train":
+            self.trained.update(np.unique(block.numbers).tolist())
+            self._add_labels(block)
+            for name, values in {**block.targets, **block.atom_targets}.items():
+                per = block.n_atoms if name in extensive else 1.0
+                self.targets.setdefault(name, Moments()).add(values / per)
+        if block.forces is not None:
+            norms = np.linalg.norm(block.forces.astype(np.float64), axis=1)
+            if split == "train":
+                self.forces += np.histogram(np.minimum(norms[~np.isnan(norms)], FORCE_EDGES[-1]), FORCE_EDGES)[0]
+            largest = np.maximum.reduceat(np.nan_to_num(norms, nan=-1.0), block.starts[:-1])
+            found = [Outlier(source_id=block.names[i], value=float(largest[i])) for i in _top(largest)]
+            self.strongest = strongest([*self.strongest, *(entry for entry in found if entry.value >= 0)])
+        for cutoff in cutoffs:
+            self.degrees.setdefault(cutoff, Degrees())
+        for index in range(len(block)):
+            self._add_pairs(block, index, split, cutoffs)
+
+    def _add_labels(self, block: StructureBlock) -> None:
+        labels = {"energy_per_atom": block.energy / block.n_atoms, "forces": block.forces, "stress": block.stress}
+        for name, values in labels.items():
+            if values is not None:
+                self.moments.setdefault(name, Moments()).add(values)
+        labelled = ~np.isnan(block.energy)
+        rows = np.column_stack([compositions(block)[labelled], block.energy[labelled]])
+        self._add_rows(rows)
+
+    def _add_rows(self, rows: NDArray[np.float64]) -> None:
+        stacked: Any = np.linalg.qr(np.concatenate([self.triangle, rows]), mode="r")
+        self.triangle = stacked
+
+    def _add_pairs(self, block: StructureBlock, index: int, split: str, cutoffs: Sequence[float]) -> None:
+        if not cutoffs:
+            return
+        structure = block.structure(index)
+        pairs = half_pairs(structure.positions, structure.cell, structure.pbc, max(cutoffs))
+        between = structure.positions[pairs.second] - structure.positions[pairs.first]
+        distances = np.linalg.norm(between if pairs.shift is None else between + pairs.shift, axis=1)
+        for cutoff in cutoffs:
+            near = distances <= cutoff
+            ends = np.concatenate([pairs.first[near], pairs.second[near]])
+            degrees = np.bincount(ends, minlength=len(structure))
+            self.degrees[cutoff].add(degrees, structure.source_id, ROW_SLOTS)
+        if split == "train":
+            places = pair_places(structure.numbers[pairs.first], structure.numbers[pairs.second])
+            np.minimum.at(self.closest, places, distances.astype(np.float32))
+
+    def merge(self, other: Statistics) -> None:
+        """Count what another has counted."""
+        self.elements.update(other.elements)
+        self.trained.update(other.trained)
+        self.sizes.update(other.sizes)
+        self.periodic += other.periodic
+        self.charged += other.charged
+        self.multiplicity_known += other.multiplicity_known
+        for name, moments in other.moments.items():
+            self.moments.setdefault(name, Moments()).merge(moments)
+        for name, moments in other.targets.items():
+            self.targets.setdefault(name, Moments()).merge(moments)
+        self._add_rows(other.triangle)
+        self.forces = self.forces + other.forces
+        self.closest = np.minimum(self.closest, other.closest)
+        self.strongest = strongest([*self.strongest, *other.strongest])
+        for cutoff, degrees in other.degrees.items():
+            self.degrees.setdefault(cutoff, Degrees()).merge(degrees)
+
+
+def _top(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.argsort(-values, kind="stable")[:NAMED_OUTLIERS]
+
+
+def strongest(entries: Iterable[Outlier]) -> list[Outlier]:
+    """Return the entries of largest absolute value, first come first where they are equal."""
+    return sorted(entries, key=lambda entry: -abs(entry.value))[:NAMED_OUTLIERS]
+
+
+def compositions(block: StructureBlock) -> NDArray[np.float64]:
+    """Atoms of each element 0 to 118 in each structure, [S, 119]."""
+    owner = np.repeat(np.arange(len(block)), block.n_atoms)
+    flat = np.bincount(owner * ELEMENTS + block.numbers, minlength=ELEMENTS * len(block))
+    return flat.reshape(len(block), ELEMENTS).astype(np.float64)
+
+
+def histogram_of(values: Iterable[NDArray[np.float64]], moments: Moments, bins: int = 60) -> Histogram:
+    """Return a histogram of values given in parts, over their range or five root mean squares around their mean."""
+    mean = moments.total / moments.count
+    spread = 5 * np.sqrt(max(moments.squares / moments.count - mean**2, 0.0)) or 1e-3
+    low, high = max(moments.minimum, mean - spread), min(moments.maximum, mean + spread)
+    edges = np.linspace(low, high if high > low else low + 1e-3, bins + 1)
+    counts = np.zeros(bins, dtype=np.int64)
+    for part in values:
+        counts += np.histogram(np.clip(part[~np.isnan(part)], edges[0], edges[-1]), edges)[0]
+    return Histogram(edges=edges.tolist(), counts=counts.tolist())

@@ -1,0 +1,116 @@
+"""The place in the stream as part of a checkpoint: every lane's place, and how lanes were dealt before they changed."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneState:
+    """A lane's place after its last batch."""
+
+    epoch: int = 0
+    delivered: tuple[int, ...] = ()
+    """Structures of each task drawn in the epoch; empty at its start."""
+    pending: tuple[tuple[int, int, int], ...] = ()
+    """(task, block, row) of structures that are drawn and wait for a batch."""
+
+    @property
+    def place(self) -> LanePlace:
+        """Where the lane's walk goes on."""
+        return LanePlace(epoch=self.epoch, delivered=list(self.delivered))
+
+
+Lanes = tuple[LaneState, ...]
+"""States of all lanes, by lane number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamStart:
+    """Where the streams of all ranks start."""
+
+    deal: Deal
+    lanes: Lanes
+    turns: tuple[int, ...]
+    """Of each rank: the worker whose batch is next."""
+    past: tuple[Lanes, ...]
+    """Where all lanes of each earlier deal were when it ended, the oldest first; empty once its epoch is over."""
+
+
+def start_of_stream(
+    tasks: Sequence[TaskPlan], seed: int, ranks: int, workers: int, saved: dict[str, Any] | None
+) -> StreamStart:
+    """Return where streams of `ranks` times `workers` lanes go on from what `saved_state` made, or start.
+
+    On another number of lanes, what was left of the epoch is dealt anew: each structure of it to one of the new lanes.
+    """
+    lanes, turns, past = _parsed(saved)
+    if saved and (len(lanes), len(turns)) != (ranks * workers, ranks):
+        past, lanes = (*past, lanes), ()
+    rest, pending = None, []
+    for before in past:
+        rest = Deal(tasks, lanes=len(before), seed=seed, rest=rest).rest([lane.place for lane in before])
+        pending = [item for lane in before for item in lane.pending]
+    deal = Deal(tasks, lanes=ranks * workers, seed=seed, rest=rest)
+    if not lanes:
+        epoch = 0 if rest is None else rest.epoch
+        shares = [tuple(pending[lane :: deal.lanes]) for lane in range(deal.lanes)]
+        lanes, turns = tuple(LaneState(epoch=epoch, pending=share) for share in shares), (0,) * ranks
+    return StreamStart(deal=deal, lanes=lanes, turns=turns, past=past)
+
+
+def _parsed(saved: dict[str, Any] | None) -> tuple[Lanes, tuple[int, ...], tuple[Lanes, ...]]:
+    if not saved:
+        return (), (), ()
+    states = [pickle.loads(state) if isinstance(state, bytes) else state for state in saved["ranks"]]
+    of_ranks = [_lanes(state["lanes"]) for state in states]
+    ranks, workers = len(of_ranks), len(of_ranks[0])
+    by_number = {lane_number(r, w, ranks): of_ranks[r][w] for r in range(ranks) for w in range(workers)}
+    lanes = tuple(by_number[number] for number in range(ranks * workers))
+    past = tuple(_lanes(before) for before in saved["past"])
+    if past and min(lane.epoch for lane in lanes) > max(lane.epoch for lane in past[-1]):
+        past = ()
+    return lanes, tuple(state["turn"] for state in states), past
+
+
+def _lanes(documents: Sequence[dict[str, Any]]) -> Lanes:
+    return tuple(
+        LaneState(
+            epoch=document["epoch"],
+            delivered=tuple(document["delivered"]),
+            pending=tuple((task, block, row) for task, block, row in document["pending"]),
+        )
+        for document in documents
+    )
+
+
+def rank_state(lanes: Sequence[LaneState], turn: int) -> bytes:
+    """Return one rank's part of `saved_state`, pickled plain types.
+
+    In bytes 16,384 of them travel and are saved in a second or two; torch takes a minute over millions of numbers.
+    """
+    return pickle.dumps({"turn": turn, "lanes": [asdict(lane) for lane in lanes]}, protocol=4)
+
+
+def saved_state(fingerprint: str, past: tuple[Lanes, ...], of_ranks: Sequence[bytes]) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the stream: what all ranks share once, and each rank's `rank_state`."""
+    return {
+        "fingerprint": fingerprint,
+        "past": [[asdict(lane) for lane in lanes] for lanes in past],
+        "ranks": list(of_ranks),
+    }
+
+
+def check_fingerprint(saved: dict[str, Any] | None, fingerprint: str) -> None:
+    """Raise ConfigError if a saved place belongs to other data, another seed or another mixture."""
+    if saved and saved["fingerprint"] != fingerprint:
+        raise ConfigError(
+            "the checkpoint's place in the data belongs to other shards, another run.seed or another "
+            "data.temperature; resume with the same ones, or start a new run."
+        )

@@ -1,0 +1,222 @@
+"""Compiled graphs against eager mode, in float64: predictions, and the gradient of every parameter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from rank_processes import finished_alone
+from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
+
+from hydrazero.models.encoders import ENCODERS
+from hydrazero.models.ops.compiled import CompiledModel, use_kernels
+from hydrazero.models.ops.kernels import KernelsUnavailable, cached_library
+from hydrazero.shards.graphs.graph import GraphBatch
+from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.training_step import TrainedModel
+
+TASKS = 2
+
+
+def labelled_batch(dtype: torch.dtype = torch.float64) -> GraphBatch:
+    generator = torch.Generator().manual_seed(3)
+    structures = []
+    for number, atoms in enumerate((rattled_molecule(), rattled_crystal(), rattled_molecule("H2O"))):
+        forces = torch.randn(len(atoms), 3, generator=generator, dtype=torch.float64).numpy()
+        structures.append(to_structure(atoms, f"made#{number}", energy=-1000.0 * number, forces=forces))
+    return batch_of(structures, [0, 1, 0], dtype=dtype, extra=(2, 5, 3))
+
+
+def trained_model(encoder: str, device: str = "cpu", **settings: object) -> TrainedModel:
+    model = small_model(encoder, tasks=TASKS, **settings).train().to(device)
+    loss = LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3, stress_weight=0.0)
+    return TrainedModel(model, make_objective(model, loss, [1.0, 0.4]))
+
+
+def gradients(trained: TrainedModel, batch: GraphBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    trained.zero_grad()
+    loss, _ = trained(batch, trained.objective.counts(batch))
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
+    return loss.detach(), found
+
+
+def compare_steps(encoder: str) -> None:
+    """Loss and every parameter's gradient of a step as one graph against eager."""
+    batch = labelled_batch()
+    # One layer where a second one has nothing new: compiling is most of the time.
+    trained = trained_model(encoder, layers=2 if encoder in ("painn", "mace") else 1, max_degree=2, correlation=2)
+    loss, expected = gradients(trained, batch)
+    assert trained.compile_steps() is None
+    compiled_loss, found = gradients(trained, batch)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-10, atol=1e-10)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.fixture(params=["traced", pytest.param("compiled", marks=pytest.mark.compiler)])
+def graphs(request, monkeypatch) -> None:
+    """Run graphs as they are traced, where what a trace can lose is lost, and compiled, as test_zero.py does too."""
+    if request.param == "traced":
+        monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_every_gradient_of_a_step_as_one_graph_equals_eager(encoder):
+    compare_steps(encoder)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_compiled_predictions_equal_eager(encoder):
+    batch = labelled_batch()
+    model = small_model(encoder, tasks=TASKS, max_degree=2)
+    expected = model(batch)
+    assert use_kernels(model) is None
+    found = CompiledModel(model)(batch)
+    for name in ("interaction", "reference", "forces", "stress"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_compiled_step_sees_new_weights_and_new_task_weights():
+    batch, trained = labelled_batch(), trained_model("painn")
+    trained.compile_steps()
+    before, _ = gradients(trained, batch)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.05)
+    trained.objective.task_weights.copy_(torch.tensor([0.2, 2.0]))
+    after, found = gradients(trained, batch)
+    eager = trained_model("painn")
+    eager.load_state_dict(trained.state_dict())
+    eager.objective.task_weights.copy_(trained.objective.task_weights)
+    loss, expected = gradients(eager, batch)
+    assert abs(float(after - before)) > 1e-6
+    torch.testing.assert_close(after, loss, rtol=1e-10, atol=1e-10)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("features", [16, 48])
+def test_parameter_gradients_of_kernels_equal_those_of_plain_pytorch(features):
+    from hydrazero.models.ops.kernels import load_kernels
+
+    load_kernels()
+    batch, results = labelled_batch(), []
+    for kernels in (False, True):
+        model = small_model("painn", features=features).train()
+        model.kernels = kernels
+        out = model(batch)
+        loss = (out.forces**2).sum() + (out.stress**2).sum() + (out.interaction**2).sum()
+        results.append(torch.autograd.grad(loss, list(model.parameters())))
+    for name, plain, kernel in zip(dict(model.named_parameters()), *results, strict=True):
+        assert torch.allclose(kernel, plain, rtol=1e-9, atol=1e-9), name
+
+
+def test_operators_are_each_others_derivatives():
+    """Every derivative of the kernels, to second order and with every path left out, by finite differences."""
+    from hydrazero.models.ops.kernels import load_kernels
+    from hydrazero.models.ops.pair_sums import pair_sum
+    from hydrazero.models.ops.slots import slots_of
+
+    load_kernels()
+    batch = batch_of([to_structure(rattled_molecule("H2O"))], extra=(0, 2, 1))
+    slots = slots_of(batch, kernels=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # Both slots of a pair must agree, as they do in a model.
+    pair = torch.minimum(torch.arange(slots.mask.numel()).view_as(slots.reverse), slots.reverse)
+    sign = torch.where(torch.arange(slots.mask.numel()).view_as(pair) == pair, 1.0, -1.0).double()
+    holds = slots.mask.unsqueeze(-1)
+
+    def both(seed_radial: torch.Tensor, seed_directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        radial = seed_radial[pair] * holds
+        return radial, seed_directions[pair] * sign.unsqueeze(-1) * holds
+
+    def with_vectors(radial, directions, weight, s, y, d):
+        return pair_sum(slots, *both(radial, directions), weight, (s, y, d))
+
+    def without_vectors(radial, directions, weight, s, d):
+        return pair_sum(slots, *both(radial, directions), weight, (s, None, d))
+
+    atoms, functions, features = slots.atoms, 3, 16
+    inputs = [
+        x.requires_grad_()
+        for x in (
+            random(slots.mask.numel(), functions),
+            random(slots.mask.numel(), 3),
+            random(functions, 3 * features),
+            random(atoms, features),
+            random(atoms, 3, features),
+            random(atoms, features),
+        )
+    ]
+    for function, given in ((with_vectors, inputs), (without_vectors, [*inputs[:4], inputs[5]])):
+        assert torch.autograd.gradcheck(function, given, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    for compiler, said in (
+        ("", "no C.. compiler"),
+        ("/no/such/g++ -O2", "/no/such/g.. -O2 cannot be run"),
+        ("/bin/false", "could not compile"),
+    ):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(KernelsUnavailable, match=said):
+            cached_library()
+
+
+def test_without_a_compiler_steps_are_eager_and_the_reason_is_kept(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from test_compiled import gradients, labelled_batch, trained_model\n"
+        "batch, (eager, other) = labelled_batch(), [trained_model('painn', layers=1) for _ in range(2)]\n"
+        "print('said:', other.compile_steps())\n"
+        "(_, expected), (_, found) = gradients(eager, batch), gradients(other, batch)\n"
+        "assert all((found[name] == expected[name]).all() for name in expected)\n"
+        "other.predict(batch)\n"
+        "print('kept:', other.not_compiled['predictions'])\n"
+    )
+    places = {"PATH": str(tmp_path), "HOME": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    status, output = finished_alone([tmp_path / "script.py"], CXX="", **places)
+    assert status == 0, output
+    assert "said: no C++ compiler" in output and "kept: rank 0: InductorError" in output
+
+
+def test_rows_out_of_order_are_refused():
+    use_kernels(small_model())
+    values = torch.ones(3, 2, dtype=torch.float64)
+    for owner in ([1, 0, 2], [0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(RuntimeError, match="in the order of their atoms"):
+            torch.ops.hydrazero.segment_sum(torch.tensor(owner), values, None, 3)
+
+
+@pytest.mark.compiler
+def test_what_a_killed_compiler_left_is_compiled_again(tmp_path):
+    script = (
+        "import torch\n"
+        "from hydrazero.models.ops.compiled import compile_traced\n"
+        "inputs = [torch.ones(1000), torch.ones(1000)]\n"
+        "print(float(compile_traced(lambda given: (given[0].sqrt() * given[1],), inputs)(inputs)[0].sum()))\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == "1000.0\n"
+        libraries = [path for path in tmp_path.rglob("*.so") if path.stat().st_size > 100]
+        assert libraries
+        for number, path in enumerate(libraries):
+            path.write_bytes(path.read_bytes()[: 100 * (number % 2)])

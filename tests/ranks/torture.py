@@ -1,0 +1,266 @@
+"""Kill a run with SIGKILL at random moments, resume it each time, and compare the end with a run that was never killed.
+
+    python tests/ranks/torture.py --kills 20 --seed 0      (or `make torture`)
+
+Two ranks under ZeRO 1, with an average of the weights, evaluations, checkpoints and balancing by gradient norms. All
+ranks are killed, or one of them, in which case the other must end by itself within a minute. Ends with status 1 if a
+loss, a weight, a moment of the optimizer or the average differs in a single bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_processes import TESTS, Rank, started_ranks
+from sources import make_shards, metals, molecules
+
+from hydrazero.trainer.checkpoint.folders import latest_checkpoint
+from hydrazero.trainer.checkpoint.layout import layout_in
+from hydrazero.trainer.checkpoint.reshard import SavedTensors
+from hydrazero.trainer.checkpoint.save_load import read_state
+from hydrazero.trainer.engine.weight_average import AVERAGE_NAME
+from hydrazero.trainer.ranks.exit_status import MAY_PASS
+from hydrazero.trainer.ranks.launcher import GRACE
+from hydrazero.trainer.records.run_files import RUN_NAME, read_metrics
+
+RANKS = 2
+STEPS_PER_KILL = 20
+"""More than any life gains: it is killed after at most eight steps, or the evaluation or checkpoint after them."""
+MINUTE = 60.0
+AIMS = ("any moment", "step", "evaluation", "checkpoint", "start")
+CLOCKED = ("structures_per_s", "atoms_per_s", "steps_per_s", "data_wait_share", "memory_mb", "trained_seconds")
+"""Of rows of the metrics, what depends on the clock, or on how the process came to be."""
+RUN = """
+[run]
+out = "{out}"
+[[tasks]]
+name = "molecules"
+shards = "{data}/molecules"
+[[tasks]]
+name = "metals"
+shards = "{data}/metals"
+[model]
+features = 12
+layers = 2
+radial_functions = 6
+cutoff = 4.0
+head_features = 6
+[batch]
+structures = 8
+atoms = 48
+slots = 1536
+[train]
+steps = {steps}
+evaluate_every = 7
+checkpoint_every = 5
+log_every = 2
+keep_checkpoints = 2
+average = 0.9
+[balance]
+method = "gradnorm"
+every = 3
+"""
+
+
+def make_data(root: Path) -> Path:
+    """Write the shards of two small tasks."""
+    make_shards(root, "molecules", molecules(120))
+    make_shards(root, "metals", metals(40))
+    return root
+
+
+def write_run(folder: Path, data: Path, steps: int) -> Path:
+    """Write the run file of a run in `folder`/run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.toml"
+    path.write_text(RUN.format(out=folder / "run", data=data, steps=steps))
+    return path
+
+
+@dataclass
+class Life:
+    """The ranks of a run between its start and its end, by itself or by a kill."""
+
+    run_file: Path
+    notes: list[Path] = field(default_factory=list)
+    processes: list[Rank] = field(default_factory=list)
+    _exits: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Life:
+        run_dir = self.run_file.parent / "run"
+        resume = ["--resume"] if (run_dir / RUN_NAME).exists() else []
+        self.notes = [self.run_file.with_name(f"doing-{rank}") for rank in range(RANKS)]
+        for note in self.notes:
+            note.unlink(missing_ok=True)
+        commands = [[TESTS / "torture_rank.py", note, self.run_file, *resume] for note in self.notes]
+        output = self.run_file.with_name("output.txt")
+        self.processes = self._exits.enter_context(started_ranks(commands, output))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exits.close()
+
+    def doing(self, rank: int) -> tuple[int, str]:
+        """Steps that a rank has begun in this life, and what it is doing, or was when it was killed."""
+        words = self.notes[rank].read_text().split() if self.notes[rank].exists() else []
+        return (int(words[0]), words[1]) if len(words) == 2 else (0, "start")
+
+    def output(self) -> str:
+        """Return the end of what the ranks of all lives have printed."""
+        return self.run_file.with_name("output.txt").read_text()[-3000:]
+
+    def ended(self) -> bool:
+        """Whether a rank has ended."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def finish(self) -> None:
+        """Wait for a good end."""
+        for process in self.processes:
+            if process.wait() != 0:
+                raise RuntimeError(f"a rank ended with {process.returncode}: {self.output()}")
+
+    def wait_for(self, rank: int, aim: str, generator: random.Random) -> None:
+        """Return when a rank should be killed: somewhere in what is aimed at, after up to eight steps."""
+        if aim == "start":
+            time.sleep(generator.uniform(0.0, 10.0))
+            return
+        steps = generator.randint(1, 8)
+        while not self.ended():
+            begun, doing = self.doing(rank)
+            if begun >= steps and aim in (doing, "any moment"):
+                break
+            time.sleep(0.0005)
+        # What is aimed at takes some hundredths of a second, so that the kill falls anywhere in it, or just behind it.
+        time.sleep(generator.uniform(0.0, 0.15 if aim == "any moment" else 0.06))
+
+    def kill(self, ranks: list[int]) -> float:
+        """Kill ranks, wait for the others to end, return how many seconds that took.
+
+        Ranks that have yet to meet cannot miss one; launchers kill them, and so does this.
+        """
+        began = time.monotonic()
+        for rank in ranks:
+            self.processes[rank].send_signal(signal.SIGKILL)
+        together = all(self.doing(rank)[1] != "start" for rank in range(RANKS))
+        for rank, process in enumerate(self.processes):
+            try:
+                status = process.wait(timeout=MINUTE if together else GRACE)
+            except TimeoutError as error:
+                if together:
+                    raise RuntimeError(f"rank {rank} lives on a minute after rank {ranks[0]} was killed") from error
+                process.kill()
+                status = process.wait()
+            if together and rank not in ranks and status != MAY_PASS:
+                raise RuntimeError(f"rank {rank} ended with {status} after rank {ranks[0]} was killed")
+        return time.monotonic() - began
+
+
+def train(run_file: Path) -> None:
+    """Train to the end, from the start or from where a kill has left the run."""
+    with Life(run_file) as life:
+        life.finish()
+
+
+def kill_once(run_file: Path, aim: str, one: bool, generator: random.Random) -> tuple[str, float]:
+    """Start or resume a run and kill it; returns what it was doing, and the seconds that survivors took to end.
+
+    Raises RuntimeError if it ends before, or lives on.
+    """
+    with Life(run_file) as life:
+        rank = generator.randrange(RANKS)
+        life.wait_for(rank, aim, generator)
+        if life.ended():
+            raise RuntimeError(f"the run ended by itself: {life.output()}")
+        seconds = life.kill([rank] if one else list(range(RANKS)))
+        return life.doing(rank)[1], seconds
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    """Name everything that differs between the ends of two runs, bit by bit."""
+    found = []
+    rows, expected = (comparable(read_metrics(each)) for each in (run, whole))
+    for kind in ("train", "evaluation", "balance"):
+        if rows[kind] != expected[kind]:
+            found.append(f"rows of kind '{kind}'")
+    if not all(expected.values()):
+        found.append("metrics of the whole run, which lack a kind")
+    tensors, wanted = (all_tensors(latest_checkpoint(each)) for each in (run, whole))
+    if set(tensors) != set(wanted):
+        found.append("names of tensors")
+    else:
+        found += [name for name, value in wanted.items() if not torch.equal(tensors[name], value)]
+    average, expected_average = (latest_checkpoint(each) / AVERAGE_NAME for each in (run, whole))
+    if average.read_bytes() != expected_average.read_bytes():
+        found.append("average of the weights")
+    return found
+
+
+def comparable(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Sort rows of the metrics by kind, without what depends on the clock."""
+    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "balance": []}
+    for row in rows:
+        kinds[row["kind"]].append({key: value for key, value in row.items() if key not in CLOCKED})
+    return kinds
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all weights and moments in a checkpoint."""
+    layout = layout_in(read_state(folder)["layout"])
+    saved = SavedTensors(folder, layout)
+    keys = (None, "exp_avg", "exp_avg_sq")
+    return {
+        f"{name} {key or 'weight'}": saved.read(name, 0, place.size, key)
+        for name, place in layout.places.items()
+        for key in keys
+    }
+
+
+def torture(root: Path, kills: int, seed: int) -> int:
+    """Do it all, print the tally; returns the exit status."""
+    generator, steps = random.Random(seed), STEPS_PER_KILL * kills
+    data = make_data(root / "data")
+    whole, run_file = (write_run(root / name, data, steps) for name in ("whole", "killed"))
+    print(f"a run of {steps} steps that is never killed ...", flush=True)
+    train(whole)
+    tally: Counter[tuple[str, str]] = Counter()
+    slowest = 0.0
+    for number in range(1, kills + 1):
+        one = bool(generator.randrange(2))
+        doing, seconds = kill_once(run_file, AIMS[number % len(AIMS)], one, generator)
+        who = "one rank" if one else "all ranks"
+        tally[doing, who] += 1
+        if one and doing != "start":
+            slowest = max(slowest, seconds)
+        print(f"kill {number}: {who}, in: {doing}; ended {seconds:.1f} s later", flush=True)
+    train(run_file)
+    print(f"\n{'killed while in':20s}{'all ranks':>12s}{'one rank':>12s}")
+    for doing in ("start", "loading", "step", "evaluation", "checkpoint", "between"):
+        print(f"{doing:20s}{tally[doing, 'all ranks']:12d}{tally[doing, 'one rank']:12d}")
+    print(f"the slowest survivor ended {slowest:.1f} s after the other was killed")
+    found = differences(run_file.parent / "run", whole.parent / "run")
+    print(f"DIFFERENT: {', '.join(found)}" if found else "same losses, weights, moments and average, bit for bit")
+    return int(bool(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(torture(Path(folder), options.kills, options.seed))
+
+
+if __name__ == "__main__":
+    main()

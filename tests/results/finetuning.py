@@ -1,0 +1,201 @@
+"""Learning curves of tasks that a pretrained model has not seen: fine-tuned, from scratch, and by the nearest head."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+from results.jobs import HERE, ROOT, Job, command, make
+from results.sixteen_page import SHORT
+from results.tables import ERRORS, UNITS, table
+
+from hydrazero.shards.convert.subset import write_subset
+from hydrazero.shards.manifest import read_manifest
+from hydrazero.trainer.finetune.plan import toml_text
+from hydrazero.trainer.records.run_files import read_json, write_json
+from hydrazero.trainer.report.panels import COLOURS, GREY, pairs_of_tasks
+
+WAYS = {"nearest": "nearest head", "scratch": "from scratch", "finetuned": "fine-tuned"}
+SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """One task, learnt from so many structures."""
+
+    spec: dict[str, Any]
+    """What the table's TOML file holds."""
+    name: str
+    """Of the table."""
+    task: str
+    shards: Path
+    """Of the whole task."""
+    size: int
+    """Training structures."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs live."""
+        return ROOT / self.name / f"{self.task}-{self.size}"
+
+    @property
+    def path(self) -> Path:
+        """File of its errors."""
+        return ROOT / self.name / f"{self.task}-{self.size}.result.json"
+
+    def subset(self) -> Path:
+        """Shards of its structures, made unless they are there."""
+        out = self.folder / "data"
+        if not out.exists():
+            there = read_manifest(self.shards).structures("val")
+            val = min(max(round(self.spec["validation"] * self.size), 2), there)
+            write_subset(self.shards, out, {"train": self.size, "val": val}, SEED)
+        return out
+
+
+def points_of(spec: dict[str, Any], name: str) -> list[Point]:
+    """Return what is to be learnt, the smaller numbers of structures first; a task has no more than there are."""
+    found: dict[Path, Point] = {}
+    for size in spec["sizes"]:
+        for data in (data for data in spec["data"] if data.get("held_out")):
+            shards = Path(data["shards"])
+            count = min(size, read_manifest(shards).structures("train"))
+            point = Point(spec=spec, name=name, task=data["name"], shards=shards, size=count)
+            found.setdefault(point.path, point)
+    return list(found.values())
+
+
+def run_finetunings(spec: dict[str, Any], name: str, data: Path) -> Path:
+    """Pretrain, then do every point that is not done, writing page and picture anew after each; returns the page."""
+    known = tuple(each for each in spec["data"] if not each.get("held_out"))
+    pretraining = Job(spec=spec, name=name, datasets=known, run=spec["pretraining"])
+    make("plan", pretraining, data)
+    make("result", pretraining, data)
+    points = points_of(spec, name)
+    for point in points:
+        if not point.path.exists():
+            write_json(point.path, errors_of(point, pretraining.folder / "run"))
+            sys.stdout.write(f"{point.path}\n")
+            sys.stdout.flush()
+        write_page(spec, name, points)
+    return write_page(spec, name, points)
+
+
+def errors_of(point: Point, model: Path) -> dict[str, Any]:
+    """Fine-tune and train from scratch; returns the errors of the three ways, and what two of them took."""
+    tuned, scratch = point.folder / "finetuned", point.folder / "scratch"
+    data, ranks = point.subset(), point.spec["ranks"]
+    for out in (tuned, scratch):
+        shutil.rmtree(out, ignore_errors=True)
+    began = time.monotonic()
+    command("finetune", model, data, "--out", tuned, "--ranks", ranks, *point.spec["options"])
+    between = time.monotonic()
+    planned = tomllib.loads((tuned / "run.toml").read_text(encoding="utf-8"))
+    run_file = point.folder / "scratch.toml"
+    comment = "finetuned/run.toml with first weights of its own."
+    run_file.write_text(toml_text(from_scratch(planned, scratch, point.spec), [comment]), encoding="utf-8")
+    command("train", run_file, "--ranks", ranks)
+    command("evaluate", scratch)
+    outcome = read_json(tuned / "finetune.json")
+    return {
+        "head": outcome["begun_as"][0],
+        "nearest": outcome["before"],
+        "finetuned": outcome["after"],
+        "scratch": read_json(scratch / "evaluation.json")["tasks"][point.task],
+        "seconds": {"finetuned": between - began, "scratch": time.monotonic() - between},
+    }
+
+
+def from_scratch(planned: dict[str, Any], out: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the run file of a fine-tuning without what it starts from, with a rate and steps that suit that."""
+    tasks = [{key: value for key, value in task.items() if key != "init_head"} for task in planned["tasks"]]
+    params = {**planned["deepspeed"]["optimizer"]["params"], "lr": spec["scratch_rate"]}
+    kept = {key: value for key, value in planned.items() if key != "finetune"}
+    factor = spec["scratch_steps"]
+    train = {**planned["train"], "steps": round(factor * planned["train"]["steps"])}
+    train["evaluate_every"] = max(round(factor * planned["train"]["evaluate_every"]), 1)
+    return {
+        **kept,
+        "run": {"out": str(out), "seed": SEED},
+        "tasks": tasks,
+        "train": train,
+        "deepspeed": {**planned["deepspeed"], "optimizer": {"params": params}},
+    }
+
+
+def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path:
+    """Write NAME.md and NAME.png of the points that are done."""
+    results = {point: read_json(point.path) for point in points if point.path.exists()}
+    lines = [f"# {spec['title']}", "", spec["text"].strip(), ""]
+    if results:
+        draw(results).savefig(HERE / f"{name}.png", dpi=100)
+        lines += [f"![Errors by the number of training structures]({name}.png)", "", spec["findings"].strip(), ""]
+    for data in (data for data in spec["data"] if data.get("held_out")):
+        of_task = {point: found for point, found in results.items() if point.task == data["name"]}
+        lines += [f"## {data['name']}", "", f"{data['text']}.{zero_forces(of_task)}", "", *curve_table(of_task)]
+    lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
+    path = HERE / f"{name}.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def zero_forces(results: dict[Point, dict[str, Any]]) -> str:
+    """Return a sentence on the error that forces of zero have, if any results say it."""
+    errors = [found["finetuned"]["trivial_force_mae_mev_per_angstrom"] for found in results.values()]
+    return f" Forces of zero are off by {errors[0]:.1f} meV/Å." if errors else ""
+
+
+def curve_table(results: dict[Point, dict[str, Any]]) -> list[str]:
+    """Return a table of a task's errors, a line for each number of structures."""
+    if not results:
+        return ["Nothing has been run yet.", ""]
+    headings = ["structures", "begun as"]
+    headings += [f"{SHORT[kind]}, {way}" for kind in ERRORS for way in WAYS.values()]
+    headings += ["s, fine-tuned", "s, from scratch"]
+    rows = []
+    for point, found in sorted(results.items(), key=lambda item: item[0].size):
+        errors = [found[way][key] for key in ERRORS.values() for way in WAYS]
+        cells = ["" if error is None else f"{error:.2f}" if error < 10 else f"{error:.1f}" for error in errors]
+        took = [f"{found['seconds'][way]:.0f}" for way in ("finetuned", "scratch")]
+        rows.append([str(point.size), f"`{found['head']}`", *cells, *took])
+    return table(headings, rows)
+
+
+def draw(results: dict[Point, dict[str, Any]]) -> Figure:
+    """Draw errors over numbers of structures, forces above and energies below, in logarithms."""
+    tasks = list(dict.fromkeys(point.task for point in results))
+    figure, pairs = pairs_of_tasks(tasks, height=2.2)
+    for task, axes in zip(tasks, pairs, strict=True):
+        of_task = sorted(
+            ((point.size, found) for point, found in results.items() if point.task == task), key=lambda item: item[0]
+        )
+        for ax, kind in zip(axes, ("forces", "energies"), strict=True):
+            draw_curves(ax, kind, [size for size, _ in of_task], [found for _, found in of_task])
+    handles, labels = pairs[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    return figure
+
+
+def draw_curves(ax: Axes, kind: str, sizes: Sequence[int], found: Sequence[dict[str, Any]]) -> None:
+    """Draw a task's errors of one kind, a line for each way."""
+    for (way, label), colour in zip(WAYS.items(), (GREY, COLOURS[1], COLOURS[0]), strict=True):
+        errors = [each[way][ERRORS[kind]] for each in found]
+        ax.plot(sizes, errors, marker="o", markersize=4, linewidth=1.5, color=colour, label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    ax.set_ylabel(f"{kind}, {UNITS[kind]}")
+    if kind == "energies":
+        ax.set_xlabel("training structures")

@@ -1,0 +1,169 @@
+"""The runs behind a table of results: on one dataset or on all together, planned by a short run, trained, evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydrazero.trainer.records.run_files import read_json, read_metrics, write_json
+
+HERE = Path(__file__).parent
+ROOT = Path("runs/results")
+
+
+def command(*words: object) -> str:
+    """Run a command of hydrazero and return what it prints; stops the runner with what it says if it fails."""
+    line = [str(Path(sys.executable).with_name("hydrazero")), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def train_rows(out: Path) -> list[dict[str, Any]]:
+    """Rows of training in a run's metrics."""
+    return [row for row in read_metrics(out) if row["kind"] == "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run, on one dataset or on several together."""
+
+    spec: dict[str, Any]
+    """What the table's TOML file holds."""
+    name: str
+    """Of the table."""
+    datasets: tuple[dict[str, Any], ...]
+    run: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Name of the job's files."""
+        run = str(self.run["name"])
+        return run if self.run.get("together") else f"{self.datasets[0]['name']}-{run}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its runs live."""
+        return ROOT / self.name / self.label
+
+    def path(self, kind: str) -> Path:
+        """File of its 'plan' or 'result'."""
+        return ROOT / self.name / f"{self.label}.{kind}.json"
+
+    @property
+    def structures(self) -> int:
+        """Structures wanted in each rank's batch."""
+        return int(self.run.get("structures", self.spec.get("structures", 4)))
+
+    def shards(self, root: Path) -> list[Path]:
+        """Each dataset's shards, converted from sources below `root` unless they are there."""
+        folders = []
+        for data in self.datasets:
+            folder = Path(data["shards"]) if "shards" in data else ROOT / self.name / "data" / str(data["name"])
+            if not folder.exists():
+                sources = [root / source for source in data["sources"]]
+                command("convert", *sources, "--task", data["name"], "--out", folder, "--config", data["convert"])
+            folders.append(folder)
+        return folders
+
+    def train(self, shards: list[Path], out: Path, steps: int) -> float:
+        """Train so many steps; returns the seconds that it took."""
+        wanted = ("--structures", self.structures, "--temperature", self.spec.get("temperature", 1.0))
+        batch = command("inspect", *shards, "--propose-batch", "--cutoff", 5.0, *wanted)
+        names = [data["name"] for data in self.datasets]
+        tasks = "\n".join(
+            f'[[tasks]]\nname = "{name}"\nshards = "{folder}"\n' for name, folder in zip(names, shards, strict=True)
+        )
+        template = (HERE / f"{self.name}.run.toml").read_text(encoding="utf-8")
+        values = {**self.run, "out": out, "steps": steps, "tasks": tasks, "batch": batch}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out, ignore_errors=True)
+        path = out.with_suffix(".toml")
+        path.write_text(template.format(**values), encoding="utf-8")
+        started = time.monotonic()
+        command("train", path, "--ranks", self.spec["ranks"])
+        return time.monotonic() - started
+
+
+def all_jobs(spec: dict[str, Any], name: str) -> list[Job]:
+    """Return a table's jobs: for each run that is `together` one on all datasets, for others one on each."""
+    jobs = []
+    for run in spec["runs"]:
+        parts = [tuple(spec["data"])] if run.get("together") else [(data,) for data in spec["data"]]
+        jobs += [Job(spec=spec, name=name, datasets=datasets, run=run) for datasets in parts]
+    return jobs
+
+
+def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
+    """Say how many steps a run takes.
+
+    As many as another one (`steps_of`); as many as give a dataset the structures that it gave to a joint run
+    (`structures_of`); or else what a short run finds to fit the table's seconds, while nothing else should need the
+    machine.
+    """
+    if "steps_of" in job.run:
+        return read_json(ROOT / job.name / f"{job.run['steps_of']}.plan.json")
+    if "structures_of" in job.run:
+        joint = read_json(ROOT / job.name / f"{job.run['structures_of']}.result.json")
+        seen = joint["structures"][job.datasets[0]["name"]]
+        return {"steps": max(round(seen / structures_per_step(job, shards)), 1)}
+    steps, out = job.spec["probe_steps"], job.folder / "probe"
+    job.train(shards, out, steps)  # compiles; the next one starts as the run will, from the compiler's cache
+    seconds = job.train(shards, out, steps)
+    rows = train_rows(out)[1:]
+    per_step = 1.0 / statistics.median(row["steps_per_s"] for row in rows)
+    start = max(seconds - steps * per_step, 0.0)
+    planned = job.spec["steps"] if "steps" in job.spec else int((job.spec["seconds"] - start) / per_step)
+    rate = statistics.median(row["structures_per_s"] for row in rows)
+    return {"steps": planned, "seconds": start + planned * per_step, "structures_per_s": rate}
+
+
+def structures_per_step(job: Job, shards: list[Path]) -> float:
+    """How many structures a step of a job takes, found by some steps."""
+    out = job.folder / "probe"
+    job.train(shards, out, job.spec["probe_steps"])
+    return sum(structures_seen(out).values()) / job.spec["probe_steps"]
+
+
+def structures_seen(out: Path) -> Counter[str]:
+    """How many structures of each task a run has trained on."""
+    seen: Counter[str] = Counter()
+    for row in train_rows(out):
+        seen.update({name: task["structures"] for name, task in row["tasks"].items()})
+    return seen
+
+
+def result(job: Job, shards: list[Path]) -> dict[str, Any]:
+    """Train the planned steps and evaluate."""
+    planned = read_json(job.path("plan"))
+    out = job.folder / "run"
+    took = job.train(shards, out, planned["steps"])
+    command("evaluate", out)
+    return {
+        **planned,
+        "took": took,
+        "memory_mb": max(row["memory_mb"] for row in train_rows(out)),
+        "structures": structures_seen(out),
+        "tasks": read_json(out / "evaluation.json")["tasks"],
+        "model": read_json(out / "run.json")["model"],
+    }
+
+
+def make(kind: str, job: Job, data: Path) -> None:
+    """Make a job's plan or result, unless it is there."""
+    if not job.path(kind).exists():
+        found = {"plan": plan, "result": result}[kind](job, job.shards(data))
+        write_json(job.path(kind), found)
+        sys.stdout.write(f"{job.label}: {json.dumps(found)}\n")
+        sys.stdout.flush()

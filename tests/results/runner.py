@@ -1,0 +1,47 @@
+"""Runs of a table of results, one after the other, each skipped when its result is there; the table is written anew.
+
+    python -m results.runner NAME DATA [--only RUN]
+
+NAME.toml beside this file lists datasets and runs, NAME.run.toml is the run file of all of them with places to fill in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from pathlib import Path
+
+from results.finetuning import run_finetunings
+from results.jobs import HERE, all_jobs, make
+from results.tables import write_table
+
+
+def main() -> None:
+    """Do what is missing: first all plans, then the runs, which may share the machine, since their steps are fixed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--only", help="one run, by the name of its files: RUN, or DATASET-RUN")
+    options = parser.parse_args()
+    spec = tomllib.loads((HERE / f"{options.name}.toml").read_text(encoding="utf-8"))
+    if "sizes" in spec:
+        sys.stdout.write(f"{run_finetunings(spec, options.name, options.data)}\n")
+        return
+    everything = all_jobs(spec, options.name)
+    jobs = [job for job in everything if options.only in (None, job.label)]
+    if not jobs:
+        raise SystemExit(f"--only {options.only} is none of {', '.join(job.label for job in everything)}")
+    # Plans that come of other runs' results can only be made after those.
+    at_first = [job for job in jobs if "structures_of" not in job.run]
+    for job in at_first:
+        make("plan", job, options.data)
+    for job in jobs:
+        make("plan", job, options.data)
+        make("result", job, options.data)
+        write_table(spec, options.name, everything)
+    sys.stdout.write(f"{write_table(spec, options.name, everything)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Convert the sixteen real tasks of sixteen.toml and check their counts: `python -m results.sixteen DATA OUT`.
+
+A task whose folder is there with the right counts is kept as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from hydrazero.shards.convert.convert import convert
+from hydrazero.shards.convert.settings import load_convert_settings
+from hydrazero.shards.convert.workers import Workers, worker_processes
+from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.manifest import Manifest, read_manifest
+from hydrazero.shards.settings_parser import parse_settings
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A real task: where it comes from and what converting it gives; its settings are convert/TASK.toml."""
+
+    sources: tuple[str, ...]
+    """Files or folders below the data folder."""
+    structures: int
+    """In all splits."""
+    duplicates: int = 0
+    """Frames whose geometry has come before."""
+    set_aside: dict[str, int] = field(default_factory=dict)
+    """Reason -> frames that are left out for it."""
+
+    def faults(self, manifest: Manifest) -> list[str]:
+        """Say where a manifest has other counts."""
+        counts = {
+            "structures": (self.structures, manifest.structures()),
+            "duplicates": (self.duplicates, manifest.duplicate_count),
+            "frames set aside": (self.set_aside, manifest.set_aside),
+        }
+        return [f"{found} {name} instead of {wanted}" for name, (wanted, found) in counts.items() if found != wanted]
+
+
+def expected_tasks() -> dict[str, Expected]:
+    """Return the sixteen tasks by name."""
+    path = HERE / "sixteen.toml"
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {name: parse_settings(Expected, entry, f"{path}: {name}") for name, entry in table.items()}
+
+
+def convert_task(
+    name: str, expected: Expected, data: Path, out: Path, *, workers: Workers, trust_pickle: bool
+) -> Manifest:
+    """Return the manifest of a task in `out`/NAME, converting it unless it is there with the right counts.
+
+    Raises ConfigError if a folder with other counts is in the way, and what `convert` raises.
+    """
+    folder = out / name
+    if folder.exists():
+        kept = read_manifest(folder)
+        if expected.faults(kept):
+            raise ConfigError(f"{folder} holds {', '.join(expected.faults(kept))}; remove it to convert it again.")
+        return kept
+    settings = load_convert_settings(HERE / "convert" / f"{name}.toml")
+    sources = [data / source for source in expected.sources]
+    return convert(sources, name, folder, settings, workers=workers, trust_pickle=trust_pickle)
+
+
+def convert_all(data: Path, out: Path, *, workers: Workers, trust_pickle: bool, console: Console) -> list[str]:
+    """Convert every task, print a table of counts and return a sentence for each wrong one; raises HydrazeroError."""
+    if not data.is_dir():
+        raise ConfigError(f"data folder {data} does not exist; give the folder that holds wbe_fitsnap and the others.")
+    table = Table("task")
+    for heading in ("structures", "duplicates", "set aside", "seconds"):
+        table.add_column(heading, justify="right")
+    wrong = []
+    for name, expected in expected_tasks().items():
+        there = (out / name).exists()
+        begin = time.perf_counter()
+        manifest = convert_task(name, expected, data, out, workers=workers, trust_pickle=trust_pickle)
+        seconds = "kept" if there else f"{time.perf_counter() - begin:.1f}"
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in manifest.set_aside.items()) or "-"
+        table.add_row(name, f"{manifest.structures():,}", f"{manifest.duplicate_count:,}", reasons, seconds)
+        faults = expected.faults(manifest)
+        wrong += [f"task '{name}' has {', '.join(faults)}."] if faults else []
+    console.print(table)
+    return wrong
+
+
+@click.command(help="Convert the sixteen real tasks from DATA into OUT and check their counts.")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--workers", default=1, show_default=True, help="Processes that share the work.")
+@click.option("--trust-pickle", is_flag=True, help="Load the pickles of the lips task, which could run any code.")
+def main(data: Path, out: Path, workers: int, trust_pickle: bool) -> None:
+    """Run from the command line; ends with exit code 1 and a sentence if a count is wrong."""
+    try:
+        with worker_processes(workers) as pool:
+            if pool is None:  # a rank of mpirun that has served the first one
+                return
+            wrong = convert_all(data, out, workers=pool, trust_pickle=trust_pickle, console=Console())
+    except HydrazeroError as error:
+        wrong = [str(error)]
+    for sentence in wrong:
+        click.echo(f"Error: {sentence}", err=True)
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The tables of results, of the runs that are done: a line for each run, or each task's errors against the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from results.jobs import HERE, Job
+
+from hydrazero.trainer.records.run_files import read_json
+
+ERRORS = {"energies": "energy_mae_mev_per_atom", "forces": "force_mae_mev_per_angstrom"}
+UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
+
+
+def write_table(spec: dict[str, Any], name: str, jobs: Sequence[Job]) -> Path:
+    """Write NAME.md of the results that are there."""
+    together = any(job.run.get("together") for job in jobs)
+    lines = [f"# {spec['title']}", "", spec["text"], ""]
+    lines += methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs)
+    lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
+    path = HERE / f"{name}.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of a Markdown table, and an empty one."""
+    return [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]] + [""]
+
+
+def runs_by_dataset(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+    """A table for each dataset, a line for each run."""
+    headings = ["run", "energy MAE, meV/atom", "force MAE, meV/Å", "structures/s", "steps", "seconds"]
+    headings += ["MB per rank"] if spec.get("memory") else []
+    lines = []
+    for data in spec["data"]:
+        rows = [run_line(job, headings, str(data["name"])) for job in jobs if job.datasets[0]["name"] == data["name"]]
+        lines += [f"## {data['name']}", "", f"{data['text']}.", "", *table(headings, rows)]
+    return lines
+
+
+def run_line(job: Job, headings: Sequence[str], dataset: str) -> list[str]:
+    """One run's errors and costs."""
+    name = f"`{job.run['name']}`"
+    if not job.path("result").exists():
+        return [name, "not run yet", *[""] * (len(headings) - 2)]
+    found = read_json(job.path("result"))
+    errors = found["tasks"][dataset]
+    line = [name, f"{errors[ERRORS['energies']]:.2f}", f"{errors[ERRORS['forces']]:.1f}"]
+    line += [f"{found['structures_per_s']:.0f}", f"{found['steps']:,}", f"{found['seconds']:.0f}"]
+    return line + ([f"{found['memory_mb']:,.0f}"] if job.spec.get("memory") else [])
+
+
+def methods_side_by_side(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+    """Errors of each task over the lowest of any joint run, by method; and their worst and geometric mean.
+
+    Runs of the same `method` with other seeds are one column, the geometric mean of theirs.
+    """
+    names = [str(data["name"]) for data in spec["data"]]
+    joint: dict[str, list[dict[str, Any]]] = {}
+    alone: dict[str, Any] = {}
+    for job in jobs:
+        if not job.path("result").exists():
+            continue
+        if job.run.get("together"):
+            joint.setdefault(str(job.run["method"]), []).append(read_json(job.path("result"))["tasks"])
+        else:
+            alone |= read_json(job.path("result"))["tasks"]
+    if not joint:
+        return ["Nothing has been run yet.", ""]
+    lines, overall = [], {method: dict[str, list[float]]() for method in [*joint, "alone"]}
+    for kind, key in ERRORS.items():
+        rows = []
+        for name in names:
+            of_runs = {m: [run[name][key] for run in runs if run[name].get(key)] for m, runs in joint.items()}
+            if not any(of_runs.values()):
+                continue
+            best = min(value for values in of_runs.values() for value in values)
+            ratios = {m: geometric_mean([v / best for v in values]) for m, values in of_runs.items() if values}
+            if alone.get(name, {}).get(key):
+                ratios["alone"] = alone[name][key] / best
+            for method, ratio in ratios.items():
+                overall[method].setdefault(kind, []).append(ratio)
+            cells = [f"{ratios[m]:.2f}" if m in ratios else "" for m in overall]
+            rows.append([f"`{name}`", f"{best:.3g}", *cells])
+        lines += [f"## {kind.capitalize()}", "", *table(["task", f"best, {UNITS[kind]}", *overall], rows)]
+    return [*summary(joint, overall), *lines]
+
+
+def summary(joint: dict[str, list[dict[str, Any]]], overall: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Return the worst task and the geometric mean, of energies, forces, and both."""
+    headings = ["method", "runs", *(f"{kind}: {what}" for kind in ERRORS for what in ("worst", "mean"))]
+    rows = []
+    for method, kinds in overall.items():
+        if not kinds:
+            continue
+        values = [kinds.get(kind, [math.nan]) for kind in ERRORS]
+        cells = [f"{number:.2f}" for ratios in values for number in (max(ratios), geometric_mean(ratios))]
+        both = [ratio for ratios in values for ratio in ratios]
+        rows.append([f"`{method}`", str(len(joint.get(method, [0]))), *cells, f"{geometric_mean(both):.3f}"])
+    return ["## All tasks", "", *table([*headings, "mean of all"], rows)]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return the geometric mean of positive values."""
+    return math.exp(sum(map(math.log, values)) / len(values))

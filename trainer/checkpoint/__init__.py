@@ -1,0 +1,1 @@
+"""Checkpoints: saving, loading, resharding, and models read from them."""

@@ -1,0 +1,113 @@
+"""The DeepSpeed JSON of a run: a packaged one or the user's, with the run file's overrides, checked."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.trainer.config.precision import KEYS, precision_of
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.engine.schedules import own_shape
+
+TABLES = ("optimizer", "scheduler", "zero_optimization", *KEYS)
+WARMUP_SHARE = 5
+"""A packaged schedule warms up for at most one in so many steps."""
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """Return the DeepSpeed JSON of a run with its overrides and the number of steps filled in; raises ConfigError."""
+    changes = copy.deepcopy(config.deepspeed)
+    name = changes.pop("config", "zero1")
+    if not isinstance(name, str):
+        raise ConfigError(f"deepspeed.config must be a name or a path, not {name!r}.")
+    document, packaged = _read(name)
+    where = f"DeepSpeed configuration '{name}':"
+    for key in ("optimizer", "scheduler"):
+        change = changes.get(key)
+        if isinstance(change, dict) and "type" in change and change["type"] != document.get(key, {}).get("type"):
+            document.pop(key, None)  # its parameters are those of another type
+    document = _merged(document, changes)
+    _check_tables(document, where)
+    if document.get("train_micro_batch_size_per_gpu", 1) != 1:
+        raise ConfigError(
+            f"{where} train_micro_batch_size_per_gpu must be 1, since a micro-batch is one packed batch; its size is "
+            "set by [batch] in the run file."
+        )
+    try:
+        precision_of(document)
+    except ConfigError as error:
+        raise ConfigError(f"{where} {error}") from error
+    if not document.get("optimizer", {}).get("type"):
+        raise ConfigError(f"{where} optimizer.type is missing; without an optimizer nothing is trained.")
+    clip = document.get("gradient_clipping", 0.0)
+    if not _is_number(clip) or not clip >= 0:
+        raise ConfigError(f"{where} gradient_clipping is {clip!r}; it must be a number of at least 0.")
+    if "scheduler" in document:
+        if document["scheduler"].get("type") == "WarmupStableDecayLR":
+            document["scheduler"].setdefault("params", {}).setdefault("total_num_steps", "auto")
+        by_user = not packaged or "warmup_num_steps" in changes.get("scheduler", {}).get("params", {})
+        _fill_in_steps(document["scheduler"].get("params", {}), config.train.steps, by_user, where)
+        try:
+            own_shape(document)
+        except ConfigError as error:
+            raise ConfigError(f"{where} {error}") from error
+    return document
+
+
+def _read(name: str) -> tuple[dict[str, Any], bool]:
+    """Return the content of a packaged configuration or of a file, and whether it is a packaged one."""
+    folder = resources.files("hydrazero.ds_configs")
+    known = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+    packaged = name in known
+    source: Any = folder / f"{name}.json" if packaged else Path(name)
+    if not source.is_file():
+        raise ConfigError(f"deepspeed.config '{name}' is neither a file nor a known name{did_you_mean(name, known)}.")
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed configuration {source} cannot be read ({error.strerror}).") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"DeepSpeed configuration {source} is not valid JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"DeepSpeed configuration {source} holds no object of settings, {{...}}.")
+    return document, packaged
+
+
+def _check_tables(document: dict[str, Any], where: str) -> None:
+    places = [(key, document) for key in TABLES]
+    places += [("params", document[key]) for key in ("optimizer", "scheduler") if isinstance(document.get(key), dict)]
+    for key, table in places:
+        if not isinstance(table.get(key, {}), dict):
+            raise ConfigError(f"{where} {key} is {json.dumps(table[key])}; it must be an object, {{...}}, or left out.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fill_in_steps(params: dict[str, Any], steps: int, by_user: bool, where: str) -> None:
+    """Put the run's steps in the place of "auto"; a packaged warm-up shrinks with a short run, a user's does not."""
+    warmup = params.get("warmup_num_steps", 0)
+    if not _is_number(warmup):
+        raise ConfigError(f"{where} scheduler.params.warmup_num_steps is {warmup!r}; it must be a whole number.")
+    if not by_user and "warmup_num_steps" in params:
+        warmup = params["warmup_num_steps"] = min(warmup, max(steps // WARMUP_SHARE, 1))
+    if warmup >= steps and by_user:
+        raise ConfigError(
+            f"{where} scheduler.params.warmup_num_steps is {warmup}, but the run has {steps} steps; set it below them."
+        )
+    if params.get("total_num_steps") == "auto":
+        # Steps count from 1: the last is where a cosine is at its end, and one before a linear decay is at 0.
+        params["total_num_steps"] = steps + 1
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,144 @@
+"""Memory that a training step takes, measured on small batches of the model and scaled to the size of a batch."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.task_facts import TaskFacts
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, collate, graph_sample
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS
+from hydrazero.shards.stream.batch_proposal import demand_of, fill_of, propose, simulate
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings
+from hydrazero.shards.structure import Structure
+from hydrazero.trainer.config.run_file import load_run_config
+from hydrazero.trainer.ranks.device import gpu_module
+
+PEAK_OVER_KEPT = 1.6
+"""Peak memory of a step over what autograd keeps for the backward passes: working copies come on top (measured, see
+CONTRIBUTING.md)."""
+
+SHARE = 0.6
+"""Of the memory at hand that a batch may take; parameters, optimizer, gather buffers and the stream need the rest."""
+
+
+def memory_at_hand(ranks: int) -> int:
+    """Bytes that each of `ranks` ranks on this machine can have: of the GPU, or its part of what is free here."""
+    if (gpu := gpu_module()) is not None:
+        return int(gpu.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(ranks, 1)
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this rank so far in MB: what was allocated on its GPU, or the process's resident memory."""
+    if (gpu := gpu_module()) is not None:
+        return float(gpu.max_memory_allocated() / 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
+
+
+class StepMemory:
+    """Bytes of a training step with forces as a linear function of atoms and slots."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        # Targets are heads on top; what they take is nothing beside the encoder. An atom goes through one task's head.
+        self._model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(1)).train()
+        small, wide = (self._kept(atoms, spare) for atoms, spare in ((32, 0), (32, 64)))
+        more = self._kept(64, 0)
+        self.per_slot = (wide[0] - small[0]) / (wide[2] - small[2])
+        self.per_atom = (more[0] - small[0] - self.per_slot * (more[2] - small[2])) / (more[1] - small[1])
+
+    def _kept(self, atoms: int, spare_rows: int) -> tuple[int, int, int]:
+        """Bytes that autograd keeps for the backward pass of energies and forces, atoms and slots of the batch."""
+        batch = probe_batch(atoms, spare_rows, self._model.settings.encoder.cutoff)
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            predictions = self._model(batch)
+            loss = predictions.interaction.square().sum() + predictions.forces.square().sum()
+        del loss
+        return sum(storages.values()), len(batch.numbers), batch.slot_mask.numel()
+
+    def bytes_of(self, shape: BatchShape) -> float:
+        """Peak bytes of a step with a batch of this shape."""
+        return PEAK_OVER_KEPT * (self.per_atom * shape.atoms + self.per_slot * shape.rows * ROW_SLOTS)
+
+
+def probe_tasks(count: int) -> list[TaskFacts]:
+    """Return facts of tasks of which nothing is known."""
+    return [TaskFacts(name=f"probe{n}", reference_energies={}, scale=1.0, elements=["C"]) for n in range(count)]
+
+
+def probe_batch(atoms: int, spare_rows: int, cutoff: float) -> GraphBatch:
+    """A batch of one line of carbon atoms, with rows of padding to spare."""
+    positions = np.zeros((atoms, 3))
+    positions[:, 0] = 1.4 * np.arange(atoms)
+    structure = Structure(
+        numbers=np.full(atoms, 6, dtype=np.uint8),
+        positions=positions,
+        cell=np.zeros((3, 3)),
+        pbc=np.zeros(3, dtype=bool),
+    )
+    sample = graph_sample(structure, 0, cutoff)
+    shape = BatchShape(structures=1, atoms=atoms, slots=(sample.rows + spare_rows) * ROW_SLOTS)
+    return collate([sample], shape, torch.float32)
+
+
+def proposal(
+    folders: Sequence[Path],
+    cutoff: float,
+    structures: int,
+    temperature: float,
+    memory: float | None,
+    run_file: Path | None,
+) -> str:
+    """Return a `[batch]` table for a run file, with what it fills and takes as comments.
+
+    `memory` is that of a rank in GB. Raises ConfigError if it cannot hold the batch, ShardError for damaged shards.
+    """
+    settings = ModelSettings(encoder=EncoderSettings(cutoff=cutoff))
+    if run_file is not None:
+        settings = load_run_config(run_file).model.settings()
+        cutoff = settings.encoder.cutoff
+    if structures < 1:
+        raise ConfigError(f"--structures is {structures}; it must be at least 1.")
+    # The shape plays no part in reading samples.
+    stream = StreamSettings(
+        folders=tuple(str(folder) for folder in folders),
+        cutoff=cutoff,
+        shape=BatchShape(structures=1, atoms=1, slots=ROW_SLOTS),
+        temperature=temperature,
+    )
+    reader = SplitReader(stream, "train")
+    demand = demand_of(reader)
+    shape = propose(demand, reader, structures)
+    fill = fill_of(simulate(demand, shape, np.random.default_rng(0)), shape)
+    needed = StepMemory(settings).bytes_of(shape)
+    at_hand = SHARE * (memory_at_hand(1) if memory is None else memory * 1e9)
+    if needed > at_hand:
+        raise ConfigError(
+            f"a batch of about {structures} structures takes {needed / 1e9:.1f} GB in a training step, and "
+            f"{at_hand / 1e9:.1f} GB are there for it; ask for fewer --structures, or take a smaller model or cutoff."
+        )
+    most = int(structures * at_hand / needed)
+    model = f"{settings.encoder.encoder}, {settings.encoder.features} features, {settings.encoder.layers} layers"
+    return (
+        f"[batch]  # about {structures} structures; neighbours within {cutoff:g} Å\n"
+        f"structures = {shape.structures}\natoms = {shape.atoms}\nslots = {shape.slots}\nedges = {shape.edges}\n"
+        f"# fills {fill.atoms:.1%} of the atoms and {fill.slots:.1%} of the slots; fullest batch "
+        f"{fill.edges_spread:.3f} times the mean edges\n"
+        f"# a training step takes about {needed / 1e9:.2f} GB ({model}); {at_hand / 1e9:.1f} GB would do for about "
+        f"{most:,} structures"
+    )

@@ -1,0 +1,1 @@
+"""The demo: molecules and crystals, labelled on the spot by five engines."""

@@ -1,0 +1,262 @@
+"""Labels of the demo: real electronic-structure and force-field engines, run on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from hydrazero.shards.errors import HydrazeroError, did_you_mean
+from hydrazero.trainer.demo.structures import (
+    SMALL_MOLECULES,
+    alloy_cell,
+    molecule_names,
+    rattled_molecule,
+    silicon_cell,
+)
+
+LARGEST_FORCE = 15.0
+"""eV/Å; a draw with a force component beyond it is drawn again: two atoms came too close by chance."""
+CHUNK = 10
+"""Structures that a worker process labels at a time; part of the seed, so that results don't depend on workers."""
+MOST_DRAWS = 20
+"""Draws for one structure before the engine is taken to be broken."""
+SUMMARY_NAME = "labelling.json"
+"""Beside the sources: seed and, by task, fidelity, structures and how many draws were replaced for what reason."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class DemoError(HydrazeroError):
+    """An engine of the demo is missing or does not work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTask:
+    """One of the demo's datasets."""
+
+    name: str
+    fidelity: str
+    structures: int
+    draw: Callable[[np.random.Generator], Atoms]
+    label: Callable[[Atoms], dict[str, Any]]
+    """Atoms -> energy eV, forces eV/Å and, for crystals, stress eV/Å³ (Voigt)."""
+
+
+def _missing(package: str) -> DemoError:
+    return DemoError(f"the demo needs {package}, which is not installed; run: pip install 'hydrazero[demo]'.")
+
+
+def _tblite(atoms: Atoms, method: str) -> dict[str, Any]:
+    try:
+        from tblite.interface import Calculator
+    except ImportError as error:
+        raise _missing("tblite") from error
+    calculator = Calculator(method, atoms.numbers, atoms.positions / units.Bohr)
+    calculator.set("verbosity", 0)
+    result = calculator.singlepoint()
+    forces = -np.asarray(result.get("gradient")) * units.Hartree / units.Bohr
+    return {"energy": float(result.get("energy")) * units.Hartree, "forces": forces}
+
+
+def label_gfn2(atoms: Atoms) -> dict[str, Any]:
+    """GFN2-xTB (Bannwarth, Ehlert, Grimme 2019) through tblite."""
+    return _tblite(atoms, "GFN2-xTB")
+
+
+def label_gfn1(atoms: Atoms) -> dict[str, Any]:
+    """GFN1-xTB (Grimme, Bannwarth, Shushkov 2017) through tblite."""
+    return _tblite(atoms, "GFN1-xTB")
+
+
+def label_hartree_fock(atoms: Atoms) -> dict[str, Any]:
+    """Restricted Hartree-Fock in the STO-3G basis through PySCF."""
+    try:
+        from pyscf import gto, scf
+    except ImportError as error:
+        raise _missing("pyscf") from error
+    geometry = list(zip(atoms.get_chemical_symbols(), atoms.positions.tolist(), strict=True))
+    mean_field = scf.RHF(gto.M(atom=geometry, basis="sto-3g", unit="Angstrom", verbose=0))
+    energy = mean_field.kernel()
+    if not mean_field.converged:
+        raise RuntimeError("the self-consistent field did not converge")
+    gradient = mean_field.nuc_grad_method().kernel()
+    return {"energy": float(energy) * units.Hartree, "forces": -gradient * units.Hartree / units.Bohr}
+
+
+def label_emt(atoms: Atoms) -> dict[str, Any]:
+    """Effective medium theory (Jacobsen, Stoltze, Nørskov 1996) as in ASE."""
+    from ase.calculators.emt import EMT
+
+    return _with_ase(atoms, EMT())
+
+
+def label_tersoff(atoms: Atoms) -> dict[str, Any]:
+    """Tersoff's potential for silicon (Tersoff 1988, T3) as in ASE."""
+    from ase.calculators.tersoff import Tersoff, TersoffParameters
+
+    silicon = TersoffParameters(
+        A=1830.8, B=471.18, lambda1=2.4799, lambda2=1.7322, lambda3=0.0, beta=1.1e-6, gamma=1.0, m=3.0,
+        n=0.78734, c=1.0039e5, d=16.217, h=-0.59825, R=2.85, D=0.15,
+    )  # fmt: skip
+    return _with_ase(atoms, Tersoff({("Si", "Si", "Si"): silicon}))
+
+
+def _with_ase(atoms: Atoms, calculator: Any) -> dict[str, Any]:
+    copy = atoms.copy()
+    copy.calc = calculator
+    stress = copy.get_stress()
+    return {"energy": float(copy.get_potential_energy()), "forces": copy.get_forces(), "stress": stress}
+
+
+def _any_molecule(generator: np.random.Generator) -> Atoms:
+    return rattled_molecule(molecule_names(), generator)
+
+
+def _small_molecule(generator: np.random.Generator) -> Atoms:
+    return rattled_molecule(sorted(SMALL_MOLECULES), generator)
+
+
+DEMO_TASKS = (
+    DemoTask(name="gfn2", fidelity="GFN2-xTB", structures=2000, draw=_any_molecule, label=label_gfn2),
+    DemoTask(name="gfn1", fidelity="GFN1-xTB", structures=500, draw=_any_molecule, label=label_gfn1),
+    DemoTask(name="hf", fidelity="HF/STO-3G", structures=60, draw=_small_molecule, label=label_hartree_fock),
+    DemoTask(name="emt", fidelity="EMT", structures=1000, draw=alloy_cell, label=label_emt),
+    DemoTask(name="tersoff", fidelity="Tersoff T3", structures=100, draw=silicon_cell, label=label_tersoff),
+)
+
+
+def _label_one(task: DemoTask, generator: np.random.Generator, redrawn: Counter[str]) -> Atoms:
+    """Draw and label one structure; counts in `redrawn` the draws that were replaced, by reason."""
+    last = ""
+    for _ in range(MOST_DRAWS):
+        atoms = task.draw(generator)
+        try:
+            results = task.label(atoms)
+        except HydrazeroError:
+            raise
+        except Exception as error:  # each engine has its own type for what did not converge
+            redrawn["engine_failed"] += 1
+            last = str(error)
+            continue
+        if np.abs(results["forces"]).max() < LARGEST_FORCE:
+            atoms.calc = SinglePointCalculator(atoms, **results)
+            return atoms
+        redrawn["force_too_large"] += 1
+        last = f"a force component of {LARGEST_FORCE} eV/Å or more"
+    raise DemoError(f"{task.fidelity} gave no usable labels for {MOST_DRAWS} structures in a row (last: {last}).")
+
+
+def _label_chunk(task_number: int, chunk: int, count: int, seed: int) -> tuple[list[Atoms], Counter[str]]:
+    """Draw and label structures; returns them and the number of draws that were replaced, by reason."""
+    generator = np.random.default_rng((seed, task_number, chunk))
+    redrawn: Counter[str] = Counter()
+    return [_label_one(DEMO_TASKS[task_number], generator, redrawn) for _ in range(count)], redrawn
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let processes started inside compute with one thread; this process's own environment comes back after.
+
+    A process reads these variables when it loads its numerical libraries, so they must be there when it starts.
+    """
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def make_demo_sources(
+    out: Path,
+    *,
+    seed: int = 0,
+    workers: int = 2,
+    counts: Mapping[str, int] | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Path]:
+    """Label structures for every task and write `out`/TASK.extxyz; returns the files by task.
+
+    The files depend on `seed` and `counts` (structures by task; DEMO_TASKS' own by default), not on `workers`. A draw
+    that the engine fails on, or with a force component of LARGEST_FORCE or more, is replaced by another; SUMMARY_NAME
+    says how many were. `progress` gets a task's name and how many more of its structures are done. Raises DemoError if
+    `counts` has an unknown task, or an engine is missing, dies, or fails MOST_DRAWS times in a row.
+    """
+    known = [task.name for task in DEMO_TASKS]
+    counts = {task.name: task.structures for task in DEMO_TASKS} if counts is None else counts
+    for name in counts:
+        if name not in known:
+            raise DemoError(f"the demo has no task '{name}'{did_you_mean(name, known)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
+    summary: dict[str, Any] = {"seed": seed, "largest_force_ev_per_angstrom": LARGEST_FORCE, "tasks": {}}
+    with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            jobs = _submit(pool, counts, seed)
+            for task in DEMO_TASKS:
+                frames, redrawn = _gather(task.name, jobs[task.name], progress)
+                if frames:
+                    files[task.name] = _write(frames, out / f"{task.name}.extxyz")
+                    facts = {"fidelity": task.fidelity, "structures": len(frames), "redrawn": dict(redrawn)}
+                    summary["tasks"][task.name] = facts
+        except BrokenProcessPool as error:
+            raise DemoError("a process that labels the demo's structures died (is there enough memory?).") from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # else an error would wait for all that is left to label
+    part = out / (SUMMARY_NAME + ".part")
+    part.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    os.replace(part, out / SUMMARY_NAME)
+    return files
+
+
+Chunk = Future[tuple[list[Atoms], Counter[str]]]
+
+
+def _submit(pool: ProcessPoolExecutor, counts: Mapping[str, int], seed: int) -> dict[str, list[Chunk]]:
+    """Hand every task's chunks to the pool; returns them by task, in order."""
+    return {
+        task.name: [
+            pool.submit(_label_chunk, number, chunk, min(CHUNK, counts[task.name] - first), seed)
+            for chunk, first in enumerate(range(0, counts.get(task.name, 0), CHUNK))
+        ]
+        for number, task in enumerate(DEMO_TASKS)
+    }
+
+
+def _gather(
+    name: str, chunks: list[Chunk], progress: Callable[[str, int], None] | None
+) -> tuple[list[Atoms], Counter[str]]:
+    """Wait for a task's chunks; returns its labelled structures and the number of replaced draws, by reason."""
+    frames: list[Atoms] = []
+    redrawn: Counter[str] = Counter()
+    for chunk in chunks:
+        more, again = chunk.result()
+        frames += more
+        redrawn += again
+        if progress is not None:
+            progress(name, len(more))
+    return frames, redrawn
+
+
+def _write(frames: list[Atoms], path: Path) -> Path:
+    part = path.with_name(path.name + ".part")
+    ase.io.write(part, frames, format="extxyz")
+    os.replace(part, path)
+    return path

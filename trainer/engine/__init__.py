@@ -1,0 +1,1 @@
+"""One training step: the DeepSpeed engine, losses, schedules, averages, and the step that is compiled."""

@@ -1,0 +1,283 @@
+"""Per-task losses as sums and counts, so that they do not depend on how the work is split over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hydrazero.models.atomistic import AtomisticModel, Predictions
+from hydrazero.models.task_facts import NONE, TaskFacts
+from hydrazero.shards.graphs.graph import GraphBatch
+from hydrazero.trainer.config.run_file import LossSection
+
+SMALLEST_SPREAD = 1e-6
+"""In units of the task's scale, squared: keeps the likelihood of an ensemble whose members agree finite."""
+SMALLEST_LENGTH = 1e-12
+"""In units of the task's scale, squared: keeps the gradient of the length of an error of zero finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Errors of one quantity in a batch: N structures or atoms with C components."""
+
+    loss: Tensor
+    """Of each item, summed over its components, with a graph: [N]; 0 where there is no label."""
+    absolute: Tensor
+    """Sum of absolute errors over the components, in the quantity's unit, [N]."""
+    labelled: Tensor
+    """[N] bool."""
+    components: int
+    task: Tensor
+    """[N] int64."""
+
+
+def pointwise_loss(error: Tensor, settings: LossSection) -> Tensor:
+    """Apply L1, L2 or Huber (slope 1 far out, as L1) to each error."""
+    if settings.kind == "l1":
+        return error.abs()
+    if settings.kind == "l2":
+        return error * error
+    return functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=settings.huber_delta) / (
+        settings.huber_delta
+    )
+
+
+def sum_by_task(values: Tensor, task: Tensor, tasks: int) -> Tensor:
+    """Sum values [N] by their tasks [N]: [tasks] float64."""
+    # A product with ones and zeros instead of a scatter: in a fixed order on every device.
+    member = functional.one_hot(task, tasks).to(torch.float64)
+    return values.to(torch.float64) @ member
+
+
+def leave_out_unseen(batch: GraphBatch, model: AtomisticModel, known: Tensor) -> Tensor:
+    """Mask every label of structures with an element that their task has not been trained on.
+
+    `known` [tasks, 119] says which elements are; such a structure has no reference energy, so its error would be that
+    of a total energy. Returns how many they are by task, [tasks] float64.
+    """
+    strange = ~known[batch.task[batch.structure], batch.numbers] & batch.atom_mask
+    member = functional.one_hot(batch.structure, len(batch.task)).to(torch.float32)
+    unseen = (strange.float() @ member > 0) & batch.structure_mask
+    targets = model.targets.facts
+    of_atoms = ["forces", *(f"target_{name}" for name, facts in targets.items() if facts.of == "atom")]
+    of_structures = ["energy", "stress", *(f"target_{name}" for name in targets if f"target_{name}" not in of_atoms)]
+    for name in of_structures:
+        batch[f"{name}_mask"] = batch[f"{name}_mask"] & ~unseen
+    for name in of_atoms:
+        batch[f"{name}_mask"] = batch[f"{name}_mask"] & ~unseen[batch.structure]
+    batch.structure_mask = batch.structure_mask & ~unseen
+    return sum_by_task(unseen, batch.task, len(known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The loss of a run: weights of tasks and of their parts.
+
+    Its sums are a table [tasks, 3 * quantities + 1]: for each quantity the loss of scaled errors, how many components
+    are labelled, and the sum of absolute errors; at the end structures.
+    """
+
+    settings: LossSection
+    quantities: tuple[str, ...]
+    """'energy' (per atom), 'forces', 'stress', 'spread' of an ensemble, and targets."""
+    of_atoms: frozenset[str]
+    """Quantities that atoms have, not structures."""
+    task_weights: Tensor
+    """[tasks] float64."""
+    weights: Tensor
+    """Of the quantities at the present step, [quantities] float64."""
+    final_weights: Tensor
+    """Of the quantities at the end of the run, [quantities] float64."""
+    scales: Tensor
+    """Unit of the errors of each task's quantities, [tasks, quantities] float64: eV per atom, eV/Å, eV/Å³, ..."""
+    predicted: Tensor
+    """Whether a task predicts the quantity, [tasks, quantities] bool; labels of what it does not are left aside."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of its sums."""
+        return 3 * len(self.quantities) + 1
+
+    def errors(self, predictions: Predictions, batch: GraphBatch) -> list[Errors]:
+        """Return the errors of each quantity, in order."""
+        return [self._errors(index, name, predictions, batch) for index, name in enumerate(self.quantities)]
+
+    def _errors(self, index: int, name: str, predictions: Predictions, batch: GraphBatch) -> Errors:
+        atom_task = batch.task[batch.structure]
+        if name in ("energy", "spread"):
+            # References are subtracted in float64; what is left is small enough for the model's precision.
+            target = (batch.energy - predictions.reference).to(predictions.interaction.dtype)
+            atoms = batch.n_atoms.clamp(min=1)
+            error, mask, task = (predictions.interaction - target) / atoms, batch.energy_mask, batch.task
+            if name == "spread":
+                return self._spread(error, predictions.spread / atoms, batch, self.scales[:, index])
+        elif name == "forces":
+            error, mask, task = predictions.forces - batch.forces, batch.forces_mask, atom_task
+        elif name == "stress":
+            error, mask, task = predictions.stress - batch.stress, batch.stress_mask, batch.task
+        else:
+            error, mask = predictions.targets[name] - batch[f"target_{name}"], batch[f"target_{name}_mask"]
+            task = atom_task if name in self.of_atoms else batch.task
+        mask = mask & self.predicted[:, index][task]
+        error = error.reshape(len(error), -1) * mask.unsqueeze(1)
+        scale = self.scales[:, index].to(error.dtype)[task].unsqueeze(1)
+        scaled = error / scale
+        if name == "forces" and self.settings.force_errors == "norm":
+            scaled = (scaled * scaled).sum(1, keepdim=True).add(SMALLEST_LENGTH).sqrt()
+        return Errors(
+            loss=pointwise_loss(scaled, self.settings).sum(1) * mask,
+            absolute=error.detach().abs().sum(1),
+            labelled=mask,
+            components=error.shape[1],
+            task=task,
+        )
+
+    def _spread(self, error: Tensor, spread: Tensor, batch: GraphBatch, scales: Tensor) -> Errors:
+        """Return minus the log-likelihood of errors per atom [S] under a normal distribution as wide as the spread.
+
+        As shallow ensembles are trained (Kellner, Ceriotti 2024, arXiv 2402.16621), for the spread alone, and times the
+        spread without its gradient (Seitzer et al. 2022, arXiv 2203.09168, beta = 1/2): otherwise gradients grow with
+        one over a small spread, and clipping takes away those of everything else.
+        """
+        scale, mask = scales.to(error.dtype)[batch.task], batch.energy_mask
+        variance = (spread / scale) ** 2 + SMALLEST_SPREAD
+        scaled = (error.detach() / scale) ** 2
+        return Errors(
+            loss=0.5 * (scaled / variance + torch.log(variance)) * variance.detach().sqrt() * mask,
+            absolute=spread.detach() * mask,
+            labelled=mask,
+            components=1,
+            task=batch.task,
+        )
+
+    def sums(self, predictions: Predictions, batch: GraphBatch) -> Tensor:
+        """Return the table of sums of a batch, float64, with a graph through the losses."""
+        tasks = len(self.task_weights)
+        columns: list[Tensor] = []
+        for errors in self.errors(predictions, batch):
+            labels = sum_by_task(errors.labelled, errors.task, tasks) * errors.components
+            columns += [
+                sum_by_task(errors.loss, errors.task, tasks),
+                labels,
+                sum_by_task(errors.absolute, errors.task, tasks),
+            ]
+        columns.append(sum_by_task(batch.structure_mask, batch.task, tasks))
+        return torch.stack(columns, dim=1)
+
+    def counts(self, batch: GraphBatch) -> Tensor:
+        """Return the labelled components of each quantity in a batch by task: [tasks, quantities] float64."""
+        tasks, atom_task = len(self.task_weights), batch.task[batch.structure]
+        columns = []
+        for index, name in enumerate(self.quantities):
+            key = {"energy": "energy", "spread": "energy", "forces": "forces", "stress": "stress"}.get(
+                name, f"target_{name}"
+            )
+            mask = batch[f"{key}_mask"]
+            task = atom_task if name in self.of_atoms else batch.task
+            components = 1 if name == "spread" else batch[key][0].numel()
+            columns.append(components * sum_by_task(mask, task, tasks) * self.predicted[:, index])
+        return torch.stack(columns, dim=1)
+
+    def total(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Return the weighted mean over tasks of sums over the given counts [tasks, quantities]: a scalar.
+
+        With the counts of all ranks and micro-batches, the totals of all of them add up to the loss of the step.
+        """
+        return (self.task_weights * self.by_task(sums, counts)).sum() / self.task_weights.sum()
+
+    def score(self, sums: Tensor, own_weights: Tensor) -> float:
+        """Return the mean loss over tasks that have labels, weighted by weights [tasks]; NaN if none has.
+
+        As it is compared between evaluations: how tasks are balanced at the time plays no part, and quantities have
+        their final weights.
+        """
+        counts = sums[:, 1:-1:3]
+        weights = own_weights * (counts.sum(1) > 0)
+        losses = (_means(sums, counts) * self.final_weights).sum(1)
+        return float((weights * losses).sum() / weights.sum())
+
+    def by_task(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Return each task's loss, its quantities weighted, of sums over the given counts: [tasks] float64."""
+        return (_means(sums, counts) * self.weights).sum(1)
+
+    def weigh(self, share: float) -> None:
+        """Give the quantities the weights that they have after a share of the run's steps."""
+        first = self.weights.new_tensor([self.settings.weight(name) for name in self.quantities])
+        self.weights.copy_(torch.lerp(first, self.final_weights, self.settings.change(share)))
+
+
+def _means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean loss of each task's quantities, [tasks, quantities] float64."""
+    return sums[:, 0:-1:3] / counts.clamp(min=1)
+
+
+def make_objective(model: AtomisticModel, settings: LossSection, task_weights: Sequence[float]) -> Objective:
+    """Return the objective of what a model predicts and has labels for."""
+    of_tasks = [_scales_of(task) for task in model.tasks]
+    quantities = ["energy", "forces"]
+    if settings.stress_weight > 0 and any("stress" in task for task in of_tasks):
+        quantities.append("stress")
+    if model.settings.ensemble > 1:
+        quantities.append("spread")
+    targets = model.targets.facts
+    quantities += list(targets)
+    scales = [[task.get(name, 1.0) for name in quantities] for task in of_tasks]
+    predicted = [[name in task for name in quantities] for task in of_tasks]
+    device = model.scales.device
+
+    def table(values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    return Objective(
+        settings=settings,
+        quantities=tuple(quantities),
+        of_atoms=frozenset({"forces", *(name for name, facts in targets.items() if facts.of == "atom")}),
+        task_weights=table(task_weights),
+        weights=table([settings.weight(name) for name in quantities]),
+        final_weights=table([settings.final_weight(name) for name in quantities]),
+        scales=table(scales),
+        predicted=torch.tensor(predicted, device=device),
+    )
+
+
+def _scales_of(task: TaskFacts) -> dict[str, float]:
+    """Return the unit of the errors of each quantity that a task predicts."""
+    scales = {"energy": task.scale, "spread": task.scale}
+    if task.forces != NONE:
+        scales["forces"] = task.scale
+    if task.stress != NONE:
+        scales["stress"] = task.stress_scale
+    return scales | {name: facts.scale for name, facts in task.targets.items()}
+
+
+def errors_by_task(sums: Tensor, names: list[str], objective: Objective) -> dict[str, dict[str, Any]]:
+    """Turn a table of sums over all ranks into mean absolute errors by task; None where a task has no such label."""
+    report: dict[str, dict[str, Any]] = {}
+    for name, row in zip(names, sums.tolist(), strict=True):
+        loss: dict[str, float | None] = {}
+        mean: dict[str, float | None] = {}
+        for index, quantity in enumerate(objective.quantities):
+            total, count, absolute = row[3 * index : 3 * index + 3]
+            loss[quantity] = total / count if count else None
+            mean[quantity] = absolute / count if count else None
+        energy, forces, stress = (mean.pop(key, None) for key in ("energy", "forces", "stress"))
+        report[name] = {
+            "structures": int(row[-1]),
+            "energy_mae_mev_per_atom": _thousand(energy),
+            "force_mae_mev_per_angstrom": _thousand(forces),
+            "stress_mae_mev_per_angstrom3": _thousand(stress),
+            "energy_spread_mev_per_atom": _thousand(mean.pop("spread", None)),
+            "target_mae": mean,
+            "energy_loss": loss["energy"],
+            "forces_loss": loss["forces"],
+        }
+    return report
+
+
+def _thousand(value: float | None) -> float | None:
+    return None if value is None else 1000.0 * value

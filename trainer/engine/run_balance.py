@@ -1,0 +1,109 @@
+"""A run's balancing of tasks: what each step shows goes to the method, its weights go into the next step's loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydrazero.trainer.balance import BalanceFacts, BalanceSection, Seen, make_balancer
+from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.ranks.distributed import sum_over_ranks
+
+
+class RunBalance:
+    """The weights of a run's tasks, the same on every rank."""
+
+    def __init__(self, settings: BalanceSection, facts: BalanceFacts, trained: TrainedModel) -> None:
+        self.trained = trained
+        self.names = [task.name for task in trained.model.tasks]
+        self.own_weights = trained.objective.task_weights.clone()
+        self.method = settings.method
+        self.balancer = make_balancer(settings, facts)
+        # One task has nothing to be balanced against.
+        self.every = settings.every if len(self.names) > 1 else 0
+        self.shift = 0.0
+        """What the last change of weights alone made of the logarithm of the loss."""
+        self._use()
+
+    def _use(self) -> None:
+        weights = self.own_weights * self.balancer.weights.to(self.own_weights.device)
+        self.trained.objective.task_weights.copy_(weights)
+
+    def due(self, step: int) -> bool:
+        """Whether the gradients of the tasks are measured in a step."""
+        return self.every > 0 and step % self.every == 0
+
+    def prepare(self, step: int) -> None:
+        """Let a step be measured or not; called before it."""
+        self.trained.forget_task_gradients()
+        self.trained.measuring = self.due(step)
+
+    def update(self, step: int, losses: Tensor) -> dict[str, Any] | None:
+        """Take in a step's losses [tasks] (NaN for tasks without labels in it); called on every rank after each step.
+
+        Returns what was measured, for the log, if the step was due.
+        """
+        gram = None
+        if self.due(step):
+            gram = self._gram(~losses.isnan())
+        before = self.balancer.weights
+        self.balancer.update(step, Seen(losses=losses, gram=gram))
+        self._use()
+        changed = self.balancer.weights is not before  # methods never write into weights
+        self.shift = self._log_change(before, losses) if changed else 0.0
+        return None if gram is None else self._row(step, gram)
+
+    def _log_change(self, before: Tensor, losses: Tensor) -> float:
+        """Logarithm of the weighted mean of losses [tasks] over that by the weights before; 0 where there is none."""
+        own, known = self.own_weights.cpu(), losses.cpu().nan_to_num()
+        old, new = (float((own * w * known).sum() / (own * w).sum()) for w in (before, self.balancer.weights))
+        return math.log(new / old) if 0 < old < math.inf and 0 < new < math.inf else 0.0
+
+    def _gram(self, present: Tensor) -> Tensor:
+        """Products of the gradients of the tasks' unweighted losses: [tasks, tasks] float64.
+
+        Vectors are summed over ranks before anything is made of them: norms of parts are longer, by noise.
+        """
+        gradients = self.trained.take_task_gradients()
+        if gradients is None:
+            raise RuntimeError("the gradients of the tasks were not measured in this step.")
+        weights = self.trained.objective.task_weights
+        vectors = sum_over_ranks(gradients) / (weights / weights.sum()).clamp(min=1e-300).unsqueeze(1)
+        known = present & (weights.cpu() > 0)
+        gram = (vectors @ vectors.t()).cpu()
+        return torch.where(known.unsqueeze(0) & known.unsqueeze(1), gram, float("nan"))
+
+    def _row(self, step: int, gram: Tensor) -> dict[str, Any]:
+        norms = gram.diagonal().sqrt()
+        cosines = gram / (norms.unsqueeze(0) * norms.unsqueeze(1)).clamp(min=1e-300)
+        return {
+            "step": step,
+            "gradient_norms": dict(zip(self.names, _plain(norms), strict=True)),
+            "cosines": [_plain(row) for row in cosines],
+            "weights": self.weights(),
+        }
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each task's loss, its own and the method's together."""
+        return dict(zip(self.names, self.trained.objective.task_weights.tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {"method": self.method, **self.balancer.state()}
+
+    def load(self, state: dict[str, Any]) -> str | None:
+        """Go on from a state; one of another method is left alone, which the returned sentence tells."""
+        method, kept = state["method"], {name: value for name, value in state.items() if name != "method"}
+        if method != self.method:
+            return f"balance.method was {method} and is {self.method} now, which starts with what it knows of the data."
+        self.balancer.load(kept)
+        self._use()
+        return None
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    """Return numbers for JSON, None where they are not known."""
+    return [None if value != value else value for value in values.tolist()]

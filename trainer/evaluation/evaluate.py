@@ -1,0 +1,123 @@
+"""Test errors of a run or an exported model, against the trivial predictor, and the predictions behind them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hydrazero.models.inference.model_card import weights_fingerprint
+from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, load_model
+from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.graphs.graph import GraphSample
+from hydrazero.shards.manifest import SPLITS, check_shard_files, read_manifest
+from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
+from hydrazero.trainer.evaluation.errors import AbsoluteErrors
+from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFiles:
+    """Where an evaluation is written."""
+
+    evaluation: Path
+    """JSON of errors by task."""
+    predictions: Path
+    """Folder of TASK.parquet."""
+
+
+def results_in(folder: Path) -> ResultFiles:
+    """Results of a run, or in a folder of their own."""
+    return ResultFiles(evaluation=folder / EVALUATION_NAME, predictions=folder / PREDICTIONS)
+
+
+def results_beside(model: Path) -> ResultFiles:
+    """Results of a model file, named after it: its folder may be that of a run, which has its own."""
+    name = model.name.removesuffix(".safetensors")
+    return ResultFiles(
+        evaluation=model.with_name(f"{name}.{EVALUATION_NAME}"), predictions=model.with_name(f"{name}.{PREDICTIONS}")
+    )
+
+
+def evaluate(
+    potential: Potential,
+    folders: Sequence[Path],
+    split: str,
+    files: ResultFiles,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate each folder's task with the head of the same name, write `files`, return what the JSON holds.
+
+    The trivial predictor is the task's reference energies alone, zero forces and stress, and the training labels' mean
+    for targets, on the same structures. Structures
+    with elements that no training structure of the task holds are counted, but not evaluated. Raises ShardError for
+    missing or damaged shards or an empty split, ModelFileError for a task without a head, ConfigError for an unknown
+    split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split '{split}' is not known (known: {', '.join(SPLITS)}).")
+    tasks: dict[str, Any] = {}
+    results = {}
+    for folder in folders:
+        manifest = read_manifest(folder)
+        check_shard_files(manifest, folder)
+        if manifest.task in tasks:
+            raise ConfigError(f"task '{manifest.task}' is named twice ({folder}).")
+        index = potential.task_index(manifest.task)
+        if manifest.structures(split) == 0:
+            raise ShardError(f"{folder} has no structures in the split '{split}'.")
+        errors = evaluate_task(potential, folder, index, split, progress)
+        tasks[manifest.task] = {**errors.summary(), "fidelity": potential.model.tasks[index].fidelity}
+        results[manifest.task] = errors.table()
+    files.predictions.mkdir(parents=True, exist_ok=True)
+    for name, table in results.items():
+        _write_table(table, files.predictions / f"{name}.parquet")
+    document = {"split": split, "weights": weights_fingerprint(potential.model), "tasks": tasks}
+    write_json(files.evaluation, document)
+    return document
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    """Write a parquet file in one piece."""
+    part = path.with_name(path.name + ".part")
+    pq.write_table(table, part)
+    os.replace(part, path)
+
+
+def evaluate_task(
+    potential: Potential, folder: Path, task: int, split: str, progress: Callable[[int], None] | None
+) -> AbsoluteErrors:
+    """Predict every structure of a split with one head, except those with elements that it has not been trained on."""
+    settings = StreamSettings(folders=(str(folder),), cutoff=potential.cutoff, shape=DEFAULT_SHAPE)
+    errors = AbsoluteErrors(facts=potential.model.tasks[task])
+
+    def seen() -> Iterator[GraphSample]:
+        for sample in split_samples(SplitReader(settings, split), task_ids=[task]):
+            if potential.why_not(sample.structure, potential.tasks[task]) is None:
+                yield sample
+                continue
+            errors.unseen += 1
+            if progress is not None:
+                progress(1)
+
+    for packed, batch in potential.batches(seen(), DEFAULT_SHAPE):
+        for sample, row in zip(packed, potential.rows(packed, batch), strict=True):
+            errors.add(sample.structure, row)
+        if progress is not None:
+            progress(len(packed))
+    return errors
+
+
+def open_run_or_model(path: Path) -> tuple[Potential, list[Path], ResultFiles]:
+    """Return potential, the run's own shard folders (none for a model file) and where results belong."""
+    if path.is_dir():
+        from hydrazero.trainer.checkpoint.model_of_run import model_of_run
+
+        record = read_json(path / RUN_NAME)
+        return Potential(model_of_run(path)), [Path(task["shards"]) for task in record["tasks"]], results_in(path)
+    return load_model(path), [], results_beside(path)

@@ -1,0 +1,1 @@
+"""Ranks as processes: their devices, collectives, launchers, signals and exit statuses."""

@@ -1,0 +1,251 @@
+"""Ranks: finding out who they are, and sums over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.ranks.device import BACKENDS, device_kind
+from hydrazero.trainer.ranks.exit_status import MAY_PASS
+
+T = TypeVar("T")
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""How many processes mpirun or srun have started."""
+MPI_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK")
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def quiet_deepspeed() -> None:
+    """Import DeepSpeed without what it says of accelerators that are absent and schedules that have yet to start.
+
+    On CPUs it would also compile an all-reduce through shared memory at the first start (45 s, with a lock that a
+    killed build leaves behind), which serves its inference engine alone; it is told that this machine cannot have it.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_kind())
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class LostContactError(HydrazeroError):
+    """Another rank, or a process that reads data, has ended or does not answer."""
+
+    on_every_rank = False
+    exit_status = MAY_PASS
+
+
+def lost_contact(error: Exception) -> LostContactError | None:
+    """Return what a user is told of an error if it means that another process is no more, None if it does not."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError):  # gloo raises plain ones
+        return None
+    if reason.startswith("DataLoader worker"):
+        what = f"its worker that reads data ({reason.rstrip('.')})"
+    elif isinstance(error, dist.DistError) or any(word in reason for word in ("gloo", "NCCL")):
+        what = "another rank, which " + ("does not answer" if "imed out" in reason else "has ended")
+    else:
+        return None
+    return LostContactError(f"rank {rank()} has lost {what}; --resume goes on from the last checkpoint.")
+
+
+def start_ranks(timeout_minutes: float = 10.0) -> None:
+    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one.
+
+    A rank that does not answer for `timeout_minutes` is given up. Raises ConfigError if mpi4py is needed and missing,
+    or if mpirun or srun have started more processes than would find each other: each would train a copy of the run.
+    """
+    quiet_deepspeed()
+    import deepspeed
+
+    # DeepSpeed calls collectives by names that torch has deprecated: nothing that a user of ours can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    launched = all(name in os.environ for name in LAUNCHER_VARIABLES)
+    by_mpi = any(name in os.environ for name in MPI_VARIABLES)
+    if not launched and not by_mpi:
+        with_free_port = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(with_free_port, MASTER_PORT=str(free_port()))
+    elif not launched:
+        _ask_mpi()
+    _check_started()
+    backend = BACKENDS[device_kind()]
+    timeout = timedelta(minutes=timeout_minutes)
+    # Groups that DeepSpeed makes take this value of the module, whatever the first group was given.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _ask_mpi() -> None:
+    """Set LAUNCHER_VARIABLES to what MPI knows; raises ConfigError if it cannot be asked."""
+    import deepspeed
+
+    try:
+        deepspeed.comm.mpi_discovery(verbose=False)
+    except (ImportError, RuntimeError) as error:  # the latter if there is mpi4py but no MPI library
+        raise ConfigError(
+            f"ranks of mpirun or srun find each other through mpi4py, which cannot be imported ({error}); install it "
+            f"for this machine's MPI, or set {', '.join(LAUNCHER_VARIABLES)} for each rank."
+        ) from error
+
+
+def _check_started() -> None:
+    """Raise ConfigError if more processes were started than find each other; more ranks than were told are fine."""
+    size = int(os.environ["WORLD_SIZE"])
+    for name in SIZE_VARIABLES:
+        told = os.environ.get(name, "")
+        if told.isdigit() and int(told) > size:
+            for wrong in LAUNCHER_VARIABLES:  # each process takes itself for rank 0, and all would print this
+                os.environ.pop(wrong)
+            raise ConfigError(
+                f"{told} processes were started ({name}), but they find only {size} in their group; start them with "
+                "the mpirun, or srun --mpi, that belongs to the MPI which mpi4py was built with."
+            )
+
+
+def launcher_rank() -> int:
+    """Rank that the launcher has given this process, known before there is a process group; 0 without a launcher."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
+
+
+def launcher_ranks() -> int:
+    """Number of processes that the launcher has started; 1 without a launcher."""
+    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", *SIZE_VARIABLES))
+    return next((int(size) for size in told if size.isdigit()), 1)
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank() -> int:
+    """Rank of this process; 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """Number of ranks; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Device that this rank computes on."""
+    kind = device_kind()
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks, the same on each, where the tensor was."""
+    if ranks() == 1:
+        return values
+    total = values.detach().to(device(), copy=True)  # NCCL sums on the device alone
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def max_over_ranks(value: float) -> float:
+    """Return the largest of all ranks' values, the same on each."""
+    if ranks() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return everybody's value of plain Python types, in the order of ranks."""
+    if ranks() == 1:
+        return [value]
+    everybody: list[Any] = [None] * ranks()
+    dist.all_gather_object(everybody, value)
+    return everybody
+
+
+def gather_to_first(value: Any) -> list[Any]:
+    """Return everybody's value on rank 0, in the order of ranks, and nothing elsewhere, where it would fill memory."""
+    if ranks() == 1:
+        return [value]
+    everybody: list[Any] | None = [None] * ranks() if rank() == 0 else None
+    dist.gather_object(value, everybody)
+    return everybody or []
+
+
+def from_first(read: Callable[[], T]) -> T:
+    """Return what `read` gives on rank 0, on all ranks: one reads a file, and thousands do not ask the disk for it.
+
+    Raises on all what it raises there.
+    """
+    if ranks() == 1:
+        return read()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = read()
+        except Exception as met:  # whatever it is: the others wait to be told
+            told[1] = met
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+def fail_together(error: HydrazeroError | None) -> None:
+    """Raise the first error that any rank has met, on all of them, so that it is said once and nobody is waited for."""
+    met = [each for each in gather_objects(error) if each is not None]
+    if met:
+        raise met[0]
+
+
+def together(check: Callable[[], T]) -> T:
+    """Return what `check` gives on this rank, once it has passed on all; raises on all what it raises on any."""
+    error = None
+    try:
+        result = check()
+    except HydrazeroError as met:
+        error = met
+    fail_together(error)
+    return result
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+def stop_ranks() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed groups that are no more
+
+
+def exit_rank(status: int) -> None:
+    """End this process at once, its output flushed.
+
+    Threads of the process group may still let go of Python objects; one that asks for the interpreter while it shuts
+    down aborts the process ("terminate called without an active exception", about one exit in ten with two ranks).
+    """
+    mpi = sys.modules.get("mpi4py.MPI")  # there if the ranks found each other through it
+    if status == 0 and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # mpirun takes a rank that leaves without it for a failed one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

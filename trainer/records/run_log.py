@@ -1,0 +1,180 @@
+"""What a run tells: on the console, in metrics.jsonl, and in TensorBoard."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hydrazero.trainer.records.progress_line import ProgressLine, wide_console
+from hydrazero.trainer.records.run_files import MetricsWriter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hydrazero.trainer.config.run_file import RunConfig
+
+TRAIN_SCALARS = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "structures_per_s",
+    "atoms_per_s",
+    "data_wait_share",
+    "memory_mb",
+    "skipped_steps",
+)
+"""Of rows of training, those in TensorBoard that are of no task."""
+ROOM = 1_000_000
+"""Bytes that a disk must have for TensorBoard, which writes in a thread that would die with a traceback."""
+
+
+def shown(value: float | None, digits: int = 1) -> str:
+    """Format a number for a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def left_out(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    """Say of each task how many structures an evaluation has left out, if any."""
+    return [
+        f"{name}: {row['unseen']} structures left out, with elements that no training structure of the task holds"
+        for name, row in tasks.items()
+        if row.get("unseen")
+    ]
+
+
+def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int], None]]:
+    """Return a progress bar on stderr (a context manager) and the function that moves it."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task("", total=total)
+    return progress, lambda count: progress.update(bar, advance=count)
+
+
+class RunLog:
+    """Log of a run; every rank has one, only rank 0's writes, and only while it is entered."""
+
+    def __init__(self, config: RunConfig, start: int) -> None:
+        self.config, self.start = config, start
+        self.run_dir = Path(config.run.out)
+        self._line: ProgressLine | None = None
+        self._metrics = MetricsWriter(self.run_dir)
+        self._full = False
+
+    def __enter__(self) -> RunLog:
+        from hydrazero.trainer.ranks.distributed import rank, together  # it imports PyTorch, which reports do without
+
+        # All ranks learn of it if rank 0 cannot open it.
+        together(lambda: self._open() if rank() == 0 else None)
+        return self
+
+    def _open(self) -> None:
+        from hydrazero.trainer.records.scalar_log import ScalarLog
+
+        self._scalars = ScalarLog(self.run_dir, self.config, self.start)
+        self._line = ProgressLine(wide_console(stderr=True), self.start, self.config.train.steps)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._line is not None:
+            self._line.stop()
+            self._scalars.close()
+            self._line = None
+
+    def say(self, sentence: str) -> None:
+        """Show one line above the progress."""
+        if self._line is not None:
+            self._line.say(sentence)
+
+    def advance(self, step: int, loss: float) -> None:
+        """Move the progress on."""
+        if self._line is not None:
+            self._line.advance(step, loss)
+
+    def _row(self, row: dict[str, Any]) -> bool:
+        """Write a row to metrics.jsonl; returns whether there is room for TensorBoard too. A full disk is said once."""
+        reason = self._metrics.append(row)
+        if reason is not None and not self._full:
+            self.say(f"warning: metrics.jsonl cannot be written ({reason}); its lines wait until it can.")
+        self._full = reason is not None
+        return self._there_is_room()
+
+    def _there_is_room(self) -> bool:
+        """Whether there is room for TensorBoard."""
+        return not self._full and shutil.disk_usage(self.run_dir).free > ROOM
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Log an interval of training."""
+        if self._line is None:
+            return
+        there_is_room = self._row({"kind": "train", **row})
+        self._line.interval(row["structures_per_s"], row["data_wait_share"])
+        if not there_is_room:
+            return
+        values = {f"train/{name}": row[name] for name in TRAIN_SCALARS}
+        for key in ("weights", "sampling_shares"):
+            values |= {f"{key}/{task}": value for task, value in row[key].items()}
+        self._scalars.add(row["step"], {**values, **by_task("train", row["tasks"])})
+        self._scalars.flush()
+
+    def balance_row(self, row: dict[str, Any]) -> None:
+        """Log what was measured of the tasks' gradients."""
+        if self._line is None:
+            return
+        if not self._row({"kind": "balance", **row}):
+            return
+        names = list(row["gradient_norms"])
+        cosines = {
+            f"cosines/{names[one]}-{names[other]}": row["cosines"][one][other]
+            for one, other in combinations(range(len(names)), 2)
+        }
+        norms = {f"gradient_norms/{name}": value for name, value in row["gradient_norms"].items()}
+        self._scalars.add(row["step"], {**norms, **cosines})
+
+    def pictures(self, step: int, figures: Callable[[], dict[str, Figure]]) -> None:
+        """Log figures, which are made where they are logged alone."""
+        if self._line is not None and self._there_is_room():
+            self._scalars.add_pictures(step, figures())
+            self._scalars.flush()
+
+    def evaluation_row(self, row: dict[str, Any]) -> None:
+        """Log an evaluation, with the loss by which evaluations are compared, and show its errors as a table."""
+        if self._line is None:
+            return
+        step, split, tasks = row["step"], row["split"], row["tasks"]
+        if self._row({"kind": "evaluation", **row}):
+            self._scalars.add(step, {f"{split}/loss": row["loss"], **by_task(split, tasks)})
+            self._scalars.flush()
+        table = Table(title=f"step {step}, {split}", title_justify="left")
+        targets = sorted({target for row in tasks.values() for target in row["target_mae"]})
+        stress = any(row["stress_mae_mev_per_angstrom3"] is not None for row in tasks.values())
+        headings = ["task", "structures", "energy MAE meV/atom", "force MAE meV/Å"]
+        for heading in [*headings, *(["stress MAE meV/Å³"] if stress else []), *(f"{name} MAE" for name in targets)]:
+            table.add_column(heading, justify="left" if heading == "task" else "right")
+        for name, row in tasks.items():
+            energy, force = row["energy_mae_mev_per_atom"], row["force_mae_mev_per_angstrom"]
+            rest = [shown(row["stress_mae_mev_per_angstrom3"], 3)] if stress else []
+            rest += [shown(row["target_mae"].get(target), 4) for target in targets]
+            table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force), *rest)
+        self._line.console.print(table)
+        for sentence in left_out(tasks):
+            self.say(sentence)
+
+
+def by_task(prefix: str, tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Return the losses and errors of tasks by the tags of TensorBoard: 'val/energy_loss/TASK'."""
+    values = {}
+    for name, row in tasks.items():
+        targets = {f"{target}_mae": value for target, value in row["target_mae"].items()}
+        for key, value in {**row, **targets}.items():
+            if key not in ("structures", "unseen", "target_mae"):
+                values[f"{prefix}/{key}/{name}"] = value
+    return values

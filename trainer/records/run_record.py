@@ -1,0 +1,74 @@
+"""`run.json`: what a run was started with, and every time that it was resumed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.manifest import manifest_sha256
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.records.run_files import RUN_NAME, read_json, write_json
+
+VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
+OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
+"""Options that no user writes."""
+
+
+def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Return what `run.json` holds at the start: configuration, versions, data, git commit, command, ranks, time."""
+    versions = {}
+    for name in VERSIONED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    manifests = {task.name: manifest_sha256(task.shards) for task in config.tasks}
+    facts = {"deepspeed": ds_config, "versions": versions, "manifests": manifests}
+    return {**asdict(config), **facts, **_start(ranks), "resumes": []}
+
+
+def _start(ranks: int) -> dict[str, Any]:
+    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # alone, the rank is the command itself
+    command = [] if words[:1] == ["finetune"] else ["train"]
+    return {
+        "command": " ".join(["hydrazero", *command, *(word for word in words if not word.startswith(OF_LAUNCHERS))]),
+        "ranks": ranks,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_commit(),
+    }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """Return the commit of the work tree that this process was started in, and whether tracked files differ from it.
+
+    None outside a work tree, or without git.
+    """
+    found = []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(["git", *command], capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        found.append(done.stdout.strip())
+    return {"commit": found[0], "changed": bool(found[1])}
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """Read `run.json`; raises ConfigError if it is missing, damaged, or not what a run writes."""
+    record = read_json(run_dir / RUN_NAME)
+    if not isinstance(record, dict) or not isinstance(record.get("ranks"), int):
+        raise ConfigError(f"{run_dir / RUN_NAME} does not say how many ranks the run has; start a new run.")
+    return record
+
+
+def add_resume(run_dir: Path, config: RunConfig, step: int, ranks: int) -> None:
+    """Add to `run.json` that the run goes on from `step`, and to how many steps."""
+    record = read_record(run_dir)
+    resumes = [*record.get("resumes", []), {"step": step, "steps": config.train.steps, **_start(ranks)}]
+    write_json(run_dir / RUN_NAME, {**record, "resumes": resumes})

@@ -1,0 +1,174 @@
+"""A dry run: everything is checked and two steps are done, but nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrazero.models.task_facts import known_elements
+from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.graphs.graph import GraphBatch
+from hydrazero.shards.manifest import Manifest, check_shard_files
+from hydrazero.shards.stream.stream import SplitReader, evaluation_batches
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.cost.device_memory import die_memory
+from hydrazero.trainer.cost.run_memory import RunMemory, check_memory, memory_of_ranks, step_bytes
+from hydrazero.trainer.cost.step_cost import ModelSize
+from hydrazero.trainer.cost.traffic import Run
+from hydrazero.trainer.engine.engine import whole_parameters
+from hydrazero.trainer.engine.losses import leave_out_unseen
+from hydrazero.trainer.engine.step_guard import NonFiniteLossError
+from hydrazero.trainer.evaluation.validation import next_on_any_rank
+from hydrazero.trainer.loop import Interval, Trainer
+from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.records.progress_line import wide_console
+from hydrazero.trainer.rehearsal.dry_run_tables import Findings, Tried, run_table, tasks_table
+from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of, with_heads
+from hydrazero.trainer.trial import TrialLog, trial_trainer
+
+LOOKED_AT = 8
+"""Batches of each rank that are looked at for how full they are, those of the steps among them."""
+
+
+def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
+    """Check everything, do two steps and a batch of the validation, print what the run will take.
+
+    Raises HydrazeroError on every rank that a fault concerns.
+    """
+    manifests = checked.manifests
+    at_hand = memory_of_ranks()
+    checked, heads = with_heads(config, checked, resume)
+    engine = engine_of(config, checked)
+    if resume:
+        check_same_model(Path(config.run.out), engine.module.model.facts())
+    memory = RunMemory(step=_step_bytes(config), states=_state_bytes(config, checked, engine), at_hand=at_hand)
+    check_memory(memory, config.batch, config.model.cutoff, manifests)
+    log = TrialLog(config)
+    tried = _try(trial_trainer(config, checked, engine, log), log)
+    found = Findings(
+        config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, tried=tried
+    )
+    said = [*heads, *checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.said]
+    if distributed.rank() == 0:
+        console = wide_console(stderr=False)
+        console.print(tasks_table(found))
+        console.print(run_table(found))
+        for sentence in [*said, "dry run: the run can start; nothing was written."]:
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _step_bytes(config: RunConfig) -> float:
+    """Bytes of a step; rank 0 alone measures."""
+    mine = step_bytes(config.model.settings(), config.batch) if distributed.rank() == 0 else 0.0
+    return float(distributed.gather_objects(mine)[0])
+
+
+def _state_bytes(config: RunConfig, checked: CheckedRun, engine: Any) -> float:
+    parameters = sum(_size(parameter) for parameter in engine.module.parameters())
+    run = Run(
+        size=ModelSize(encoder_groups=(parameters,), head_groups=(0,)),
+        ds_config=checked.ds_config,
+        tasks=len(config.tasks),
+        quantities=len(engine.module.objective.quantities),
+        features=config.model.features,
+        balance_every=config.balance.every,
+        average=bool(config.train.average),
+    )
+    gpu = torch.cuda.is_available()
+    return die_memory(run, distributed.ranks(), activations=0.0, gpu=gpu, workers=config.data.workers).states
+
+
+def _size(parameter: Any) -> int:
+    """Numbers in a parameter, of which ZeRO 3 holds a part here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _try(trainer: Trainer, log: TrialLog) -> Tried:
+    """Do two steps and a batch of the validation; look at some batches."""
+    seen: list[GraphBatch] = []
+    batches = _remembered(iter(trainer.parts.stream), seen)
+    trainer.engine.train()
+    trainer.one_step(batches, Interval())  # what is done once only is done in it
+    interval, began = Interval(), time.monotonic()
+    trainer.one_step(batches, interval)
+    seconds = time.monotonic() - began
+    if not interval.steps:  # skipped, on all ranks
+        raise NonFiniteLossError(log.said[-1].removeprefix("warning: "))
+    for _ in range(LOOKED_AT - len(seen)):
+        next(batches)
+    structures, atoms, slots, in_batch = _fill(seen)
+    return Tried(
+        loss=interval.loss,
+        step_seconds=distributed.max_over_ranks(seconds),
+        wait_seconds=distributed.max_over_ranks(interval.waited),
+        validation_seconds=distributed.max_over_ranks(distributed.together(lambda: _validate(trainer))),
+        structures=structures,
+        atoms=atoms,
+        slots=slots,
+        in_batch=in_batch,
+    )
+
+
+def _remembered(batches: Iterator[GraphBatch], seen: list[GraphBatch]) -> Iterator[GraphBatch]:
+    for batch in batches:
+        seen.append(batch)
+        yield batch
+
+
+def _validate(trainer: Trainer) -> float:
+    """Predict one batch of the validation split; returns the seconds that it takes, 0 if there is none."""
+    engine, settings = trainer.engine, trainer.parts.stream.settings
+    reader = SplitReader(settings, "val")
+    batch = next_on_any_rank(evaluation_batches(reader, distributed.rank(), distributed.ranks()), settings)
+    if batch is None:
+        return 0.0
+    batch, began = batch.to(distributed.device()), time.monotonic()
+    engine.eval()
+    leave_out_unseen(batch, engine.module.model, known_elements(engine.module.model.tasks).to(distributed.device()))
+    with whole_parameters(engine):
+        sums = engine.module.objective.sums(engine.module.predict(batch), batch)
+    engine.train()
+    if not torch.isfinite(sums).all():
+        raise ConfigError("the errors of a batch of the validation split are not finite; check its labels.")
+    return time.monotonic() - began
+
+
+def _fill(batches: Sequence[GraphBatch]) -> list[float]:
+    """Shares of structures, atoms and slots that are used, structures in a batch; means over all ranks."""
+    of_batches = [
+        [
+            float(batch.structure_mask.float().mean()),
+            float(batch.atom_mask.float().mean()),
+            float(batch.slot_mask.float().mean()),
+            float(batch.structure_mask.sum()),
+        ]
+        for batch in batches
+    ]
+    total = torch.tensor(of_batches, dtype=torch.float64).mean(0)
+    mean: list[float] = (distributed.sum_over_ranks(total) / distributed.ranks()).tolist()
+    return mean
+
+
+def _file_faults(config: RunConfig, manifests: Sequence[Manifest]) -> list[str]:
+    """Say which files are missing or of another size, where the run would skip them."""
+    faults = []
+    if config.data.on_bad_shard == "skip":
+        for task, manifest in zip(config.tasks, manifests, strict=True):
+            try:
+                check_shard_files(manifest, task.shards)
+            except ShardError as error:
+                faults.append(f"warning: {error} (data.on_bad_shard = 'skip': the run leaves it out)")
+    return faults
+
+
+def _elements_left_out(manifests: Sequence[Manifest]) -> list[str]:
+    return [
+        f"task '{manifest.task}': structures with {', '.join(sorted(strange))} are left out of validation and test, "
+        "since no training structure holds it"
+        for manifest in manifests
+        if (strange := set(manifest.elements) - set(manifest.trained_elements))
+    ]

@@ -1,0 +1,129 @@
+"""What a dry run has found, and the tables that it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.stream.deal import mixture_repeats
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.cost.run_memory import RunMemory, megabytes
+from hydrazero.trainer.cost.step_memory import peak_memory_mb
+from hydrazero.trainer.ranks.distributed import ranks
+from hydrazero.trainer.records.progress_line import duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What the steps of a dry run have shown."""
+
+    loss: float
+    """Of the second step."""
+    step_seconds: float
+    """Of the second step, the slowest rank's."""
+    wait_seconds: float
+    """Of these, for data."""
+    validation_seconds: float
+    """Of one batch on each rank."""
+    structures: float
+    """Share of a batch's structures that is used, mean over batches."""
+    atoms: float
+    slots: float
+    in_batch: float
+    """Structures in a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Everything that a dry run knows."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    """DeepSpeed JSON."""
+    manifests: Sequence[Manifest]
+    """Of each task."""
+    engine: Any
+    memory: RunMemory
+    tried: Tried
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def tasks_table(found: Findings) -> Table:
+    """Return a row for each task: structures, elements, how often it is drawn, what it is trained on."""
+    table = _table(f"{found.config.run.out}: tasks")
+    for heading in ("task", "train", "val", "atoms\nat most", "elements", "drawn\n%", "weight", "trained on"):
+        texts = heading in ("task", "trained on")
+        table.add_column(heading, justify="left" if texts else "right", no_wrap=heading != "trained on")
+    counts = [manifest.structures("train") for manifest in found.manifests]
+    repeats = mixture_repeats(counts, found.config.data.temperature, found.config.shares)
+    drawn = [count * repeat for count, repeat in zip(counts, repeats, strict=True)]
+    for number, (task, manifest) in enumerate(zip(found.config.tasks, found.manifests, strict=True)):
+        table.add_row(
+            task.name,
+            f"{counts[number]:,}",
+            f"{manifest.structures('val'):,}",
+            str(manifest.max_atoms),
+            str(len(manifest.trained_elements)),
+            f"{100 * drawn[number] / sum(drawn):.1f}",
+            f"{task.weight:g}",
+            ", ".join(_trained_on(found, number)) or "-",
+        )
+    return table
+
+
+def _trained_on(found: Findings, number: int) -> list[str]:
+    """Quantities that a task predicts and has labels of."""
+    manifest, objective = found.manifests[number], found.engine.module.objective
+    held = {*manifest.labels, *manifest.targets} | ({"energy"} if "energy_per_atom" in manifest.labels else set())
+    predicted = zip(objective.quantities, objective.predicted[number].tolist(), strict=True)
+    return [name for name, does in predicted if does and name in held]
+
+
+def run_table(found: Findings) -> Table:
+    """Return what the run will take."""
+    config, memory, tried, engine = found.config, found.memory, found.tried, found.engine
+    accumulated = engine.gradient_accumulation_steps()
+    sizes = ", ".join(f"{size:,} {name}" for name, size in asdict(config.batch).items() if size)
+    fill = f"{tried.structures:.0%} of the structures, {tried.atoms:.0%} of the atoms, {tried.slots:.0%} of the slots"
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # ZeRO 3 holds parts
+    optimizer, scheduler = (found.ds_config.get(key, {}).get("type") for key in ("optimizer", "scheduler"))
+    states = f"{megabytes(memory.states)} of weights, gradients, optimizer"
+    eager = ", eagerly; compiled, the run is faster" if config.train.compile else ""
+    seconds, evaluations = whole_run(found)
+    table = _table("the run")
+    table.show_header = False
+    for name, value in (
+        ("ranks", f"{ranks()}, {accumulated} batches of each a step" if accumulated > 1 else str(ranks())),
+        ("batch", sizes),
+        ("filled", fill),
+        ("model", f"{config.model.encoder}, {trained:,} trained parameters"),
+        ("DeepSpeed", f"ZeRO {engine.zero_optimization_stage()}, {optimizer}, {scheduler or 'no schedule'}"),
+        (
+            "memory of a rank",
+            f"about {megabytes(memory.step)} in a step, {states}; {megabytes(memory.at_hand)} are there",
+        ),
+        ("peak so far", f"{peak_memory_mb():,.0f} MB on rank 0, all of the process"),
+        ("loss", f"{tried.loss:.4g} in the second step"),
+        ("a step", f"{tried.step_seconds:.3g} s, of which {tried.wait_seconds:.2g} s wait for data{eager}"),
+        ("the whole run", f"about {duration(seconds)} for {config.train.steps:,} steps and {evaluations} evaluations"),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def whole_run(found: Findings) -> tuple[float, int]:
+    """Return the seconds that the whole run takes at the pace of the second step, and how many evaluations it has."""
+    train, tried = found.config.train, found.tried
+    evaluations = -(-train.steps // train.evaluate_every)
+    validated = sum(manifest.structures("val") for manifest in found.manifests)
+    batches = validated / (max(tried.in_batch, 1.0) * ranks())
+    return train.steps * tried.step_seconds + evaluations * batches * tried.validation_seconds, evaluations

@@ -1,0 +1,86 @@
+"""Profile of training steps: a trace for each rank, and the operations that take most of the time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.loop import Interval
+from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.records.progress_line import wide_console
+from hydrazero.trainer.train import CheckedRun, compile_steps, engine_of
+from hydrazero.trainer.trial import TrialLog, trial_trainer
+
+WARM_UP, PROFILED = 5, 5
+"""Steps: the first ones compile, allocate and fill caches."""
+SHOWN = 10
+NAME_WIDTH = 60
+FOLDER = "profile"
+
+
+def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
+    """Do some steps, profile those after the first ones, write RUN/profile/trace-rankN.json, print the dearest."""
+    # Generated kernels are told apart by their names; without it, a compiled step is one operation.
+    torch._inductor.config.cpp.enable_kernel_profile = True
+    engine = engine_of(config, checked)
+    # Its balance says whether gradients of the tasks are part of a step before that is compiled.
+    trainer = trial_trainer(config, checked, engine, TrialLog(config))
+    console = wide_console(stderr=True)
+    if config.train.compile:
+        sentence = compile_steps(engine)
+        if distributed.rank() == 0:
+            console.print(sentence, highlight=False, soft_wrap=True)
+    batches, interval = iter(trainer.parts.stream), Interval()
+    engine.train()
+    for _ in range(WARM_UP):
+        trainer.one_step(batches, interval)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    with profile(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            trainer.one_step(batches, interval)
+    path = _write_trace(profiler, Path(config.run.out) / FOLDER)
+    distributed.wait_for_all()
+    if distributed.rank() == 0:
+        output = wide_console(stderr=False)
+        output.print(_table(profiler.key_averages(), steps=PROFILED))
+        others = "" if distributed.ranks() == 1 else f", and one for each of the {distributed.ranks()} ranks"
+        output.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{others}", highlight=False, soft_wrap=True)
+
+
+def _write_trace(profiler: Any, folder: Path) -> Path:
+    """Write this rank's trace in one piece."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"trace-rank{distributed.rank()}.json"
+    part = path.with_name(path.name + ".part")
+    profiler.export_chrome_trace(str(part))
+    os.replace(part, path)
+    return path
+
+
+def _table(events: Any, *, steps: int) -> Table:
+    """The operations that take most time by themselves, of the GPU where there is one, without those they call."""
+    gpu = torch.cuda.is_available()
+    times = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
+    total = sum(times.values()) or 1.0
+    device = "GPU" if gpu else "CPU"
+    title = f"the {SHOWN} dearest operations of {steps} steps on rank 0, by their own time on the {device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("operation", no_wrap=True, max_width=NAME_WIDTH)
+    for heading in ("calls\na step", "CPU ms\na step", *(["GPU ms\na step"] if gpu else []), "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for event in sorted(events, key=lambda event: times[event.key], reverse=True)[:SHOWN]:
+        spent = [event.self_cpu_time_total, *([event.self_device_time_total] if gpu else [])]
+        table.add_row(
+            event.key,
+            f"{event.count / steps:g}",
+            *(f"{time / 1000 / steps:.2f}" for time in spent),
+            f"{100 * times[event.key] / total:.1f}%",
+        )
+    return table
