@@ -22,7 +22,7 @@ test-compiled: .venv/.installed
 
 # Kills a run at random moments and resumes it each time; the end must be that of a run which was never killed.
 torture: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/ranks/torture.py --kills $(KILLS) --seed $(SEED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/ranks/torture.py --kills $(KILLS) --seed $(SEED)
 
 # Jobs on a Slurm of two nodes, started for it on this host; needs root and Debian's slurm-wlm. Some three minutes.
 slurm-test: .venv/.installed
@@ -49,11 +49,11 @@ real: .venv/.installed
 
 # Converts sixteen real tasks from DATA, of which lips is of pickles, and checks the counts.
 sixteen: .venv/.installed
-	$(BIN)/python -m results.sixteen $(DATA) runs/data/sixteen --trust-pickle
+	PYTHONPATH=tests $(BIN)/python -m results.sixteen $(DATA) runs/data/sixteen --trust-pickle
 
-# A table of launch/results, run by run; what is done is not done again.
+# A table of docs/results, run by run; what is done is not done again.
 results: .venv/.installed
-	$(BIN)/python -m results.runner $(NAME) $(DATA)
+	PYTHONPATH=tests $(BIN)/python -m results.runner $(NAME) $(DATA)
 
 # The peers get environments of their own, since SchNetPack wants an older torch and MACE an older e3nn; several gigabytes.
 # ONLY=data, steps, screen, scaling or groups: that part alone; only steps and screen have peers.

@@ -20,13 +20,33 @@ from hydrazero.trainer.config.run_file import load_run_config
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("shards", "models", "trainer", "launch", "ds_configs")
-MAY_IMPORT = {
-    "shards": {"shards"},
-    "models": {"shards", "models"},
-    "trainer": {"shards", "models", "trainer", "launch", "ds_configs"},
-    "launch": {"launch", "shards", "trainer"},
-    "ds_configs": set(),
+FLOORS = (
+    ("shards",),
+    ("models",),
+    ("trainer.balance", "trainer.ranks", "trainer.plots"),
+    ("trainer.config",),
+    ("trainer.engine", "trainer.records"),
+    ("trainer.cost", "trainer.checkpoint"),
+    ("trainer.evaluation",),
+    ("trainer.loop",),
+    ("trainer.start",),
+    ("trainer.setup",),
+    ("trainer.rehearsal", "trainer.search"),
+    ("trainer.train",),
+    ("trainer.finetune", "trainer.report"),
+    ("trainer.demo",),
+    ("launch",),
+)
+"""The order of the rooms: each may import those of lower floors, none of its own floor or above."""
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAZY_FACTORIES = {
+    "hydrazero.models.inference.potential",
+    "hydrazero.models.inference.ase_calculator",
+    "hydrazero.models.inference.reused_neighbours",
+    "hydrazero.models.inference.torch_sim_model",
 }
+"""The one circle of imports: a potential makes the interfaces that compute with it."""
+MOST_FILES = 16
 ONLY_IN = {
     "deepspeed": {"trainer"},
     "tensorboard": {"trainer"},
@@ -39,31 +59,60 @@ def modules() -> list[Path]:
     return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
+def module_name(path: Path) -> str:
+    return ".".join(("hydrazero", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in modules()}
+
+
 def imported(path: Path) -> set[str]:
+    """Return the modules that a file imports, anywhere in it: at its top, in functions, for type checkers."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update({name if name in MODULES else node.module for name in full})
     return names
 
 
+def room_of(module: str) -> str:
+    """Return the room of a module: a top folder, or a folder or file of trainer."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[:2]) if parts[0] == "trainer" else parts[0]
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_import_only_what_they_may(path):
-    room, place = path.relative_to(ROOT).parts[0], str(path.relative_to(ROOT))
+def test_rooms_import_lower_floors_only(path):
+    top, place, room = path.relative_to(ROOT).parts[0], str(path.relative_to(ROOT)), room_of(module_name(path))
     for name in imported(path):
         parts = name.split(".")
-        if parts[0] == "hydrazero":
-            assert parts[1] in MAY_IMPORT[room], f"{place} imports {name}"
+        if parts[0] == "hydrazero" and room_of(name) not in (room, "ds_configs"):
+            assert FLOOR[room_of(name)] < FLOOR[room], f"{place} imports {name}"
         if parts[0] in ONLY_IN:
-            assert room in ONLY_IN[parts[0]] or place in ONLY_IN[parts[0]], f"{place} imports {name}"
+            assert top in ONLY_IN[parts[0]] or place in ONLY_IN[parts[0]], f"{place} imports {name}"
+
+
+def test_no_circle_of_imports_but_the_lazy_factories():
+    left = {name: {other for other in imported(path) if other in MODULES} - {name} for name, path in MODULES.items()}
+    while free := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in free}
+    while free := {name for name in left if not any(name in others for others in left.values())}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert left.keys() <= LAZY_FACTORIES
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in modules()}), ids=lambda path: path.name)
+def test_folders_can_be_taken_in_at_a_glance(folder):
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_FILES
 
 
 def test_every_folder_with_code_is_packaged():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {".".join(("hydrazero", *path.parent.relative_to(ROOT).parts)) for path in modules()}
-    assert folders == set(project["packages"]) == set(project["package-dir"])
+    assert folders == set(project["packages"])
 
 
 def test_no_file_hides_a_module_of_python_or_of_a_dependency():

@@ -91,7 +91,7 @@ def checked_job(
     from hydrazero.launch.job.job import Job, check_account, check_size, longest_hours
     from hydrazero.launch.job.site_file import load_site
     from hydrazero.trainer.config.run_file import load_run_config
-    from hydrazero.trainer.train import check_run
+    from hydrazero.trainer.setup import check_run
 
     site = load_site(site_name)
     config = load_run_config(run_file, overrides)

@@ -66,34 +66,36 @@ main.add_command(search_command)
 )
 @click.option(
     "--dry-run",
-    "trial",
+    "rehearsal",
     flag_value="dry-run",
     help="Check files, elements, labels, batch, memory and DeepSpeed settings, do two steps and a batch of the "
     "validation, say what the run will take; nothing is written.",
 )
 @click.option(
     "--profile",
-    "trial",
+    "rehearsal",
     flag_value="profile",
     help="Profile five steps after five others, write RUN/profile/trace-rankN.json (for chrome://tracing or Perfetto), "
     "print the ten dearest operations and stop. The run itself is not started, and one that is there is left as it is.",
 )
 def train(
-    run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, retries: int, trial: str | None
+    run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, retries: int, rehearsal: str | None
 ) -> None:
     """Train what RUN.toml describes."""
     from hydrazero.trainer.config.run_file import load_run_config
-    from hydrazero.trainer.ranks.launcher import TrainOptions, train_here, train_ranks
-    from hydrazero.trainer.trial import check_trial, run_trial
+    from hydrazero.trainer.ranks.launcher import train_ranks
+    from hydrazero.trainer.records.run_files import RUN_NAME
+    from hydrazero.trainer.rehearsal.rehearse import check_rehearsal, rehearse
+    from hydrazero.trainer.train import TrainOptions, train_here
 
     config = load_run_config(run_file, overrides)
     options = [word for override in overrides for word in ("--set", override)] + ["--resume"] * resume
-    if trial is not None:
-        check_trial(trial, config, resume)
+    if rehearsal is not None:
+        check_rehearsal(rehearsal, config, resume)
         if ranks == 1:
-            run_trial(trial, config, resume)
+            rehearse(rehearsal, config, resume)
         else:
-            train_ranks(run_file, ranks, [*options, f"--{trial}"], Path(config.run.out))
+            train_ranks(run_file, ranks, [*options, f"--{rehearsal}"], Path(config.run.out) / RUN_NAME)
         return
     click.echo(train_here(run_file, config, TrainOptions(ranks=ranks, words=options, resume=resume, retries=retries)))
 

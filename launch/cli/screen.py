@@ -92,7 +92,7 @@ def screen_command(
         _start_ranks(ranks)
         return
     if launched_by is not None:
-        from hydrazero.trainer.ranks.launcher import end_with
+        from hydrazero.trainer.ranks.processes import end_with
 
         end_with(launched_by)
     potential = load_model(model, device())

@@ -1,4 +1,6 @@
-"""Start one rank of a job, watch it, and note how it ends: `python -m hydrazero.launch.node.rank --attempt DIR COMMAND...`.
+"""Start one rank of a job, watch it, and record how it ends.
+
+    python -m hydrazero.launch.node.rank --attempt DIR COMMAND...
 
 Started by srun, mpiexec, mpirun or the deepspeed launcher, it tells the command its rank in the variables that torch
 reads (RANK, WORLD_SIZE, LOCAL_RANK); where ranks meet (MASTER_ADDR, MASTER_PORT) comes from the job. Signals are

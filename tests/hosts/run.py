@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "ranks"), str(Path(__file__).parent)]
 
 from network import INTERFACE, PREFIX, Network, missing  # noqa: E402
 from torture import make_data, write_run  # noqa: E402

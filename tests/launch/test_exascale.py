@@ -18,7 +18,7 @@ from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.targets import TargetSection
 from hydrazero.trainer.config.run_file import load_run_config
 
-EXASCALE = Path(__file__).parents[1] / "launch" / "runs" / "exascale.toml"
+EXASCALE = Path(__file__).parents[2] / "launch" / "runs" / "exascale.toml"
 NODES = {"frontier": 2048, "aurora": 1024, "perlmutter": 1536, "slurm": 64, "local": 1}
 MOLECULES = ("ani1x", "nabla2dft", "omol25", "opoly26", "qcml", "qm7x", "transition1x")
 SMALL = ("model.features=16", "model.head_features=16", "data.workers=0")

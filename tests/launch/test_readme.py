@@ -23,7 +23,7 @@ from hydrazero.trainer.demo.labels import make_demo_sources
 
 pytestmark = pytest.mark.ranks
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 
 

@@ -10,7 +10,7 @@ import pytest
 from hydrazero.launch.job.site_file import load_site, site_names
 from hydrazero.shards.errors import ConfigError
 
-SITES = Path(__file__).parents[1] / "launch" / "sites"
+SITES = Path(__file__).parents[2] / "launch" / "sites"
 FAULTS = [
     ('scheduler = "slurm"', 'scheduler = "slrum"', r"scheduler 'slrum' is not known \(did you mean 'slurm'\?\)"),
     ('kind = "gpu"', 'kind = "cuda"', r"die.kind 'cuda' is not known \(known: cpu, gpu\)"),

@@ -18,7 +18,7 @@ from structures import small_model
 from hydrazero.models import Potential, load_model, save_model
 from hydrazero.models.atomistic import AtomisticModel
 
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from conserved_energy import System, draw, run_at_constant_energy
 
 

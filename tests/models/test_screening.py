@@ -161,7 +161,7 @@ def test_a_killed_screen_goes_on(model, tmp_path):
     """Killed at any moment, begun again with other numbers of ranks: each structure once, as if nothing had been."""
     count = 6 * CHUNK + 100
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = {sys.path!r}
 import hydrazero.models.screening.parts as parts; parts.PART_SECONDS = 0.0
 from test_screening import *
 out = Path({str(tmp_path / "s.parquet")!r})
@@ -329,7 +329,7 @@ def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_pa
 def test_workers_end_with_their_rank(model, tmp_path):
     """However it ends: those that wait to hand over a batch would wait for ever, and keep the rank's lock."""
     code = f"""
-import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys, time; sys.path[:0] = {sys.path!r}
 from test_screening import *
 from hydrazero.models.screening.predictor import Predictor
 compute = Predictor._compute

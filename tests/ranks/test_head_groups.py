@@ -10,7 +10,7 @@ from bench.head_groups import EVERYWHERE, GROUPS, RANKS
 from rank_processes import finished_ranks
 
 STEPS = 5
-SCRIPT = Path(__file__).parent / "bench" / "head_groups_rank.py"
+SCRIPT = Path(__file__).parents[1] / "bench" / "head_groups_rank.py"
 
 
 @pytest.mark.ranks

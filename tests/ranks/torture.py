@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_processes import TESTS, Rank, started_ranks
+from rank_processes import PROGRAMS, Rank, started_ranks
 from sources import make_shards, metals, molecules
 
 from hydrazero.trainer.checkpoint.folders import latest_checkpoint
@@ -103,7 +103,7 @@ class Life:
         self.notes = [self.run_file.with_name(f"doing-{rank}") for rank in range(RANKS)]
         for note in self.notes:
             note.unlink(missing_ok=True)
-        commands = [[TESTS / "torture_rank.py", note, self.run_file, *resume] for note in self.notes]
+        commands = [[PROGRAMS / "torture_rank.py", note, self.run_file, *resume] for note in self.notes]
         output = self.run_file.with_name("output.txt")
         self.processes = self._exits.enter_context(started_ranks(commands, output))
         return self

@@ -14,15 +14,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
-from results.jobs import HERE, ROOT, Job, command, make
+from results.jobs import PAGES, ROOT, Job, command, make
 from results.sixteen_page import SHORT
 from results.tables import ERRORS, UNITS, table
 
 from hydrazero.shards.convert.subset import write_subset
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.finetune.plan import toml_text
+from hydrazero.trainer.plots.panels import COLOURS, GREY, pairs_of_tasks
 from hydrazero.trainer.records.run_files import read_json, write_json
-from hydrazero.trainer.report.panels import COLOURS, GREY, pairs_of_tasks
 
 WAYS = {"nearest": "nearest head", "scratch": "from scratch", "finetuned": "fine-tuned"}
 SEED = 1
@@ -137,13 +137,13 @@ def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path
     results = {point: read_json(point.path) for point in points if point.path.exists()}
     lines = [f"# {spec['title']}", "", spec["text"].strip(), ""]
     if results:
-        draw(results).savefig(HERE / f"{name}.png", dpi=100)
+        draw(results).savefig(PAGES / f"{name}.png", dpi=100)
         lines += [f"![Errors by the number of training structures]({name}.png)", "", spec["findings"].strip(), ""]
     for data in (data for data in spec["data"] if data.get("held_out")):
         of_task = {point: found for point, found in results.items() if point.task == data["name"]}
         lines += [f"## {data['name']}", "", f"{data['text']}.{zero_forces(of_task)}", "", *curve_table(of_task)]
     lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
-    path = HERE / f"{name}.md"
+    path = PAGES / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 

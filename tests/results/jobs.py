@@ -17,6 +17,8 @@ from typing import Any
 from hydrazero.trainer.records.run_files import read_json, read_metrics, write_json
 
 HERE = Path(__file__).parent
+PAGES = HERE.parents[1] / "docs" / "results"
+"""Where the pages of results are written."""
 ROOT = Path("runs/results")
 
 

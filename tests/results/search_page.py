@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results.jobs import HERE
+from results.jobs import PAGES
 from results.tables import table
 
 from hydrazero.trainer.report.search_plots import colours_of, front_picture, progress_picture, settings_picture
@@ -119,11 +119,11 @@ def main() -> None:
         shares = ", ".join(f"{names[key]} {value:.0%}" for key, value in found.values.items())
         lines += [f"Being among the best {found.best} at the first rung depends on (PED-ANOVA): {shares}.", ""]
     for name, (figure, text) in pictures.items():
-        figure.savefig(HERE / f"search-{name}.png", dpi=100)
+        figure.savefig(PAGES / f"search-{name}.png", dpi=100)
         lines += [f"![{text}](search-{name}.png)", ""]
     failed = [row for row in rows if row.state == "failed"]
     lines += table(["failed trial", "why"], [[str(row.number), row.reason] for row in failed]) if failed else []
-    (HERE / "search.md").write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
+    (PAGES / "search.md").write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

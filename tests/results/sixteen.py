@@ -68,7 +68,7 @@ def convert_task(
         if expected.faults(kept):
             raise ConfigError(f"{folder} holds {', '.join(expected.faults(kept))}; remove it to convert it again.")
         return kept
-    settings = load_convert_settings(HERE / "convert" / f"{name}.toml")
+    settings = load_convert_settings(HERE.parents[1] / "launch" / "convert" / f"{name}.toml")
     sources = [data / source for source in expected.sources]
     return convert(sources, name, folder, settings, workers=workers, trust_pickle=trust_pickle)
 

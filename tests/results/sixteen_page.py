@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from results.jobs import HERE, ROOT, train_rows
+from results.jobs import PAGES, ROOT, train_rows
 from results.tables import ERRORS, table
 
 from hydrazero.trainer.records.run_files import read_json
@@ -82,12 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
-    parity_picture(run, HERE / "sixteen-parity.png")
-    learning_curves([read_run(run, run.name)]).savefig(HERE / "sixteen-learning.png", dpi=100)
+    parity_picture(run, PAGES / "sixteen-parity.png")
+    learning_curves([read_run(run, run.name)]).savefig(PAGES / "sixteen-learning.png", dpi=100)
     lines = [TEXT.format(**numbers(run)), *errors(run)]
     lines += ["![Predicted against true energies and forces of the test sets](sixteen-parity.png)", ""]
     lines += ["![Errors on the validation sets over the steps](sixteen-learning.png)", ""]
-    (HERE / "sixteen.md").write_text("\n".join(lines), encoding="utf-8")
+    (PAGES / "sixteen.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

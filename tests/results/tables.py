@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results.jobs import HERE, Job
+from results.jobs import PAGES, Job
 
 from hydrazero.trainer.records.run_files import read_json
 
@@ -21,7 +21,7 @@ def write_table(spec: dict[str, Any], name: str, jobs: Sequence[Job]) -> Path:
     lines = [f"# {spec['title']}", "", spec["text"], ""]
     lines += methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs)
     lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
-    path = HERE / f"{name}.md"
+    path = PAGES / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 

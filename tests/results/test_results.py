@@ -33,7 +33,7 @@ SPEC: dict[str, Any] = {
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results of all joint runs; task b has no forces."""
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "PAGES", tmp_path)
     (tmp_path / "two").mkdir()
     for name, energy in (("plain1", 1.0), ("plain2", 4.0), ("other1", 3.0), ("a-alone", 0.5)):
         a = {"energy_mae_mev_per_atom": energy, "force_mae_mev_per_angstrom": 10.0 * energy}
@@ -68,7 +68,7 @@ def test_errors_stand_over_the_best_joint_run(results):
 
 def test_a_table_of_nothing_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "PAGES", tmp_path)
     assert "Nothing has been run yet." in tables.write_table(SPEC, "two", all_jobs(SPEC, "two")).read_text()
 
 
@@ -93,7 +93,7 @@ def test_the_page_of_a_run_has_a_line_for_each_task(results, monkeypatch):
 def test_learning_curves(results, monkeypatch):
     """Each task as many structures as there are, once; a page and a picture of what is done."""
     monkeypatch.setattr(finetuning, "ROOT", results)
-    monkeypatch.setattr(finetuning, "HERE", results)
+    monkeypatch.setattr(finetuning, "PAGES", results)
     there = {"a": 300, "b": 12}
     monkeypatch.setattr(
         finetuning, "read_manifest", lambda folder: SimpleNamespace(structures=lambda split: there[str(folder)])

@@ -30,7 +30,7 @@ from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.readers import expand_sources, read_frames
 from hydrazero.shards.structure import Structure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("HYDRAZERO_DATA", ROOT.parent / "shared" / "data"))
 
 pytestmark = [

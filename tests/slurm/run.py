@@ -22,7 +22,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS / "ranks"), str(Path(__file__).parent)]
 
 from cluster import Cluster, missing  # noqa: E402
 from torture import differences, make_data, write_run  # noqa: E402

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from hydrazero.launch.cli.main import main
 
-SITES = Path(__file__).parents[1] / "launch" / "sites"
+SITES = Path(__file__).parents[2] / "launch" / "sites"
 LAUNCHER = "launcher = 'RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 {python} -u -m hydrazero.launch.node.rank'"
 
 

@@ -15,7 +15,7 @@ from hydrazero.launch.plan.plan import plan as plan_of
 from hydrazero.launch.plan.request import Asked
 from hydrazero.trainer.config.run_file import load_run_config
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 EXASCALE, SITES = LAUNCH / "runs" / "exascale.toml", LAUNCH / "sites"
 RATES = {"compiled_train_cu_atoms": 4000.0, "compiled_train_benzene_atoms": 8000.0}
 RATES |= {"eager_train_cu_atoms": 1000.0, "eager_train_benzene_atoms": 2000.0}

@@ -22,7 +22,9 @@ import torch
 
 from hydrazero.trainer.ranks.distributed import LAUNCHER_VARIABLES, free_port
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+PROGRAMS = TESTS / "ranks"
+"""Scripts that ranks run."""
 TRAIN = TESTS.parent / "trainer" / "train.py"
 """The script of `python -m hydrazero.trainer.train`."""
 # The compiler's own pool of processes would import PyTorch in each of them.
@@ -32,7 +34,7 @@ FORKS.set_forkserver_preload(
     [
         "deepspeed.runtime.engine",
         "hydrazero.shards.stream.stream",
-        "hydrazero.trainer.trial",
+        "hydrazero.trainer.rehearsal.rehearse",
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "tensorboard.plugins.hparams.summary",
@@ -83,7 +85,7 @@ def _run(command: list[str], environment: dict[str, str], output: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)  # whoever needed such a process first may have had other settings
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS / folder) for folder in ("", "support", "trainer", "ranks")]
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
@@ -132,7 +134,7 @@ def finished_alone(command: Sequence[object], timeout: float = 300, **variables:
 
 
 def run_ranks(script: str, ranks: int, arguments: Sequence[object], timeout: float = 300) -> None:
-    """Run `tests/<script>` on `ranks` processes; fails with their output if one of them fails."""
-    statuses, output = finished_ranks([TESTS / script, *arguments], ranks, timeout)
+    """Run `tests/ranks/<script>` on `ranks` processes; fails with their output if one of them fails."""
+    statuses, output = finished_ranks([PROGRAMS / script, *arguments], ranks, timeout)
     if any(statuses):
         raise RuntimeError(f"ranks ended with {statuses}:\n{output}")

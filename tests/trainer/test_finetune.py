@@ -28,12 +28,12 @@ from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.deal import Deal, TaskPlan, mixture_repeats
 from hydrazero.shards.units import energy_factor, force_factor
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
+from hydrazero.trainer.config.finetune_section import FinetuneSection
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.finetune.low_rank import add_low_rank_changes, merged
-from hydrazero.trainer.finetune.methods import rate_factors
-from hydrazero.trainer.finetune.settings import FinetuneSection
-from hydrazero.trainer.finetune.unit_check import ENERGY_UNITS, FORCE_UNITS, Likeness, suspicion
+from hydrazero.trainer.engine.low_rank import add_low_rank_changes, merged
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, read_metrics
+from hydrazero.trainer.start.methods import rate_factors
+from hydrazero.trainer.start.unit_check import ENERGY_UNITS, FORCE_UNITS, Likeness, suspicion
 
 OFFSETS = {"H": 1.25, "C": -40.0, "O": 7.0}
 """eV, by which the new data's energies differ from what their teacher, a head of the old model, predicts."""

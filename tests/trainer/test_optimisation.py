@@ -22,9 +22,10 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.schedule_shapes import Plateau, StableDecay, own_shape
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.parameter_groups import freeze, parameter_groups
-from hydrazero.trainer.engine.schedules import Plateau, Schedule, StableDecay, own_shape
+from hydrazero.trainer.engine.schedules import Schedule
 from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, read_metrics
 

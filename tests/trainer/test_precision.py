@@ -29,7 +29,7 @@ from hydrazero.trainer.config.run_file import RunConfig, RunSection, TrainSectio
 from hydrazero.trainer.engine.engine import train_step
 from hydrazero.trainer.engine.step_guard import StepGuard
 
-DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SUFFIXES = {
     "": "",
     "_fp64": "fp64",

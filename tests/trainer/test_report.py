@@ -17,11 +17,11 @@ from structures import facts
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.evaluation.errors import schema_of
+from hydrazero.trainer.plots.parity import cloud, parity_plots
 from hydrazero.trainer.records.run_files import read_metrics, truncate_metrics
 from hydrazero.trainer.report import parity_picture, write_report
 from hydrazero.trainer.report.errors_by import binned
 from hydrazero.trainer.report.history import cosines
-from hydrazero.trainer.report.parity import cloud, parity_plots
 from hydrazero.trainer.report.run_data import Parity, read_predictions, read_run, run_labels
 
 TASKS = ("a<b>", "plain")

@@ -18,7 +18,7 @@ import torch
 from ase import Atoms
 from click.testing import CliRunner, Result
 from placed import make_split_shards
-from rank_processes import TESTS, TRAIN, finished_alone, finished_ranks, without_launcher
+from rank_processes import PROGRAMS, TRAIN, finished_alone, finished_ranks, without_launcher
 from sources import labelled, make_shards, metals, molecules
 from structures import rattled_molecule
 
@@ -185,7 +185,7 @@ def test_resume_before_the_first_checkpoint_starts_again(data, finished, tmp_pat
 
 
 def two_ranks_with_fault(run: Path, place: str, *options: str) -> tuple[list[int], str]:
-    return finished_ranks([TESTS / "one_rank_faults.py", run, *options, place], 2)
+    return finished_ranks([PROGRAMS / "one_rank_faults.py", run, *options, place], 2)
 
 
 @pytest.mark.parametrize("place", ["check", "validation"])

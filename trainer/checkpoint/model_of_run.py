@@ -16,9 +16,9 @@ from torch import Tensor
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint.folders import checkpoint_named, checkpoints, damage, step_of
+from hydrazero.trainer.engine.low_rank import merged
 from hydrazero.trainer.engine.training_step import PREFIX
 from hydrazero.trainer.engine.weight_average import AVERAGE_NAME
-from hydrazero.trainer.finetune.low_rank import merged
 from hydrazero.trainer.ranks.distributed import quiet_deepspeed
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
 

@@ -11,7 +11,7 @@ from typing import Any
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config.precision import KEYS, precision_of
 from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.engine.schedules import own_shape
+from hydrazero.trainer.config.schedule_shapes import own_shape
 
 TABLES = ("optimizer", "scheduler", "zero_optimization", *KEYS)
 WARMUP_SHARE = 5

@@ -21,7 +21,7 @@ from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.settings_parser import parse_settings
 from hydrazero.trainer.balance import BalanceSection, check_balance
-from hydrazero.trainer.finetune.settings import FULL, FinetuneSection, check_finetune
+from hydrazero.trainer.config.finetune_section import FULL, FinetuneSection, check_finetune
 
 LOSS_KINDS = ("l1", "l2", "huber")
 LOSS_PARTS = ("energy", "forces", "stress", "spread")

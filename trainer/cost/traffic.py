@@ -1,7 +1,7 @@
 """What a training step sends: its collectives by ZeRO stage and precision, as DeepSpeed and this package call them.
 
-Measured by wrapping torch.distributed on real ranks (`tests/ranks/collective_count.py`), stage by stage. ZeRO 1 and 2 sum
-whole gradients by an all-reduce, not by a reduce-scatter; ZeRO 1 does so once a step, ZeRO 2 for every micro-batch.
+Measured by wrapping torch.distributed on real ranks (`tests/ranks/collective_count.py`), stage by stage. ZeRO 1 and 2
+sum whole gradients by an all-reduce, not by a reduce-scatter; ZeRO 1 does so once a step, ZeRO 2 for every micro-batch.
 """
 
 from __future__ import annotations

@@ -74,13 +74,14 @@ def _make_shards(out: Path) -> dict[str, Path]:
 
 def _train(out: Path, shards: dict[str, Path]) -> None:
     from hydrazero.trainer.ranks.launcher import train_ranks
+    from hydrazero.trainer.records.run_files import RUN_NAME
 
     template = (resources.files("hydrazero.launch") / "runs" / "demo.toml").read_text(encoding="utf-8")
     tasks = "".join(f'\n[[tasks]]\nname = "{name}"\nshards = "{folder}"\n' for name, folder in shards.items())
     run_file = out / "run.toml"
     run_file.write_text(template.replace('out = "runs/demo"', f'out = "{out}"') + tasks, encoding="utf-8")
     load_run_config(run_file)
-    train_ranks(run_file, RANKS, options=(), run_dir=out)
+    train_ranks(run_file, RANKS, options=(), record=out / RUN_NAME)
 
 
 def _evaluate(out: Path) -> dict[str, object]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.precision import for_deepspeed, precision_of, use_tf32
+from hydrazero.trainer.config.schedule_shapes import own_shape
 from hydrazero.trainer.engine.parameter_groups import parameter_groups
-from hydrazero.trainer.engine.schedules import Schedule, own_shape
+from hydrazero.trainer.engine.schedules import Schedule
 from hydrazero.trainer.engine.step_guard import StepGuard
 from hydrazero.trainer.engine.training_step import PREFIX, TrainedModel
 from hydrazero.trainer.engine.zero_float64 import finish_float64_zero, float64_zero

@@ -14,8 +14,8 @@ def float64_zero() -> Iterator[None]:
     """Let ZeRO keep master weights, sums of gradients and what ranks exchange in float64, in engines made meanwhile.
 
     Left to itself it would step a model of float64 in float32, and say nothing. What it asks of itself when an engine
-    is made is answered here; its names for these are private, so `tests/ranks/test_zero.py` holds each stage to plain PyTorch
-    in float64, tightly enough to tell.
+    is made is answered here; its names for these are private, so `tests/ranks/test_zero.py` holds each stage to plain
+    PyTorch in float64, tightly enough to tell.
     """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -63,8 +63,7 @@ class ParitySample:
 
     def figures(self) -> dict[str, Figure]:
         """Return a figure of each task that has labels, by its tag in TensorBoard."""
-        from hydrazero.trainer.report.parity import parity_plots
-        from hydrazero.trainer.report.run_data import Parity
+        from hydrazero.trainer.plots.parity import Parity, parity_plots
 
         figures = {}
         for name in self.tasks:

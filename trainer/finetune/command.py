@@ -13,15 +13,15 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.checkpoint.start_weights import read_start
+from hydrazero.trainer.config.finetune_section import HEADS, MEAN, METHODS, NEAREST, NEW
 from hydrazero.trainer.config.run_file import RunConfig, TaskSection, apply_override, load_run_config
 from hydrazero.trainer.config.tasks import task_facts
-from hydrazero.trainer.finetune.head_errors import HeadErrors
-from hydrazero.trainer.finetune.head_starts import check_units, compare_heads, rows_of
 from hydrazero.trainer.finetune.outcome import measure_outcome, print_heads, print_outcome
 from hydrazero.trainer.finetune.plan import Plan, Wanted, plan_finetuning, toml_text
-from hydrazero.trainer.finetune.settings import HEADS, MEAN, METHODS, NEAREST, NEW
-from hydrazero.trainer.ranks.launcher import TrainOptions, train_here
-from hydrazero.trainer.train import check_run
+from hydrazero.trainer.setup import check_run
+from hydrazero.trainer.start.head_errors import HeadErrors
+from hydrazero.trainer.start.head_starts import check_units, compare_heads, rows_of
+from hydrazero.trainer.train import TrainOptions, train_here
 
 RUN_FILE = "run.toml"
 """In the run's folder."""

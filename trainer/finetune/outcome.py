@@ -19,13 +19,13 @@ from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
+from hydrazero.trainer.checkpoint.old_heads import with_old_heads
 from hydrazero.trainer.evaluation.errors import Mean
 from hydrazero.trainer.evaluation.evaluate import evaluate, evaluate_task, results_in
-from hydrazero.trainer.finetune.head_errors import HeadErrors, head_model
-from hydrazero.trainer.finetune.old_heads import with_old_heads
 from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, write_json
 from hydrazero.trainer.records.run_log import shown
+from hydrazero.trainer.start.head_errors import HeadErrors, head_model
 
 OUTCOME_NAME = "finetune.json"
 """In the run's folder: the errors before and after."""

@@ -16,8 +16,8 @@ from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import Manifest, read_manifest
 from hydrazero.shards.stream.batch_proposal import demand_of, propose
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings
+from hydrazero.trainer.config.finetune_section import FULL, HEADS, LAYERWISE, LORA, OWN
 from hydrazero.trainer.cost.step_memory import SHARE, StepMemory, memory_at_hand
-from hydrazero.trainer.finetune.settings import FULL, HEADS, LAYERWISE, LORA, OWN
 
 RATES = {FULL: 5e-4, HEADS: 2e-3, LORA: 2e-3, LAYERWISE: 1e-3}
 """Learning rates: fewer weights, or smaller changes of them, bear larger ones."""

@@ -237,6 +237,22 @@ def stop_ranks() -> None:
         deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed groups that are no more
 
 
+def within_ranks(timeout_minutes: float, job: Callable[[], None]) -> None:
+    """Do a job on this rank within the group of all of them; raises what the job raises."""
+
+    start_ranks(timeout_minutes)
+    try:
+        job()
+        wait_for_all()  # a rank that left early would tear down connections that others still use
+    except Exception as error:
+        lost = lost_contact(error)
+        if lost is None:
+            stop_ranks()
+            raise
+        raise lost from error  # the group is left as it is: to leave it properly takes the others too
+    stop_ranks()
+
+
 def exit_rank(status: int) -> None:
     """End this process at once, its output flushed.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,16 +17,13 @@ from typing import BinaryIO
 import click
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.ranks.distributed import exit_rank, free_port
-from hydrazero.trainer.ranks.exit_status import FAILED, MAY_PASS
+from hydrazero.trainer.ranks.distributed import free_port
+from hydrazero.trainer.ranks.exit_status import MAY_PASS
 from hydrazero.trainer.ranks.stop_signals import SIGNALS
-from hydrazero.trainer.records.run_files import RUN_NAME
 
 GRACE = 20.0
 """Seconds that ranks have to end by themselves once one has ended badly."""
 POLL = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 class RanksEndedError(HydrazeroError):
@@ -46,35 +42,10 @@ class Outcome:
     """Which rank has ended how."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How a run is started on this machine."""
+def train_ranks(run_file: Path, ranks: int, options: Sequence[str], record: Path, retries: int = 0) -> None:
+    """Train with `ranks` processes; if some are killed or lost, resume from the last checkpoint, `retries` times.
 
-    ranks: int
-    words: Sequence[str] = ()
-    """Options that each rank is given."""
-    resume: bool = False
-    retries: int = 0
-
-
-def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
-    """Train a run file on this machine, in this process where one rank is enough; returns a sentence on how it went."""
-    from hydrazero.trainer.checkpoint.folders import latest_checkpoint, step_of
-    from hydrazero.trainer.train import check_run, run_rank
-
-    check_run(config, options.resume)
-    run_dir = Path(config.run.out)
-    if options.ranks == 1 and not options.retries:
-        run_rank(config, options.resume)
-    else:
-        train_ranks(run_file, options.ranks, options.words, run_dir, options.retries)
-    step, steps = step_of(latest_checkpoint(run_dir)), config.train.steps
-    state = "trained" if step == steps else f"stopped at step {step} of {steps}"
-    return f"{state}: {run_dir}"
-
-
-def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Path, retries: int = 0) -> None:
-    """Train with `ranks` processes; if some are killed or lost, go on from the last checkpoint, `retries` times.
+    `record` is the file whose presence says that the run folder holds a run.
 
     Raises RanksEndedError when that was not enough, SystemExit for errors of users, which the ranks have told.
     """
@@ -82,7 +53,7 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], run_dir: Pat
     for retry in range(retries + 1):
         used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours is of all tries together
         # A first try that died before it had made its folder is simply made again.
-        resume = ["--resume"] if retry and (run_dir / RUN_NAME).exists() and "--resume" not in options else []
+        resume = ["--resume"] if retry and record.exists() and "--resume" not in options else []
         with Ranks([*train_command(run_file), *options, *resume, used], ranks) as running:
             outcome = running.wait()
         if outcome.status == 0:
@@ -195,14 +166,6 @@ def _environment(ranks: int) -> dict[str, str]:
         raise ConfigError(f"--ranks is {ranks}, but this machine has {gpu.device_count()} GPUs; use as many.")
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     return {**environment, **meet, "LOCAL_SIZE": str(ranks)}
-
-
-def end_with(parent: int) -> None:
-    """Let this rank be killed when the process that watches it is: two runs in one folder would spoil each other."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        exit_rank(FAILED)
 
 
 @contextlib.contextmanager

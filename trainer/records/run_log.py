@@ -169,6 +169,18 @@ class RunLog:
             self.say(sentence)
 
 
+class SilentLog(RunLog):
+    """A log that is never entered, and so writes nothing; its sentences are kept."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config, 0)
+        self.sentences: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        """Keep a sentence."""
+        self.sentences.append(sentence)
+
+
 def by_task(prefix: str, tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     """Return the losses and errors of tasks by the tags of TensorBoard: 'val/energy_loss/TASK'."""
     values = {}

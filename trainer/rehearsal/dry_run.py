@@ -25,10 +25,18 @@ from hydrazero.trainer.engine.step_guard import NonFiniteLossError
 from hydrazero.trainer.evaluation.validation import next_on_any_rank
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.progress_line import wide_console
+from hydrazero.trainer.records.run_log import SilentLog
 from hydrazero.trainer.rehearsal.dry_run_tables import Findings, Tried, run_table, tasks_table
-from hydrazero.trainer.train import CheckedRun, check_same_model, engine_of, with_heads
-from hydrazero.trainer.trial import TrialLog, trial_trainer
+from hydrazero.trainer.setup import (
+    CheckedRun,
+    check_same_model,
+    engine_of,
+    run_parts,
+    weight_average_of,
+    with_heads,
+)
 
 LOOKED_AT = 8
 """Batches of each rank that are looked at for how full they are, those of the steps among them."""
@@ -47,12 +55,14 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
         check_same_model(Path(config.run.out), engine.module.model.facts())
     memory = RunMemory(step=_step_bytes(config), states=_state_bytes(config, checked, engine), at_hand=at_hand)
     check_memory(memory, config.batch, config.model.cutoff, manifests)
-    log = TrialLog(config)
-    tried = _try(trial_trainer(config, checked, engine, log), log)
+    log = SilentLog(config)
+    average = weight_average_of(engine, config.train.average)
+    parts = run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log)
+    tried = _try(Trainer(config, parts), log)
     found = Findings(
         config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, tried=tried
     )
-    said = [*heads, *checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.said]
+    said = [*heads, *checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.sentences]
     if distributed.rank() == 0:
         console = wide_console(stderr=False)
         console.print(tasks_table(found))
@@ -87,7 +97,7 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _try(trainer: Trainer, log: TrialLog) -> Tried:
+def _try(trainer: Trainer, log: SilentLog) -> Tried:
     """Do two steps and a batch of the validation; look at some batches."""
     seen: list[GraphBatch] = []
     batches = _remembered(iter(trainer.parts.stream), seen)
@@ -97,7 +107,7 @@ def _try(trainer: Trainer, log: TrialLog) -> Tried:
     trainer.one_step(batches, interval)
     seconds = time.monotonic() - began
     if not interval.steps:  # skipped, on all ranks
-        raise NonFiniteLossError(log.said[-1].removeprefix("warning: "))
+        raise NonFiniteLossError(log.sentences[-1].removeprefix("warning: "))
     for _ in range(LOOKED_AT - len(seen)):
         next(batches)
     structures, atoms, slots, in_batch = _fill(seen)

@@ -12,11 +12,12 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.loop import Interval
+from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.progress_line import wide_console
-from hydrazero.trainer.train import CheckedRun, compile_steps, engine_of
-from hydrazero.trainer.trial import TrialLog, trial_trainer
+from hydrazero.trainer.records.run_log import SilentLog
+from hydrazero.trainer.setup import CheckedRun, compile_steps, engine_of, run_parts, weight_average_of
 
 WARM_UP, PROFILED = 5, 5
 """Steps: the first ones compile, allocate and fill caches."""
@@ -31,7 +32,9 @@ def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
     torch._inductor.config.cpp.enable_kernel_profile = True
     engine = engine_of(config, checked)
     # Its balance says whether gradients of the tasks are part of a step before that is compiled.
-    trainer = trial_trainer(config, checked, engine, TrialLog(config))
+    average = weight_average_of(engine, config.train.average)
+    log = SilentLog(config)
+    trainer = Trainer(config, run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log))
     console = wide_console(stderr=True)
     if config.train.compile:
         sentence = compile_steps(engine)

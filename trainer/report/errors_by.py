@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hydrazero.trainer.report.panels import (
+from hydrazero.trainer.plots.panels import (
     COLOURS,
     GREY,
     colour_of,

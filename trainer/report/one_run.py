@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from hydrazero.trainer.evaluation.tables import OTHER_HEADINGS, other_rows
+from hydrazero.trainer.plots.parity import other_parity_plots, parity_plots
 from hydrazero.trainer.records.run_log import left_out, shown
 from hydrazero.trainer.report.errors_by import calibration_plots, element_errors, force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table
-from hydrazero.trainer.report.parity import other_parity_plots, parity_plots
 from hydrazero.trainer.report.run_data import RunData
 
 

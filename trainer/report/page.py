@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydrazero.trainer.plots.parity import parity_plots
 from hydrazero.trainer.records.run_files import REPORT_NAME
 from hydrazero.trainer.report.markup import write_page
 from hydrazero.trainer.report.one_run import heading, sections
-from hydrazero.trainer.report.parity import parity_plots
 from hydrazero.trainer.report.run_data import read_run, run_labels
 from hydrazero.trainer.report.several_runs import comparison
 

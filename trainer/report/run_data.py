@@ -15,30 +15,8 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.plots.parity import Array, OtherParity, Parity
 from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, read_metrics
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parity:
-    """Labels and predictions of one task."""
-
-    energy: Array
-    """eV per atom, references subtracted, [structures]; NaN where there is no label."""
-    energy_predicted: Array
-    forces: Array
-    """eV/Å, [components]; empty where the task has none."""
-    forces_predicted: Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherParity:
-    """Labels and predictions of stress or a target, component by component."""
-
-    unit: str
-    true: Array
-    predicted: Array
 
 
 @dataclass(frozen=True, kw_only=True)

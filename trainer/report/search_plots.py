@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hydrazero.trainer.report.panels import (
+from hydrazero.trainer.plots.panels import (
     GREY,
     PAGE,
     colour_of,

@@ -87,7 +87,7 @@ def _typed(parameter: Range | Choices, present: Any) -> Range | Choices:
 
 def _check_values(space: SearchSpace) -> None:
     """Check every value that a parameter may have, of ranges both ends; what batches depend on is at its first."""
-    from hydrazero.trainer.train import check_settings
+    from hydrazero.trainer.setup import check_settings
 
     def check(values: dict[str, Any], where: str) -> None:
         try:

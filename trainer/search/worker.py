@@ -19,7 +19,8 @@ from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.ranks.distributed import MPI_VARIABLES, RANK_VARIABLES, exit_rank
 from hydrazero.trainer.ranks.exit_status import FAILED
-from hydrazero.trainer.ranks.launcher import Ranks, end_with, train_command
+from hydrazero.trainer.ranks.launcher import Ranks, train_command
+from hydrazero.trainer.ranks.processes import end_with
 from hydrazero.trainer.records.run_files import RUN_NAME
 from hydrazero.trainer.search.journal import HeldTrial, Journal, open_journal
 from hydrazero.trainer.search.objective import RungResult, result_at
@@ -94,7 +95,7 @@ def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
 
 def _options(journal: Journal, held: HeldTrial, seconds: float) -> list[str]:
     """Return the options of a trial's run; raises TrialFailedError if its values do not go together."""
-    from hydrazero.trainer.train import check_settings
+    from hydrazero.trainer.setup import check_settings
 
     base = load_run_config(journal.run_file)
     try:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_file import STACKED
-from hydrazero.trainer.finetune.low_rank import add_low_rank_changes
-from hydrazero.trainer.finetune.settings import HEADS, LAYERWISE, LORA, FinetuneSection
+from hydrazero.trainer.config.finetune_section import HEADS, LAYERWISE, LORA, FinetuneSection
+from hydrazero.trainer.engine.low_rank import add_low_rank_changes
 
 EMBEDDING = "embedding."
 ENCODER = "encoder."

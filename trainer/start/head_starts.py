@@ -10,8 +10,10 @@ from typing import TypeVar
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.task_facts import CONSERVATIVE, NONE, TargetFacts, TaskFacts, task_facts_from
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.trainer.config.finetune_section import HEADS, MEAN, NEAREST, NEW, OWN
 from hydrazero.trainer.config.run_file import RunConfig, TaskSection
-from hydrazero.trainer.finetune.head_errors import (
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
+from hydrazero.trainer.start.head_errors import (
     COMPARED,
     FITTED,
     HeadErrors,
@@ -22,9 +24,7 @@ from hydrazero.trainer.finetune.head_errors import (
     refitted,
     spread_samples,
 )
-from hydrazero.trainer.finetune.settings import HEADS, MEAN, NEAREST, NEW, OWN
-from hydrazero.trainer.finetune.unit_check import ALIKE, suspicion
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
+from hydrazero.trainer.start.unit_check import ALIKE, suspicion
 
 T = TypeVar("T")
 

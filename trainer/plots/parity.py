@@ -10,15 +10,38 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from hydrazero.trainer.report.panels import COLOURS, GREY, nothing, pairs_of_tasks, small_multiples
-from hydrazero.trainer.report.run_data import Array, OtherParity, Parity
+from hydrazero.trainer.plots.panels import COLOURS, GREY, nothing, pairs_of_tasks, small_multiples
 
 DENSITY_POINTS = 1000
 """From so many points on, their density is shown."""
 CELLS = 80
 """Of the density, along each axis."""
 COLOUR_MAP = "viridis"
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Labels and predictions of one task."""
+
+    energy: Array
+    """eV per atom, references subtracted, [structures]; NaN where there is no label."""
+    energy_predicted: Array
+    forces: Array
+    """eV/Å, [components]; empty where the task has none."""
+    forces_predicted: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherParity:
+    """Labels and predictions of stress or a target, component by component."""
+
+    unit: str
+    true: Array
+    predicted: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,80 @@
+"""Schedules of the learning rate that DeepSpeed does not have, by the names that a DeepSpeed JSON gives them.
+
+"scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 100}}
+"scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 100, "factor": 0.5, "patience": 3}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hydrazero.shards.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableDecay:
+    """Warm-up, a plateau, and a linear decay at the end (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
+
+    total_num_steps: int
+    warmup_num_steps: int = 100
+    warmup_min_ratio: float = 0.01
+    decay_share: float = 0.2
+    """Of the steps, at the end."""
+    min_ratio: float = 0.001
+    """Rate of the last step over the full one."""
+
+    def ratio(self, step: int, reductions: int) -> float:
+        """Rate of a step, counted from 1, over the full one."""
+        if step <= self.warmup_num_steps:
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
+        decay = max(round(self.decay_share * self.total_num_steps), 1)
+        left = min(max(self.total_num_steps - step, 0) / decay, 1.0)
+        return self.min_ratio + (1 - self.min_ratio) * left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau:
+    """Warm-up, then a rate that is lowered whenever the validation loss has not fallen for some evaluations."""
+
+    warmup_num_steps: int = 100
+    warmup_min_ratio: float = 0.01
+    factor: float = 0.5
+    patience: int = 3
+    """Evaluations without a new lowest loss before the rate is lowered."""
+    min_ratio: float = 0.001
+
+    def ratio(self, step: int, reductions: int) -> float:
+        """Rate of a step, counted from 1, over the full one."""
+        if step <= self.warmup_num_steps:
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
+        return max(self.factor**reductions, self.min_ratio)
+
+
+SHAPES: dict[str, type[StableDecay] | type[Plateau]] = {
+    "WarmupStableDecayLR": StableDecay,
+    "WarmupPlateauLR": Plateau,
+}
+
+SHARES = ("warmup_min_ratio", "decay_share", "min_ratio", "factor")
+"""Parameters that are at most 1."""
+
+
+def own_shape(document: dict[str, Any]) -> StableDecay | Plateau | None:
+    """Return the shape of a DeepSpeed JSON's scheduler if it is one of ours; raises ConfigError for its parameters."""
+    scheduler = document.get("scheduler", {})
+    kind = SHAPES.get(scheduler.get("type", ""))
+    if kind is None:
+        return None
+    params = scheduler.get("params", {})
+    known = {item.name for item in fields(kind)}
+    for key, value in params.items():
+        if key not in known:
+            raise ConfigError(f"scheduler.params.{key} is not known{did_you_mean(key, sorted(known))}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ConfigError(f"scheduler.params.{key} is {value!r}; it must be a number of at least 0.")
+        if value > 1 and key in SHARES:
+            raise ConfigError(f"scheduler.params.{key} is {value!r}; it is a share, from 0 to 1.")
+    if kind is StableDecay and "total_num_steps" not in params:
+        raise ConfigError('scheduler.params.total_num_steps is missing; "auto" stands for the steps of the run.')
+    return kind(**params)

@@ -1,0 +1,1 @@
+"""Figures that evaluations and reports share."""

@@ -1,0 +1,41 @@
+"""A few steps of a run that start no run: --dry-run and --profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydrazero.shards.manifest import Manifest
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.tasks import task_manifests
+from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.rehearsal.dry_run import dry_run
+from hydrazero.trainer.rehearsal.profile_steps import profile_steps
+from hydrazero.trainer.setup import CheckedRun, check_run, check_settings
+
+PROFILE = "profile"
+
+
+def check_rehearsal(
+    kind: str, config: RunConfig, resume: bool, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
+    """Check everything that can be checked before the first step; raises HydrazeroError.
+
+    A profile does not depend on what the run folder holds.
+    """
+    if kind == PROFILE:
+        return check_settings(config, manifests=manifests)
+    return check_run(config, resume, manifests=manifests)
+
+
+def rehearse(kind: str, config: RunConfig, resume: bool) -> None:
+    """Do a 'dry-run' or a 'profile' on this rank; raises HydrazeroError on every rank that a fault concerns."""
+
+    def job() -> None:
+        manifests = distributed.from_first(lambda: task_manifests(config))
+        checked = distributed.together(lambda: check_rehearsal(kind, config, resume, manifests))
+        if kind == PROFILE:
+            profile_steps(config, checked)
+        else:
+            dry_run(config, checked, resume)
+
+    distributed.within_ranks(config.train.timeout_minutes, job)

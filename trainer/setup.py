@@ -1,0 +1,236 @@
+"""The parts of a run, checked and put together; training, dry runs, profiles and searches use them alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrazero.models.atomistic import AtomisticModel, check_model, model_from_facts
+from hydrazero.models.task_facts import TaskFacts, targets_of
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.stream.stream import StreamSettings, TrainStream
+from hydrazero.shards.targets import TargetColumn
+from hydrazero.trainer.balance import BalanceFacts
+from hydrazero.trainer.checkpoint.folders import checkpoints
+from hydrazero.trainer.checkpoint.start_weights import model_to_start_from, rows_of_same_name, start_from
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.precision import check_device, precision_of
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.tasks import (
+    budget_warning,
+    charge_warning,
+    check_copies,
+    check_labels,
+    check_weights,
+    cutoff_warning,
+    task_facts,
+    task_manifests,
+)
+from hydrazero.trainer.engine.engine import make_engine
+from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.parameter_groups import freeze
+from hydrazero.trainer.engine.run_balance import RunBalance
+from hydrazero.trainer.engine.step_guard import StepGuard
+from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.weight_average import WeightAverage
+from hydrazero.trainer.loop import RunParts
+from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.device import device_kind
+from hydrazero.trainer.ranks.stop_signals import StopRequest
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json
+from hydrazero.trainer.records.run_log import RunLog
+from hydrazero.trainer.records.run_record import read_record
+from hydrazero.trainer.records.scalar_log import check_wandb
+from hydrazero.trainer.start.head_starts import HeadStart, check_heads, head_starts, resumed_facts
+from hydrazero.trainer.start.methods import prepare, rate_factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """What the checks before a run have read."""
+
+    ds_config: dict[str, Any]
+    """DeepSpeed JSON."""
+    facts: list[TaskFacts]
+    manifests: tuple[Manifest, ...]
+    """Of each task."""
+    warnings: list[str]
+    """Sentences for the start of the run."""
+    start: AtomisticModel | None
+    """Model whose weights the run starts with."""
+    rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Of each task, heads of the start whose mean its own begins as."""
+
+    def structures(self) -> tuple[int, ...]:
+        """Training structures of each task."""
+        return tuple(manifest.structures("train") for manifest in self.manifests)
+
+
+def check_run(
+    config: RunConfig, resume: bool, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
+    """Check everything that can be checked before training; raises HydrazeroError.
+
+    `has_gpu` says so of where the run will be, if that is not here; manifests are read unless they are given.
+    """
+    checked = check_settings(config, has_gpu=has_gpu, manifests=manifests)
+    run_dir = Path(config.run.out)
+    if resume:
+        if not (run_dir / RUN_NAME).exists():
+            raise ConfigError(f"run folder {run_dir} holds no run to go on with; leave out --resume, or set run.out.")
+        read_record(run_dir)
+    elif (run_dir / RUN_NAME).exists():
+        raise ConfigError(
+            f"run folder {run_dir} holds a run already; use --resume to go on with it, remove it, or set run.out."
+        )
+    # A run that was resumed before it had a checkpoint starts as it did at first.
+    if config.run.start_from and not checkpoints(run_dir):
+        start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
+        check_heads(config, start)
+        return replace(checked, start=start, rows=rows_of_same_name([task.name for task in config.tasks], start))
+    return checked
+
+
+def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[CheckedRun, list[str]]:
+    """Let tasks take over what their heads begin as, the same on every rank; returns sentences on it too.
+
+    A run that is resumed has the facts that it was started with. Called on every rank.
+    """
+    if not any(task.init_head for task in config.tasks):
+        return checked, []
+    if resume:
+        checked = replace(checked, facts=resumed_facts(config, checked.facts))
+    if (start := checked.start) is None:
+        return checked, []
+    mine: list[HeadStart] = distributed.together(
+        lambda: head_starts(config, start, checked.facts) if distributed.rank() == 0 else []
+    )
+    starts: list[HeadStart] = distributed.gather_objects(mine)[0]
+    facts = checked.facts if resume else [each.facts for each in starts]
+    rows = {index: each.rows for index, each in enumerate(starts)}
+    return replace(checked, facts=facts, rows=rows), [sentence for each in starts for sentence in each.said]
+
+
+def check_settings(
+    config: RunConfig, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
+    """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
+    check_wandb(config)
+    ds_config = deepspeed_config(config)
+    check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
+    if manifests is None:
+        manifests = task_manifests(config)
+    else:
+        check_copies(config, manifests)
+    facts = [task_facts(task, manifest) for task, manifest in zip(config.tasks, manifests, strict=True)]
+    check_model(config.model.settings(), facts)
+    check_weights(config, facts)
+    for task, found, manifest in zip(config.tasks, facts, manifests, strict=True):
+        check_labels(task, config.loss, found, manifest)
+    return CheckedRun(
+        start=None,
+        ds_config=ds_config,
+        facts=facts,
+        manifests=tuple(manifests),
+        warnings=[
+            text
+            for task, manifest in zip(facts, manifests, strict=True)
+            for text in (
+                charge_warning(task, manifest),
+                budget_warning(task.name, manifest, config.batch, config.model.cutoff),
+                cutoff_warning(task.name, manifest, config.model.cutoff),
+            )
+            if text
+        ],
+    )
+
+
+def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
+    """Return the engine around the model that a run starts with."""
+    torch.manual_seed(config.run.seed)
+    weights = precision_of(checked.ds_config).weights
+    model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device(), weights)
+    if checked.start is not None:
+        start_from(model, checked.start, checked.rows)
+    freeze(model, config.train.freeze)
+    prepare(model, config.finetune)
+    objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
+    factors = rate_factors([name for name, _ in model.named_parameters()], config.finetune)
+    return make_engine(TrainedModel(model, objective), checked.ds_config, factors)
+
+
+def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
+    """Return what a run's stream of batches is made with."""
+    return StreamSettings(
+        folders=tuple(config.data.folder(task) for task in config.tasks),
+        manifests=checked.manifests,
+        dtype=precision_of(checked.ds_config).weights,
+        cutoff=config.model.cutoff,
+        shape=config.batch,
+        seed=config.run.seed,
+        temperature=config.data.temperature,
+        shares=config.shares,
+        workers=config.data.workers,
+        on_bad_shard=config.data.on_bad_shard,
+        targets=tuple(
+            TargetColumn(name=name, of=facts.of, kind=facts.kind) for name, facts in targets_of(checked.facts).items()
+        ),
+    )
+
+
+def compile_steps(engine: Any) -> str:
+    """Let the engine's steps be compiled where that is possible; returns a sentence on it for the log."""
+    if engine.zero_optimization_stage() == 3:
+        return "compile: not under ZeRO stage 3, which takes parameters away between layers; steps run eagerly."
+    if engine.fp16_enabled():
+        return "compile: not in fp16, where the loss is scaled before it is differentiated; steps run eagerly."
+    reason = engine.module.compile_steps()
+    if reason is None:
+        return "compile: each step is one graph, compiled when its first batch comes, which takes about a minute."
+    return f"compile: each step is one graph, but without the CPU kernels: {reason}."
+
+
+def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
+    """Raise ConfigError unless the run file still describes the model and tasks that the run was started with."""
+    known = model_from_facts(read_json(run_dir / MODEL_FACTS_NAME)).facts()  # an older run says less
+    if json.loads(json.dumps(known)) != json.loads(json.dumps(described)):
+        width, own = (facts["settings"]["encoder"]["norm_width"] for facts in (known, described))
+        if width != own:
+            raise ConfigError(f"{run_dir} was started with model.norm_width = {width:g}; set the same to resume it.")
+        raise ConfigError(
+            f"{run_dir} was started with another model, other tasks or other shards than the run file names now; "
+            "resume with the same ones, or start a new run (remove the folder, or set run.out)."
+        )
+
+
+def weight_average_of(engine: Any, decay: float) -> WeightAverage | None:
+    """Return the moving average of an engine's weights; None if the decay is 0."""
+    return WeightAverage(engine, decay) if decay else None
+
+
+def run_parts(
+    config: RunConfig,
+    checked: CheckedRun,
+    engine: Any,
+    average: WeightAverage | None,
+    *,
+    stop: StopRequest,
+    log: RunLog,
+    stream_state: Any = None,
+) -> RunParts:
+    """Return the parts that the training loop works with; `stream_state` is where a resumed run's stream stands."""
+    return RunParts(
+        engine=engine,
+        stream=TrainStream(stream_settings(config, checked), distributed.rank(), distributed.ranks(), stream_state),
+        balance=RunBalance(config.balance, BalanceFacts(structures=checked.structures()), engine.module),
+        average=average,
+        guard=StepGuard(config.train.max_skipped, config.train.skip_spikes),
+        stop=stop,
+        log=log,
+    )
