@@ -24,7 +24,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support")]
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support"))
 from structures import rattled_molecule, to_structure
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings

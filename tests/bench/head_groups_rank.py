@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support")]
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support"))
 from bench.head_groups import CASES, make_sides, parameters_of, weight_differences
 from bench.timing import hand_over
 from collective_count import Collectives

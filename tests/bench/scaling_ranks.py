@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support")]
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support"))
 from collective_count import Collectives
 from ours import batch_of, model_of
 from timing import hand_over
