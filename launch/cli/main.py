@@ -9,7 +9,7 @@ import click
 
 from hydrazero.launch.cli.convert import convert_command, subset_command
 from hydrazero.launch.cli.finetune import finetune_command
-from hydrazero.launch.cli.inspect import inspect_command
+from hydrazero.launch.cli.inspect_command import inspect_command
 from hydrazero.launch.cli.launch import launch_command, postmortem_command
 from hydrazero.launch.cli.plan import plan_command
 from hydrazero.launch.cli.report import report_command
