@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from structures import small_model
 
 from hydrazero.launch.cli.main import main
+from hydrazero.models import load_model, save_model
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config
 
@@ -172,18 +176,60 @@ def test_help_pages(name):
     assert result.exit_code == 0 and main.commands[name].help.splitlines()[0] in " ".join(result.output.split())
 
 
-def test_the_wheel_holds_code_and_data(tmp_path):
-    """What `pip install .` puts into another environment: every module, run file and DeepSpeed JSON."""
-    copy = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel that `pip install .` makes."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "source"
     for room in ROOMS:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    options = ["--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    options = ["--no-deps", "--no-build-isolation", "-w", str(folder)]
     command = [sys.executable, "-m", "pip", "wheel", "-q", *options, "."]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_code_and_data(wheel):
+    """What `pip install .` puts into another environment: every module, run file and DeepSpeed JSON."""
     held = set(zipfile.ZipFile(wheel).namelist())
-    data = [path for room in ROOMS for kind in ("*.json", "*.toml", "py.typed") for path in (ROOT / room).rglob(kind)]
-    wanted = {f"hydrazero/{path.relative_to(ROOT).as_posix()}" for path in [*modules(), *data]}
-    assert wanted - held == set()
+    kinds = ("*.json", "*.toml", "*.cpp", "py.typed")
+    data = [path for room in ROOMS for kind in kinds for path in (ROOT / room).rglob(kind)]
+    expected = {f"hydrazero/{path.relative_to(ROOT).as_posix()}" for path in [*modules(), *data]}
+    assert expected - held == set()
+
+
+def empty_environment(folder: Path, wheel: Path) -> Path:
+    """Return the Python of a fresh environment with the wheel and its dependencies, but for those of training."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    left_out = ("hydrazero", "__editable__", *ONLY_IN)
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.replace("-", "_").lower().startswith(left_out) and path.name != "__pycache__":
+            (packages / path.name).symlink_to(path)
+    python = folder / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    return python
+
+
+def test_the_wheel_works_without_deepspeed(wheel, tmp_path):
+    """In a fresh environment without DeepSpeed, TensorBoard, mpi4py and WebDataset."""
+    python = empty_environment(tmp_path / "environment", wheel)
+    model = small_model("painn")
+    save_model(model, tmp_path / "model.safetensors")
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def output(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "Usage: hydrazero" in output("hydrazero", "--help")
+    code = (
+        "import importlib.util; from hydrazero.models import load_model; "
+        "print(load_model('model.safetensors').tasks, importlib.util.find_spec('deepspeed'))"
+    )
+    assert output(str(python), "-c", code) == f"{load_model(tmp_path / 'model.safetensors').tasks} None\n"

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from rank_processes import PROGRAMS, Rank, started_ranks
+from run_files import write_small_run
 from sources import make_shards, metals, molecules
 
 from hydrazero.trainer.checkpoint.folders import latest_checkpoint
@@ -41,36 +42,6 @@ MINUTE = 60.0
 AIMS = ("any moment", "step", "evaluation", "checkpoint", "start")
 CLOCKED = ("structures_per_s", "atoms_per_s", "steps_per_s", "data_wait_share", "memory_mb", "trained_seconds")
 """Of rows of the metrics, what depends on the clock, or on how the process came to be."""
-RUN = """
-[run]
-out = "{out}"
-[[tasks]]
-name = "molecules"
-shards = "{data}/molecules"
-[[tasks]]
-name = "metals"
-shards = "{data}/metals"
-[model]
-features = 12
-layers = 2
-radial_functions = 6
-cutoff = 4.0
-head_features = 6
-[batch]
-structures = 8
-atoms = 48
-slots = 1536
-[train]
-steps = {steps}
-evaluate_every = 7
-checkpoint_every = 5
-log_every = 2
-keep_checkpoints = 2
-average = 0.9
-[balance]
-method = "gradnorm"
-every = 3
-"""
 
 
 def make_data(root: Path) -> Path:
@@ -82,10 +53,8 @@ def make_data(root: Path) -> Path:
 
 def write_run(folder: Path, data: Path, steps: int) -> Path:
     """Write the run file of a run in `folder`/run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.toml"
-    path.write_text(RUN.format(out=folder / "run", data=data, steps=steps))
-    return path
+    every = {"evaluate_every": 7, "checkpoint_every": 5, "log_every": 2}
+    return write_small_run(folder, data, train={"steps": steps, "keep_checkpoints": 2, "average": 0.9, **every})
 
 
 @dataclass

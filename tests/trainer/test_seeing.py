@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rank_processes import TRAIN, finished_ranks, without_launcher
 from rich.console import Console
+from run_files import write_small_run
 from sources import make_shards, metals, molecules
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -29,44 +30,12 @@ from hydrazero.trainer.records.run_files import read_metrics
 from hydrazero.trainer.records.run_record import git_commit
 from hydrazero.trainer.records.scalar_log import check_wandb
 
-RUN = """
-[run]
-out = "{out}"
-[[tasks]]
-name = "molecules"
-shards = "{data}/molecules"
-[[tasks]]
-name = "metals"
-shards = "{data}/metals"
-weight = 2.0
-[data]
-temperature = 2.0
-workers = 0
-[model]
-features = 12
-layers = 2
-radial_functions = 6
-cutoff = 4.0
-head_features = 6
-[batch]
-structures = 8
-atoms = 48
-slots = 1536
-[train]
-steps = 6
-evaluate_every = 3
-checkpoint_every = 6
-log_every = 2
-[balance]
-method = "gradnorm"
-every = 3
-"""
-
 
 def write_run(folder: Path, data: Path) -> Path:
-    path = folder / "run.toml"
-    path.write_text(RUN.format(out=folder / "run", data=data))
-    return path
+    tasks = [{"name": "molecules", "shards": f"{data}/molecules"}]
+    tasks += [{"name": "metals", "shards": f"{data}/metals", "weight": 2.0}]
+    train = {"steps": 6, "evaluate_every": 3, "checkpoint_every": 6, "log_every": 2}
+    return write_small_run(folder, data, tasks=tasks, data={"temperature": 2.0, "workers": 0}, train=train)
 
 
 def train(*arguments: object) -> Result:

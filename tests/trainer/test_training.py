@@ -19,6 +19,7 @@ from ase import Atoms
 from click.testing import CliRunner, Result
 from placed import make_split_shards
 from rank_processes import PROGRAMS, TRAIN, finished_alone, finished_ranks, without_launcher
+from run_files import write_small_run
 from sources import labelled, make_shards, metals, molecules
 from structures import rattled_molecule
 
@@ -36,36 +37,6 @@ from hydrazero.trainer.report import write_report
 pytestmark = pytest.mark.ranks
 
 BIN = Path(sys.executable).parent
-RUN = """
-[run]
-out = "{out}"
-[[tasks]]
-name = "molecules"
-shards = "{data}/molecules"
-[[tasks]]
-name = "metals"
-shards = "{data}/metals"
-[model]
-features = 12
-layers = 2
-radial_functions = 6
-cutoff = 4.0
-head_features = 6
-[batch]
-structures = 8
-atoms = 48
-slots = 1536
-[train]
-steps = 8
-evaluate_every = 4
-checkpoint_every = 4
-log_every = 1
-[balance]
-method = "gradnorm"
-every = 3
-[deepspeed]
-config = "{config}"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_run(folder: Path, data: Path, config: str = "zero1") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.toml"
-    path.write_text(RUN.format(out=folder / "run", data=data, config=config))
-    return path
+    every = {"evaluate_every": 4, "checkpoint_every": 4, "log_every": 1}
+    return write_small_run(folder, data, train={"steps": 8, **every}, deepspeed={"config": config})
 
 
 def start(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
