@@ -11,8 +11,7 @@ from typing import Any
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import TrainStream
-from hydrazero.trainer import train
-from hydrazero.trainer.config import tasks as run_tasks
+from hydrazero.trainer import setup, train
 from hydrazero.trainer.evaluation import validation
 
 
@@ -34,7 +33,7 @@ def read_slowly(stream: TrainStream) -> Iterator[GraphBatch]:
 
 
 PLACES: dict[str, tuple[Any, str, Any]] = {
-    "check": (run_tasks, "check_weights", fail),
+    "check": (setup, "check_weights", fail),
     "validation": (validation, "evaluation_batches", fail_at_the_first),
     "data": (TrainStream, "__iter__", read_slowly),
 }

@@ -9,10 +9,9 @@ import tomli_w
 
 
 def write_small_run(folder: Path, data_folder: Path, /, **sections: Any) -> Path:
-    """Write `folder`/run.toml of a run in `folder`/run on `data_folder`/molecules and
-    `data_folder`/metals; return its path.
+    """Write `folder`/run.toml of a run in `folder`/run on two tasks of `data_folder`; return its path.
 
-    What `sections` say stands in place of the values here.
+    The values of `sections` replace those given here.
     """
     table: dict[str, Any] = {
         "run": {"out": str(folder / "run")},

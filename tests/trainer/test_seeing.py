@@ -31,9 +31,9 @@ from hydrazero.trainer.records.run_record import git_commit
 from hydrazero.trainer.records.scalar_log import check_wandb
 
 
-def write_run(folder: Path, data: Path) -> Path:
+def write_run(folder: Path, data: Path, **metals: str) -> Path:
     tasks = [{"name": "molecules", "shards": f"{data}/molecules"}]
-    tasks += [{"name": "metals", "shards": f"{data}/metals", "weight": 2.0}]
+    tasks += [{"name": "metals", "shards": f"{data}/metals", "weight": 2.0, **metals}]
     train = {"steps": 6, "evaluate_every": 3, "checkpoint_every": 6, "log_every": 2}
     return write_small_run(folder, data, tasks=tasks, data={"temperature": 2.0, "workers": 0}, train=train)
 
@@ -259,8 +259,7 @@ def test_faults_end_a_dry_run_with_a_sentence(data, tmp_path):
     changes = ("deepspeed.optimizer.params.lr=1e30", "deepspeed.gradient_clipping=0.0")
     result = train(run, "--dry-run", *(word for change in changes for word in ("--set", change)))
     assert result.exit_code == 1 and "not finite" in result.stderr and ".extxyz#" in result.stderr
-    blind = run.with_name("blind.toml")
-    blind.write_text(run.read_text().replace('name = "metals"', 'name = "metals"\nforces = "none"'))
+    blind = write_run(tmp_path / "blind", data, forces="none")
     result = train(blind, "--dry-run", "--set", "loss.energy_weight=0", "--set", "loss.stress_weight=0")
     assert result.exit_code == 1 and "task 'metals' trains nothing" in result.stderr
 
