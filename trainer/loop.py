@@ -17,7 +17,7 @@ from torch import Tensor
 from hydrazero.shards.errors import CheckpointError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, TrainStream
-from hydrazero.trainer.checkpoint.folders import Kept, is_kept
+from hydrazero.trainer.checkpoint.folders import Retention, is_kept
 from hydrazero.trainer.checkpoint.save_load import save_checkpoint
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.cost.step_memory import peak_memory_mb
@@ -26,6 +26,7 @@ from hydrazero.trainer.engine.losses import errors_by_task
 from hydrazero.trainer.engine.run_balance import RunBalance
 from hydrazero.trainer.engine.schedules import Schedule
 from hydrazero.trainer.engine.step_guard import StepGuard
+from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.evaluation.parity_sample import ParitySample
 from hydrazero.trainer.evaluation.validation import evaluate_engine
@@ -63,7 +64,7 @@ def interval_in(state: dict[str, Any]) -> Interval:
 class RunParts:
     """What a run in progress on one rank is made of."""
 
-    engine: Any
+    engine: TrainingEngine
     stream: TrainStream
     balance: RunBalance
     average: WeightAverage | None
@@ -175,9 +176,9 @@ class Trainer:
     def _save(self, *, ends: bool) -> bool:
         """Save a checkpoint; returns whether it was possible. Raises CheckpointError if not, and the run ends here."""
         settings = self.config.train
-        kept = Kept(last=settings.keep_checkpoints, best=self.best if settings.keep_best else None)
+        retention = Retention(last=settings.keep_checkpoints, best=self.best if settings.keep_best else None)
         with self._pause():
-            reason = save_checkpoint(self.engine, self.run_dir, self._state(), self.parts.average, kept)
+            reason = save_checkpoint(self.engine, self.run_dir, self._state(), self.parts.average, retention)
         if reason is None:
             return True
         sentence = f"the checkpoint of step {self.step} could not be written ({reason})"

@@ -18,7 +18,6 @@ from hydrazero.shards.stream.stream import StreamSettings, TrainStream
 from hydrazero.shards.targets import TargetColumn
 from hydrazero.trainer.balance import BalanceFacts
 from hydrazero.trainer.checkpoint.folders import checkpoints
-from hydrazero.trainer.checkpoint.start_weights import model_to_start_from, rows_of_same_name, start_from
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import check_device, precision_of
 from hydrazero.trainer.config.run_file import RunConfig
@@ -34,10 +33,11 @@ from hydrazero.trainer.config.tasks import (
 )
 from hydrazero.trainer.engine.engine import make_engine
 from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import freeze
 from hydrazero.trainer.engine.run_balance import RunBalance
 from hydrazero.trainer.engine.step_guard import StepGuard
-from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.loop import RunParts
 from hydrazero.trainer.ranks import distributed
@@ -48,6 +48,7 @@ from hydrazero.trainer.records.run_log import RunLog
 from hydrazero.trainer.records.run_record import read_record
 from hydrazero.trainer.records.scalar_log import check_wandb
 from hydrazero.trainer.start.head_starts import HeadStart, check_heads, head_starts, resumed_facts
+from hydrazero.trainer.start.initial_weights import model_to_start_from, rows_of_same_name, start_from
 from hydrazero.trainer.start.methods import prepare, rate_factors
 
 
@@ -151,7 +152,7 @@ def check_settings(
     )
 
 
-def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
+def engine_of(config: RunConfig, checked: CheckedRun) -> TrainingEngine:
     """Return the engine around the model that a run starts with."""
     torch.manual_seed(config.run.seed)
     weights = precision_of(checked.ds_config).weights
@@ -162,7 +163,7 @@ def engine_of(config: RunConfig, checked: CheckedRun) -> Any:
     prepare(model, config.finetune)
     objective = make_objective(model, config.loss, [task.weight for task in config.tasks])
     factors = rate_factors([name for name, _ in model.named_parameters()], config.finetune)
-    return make_engine(TrainedModel(model, objective), checked.ds_config, factors)
+    return make_engine(ModelWithLoss(model, objective), checked.ds_config, factors)
 
 
 def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
@@ -184,7 +185,7 @@ def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
     )
 
 
-def compile_steps(engine: Any) -> str:
+def compile_steps(engine: TrainingEngine) -> str:
     """Let the engine's steps be compiled where that is possible; returns a sentence on it for the log."""
     if engine.zero_optimization_stage() == 3:
         return "compile: not under ZeRO stage 3, which takes parameters away between layers; steps run eagerly."
@@ -209,7 +210,7 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
         )
 
 
-def weight_average_of(engine: Any, decay: float) -> WeightAverage | None:
+def weight_average_of(engine: TrainingEngine, decay: float) -> WeightAverage | None:
     """Return the moving average of an engine's weights; None if the decay is 0."""
     return WeightAverage(engine, decay) if decay else None
 
@@ -217,7 +218,7 @@ def weight_average_of(engine: Any, decay: float) -> WeightAverage | None:
 def run_parts(
     config: RunConfig,
     checked: CheckedRun,
-    engine: Any,
+    engine: TrainingEngine,
     average: WeightAverage | None,
     *,
     stop: StopRequest,

@@ -16,7 +16,6 @@ from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
 from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.engine.parameter_groups import frozen
-from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.loop import Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.distributed import LostContactError, exit_rank, launcher_rank
@@ -83,7 +82,7 @@ def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
 def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: float) -> None:
     checked, heads = with_heads(config, checked, resume)
     engine = engine_of(config, checked)
-    trained: TrainedModel = engine.module
+    trained = engine.module
     described, run_dir = trained.model.facts(), Path(config.run.out)
     average = weight_average_of(engine, config.train.average)
     state: dict[str, Any] = {"step": 0, "stream": None}

@@ -37,7 +37,7 @@ from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, sha
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer.config.run_file import LossSection
 from hydrazero.trainer.engine.losses import make_objective
-from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.ranks import distributed
 
 RANKS, TASKS = 4, 2
@@ -111,7 +111,7 @@ class Side:
     def __init__(self, model: AtomisticModel, batches: Sequence[GraphBatch], group: dist.ProcessGroup | None) -> None:
         """Heads are summed over the ranks of `group` where there is one, which has one of the TASKS."""
         self.model, self.batches, self.group = model.train(), batches, group
-        self.trained = TrainedModel(model, make_objective(model, LossSection(), [1.0] * len(model.tasks)))
+        self.trained = ModelWithLoss(model, make_objective(model, LossSection(), [1.0] * len(model.tasks)))
         self.share = len(model.tasks) / TASKS
         """Of this model's tasks in the loss, which is a mean over all tasks."""
         named = dict(model.named_parameters())

@@ -19,8 +19,8 @@ from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, sha
 from hydrazero.trainer.balance import BalanceFacts, BalanceSection
 from hydrazero.trainer.config.run_file import LossSection
 from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.run_balance import RunBalance
-from hydrazero.trainer.engine.training_step import TrainedModel
 
 MANY_HEADS = 16
 EVERY = 50
@@ -50,7 +50,7 @@ class Steps:
 
     def __init__(self, model: AtomisticModel, batch: GraphBatch, *, compiled: bool) -> None:
         goal = make_objective(model, LossSection(), [1.0] * len(model.tasks))
-        self.trained, self.batch, self.counts = TrainedModel(model, goal), batch, goal.counts(batch)
+        self.trained, self.batch, self.counts = ModelWithLoss(model, goal), batch, goal.counts(batch)
         if compiled and (reason := self.trained.compile_steps()):
             raise SystemExit(f"the kernels are missing: {reason}")
         self.predict = CompiledModel(model) if compiled else model

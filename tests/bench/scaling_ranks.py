@@ -22,9 +22,9 @@ from hydrazero.models.ops.compiled import use_kernels
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import LossSection, RunConfig, RunSection, TrainSection
 from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import parameter_groups
 from hydrazero.trainer.engine.step_guard import StepGuard
-from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.ranks import distributed
 
 STAGES = (0, 1, 2, 3)
@@ -33,11 +33,11 @@ STEPS = 3
 """In a row of each side, of which the first, which finds other memory in the caches, is not counted."""
 
 
-def trained_model() -> TrainedModel:
+def trained_model() -> ModelWithLoss:
     model = model_of(TASKS).train()
     if reason := use_kernels(model):
         raise SystemExit(f"the kernels are missing: {reason}")
-    return TrainedModel(model, make_objective(model, LossSection(), [1.0] * TASKS))
+    return ModelWithLoss(model, make_objective(model, LossSection(), [1.0] * TASKS))
 
 
 def ddp_step() -> Callable[[], None]:

@@ -17,7 +17,7 @@ from hydrazero.models.ops.kernels import KernelsUnavailable, cached_library
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.run_file import LossSection
 from hydrazero.trainer.engine.losses import make_objective
-from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 
 TASKS = 2
 
@@ -31,13 +31,13 @@ def labelled_batch(dtype: torch.dtype = torch.float64) -> GraphBatch:
     return batch_of(structures, [0, 1, 0], dtype=dtype, extra=(2, 5, 3))
 
 
-def trained_model(encoder: str, device: str = "cpu", **settings: object) -> TrainedModel:
+def trained_model(encoder: str, device: str = "cpu", **settings: object) -> ModelWithLoss:
     model = small_model(encoder, tasks=TASKS, **settings).train().to(device)
     loss = LossSection(kind="huber", energy_weight=0.7, forces_weight=1.3, stress_weight=0.0)
-    return TrainedModel(model, make_objective(model, loss, [1.0, 0.4]))
+    return ModelWithLoss(model, make_objective(model, loss, [1.0, 0.4]))
 
 
-def gradients(trained: TrainedModel, batch: GraphBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(trained: ModelWithLoss, batch: GraphBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     trained.zero_grad()
     loss, _ = trained(batch, trained.objective.counts(batch))
     loss.backward()

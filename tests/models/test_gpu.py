@@ -8,12 +8,12 @@ from test_compiled import gradients, labelled_batch, trained_model
 
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.ops.slots import Segments, sum_in_order
-from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
 
 
-def on_gpu(encoder: str, dtype: torch.dtype, compiled: bool) -> TrainedModel:
+def on_gpu(encoder: str, dtype: torch.dtype, compiled: bool) -> ModelWithLoss:
     trained = trained_model(encoder, "cuda", dtype=dtype)
     if compiled:
         trained.compile_steps()

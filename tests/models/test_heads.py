@@ -20,7 +20,7 @@ from hydrazero.models.task_facts import TargetFacts
 from hydrazero.shards.errors import ConfigError, StructureError
 from hydrazero.trainer.config.run_file import LossSection
 from hydrazero.trainer.engine.losses import make_objective
-from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 
 GAP = TargetFacts(of="structure", kind="scalar", unit="eV", mean=2.0, scale=0.5)
 VOLUME = TargetFacts(of="structure", kind="scalar", unit="", extensive=True, mean=10.0, scale=3.0)
@@ -311,7 +311,7 @@ def test_a_compiled_step_holds_every_head(kind, encoder, monkeypatch):
         batch[f"target_{name}_mask"] = batch.atom_mask if name != "gap" else batch.structure_mask
     found = []
     for traced in (False, True):
-        trained = TrainedModel(model, make_objective(model, LossSection(force_errors="norm"), [1.0, 0.5]))
+        trained = ModelWithLoss(model, make_objective(model, LossSection(force_errors="norm"), [1.0, 0.5]))
         if traced:
             assert trained.compile_steps() is None
         model.zero_grad()

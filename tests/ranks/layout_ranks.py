@@ -15,18 +15,18 @@ import torch
 from structures import small_model
 from zero_ranks import micro_batches, objective
 
-from hydrazero.trainer.checkpoint.folders import Kept, folder_of
-from hydrazero.trainer.checkpoint.layout import layout_in
-from hydrazero.trainer.checkpoint.reshard import SavedTensors
+from hydrazero.trainer.checkpoint.folders import Retention, folder_of
 from hydrazero.trainer.checkpoint.save_load import load_checkpoint, read_state, save_checkpoint
+from hydrazero.trainer.checkpoint.zero_files import ZeroFiles
 from hydrazero.trainer.engine.engine import make_engine, train_step
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import freeze
+from hydrazero.trainer.engine.partition import partition_in
 from hydrazero.trainer.engine.step_guard import StepGuard
-from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.ranks import distributed
 
-KEPT = Kept(last=9, best=None)
+RETENTION = Retention(last=9, best=None)
 STAGES = (1, 0, 2, 3, 0, 3, 1)
 """That two ranks hand the checkpoint through, in both directions between no ZeRO and each stage."""
 
@@ -56,7 +56,7 @@ class Rank:
             with torch.no_grad():
                 next(p for p in model.parameters() if not p.requires_grad).zero_()  # must come from the checkpoint
         self.dtype = dtype
-        self.engine = make_engine(TrainedModel(model, objective(model)), ds_config(stage, dtype))
+        self.engine = make_engine(ModelWithLoss(model, objective(model)), ds_config(stage, dtype))
         self.average = WeightAverage(self.engine, 0.6)
 
     def step(self) -> float:
@@ -67,7 +67,7 @@ class Rank:
         return loss
 
     def save(self, folder: Path) -> None:
-        reason = save_checkpoint(self.engine, folder, {"step": 1}, self.average, KEPT)
+        reason = save_checkpoint(self.engine, folder, {"step": 1}, self.average, RETENTION)
         if reason is not None:
             raise RuntimeError(reason)
 
@@ -78,8 +78,8 @@ class Rank:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint by name: weights, moments, counts of steps, what is not trained, the schedule."""
     checkpoint = folder_of(folder, 1)
-    layout = layout_in(read_state(checkpoint)["layout"])
-    saved = SavedTensors(checkpoint, layout)
+    layout = partition_in(read_state(checkpoint)["layout"])
+    saved = ZeroFiles(checkpoint, layout)
     found = {
         f"{name} {key}": saved.read(name, 0, place.size, key).double()
         for name, place in layout.places.items()

@@ -25,8 +25,8 @@ from hydrazero.trainer.cost.step_cost import model_size
 from hydrazero.trainer.cost.step_memory import StepMemory
 from hydrazero.trainer.cost.traffic import Run, step_messages
 from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.step_guard import StepGuard
-from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.ranks import distributed
 
@@ -61,7 +61,7 @@ def measured(name: str, settings: ModelSettings, counter: Collectives, *, warm_u
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     torch.manual_seed(0)
     model = AtomisticModel(settings, tasks).to(dtype).train()
-    trained = TrainedModel(model, make_objective(model, LossSection(), [1.0] * TASKS))
+    trained = ModelWithLoss(model, make_objective(model, LossSection(), [1.0] * TASKS))
     engine = make_engine(trained, ds_config)
     average, guard = WeightAverage(engine, 0.9), StepGuard(10, 0.0)
     for _ in range(3):

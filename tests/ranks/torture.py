@@ -27,9 +27,9 @@ from run_files import write_small_run
 from sources import make_shards, metals, molecules
 
 from hydrazero.trainer.checkpoint.folders import latest_checkpoint
-from hydrazero.trainer.checkpoint.layout import layout_in
-from hydrazero.trainer.checkpoint.reshard import SavedTensors
 from hydrazero.trainer.checkpoint.save_load import read_state
+from hydrazero.trainer.checkpoint.zero_files import ZeroFiles
+from hydrazero.trainer.engine.partition import partition_in
 from hydrazero.trainer.engine.weight_average import AVERAGE_NAME
 from hydrazero.trainer.ranks.exit_status import MAY_PASS
 from hydrazero.trainer.ranks.launcher import GRACE
@@ -185,8 +185,8 @@ def comparable(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return all weights and moments in a checkpoint."""
-    layout = layout_in(read_state(folder)["layout"])
-    saved = SavedTensors(folder, layout)
+    layout = partition_in(read_state(folder)["layout"])
+    saved = ZeroFiles(folder, layout)
     keys = (None, "exp_avg", "exp_avg_sq")
     return {
         f"{name} {key or 'weight'}": saved.read(name, 0, place.size, key)

@@ -18,8 +18,8 @@ from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import precision_of
 from hydrazero.trainer.config.run_file import LossSection, RunConfig, RunSection, TrainSection
 from hydrazero.trainer.engine.losses import Objective, make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.step_guard import StepGuard
-from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.ranks import distributed
 
@@ -91,14 +91,14 @@ def ds_config(name: str) -> dict:
 
 
 def train_under(name: str, folder: Path) -> dict:
-    from hydrazero.trainer.checkpoint.model_of_run import last_weights
+    from hydrazero.trainer.checkpoint.model_of_run import weights_in
     from hydrazero.trainer.engine.engine import make_engine, train_step
-    from hydrazero.trainer.engine.master_weights import whole_weight
+    from hydrazero.trainer.engine.zero_layout import layout_of
 
     config = ds_config(name.removesuffix(" compiled"))
     dtype = precision_of(config).weights
     model = small_model(tasks=TASKS, dtype=torch.float32, layers=1 if name in COMPILED else 2).to(dtype).train()
-    trained = TrainedModel(model, objective(model))
+    trained = ModelWithLoss(model, objective(model))
     engine = make_engine(trained, config)
     if name in COMPILED:
         trained.compile_steps()
@@ -118,9 +118,9 @@ def train_under(name: str, folder: Path) -> dict:
         norms.append(engine.get_global_grad_norm())
         average.update()
     named = {key: p for key, p in engine.module.named_parameters() if p.requires_grad}
-    weights = {key: whole_weight(engine, p) for key, p in named.items()}
+    weights = {key: layout_of(engine).full_weight(p) for key, p in named.items()}
     rounded = whole_model(engine)
-    averaged = average.whole()
+    averaged = average.full()
     with average.applied():
         rounded_average = whole_model(engine)
     assert all(torch.equal(whole_model(engine)[key], rounded[key]) for key in named)  # it is over without a trace
@@ -131,9 +131,9 @@ def train_under(name: str, folder: Path) -> dict:
     engine.save_checkpoint(str(folder / name), tag="step", save_latest=False)
     average.save(folder / name / "step")
     distributed.wait_for_all()
-    stored = last_weights(folder / name / "step")
+    stored = weights_in(folder / name / "step", layout_of(engine).partition())
     average.load(folder / name / "step", average.steps)
-    assert all(torch.equal(value, averaged[key]) for key, value in average.whole().items())
+    assert all(torch.equal(value, averaged[key]) for key, value in average.full().items())
     for key, value in weights.items():
         torch.testing.assert_close(stored[key.removeprefix("model.")], value, rtol=0, atol=0)
     again = train_step(engine, batches, guard, stop=False).loss

@@ -18,11 +18,11 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.balance import METHODS, BalanceFacts, BalanceSection, Seen, check_balance, make_balancer
 from hydrazero.trainer.balance.base import bounded
 from hydrazero.trainer.config.run_file import LossSection
-from hydrazero.trainer.engine import training_step as trained_model_module
+from hydrazero.trainer.engine import model_with_loss as model_with_loss_module
 from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss, new_probe
 from hydrazero.trainer.engine.run_balance import RunBalance
 from hydrazero.trainer.engine.step_guard import StepGuard
-from hydrazero.trainer.engine.training_step import TrainedModel, new_probe
 
 TASKS = 3
 UNKNOWN = float("nan")
@@ -38,13 +38,13 @@ def labelled_batch(seed: int = 0) -> GraphBatch:
     return batch_of(structures, [0, 1, 0, 2], extra=(1, 3, 2))
 
 
-def trained_model(weights: tuple[float, ...] = (1.0, 0.3, 2.0), **model: object) -> TrainedModel:
+def trained_model(weights: tuple[float, ...] = (1.0, 0.3, 2.0), **model: object) -> ModelWithLoss:
     built = small_model(tasks=TASKS, **model).train()
     loss = LossSection(kind="huber", energy_weight=2.0, stress_weight=0.0)
-    return TrainedModel(built, make_objective(built, loss, weights))
+    return ModelWithLoss(built, make_objective(built, loss, weights))
 
 
-def measured(trained: TrainedModel, batch: GraphBatch, factor: float = 1.0) -> torch.Tensor:
+def measured(trained: ModelWithLoss, batch: GraphBatch, factor: float = 1.0) -> torch.Tensor:
     trained.measuring = True
     loss, _ = trained(batch, trained.objective.counts(batch))
     (loss * factor).backward()
@@ -99,11 +99,11 @@ def test_what_one_rank_cannot_compile_runs_eagerly_on_all(monkeypatch):
     batch, trained = labelled_batch(), trained_model()
     trained.compile_steps()
     reasons = iter([["", ""], ["", "no room"], ["", ""]])
-    monkeypatch.setattr(trained_model_module, "gather_objects", lambda own: next(reasons))
+    monkeypatch.setattr(model_with_loss_module, "gather_objects", lambda own: next(reasons))
     for measuring in (False, True, False, True):
         trained.measuring = measuring
         loss, _ = trained(batch, trained.objective.counts(batch))
-        assert ("_GradientsAtHand" in str(loss.grad_fn)) != measuring
+        assert ("_KnownGradients" in str(loss.grad_fn)) != measuring
         loss.backward()
         assert (trained.take_task_gradients() is not None) == measuring
     trained.predict(batch)

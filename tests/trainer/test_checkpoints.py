@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint.folders import (
     PART,
-    Kept,
+    Retention,
     best_checkpoint,
     checkpoints,
     file_sum,
@@ -24,7 +24,7 @@ from hydrazero.trainer.checkpoint.folders import (
     step_of,
     usable_checkpoint,
 )
-from hydrazero.trainer.checkpoint.layout import Layout, Place
+from hydrazero.trainer.engine.partition import ParameterPlace, Partition
 from hydrazero.trainer.engine.step_guard import SETTLED, NonFiniteLossError, StepGuard
 from hydrazero.trainer.records.run_files import MetricsWriter, read_metrics
 
@@ -39,29 +39,29 @@ def test_pieces_cover_each_parameter_once(one, other, sizes):
     for name, place in now.places.items():
         covered = np.zeros(place.size, dtype=int)
         for rank in range(now.ranks if now.stage else 1):
-            piece = now.piece(name, rank)
+            piece = now.part(name, rank)
             if piece is None:
                 continue
             covered[piece.begin : piece.begin + piece.size] += 1
             found = np.zeros(place.size, dtype=int)
             for holder in saved.holders(name, piece.begin, piece.begin + piece.size):
-                part = saved.piece(name, holder)
+                part = saved.part(name, holder)
                 assert part is not None
                 found[part.begin : part.begin + part.size] += 1
             assert (found[piece.begin : piece.begin + piece.size] == 1).all()
         assert (covered == 1).all()
 
 
-def layout(stage: int, ranks: int, sizes: list[int]) -> Layout:
+def layout(stage: int, ranks: int, sizes: list[int]) -> Partition:
     """One flat tensor of all parameters (ZeRO 1), of their parts (ZeRO 3), or one for each (no ZeRO)."""
     lengths = [-(-size // ranks) if stage == 3 else size for size in sizes]
     starts = [sum(lengths[:number]) for number in range(len(sizes))]
     places = {
-        str(number): Place(flat=0 if stage else number, start=starts[number] if stage else 0, size=size)
+        str(number): ParameterPlace(flat=0 if stage else number, start=starts[number] if stage else 0, size=size)
         for number, size in enumerate(sizes)
     }
     shares = (-(-sum(sizes) // ranks),) if stage == 1 else ()
-    return Layout(stage=stage, ranks=ranks, precision="float32", places=places, shares=shares)
+    return Partition(stage=stage, ranks=ranks, precision="float32", places=places, shares=shares)
 
 
 def test_lines_for_which_there_is_no_room_wait(tmp_path):
@@ -90,8 +90,8 @@ def made_up(run: Path, step: int, best: tuple[int, float] | None, last: int = 2)
     part = folder.with_name(folder.name + PART)
     part.mkdir(parents=True)
     (part / "weights").write_text(f"of step {step}")
-    kept = Kept(last=last, best=None if best is None else {"step": best[0], "loss": best[1]})
-    finish_checkpoint(part, {"weights": file_sum(part / "weights")}, kept)
+    retention = Retention(last=last, best=None if best is None else {"step": best[0], "loss": best[1]})
+    finish_checkpoint(part, {"weights": file_sum(part / "weights")}, retention)
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):

@@ -24,9 +24,9 @@ from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.run_file import LossSection
 from hydrazero.trainer.config.schedule_shapes import Plateau, StableDecay, own_shape
 from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import freeze, parameter_groups
 from hydrazero.trainer.engine.schedules import Schedule
-from hydrazero.trainer.engine.training_step import TrainedModel
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, read_metrics
 
 
@@ -51,9 +51,9 @@ def labelled_batch(rotation: torch.Tensor | None = None) -> GraphBatch:
     return batch_of(structures, [0, 1], extra=(1, 3, 2))
 
 
-def loss_of(batch: GraphBatch, **changes: object) -> tuple[torch.Tensor, TrainedModel]:
+def loss_of(batch: GraphBatch, **changes: object) -> tuple[torch.Tensor, ModelWithLoss]:
     model = small_model().train()
-    trained = TrainedModel(model, make_objective(model, LossSection(stress_weight=0.0, **changes), [1.0, 1.0]))
+    trained = ModelWithLoss(model, make_objective(model, LossSection(stress_weight=0.0, **changes), [1.0, 1.0]))
     loss, _ = trained(batch, trained.objective.counts(batch))
     return loss, trained
 
@@ -164,7 +164,7 @@ def test_patterns_freeze_parameters():
     assert trained and not any(name.startswith(("encoder.", "embedding.")) for name in trained)
     with pytest.raises(ConfigError, match=r"'encodr.\*' matches no parameter"):
         freeze(model, ["encodr.*"])
-    with pytest.raises(ConfigError, match="leaves no parameter"):
+    with pytest.raises(ConfigError, match="freezes every parameter"):
         freeze(model, ["*"])
 
 

@@ -171,10 +171,10 @@ def test_data_go_on_exactly_once_with_another_number_of_ranks(data, whole, tmp_p
     (last / "run_state.pt").write_bytes(b"damaged")
     changes = ("data.workers=2", "deepspeed.gradient_accumulation_steps=2", "deepspeed.zero_optimization.stage=0")
     result = in_process(run_file, "--resume", *(f"--set={change}" for change in changes))
-    assert f"{last / 'run_state.pt'} is not what was written" in result.stderr
-    assert f"{last.name} is kept as {last.name}.damaged" in result.stderr
-    now_and_then = "1 ranks, ZeRO 0, float32; before it was 2 ranks, ZeRO 1, float32"
-    assert f"goes on from step {step_of(first)}: {now_and_then}." in result.stderr
+    assert f"{last / 'run_state.pt'} is damaged: its checksum differs" in result.stderr
+    assert f"{last.name} is renamed to {last.name}.damaged" in result.stderr
+    now_and_then = "1 ranks, ZeRO 0, float32; before, the run had 2 ranks, ZeRO 1, float32"
+    assert f"resumed from step {step_of(first)} with {now_and_then}." in result.stderr
     (resumed,) = json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]
     assert (resumed["step"], resumed["ranks"]) == (step_of(first), 1)
     now, before = rows(tmp_path / "run"), rows(whole)
@@ -297,7 +297,7 @@ def test_damaged_weights_are_not_used(whole, tmp_path):
     file.write_bytes(content)
     for command in (["evaluate", str(run)], ["export", str(run), "--out", str(tmp_path / "model.safetensors")]):
         result = CliRunner().invoke(main, command)
-        assert result.exit_code == 1 and f"{file} is not what was written" in result.output, result.output
+        assert result.exit_code == 1 and f"{file} is damaged: its checksum differs" in result.output, result.output
     shutil.rmtree(file.parent)
     result = CliRunner().invoke(main, ["evaluate", str(run)])
     assert result.exit_code == 1 and "use the checkpoint 'last'" in result.output

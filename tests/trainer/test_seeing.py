@@ -283,7 +283,7 @@ def test_a_profile_leaves_the_run_as_it_is(finished):
 def test_compiled_steps_are_profiled_as_the_run_does_them(data, tmp_path, monkeypatch):
     """Traced, but not compiled, which would take a minute; gradients of the tasks are measured in the third step."""
     monkeypatch.setattr("torch.compile", lambda graph, **_: graph)
-    monkeypatch.setattr("hydrazero.trainer.engine.training_step.use_kernels", lambda model: "left out by a test")
+    monkeypatch.setattr("hydrazero.trainer.engine.model_with_loss.use_kernels", lambda model: "left out by a test")
     result = train(write_run(tmp_path, data), "--profile", "--set", "train.compile=true")
     assert result.exit_code == 0, result.output
     assert "each step is one graph" in result.stderr and "the 10 dearest operations" in result.stdout

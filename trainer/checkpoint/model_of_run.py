@@ -1,41 +1,41 @@
-"""The model of a run, out of its checkpoints, without an engine."""
+"""The model of a run with the weights of one of its checkpoints, without an engine."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.models.inference.model_file import read_model
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint.folders import checkpoint_named, checkpoints, damage, step_of
+from hydrazero.trainer.checkpoint.save_load import read_state
+from hydrazero.trainer.checkpoint.zero_files import ZeroFiles
 from hydrazero.trainer.engine.low_rank import merged
-from hydrazero.trainer.engine.training_step import PREFIX
+from hydrazero.trainer.engine.model_with_loss import PREFIX
+from hydrazero.trainer.engine.partition import Partition, partition_in
 from hydrazero.trainer.engine.weight_average import AVERAGE_NAME
 from hydrazero.trainer.ranks.distributed import quiet_deepspeed
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
 
 
 def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = True) -> AtomisticModel:
-    """Build the model of a run with the weights of a checkpoint ('best', 'last' or a step), on the CPU.
+    """Return the model of a run with the weights of a checkpoint ('best', 'last' or a step), on the CPU.
 
-    In float32 at least, and with the average of the weights where the run keeps one, unless it is not wanted. Raises
-    ConfigError for a run or a checkpoint that is not there, or whose files are not what was written.
+    The weights are in float32 at least. They are the average of the weights where the run keeps one and `averaged` is
+    true. Raises ConfigError for a run or a checkpoint that does not exist, or whose files are damaged.
     """
     facts = read_json(run_dir / MODEL_FACTS_NAME)
     folder = checkpoint_named(run_dir, checkpoint)
     if (wrong := damage(folder)) is not None:
         others = ", ".join(str(step_of(each)) for each in checkpoints(run_dir) if each != folder)
-        raise ConfigError(f"{wrong}; bring it back from a copy, or use another one ({others or 'none is left'}).")
+        raise ConfigError(f"{wrong}; restore it from a copy, or use another checkpoint ({others or 'none is left'}).")
     model = model_from_facts(facts)
-    weights = last_weights(folder)
+    weights = weights_in(folder, partition_in(read_state(folder)["layout"]))
     if averaged and (folder / AVERAGE_NAME).is_file():
         weights.update(load_file(str(folder / AVERAGE_NAME)))
     weights = merged(weights)
@@ -44,43 +44,18 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
     return model.eval()
 
 
-def last_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint, those that the optimizer steps where it has its own, by the model's names."""
-    quiet_deepspeed()  # files of optimizers hold objects of its
-    whole = folder / "mp_rank_00_model_states.pt"  # under ZeRO 3 no rank has it
-    weights = _load(whole)["module"] if whole.is_file() else {}
-    files = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=_rank_of)
-    if files and "zero_stage" in _load(files[0])["optimizer_state_dict"]:
-        weights |= _consolidated(folder)  # which has no weights that are not trained
-    else:
-        weights |= _of_bf16(files, {name: value.shape for name, value in weights.items()})
-    return {name.removeprefix(PREFIX): value for name, value in weights.items()}
+def weights_in(folder: Path, partition: Partition) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint's folder, as the optimizer has them, by their names in the model."""
+    quiet_deepspeed()  # the files of some optimizers hold objects of DeepSpeed
+    return {name.removeprefix(PREFIX): value for name, value in ZeroFiles(folder, partition).weights().items()}
 
 
-def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+def read_run_or_model(source: str) -> AtomisticModel:
+    """Return the model of a run folder's best checkpoint, or an exported model.
 
-
-def _rank_of(file: Path) -> int:
-    return int(file.name.split("_pp_rank_")[1].split("_")[0])
-
-
-def _of_bf16(files: Sequence[Path], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Join what each rank's optimizer for bf16 under ZeRO 1 has written, which DeepSpeed's own script does not take."""
-    pieces: dict[str, list[Tensor]] = {}
-    for file in files:
-        state = _load(file)["optimizer_state_dict"]
-        groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
-        for flat, places in groups:
-            for name, place in places.items():
-                pieces.setdefault(name, []).append(flat.detach()[place.start : place.start + place.numel])
-    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items()}
-
-
-def _consolidated(folder: Path) -> dict[str, Tensor]:
-    """Join the ranks' parts of a ZeRO checkpoint into the weights that its optimizer steps."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    # It prints its progress, which is over in a moment, on both channels.
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+    Raises HydrazeroError if `source` is neither.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"run.start_from: {path} does not exist; name a run folder or an exported model.")
+    return model_of_run(path) if path.is_dir() else read_model(path)

@@ -1,4 +1,4 @@
-"""A fine-tuned model with the heads of the model that it started from, on the encoder as it is now."""
+"""A fine-tuned model that keeps the heads of the model from which it started."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_file import with_heads_of
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.checkpoint.start_weights import read_start
+from hydrazero.trainer.checkpoint.model_of_run import read_run_or_model
 from hydrazero.trainer.records.run_record import read_record
 
 
 def with_old_heads(model: AtomisticModel, run_dir: Path) -> AtomisticModel:
-    """Return a run's model with the heads of its start that the run has not trained; raises HydrazeroError.
+    """Return a run's model with those heads of the model it started from that the run has not trained.
 
-    They are as they were; the encoder below them is what the run has made of it.
+    The heads are unchanged, while the encoder below them has been trained further. Raises HydrazeroError if the run did
+    not start from another model, or if that model cannot be read.
     """
     source = read_record(run_dir).get("run", {}).get("start_from", "")
     if not source:
-        raise ConfigError(f"{run_dir} did not start from another model: there are no old heads; leave out --old-heads.")
-    return with_heads_of(model, read_start(source))
+        raise ConfigError(f"{run_dir} did not start from another model, so it has no old heads; leave out --old-heads.")
+    return with_heads_of(model, read_run_or_model(source))

@@ -1,12 +1,11 @@
-"""Checkpoints: DeepSpeed's files of a step with everything else that a run needs to go on."""
+"""Checkpoints: DeepSpeed's files of a step, with everything else that a run needs to continue."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +16,60 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint.folders import (
     CHECKSUMS_NAME,
     PART,
-    Kept,
+    Retention,
     file_sum,
     finish_checkpoint,
     folder_of,
     remove_leftovers,
 )
-from hydrazero.trainer.checkpoint.layout import layout_in, layout_of
-from hydrazero.trainer.checkpoint.reshard import load_from_layout
+from hydrazero.trainer.checkpoint.reshard import load_from_partition
+from hydrazero.trainer.engine.partition import partition_in
+from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
+from hydrazero.trainer.engine.zero_layout import layout_of
 from hydrazero.trainer.ranks.device import device_kind, gpu_module
 from hydrazero.trainer.ranks.distributed import from_first, gather_objects, gather_to_first, rank, ranks, wait_for_all
 
 STATE_NAME = "run_state.pt"
-"""Place in the data, balancing, and whatever else is the same for all ranks."""
+"""File in a checkpoint: position in the data, balancing, and everything else that all ranks share."""
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What a full disk makes of writing, by whoever writes."""
+"""Errors that a full disk raises, depending on the library that writes."""
 
 
 def save_checkpoint(
-    engine: Any, run_dir: Path, state: dict[str, Any], average: WeightAverage | None, kept: Kept
+    engine: TrainingEngine, run_dir: Path, state: dict[str, Any], average: WeightAverage | None, retention: Retention
 ) -> str | None:
-    """Write a checkpoint of state['step'], check it, then name it; called on every rank.
+    """Write the checkpoint of state['step'], check it, then give it its name; called on every rank.
 
-    Others that are not `kept` are removed. Returns why it could not be written, in which case the ones before stay.
+    Older checkpoints are removed unless `retention` keeps them. Return None, or the reason why the checkpoint could not
+    be written, in which case all older ones stay.
     """
     part = folder_of(run_dir, state["step"])
     part = part.with_name(part.name + PART)
     failures: list[str] = []
     if rank() == 0:
         remove_leftovers(run_dir)
-        _try(lambda: part.mkdir(parents=True), failures)
+        _attempt(lambda: part.mkdir(parents=True), failures)
     met = [reason for reasons in gather_objects(failures) for reason in reasons]
     if met:
         return met[0]
-    state = {**state, "random": random_states(), "layout": layout_of(engine).document()}
-    with _writing_errors_kept(engine, failures):
+    layout = layout_of(engine)
+    state = {**state, "random": random_states(), "layout": layout.partition().document()}
+    with layout.writing_with(lambda write: _attempt(write, failures)):
         engine.save_checkpoint(str(part.parent), tag=part.name, save_latest=False)
-    let_go_of_whole_parameters(engine)
+    layout.release_gathered()
     if average is not None:
-        _try(lambda: average.save(part), failures)
+        _attempt(lambda: average.save(part), failures)
         state = {**state, "average_steps": average.steps}
     if rank() == 0:
-        _try(lambda: torch.save(state, part / STATE_NAME), failures)
+        _attempt(lambda: torch.save(state, part / STATE_NAME), failures)
     wait_for_all()
-    # One lists the folder, which under ZeRO has a file of every rank: all of them would ask for each of its files.
+    # Rank 0 alone lists the folder: under ZeRO it holds files of every rank, and each rank would look up all of them.
     names: list[str] = []
-    _try(lambda: names.extend(from_first(lambda: _files(part))), failures)
+    _attempt(lambda: names.extend(from_first(lambda: _files(part))), failures)
     sums: dict[str, str] = {}
-    _try(lambda: sums.update(_sums_of(part, names[rank() :: ranks()])), failures)
+    _attempt(lambda: sums.update(_sums_of(part, names[rank() :: ranks()])), failures)
     met = [reason for reasons in gather_objects(failures) for reason in reasons]
     every: dict[str, str] = {}
     for share in gather_objects(sums):
@@ -74,14 +77,14 @@ def save_checkpoint(
     late: list[str] = []
     if rank() == 0:
         if not met:
-            _try(lambda: finish_checkpoint(part, dict(sorted(every.items())), kept), late)
+            _attempt(lambda: finish_checkpoint(part, dict(sorted(every.items())), retention), late)
         if met or late:
             shutil.rmtree(part, ignore_errors=True)
     met += [reason for reasons in gather_objects(late) for reason in reasons]
     return met[0] if met else None
 
 
-def _try(write: Callable[[], object], failures: list[str]) -> None:
+def _attempt(write: Callable[[], object], failures: list[str]) -> None:
     try:
         write()
     except WRITE_ERRORS as error:
@@ -89,18 +92,18 @@ def _try(write: Callable[[], object], failures: list[str]) -> None:
 
 
 def _files(part: Path) -> list[str]:
-    """Names of a checkpoint's files, in its folder."""
+    """Return the names of a checkpoint's files, relative to its folder."""
     found = (path for path in part.rglob("*") if path.is_file() and path.name != CHECKSUMS_NAME)
     return sorted(str(path.relative_to(part)) for path in found)
 
 
 def _sums_of(part: Path, names: Sequence[str]) -> dict[str, str]:
-    """Read back files of a checkpoint, once they are on the disk; OSError if one is not whole."""
+    """Return the checksums of files of a checkpoint, read back from the disk; raises OSError if one is damaged."""
     sums = {}
     for path in (part / name for name in names):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        # torch writes archives with checksums of what it had in memory.
+        # torch writes archives that hold checksums of the data in memory.
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -110,36 +113,8 @@ def _sums_of(part: Path, names: Sequence[str]) -> dict[str, str]:
     return sums
 
 
-@contextlib.contextmanager
-def _writing_errors_kept(engine: Any, failures: list[str]) -> Iterator[None]:
-    """Let DeepSpeed go through with a checkpoint whose files cannot be written: the other ranks would wait for ever."""
-    writer = engine.checkpoint_engine
-    save, copy_script = writer.save, engine._copy_recovery_script
-
-    def careful(state_dict: Any, path: str) -> None:
-        _try(lambda: save(state_dict, path), failures)
-
-    writer.save = careful
-    # A script that makes one file of weights out of DeepSpeed's: `hydrazero export` does.
-    engine._copy_recovery_script = lambda path: None
-    try:
-        yield
-    finally:
-        writer.save, engine._copy_recovery_script = save, copy_script
-
-
-def let_go_of_whole_parameters(engine: Any) -> None:
-    """Drop the small parameters that DeepSpeed has gathered after saving or loading under ZeRO 3.
-
-    As at the start of a run: in its first steps it notes which parameters are fetched when, misses those that are
-    whole, and fails where it needs them later.
-    """
-    if engine.zero_optimization_stage() == 3:
-        engine.optimizer.checkpoint_event_prologue()
-
-
 def random_states() -> dict[str, torch.Tensor]:
-    """Return the states of all ranks' generators of random numbers, [ranks, bytes] by kind of device, on rank 0."""
+    """Return, on rank 0 alone, the states of all ranks' random number generators: [ranks, bytes] by kind of device."""
     states = {"cpu": gather_to_first(torch.get_rng_state())}
     if (gpu := gpu_module()) is not None:
         states[device_kind()] = gather_to_first(gpu.get_rng_state())
@@ -147,9 +122,9 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
-    """Set this rank's generators; a rank that is new takes the state of the last one."""
+    """Set this rank's random number generators; a rank that was not there before takes the state of the last rank."""
     for kind, of_ranks in states.items():
-        # A copy: torch reads the state from where the memory begins, whatever row of it a view is, and crashes.
+        # A copy, since torch reads a state from the beginning of its memory even if it is a view of a later row.
         own = of_ranks[min(rank(), len(of_ranks) - 1)].clone()
         if kind == "cpu":
             torch.set_rng_state(own)
@@ -158,35 +133,36 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return what all ranks share of a checkpoint."""
+    """Return the part of a checkpoint that all ranks share."""
     state: dict[str, Any] = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=False)
     return state
 
 
-def resumed_from(state: dict[str, Any], engine: Any) -> str:
-    """Say where a run goes on, and what is another way of cutting than the checkpoint's."""
-    saved, here = layout_in(state["layout"]), layout_of(engine)
-    ways = [f"{way.ranks} ranks, ZeRO {way.stage}, {way.precision}" for way in (saved, here)]
-    changed = "" if ways[0] == ways[1] else f": {ways[1]}; before it was {ways[0]}"
-    return f"goes on from step {state['step']}{changed}."
+def resumed_from(state: dict[str, Any], engine: TrainingEngine) -> str:
+    """Return a sentence on the step from which a run continues, and on a change of ranks, ZeRO stage or precision."""
+    saved, here = partition_in(state["layout"]), layout_of(engine).partition()
+    before, now = (f"{each.ranks} ranks, ZeRO {each.stage}, {each.precision}" for each in (saved, here))
+    changed = "" if before == now else f" with {now}; before, the run had {before}"
+    return f"resumed from step {state['step']}{changed}."
 
 
-def load_checkpoint(engine: Any, folder: Path, average: WeightAverage | None) -> dict[str, Any]:
-    """Restore weights, optimizer, schedule and random state; returns the run's state. Called on every rank.
+def load_checkpoint(engine: TrainingEngine, folder: Path, average: WeightAverage | None) -> dict[str, Any]:
+    """Restore weights, optimizer, schedule and random state, and return the run's state; called on every rank.
 
-    Written by the same number of ranks under the same ZeRO stage in the same precision, all is as it was, to the bit;
-    otherwise weights and moments are cut anew. Raises ConfigError if that is not possible.
+    With the number of ranks, ZeRO stage and precision of the checkpoint, the result is the same bit for bit. Otherwise
+    weights and moments are partitioned anew; raises ConfigError if that is not possible.
     """
     state = from_first(lambda: read_state(folder))
-    saved = layout_in(state["layout"])
-    if saved != layout_of(engine):
-        load_from_layout(engine, folder, saved)
+    saved = partition_in(state["layout"])
+    layout = layout_of(engine)
+    if saved != layout.partition():
+        load_from_partition(engine, folder, saved)
     elif engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
         raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
-    let_go_of_whole_parameters(engine)
+    layout.release_gathered()
     set_random_states(state["random"])
     if average is not None and "average_steps" in state:
         average.load(folder, state["average_steps"])
-    elif average is not None:  # it is kept only from here on
+    elif average is not None:  # the run keeps an average only from here on
         average.start_here()
     return state

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hydrazero.trainer.balance import BalanceFacts, BalanceSection, Seen, make_balancer
-from hydrazero.trainer.engine.training_step import TrainedModel
+from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.ranks.distributed import sum_over_ranks
 
 
 class RunBalance:
     """The weights of a run's tasks, the same on every rank."""
 
-    def __init__(self, settings: BalanceSection, facts: BalanceFacts, trained: TrainedModel) -> None:
+    def __init__(self, settings: BalanceSection, facts: BalanceFacts, trained: ModelWithLoss) -> None:
         self.trained = trained
         self.names = [task.name for task in trained.model.tasks]
         self.own_weights = trained.objective.task_weights.clone()

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, beside an engine that may have sharded them."""
+"""Exponential moving average of the weights, for an engine that may partition them over ranks."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hydrazero.trainer.engine.master_weights import set_whole_weight, spread_weights, stepped_weights, whole_weight
-from hydrazero.trainer.engine.training_step import PREFIX
+from hydrazero.trainer.engine.model_with_loss import PREFIX
+from hydrazero.trainer.engine.training_engine import TrainingEngine
+from hydrazero.trainer.engine.zero_layout import layout_of
 from hydrazero.trainer.ranks.distributed import rank
 
 AVERAGE_NAME = "average.safetensors"
-"""In a checkpoint: averaged weights by the names that the model gives them."""
+"""File in a checkpoint: averaged weights by their names in the model."""
 
 
 class WeightAverage:
     """Average of all trained weights, in float32 at least.
 
-    Each rank averages what it steps: bf16 weights would not move by changes that are smaller than their rounding.
+    Each rank averages the master weights that it steps: the average of bf16 weights would not change where a step
+    changes it by less than their rounding.
     """
 
-    def __init__(self, engine: Any, decay: float) -> None:
-        self.engine, self.decay = engine, decay
+    def __init__(self, engine: TrainingEngine, decay: float) -> None:
+        self.layout, self.decay = layout_of(engine), decay
         self.parameters: dict[str, Any] = {
             name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad
         }
@@ -34,26 +36,26 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step; the first ones count more, so that the start is soon forgotten."""
+        """Include the weights after a step; the first steps count more, so that the start is soon forgotten."""
         self.steps += 1
         keep = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for part, weights in zip(self.parts, stepped_weights(self.engine), strict=True):
+        for part, weights in zip(self.parts, self.layout.master_weights(), strict=True):
             part.lerp_(weights.detach(), 1.0 - keep)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the engine's module have the averaged weights for a while; every rank must do so."""
+        """Give the engine's module the averaged weights within a `with` block; called on every rank."""
         try:
-            with self._stepped():
-                spread_weights(self.engine)
+            with self._as_master_weights():
+                self.layout.update_model()
                 yield
         finally:
-            spread_weights(self.engine)
+            self.layout.update_model()
 
     @contextlib.contextmanager
-    def _stepped(self) -> Iterator[None]:
-        """Let what the optimizer steps be the average for a while."""
-        before = [weights.detach().clone() for weights in stepped_weights(self.engine)]
+    def _as_master_weights(self) -> Iterator[None]:
+        """Put the average in the place of the master weights within a `with` block."""
+        before = [weights.detach().clone() for weights in self.layout.master_weights()]
         self._set(self.parts)
         try:
             yield
@@ -62,30 +64,30 @@ class WeightAverage:
 
     @torch.no_grad()
     def _set(self, values: Sequence[Tensor]) -> None:
-        for weights, value in zip(stepped_weights(self.engine), values, strict=True):
+        for weights, value in zip(self.layout.master_weights(), values, strict=True):
             weights.copy_(value)
 
-    def whole(self) -> dict[str, Tensor]:
-        """Return the averaged weights in full; every rank must ask."""
-        with self._stepped():
-            return {name: whole_weight(self.engine, parameter) for name, parameter in self.parameters.items()}
+    def full(self) -> dict[str, Tensor]:
+        """Return the averaged weights in full, by their names in the engine; called on every rank."""
+        with self._as_master_weights():
+            return {name: self.layout.full_weight(parameter) for name, parameter in self.parameters.items()}
 
     def save(self, folder: Path) -> None:
-        """Write the whole average into a checkpoint's folder; called on every rank."""
-        whole = self.whole()
+        """Write the average into a checkpoint's folder; called on every rank."""
+        full = self.full()
         if rank() == 0:
-            named = {name.removeprefix(PREFIX): value.contiguous().cpu() for name, value in whole.items()}
+            named = {name.removeprefix(PREFIX): value.contiguous().cpu() for name, value in full.items()}
             save_file(named, str(folder / AVERAGE_NAME), metadata={"steps": str(self.steps)})
 
     def start_here(self) -> None:
-        """Begin with the weights as they are now."""
-        self.steps, self.parts = 0, [weights.detach().clone() for weights in stepped_weights(self.engine)]
+        """Start the average with the weights as they are now."""
+        self.steps, self.parts = 0, [weights.detach().clone() for weights in self.layout.master_weights()]
 
     def load(self, folder: Path, steps: int) -> None:
-        """Go on from the average in a checkpoint's folder, which has taken in so many steps."""
+        """Continue the average in a checkpoint's folder, which includes the weights after `steps` steps."""
         self.steps = steps
         stored = load_file(str(folder / AVERAGE_NAME))
-        with self._stepped():
+        with self._as_master_weights():
             for name, parameter in self.parameters.items():
-                set_whole_weight(self.engine, parameter, stored[name.removeprefix(PREFIX)])
-            self.parts = [weights.detach().clone() for weights in stepped_weights(self.engine)]
+                self.layout.set_full_weight(parameter, stored[name.removeprefix(PREFIX)])
+            self.parts = [weights.detach().clone() for weights in self.layout.master_weights()]

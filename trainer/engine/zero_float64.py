@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO in float64, which it has no setting for."""
+"""DeepSpeed's ZeRO in float64, for which DeepSpeed has no setting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 @contextlib.contextmanager
 def float64_zero() -> Iterator[None]:
-    """Let ZeRO keep master weights, sums of gradients and what ranks exchange in float64, in engines made meanwhile.
+    """Make ZeRO use float64 for master weights, sums of gradients and communication in engines made in this context.
 
-    Left to itself it would step a model of float64 in float32, and say nothing. What it asks of itself when an engine
-    is made is answered here; its names for these are private, so `tests/ranks/test_zero.py` holds each stage to plain
-    PyTorch in float64, tightly enough to tell.
+    Without it, ZeRO would step a float64 model in float32 without a warning. The functions by which DeepSpeed chooses
+    these types are replaced while an engine is made. Their names are private, so `tests/ranks/test_zero.py` compares
+    each stage with plain PyTorch in float64, to tolerances that float32 would exceed.
     """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -36,8 +36,8 @@ def float64_zero() -> Iterator[None]:
 
 
 def finish_float64_zero(engine: Any) -> None:
-    """Tell the optimizer of an engine made so that its master weights are not of low precision.
+    """Mark the master weights of an engine made in float64 as not of low precision.
 
-    It takes them to be wherever they are not float32.
+    DeepSpeed treats all master weights as such that are not float32.
     """
     engine.optimizer.low_precision_master_weights_and_grads = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +11,16 @@ from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, empty_batch, evaluation_batches
-from hydrazero.trainer.engine.engine import whole_parameters
+from hydrazero.trainer.engine.engine import gathered_parameters
 from hydrazero.trainer.engine.losses import leave_out_unseen
+from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.evaluation.parity_sample import ParitySample
 from hydrazero.trainer.ranks.distributed import device, fail_together, rank, ranks, sum_over_ranks
 
 
-def evaluate_engine(engine: Any, reader: SplitReader, sample: ParitySample | None = None) -> tuple[Tensor, Tensor]:
+def evaluate_engine(
+    engine: TrainingEngine, reader: SplitReader, sample: ParitySample | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the table of sums over a reader's split, all ranks together; each structure is counted once.
 
     Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
@@ -30,7 +32,7 @@ def evaluate_engine(engine: Any, reader: SplitReader, sample: ParitySample | Non
     unseen = torch.zeros(len(model.tasks), dtype=torch.float64, device=device())
     batches = evaluation_batches(reader, rank(), ranks())
     engine.eval()
-    with whole_parameters(engine):
+    with gathered_parameters(engine):
         while (batch := next_on_any_rank(batches, reader.settings)) is not None:
             batch = batch.to(device())
             unseen += leave_out_unseen(batch, model, known)

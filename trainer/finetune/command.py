@@ -12,7 +12,7 @@ from pathlib import Path
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.trainer.checkpoint.start_weights import read_start
+from hydrazero.trainer.checkpoint.model_of_run import read_run_or_model
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, METHODS, NEAREST, NEW
 from hydrazero.trainer.config.run_file import RunConfig, TaskSection, apply_override, load_run_config
 from hydrazero.trainer.config.tasks import task_facts
@@ -48,7 +48,7 @@ class Request:
 
 def finetune(request: Request, say: Callable[[str], None]) -> None:
     """Fine-tune as asked; raises HydrazeroError for what cannot be used."""
-    start = read_start(str(request.model))
+    start = read_run_or_model(str(request.model))
     _check(request, start)
     heads = _heads(request, start)
     rows = rows_of(heads[0].name, start) if heads else ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,9 +18,11 @@ from hydrazero.trainer.cost.device_memory import die_memory
 from hydrazero.trainer.cost.run_memory import RunMemory, check_memory, memory_of_ranks, step_bytes
 from hydrazero.trainer.cost.step_cost import ModelSize
 from hydrazero.trainer.cost.traffic import Run
-from hydrazero.trainer.engine.engine import whole_parameters
+from hydrazero.trainer.engine.engine import gathered_parameters
 from hydrazero.trainer.engine.losses import leave_out_unseen
 from hydrazero.trainer.engine.step_guard import NonFiniteLossError
+from hydrazero.trainer.engine.training_engine import TrainingEngine
+from hydrazero.trainer.engine.zero_layout import full_size
 from hydrazero.trainer.evaluation.validation import next_on_any_rank
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
@@ -77,8 +78,8 @@ def _step_bytes(config: RunConfig) -> float:
     return float(distributed.gather_objects(mine)[0])
 
 
-def _state_bytes(config: RunConfig, checked: CheckedRun, engine: Any) -> float:
-    parameters = sum(_size(parameter) for parameter in engine.module.parameters())
+def _state_bytes(config: RunConfig, checked: CheckedRun, engine: TrainingEngine) -> float:
+    parameters = sum(full_size(parameter) for parameter in engine.module.parameters())
     run = Run(
         size=ModelSize(encoder_groups=(parameters,), head_groups=(0,)),
         ds_config=checked.ds_config,
@@ -90,11 +91,6 @@ def _state_bytes(config: RunConfig, checked: CheckedRun, engine: Any) -> float:
     )
     gpu = torch.cuda.is_available()
     return die_memory(run, distributed.ranks(), activations=0.0, gpu=gpu, workers=config.data.workers).states
-
-
-def _size(parameter: Any) -> int:
-    """Numbers in a parameter, of which ZeRO 3 holds a part here."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _try(trainer: Trainer, log: SilentLog) -> Tried:
@@ -139,7 +135,7 @@ def _validate(trainer: Trainer) -> float:
     batch, began = batch.to(distributed.device()), time.monotonic()
     engine.eval()
     leave_out_unseen(batch, engine.module.model, known_elements(engine.module.model.tasks).to(distributed.device()))
-    with whole_parameters(engine):
+    with gathered_parameters(engine):
         sums = engine.module.objective.sums(engine.module.predict(batch), batch)
     engine.train()
     if not torch.isfinite(sums).all():

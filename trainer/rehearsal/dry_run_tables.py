@@ -14,6 +14,8 @@ from hydrazero.shards.stream.deal import mixture_repeats
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.cost.run_memory import RunMemory, megabytes
 from hydrazero.trainer.cost.step_memory import peak_memory_mb
+from hydrazero.trainer.engine.training_engine import TrainingEngine
+from hydrazero.trainer.engine.zero_layout import full_size
 from hydrazero.trainer.ranks.distributed import ranks
 from hydrazero.trainer.records.progress_line import duration
 
@@ -47,7 +49,7 @@ class Findings:
     """DeepSpeed JSON."""
     manifests: Sequence[Manifest]
     """Of each task."""
-    engine: Any
+    engine: TrainingEngine
     memory: RunMemory
     tried: Tried
 
@@ -94,7 +96,7 @@ def run_table(found: Findings) -> Table:
     sizes = ", ".join(f"{size:,} {name}" for name, size in asdict(config.batch).items() if size)
     fill = f"{tried.structures:.0%} of the structures, {tried.atoms:.0%} of the atoms, {tried.slots:.0%} of the slots"
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # ZeRO 3 holds parts
+    trained = sum(full_size(parameter) for parameter in parameters)
     optimizer, scheduler = (found.ds_config.get(key, {}).get("type") for key in ("optimizer", "scheduler"))
     states = f"{megabytes(memory.states)} of weights, gradients, optimizer"
     eager = ", eagerly; compiled, the run is faster" if config.train.compile else ""

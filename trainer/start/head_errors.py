@@ -17,7 +17,7 @@ from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.convert.references import reference_energies
 from hydrazero.shards.graphs.graph import GraphSample
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_places
-from hydrazero.trainer.checkpoint.start_weights import start_from
+from hydrazero.trainer.start.initial_weights import start_from
 from hydrazero.trainer.start.unit_check import Likeness, energy_likeness, likeness
 
 COMPARED = 100

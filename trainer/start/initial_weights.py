@@ -1,28 +1,27 @@
-"""Weights that a run starts with: those of another run, or of an exported model."""
+"""Weights that a run starts with, taken from another run or an exported model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders.base import EncoderSettings
-from hydrazero.models.inference.model_file import STACKED, read_model
+from hydrazero.models.inference.model_file import STACKED
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.checkpoint.model_of_run import model_of_run
+from hydrazero.trainer.checkpoint.model_of_run import read_run_or_model
 
 NEW_CONDITIONS = ("embedding.charge_spin.2.weight", "embedding.charge_spin.2.bias")
-"""Last layer of what tells charge and spin; zero where the start had none, so that it changes nothing at first."""
+"""Last layer of the embedding of charge and spin; zero where the source has none, so that it changes nothing yet."""
 
 
 def model_to_start_from(source: str, settings: EncoderSettings) -> AtomisticModel:
-    """Read a run folder's best checkpoint or an exported model.
+    """Return the model of a run folder's best checkpoint, or an exported model.
 
-    Raises HydrazeroError if it is neither, or if its encoder is not what `settings` make.
+    Raises HydrazeroError if `source` is neither, or if its encoder differs from the one that `settings` describe.
     """
-    model = read_start(source)
+    model = read_run_or_model(source)
     there, here = vars(model.settings.encoder), vars(settings)
     if there != here:
         said = ", ".join(f"model.{name} = {value!r}" for name, value in there.items() if value != here[name])
@@ -30,25 +29,17 @@ def model_to_start_from(source: str, settings: EncoderSettings) -> AtomisticMode
     return model
 
 
-def read_start(source: str) -> AtomisticModel:
-    """Read a run folder's best checkpoint or an exported model; raises HydrazeroError if it is neither."""
-    path = Path(source)
-    if not path.exists():
-        raise ConfigError(f"run.start_from: {path} does not exist; name a run folder or an exported model.")
-    return model_of_run(path) if path.is_dir() else read_model(path)
-
-
 def rows_of_same_name(model_tasks: Sequence[str], source: AtomisticModel) -> dict[int, tuple[int, ...]]:
-    """Return, for each task that the source has a head of the same name for, that head's row."""
+    """Return the row of the source's head of the same name, for each task (by index) that has one."""
     names = [task.name for task in source.tasks]
     return {index: (names.index(name),) for index, name in enumerate(model_tasks) if name in names}
 
 
 def start_from(model: AtomisticModel, source: AtomisticModel, rows: Mapping[int, Sequence[int]]) -> None:
-    """Copy encoder and embedding, and what fits of heads: each task's is the mean of the source's heads at its `rows`.
+    """Copy encoder and embedding, and the heads that fit: each task's head is the mean of the source's heads at `rows`.
 
-    What only one of the two has (a head of direct forces, say, where the other takes gradients) keeps its first
-    weights.
+    Parts that the source does not have (a head of direct forces, for example, where the source takes gradients) keep
+    their random weights.
     """
     stored = source.state_dict()
     with torch.no_grad():
