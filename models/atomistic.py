@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from hydrazero.models.embedding import AtomConditions, AtomEmbedding
@@ -17,7 +18,6 @@ from hydrazero.models.encoders.base import (
     EncoderSettings,
     NodeFeatures,
     PairGeometry,
-    check_encoder,
 )
 from hydrazero.models.heads.heads import HeadSize, ScalarHead, VectorHead, VirialHead
 from hydrazero.models.heads.target_heads import TargetHeads, check_attention
@@ -26,32 +26,37 @@ from hydrazero.models.ops.exact import exact_matmul
 from hydrazero.models.ops.slots import Segments, slots_of
 from hydrazero.models.repulsion import ZieglerBiersackLittmark
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, targets_of, task_facts_from
-from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
+from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 
-REPULSIONS = ("none", "zbl")
 
+class HeadSettings(Section):
+    """The heads of the model, and what belongs to the whole of it."""
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """Everything that is needed to build a model."""
-
-    encoder: EncoderSettings = field(default_factory=EncoderSettings)
-    head_features: int = 64
+    head_features: PositiveInt = 64
     """Width of the hidden layers of each head."""
-    head_layers: int = 1
-    """Hidden layers of each head."""
-    ensemble: int = 1
-    """Energies that each head gives; with more than one, their mean is the prediction, their spread its uncertainty."""
-    repulsion: str = "none"
-    """'none', or 'zbl' for the screened repulsion of nuclei at short range in every energy."""
+    head_layers: PositiveInt = 1
+    """Number of hidden layers of each head."""
+    ensemble: PositiveInt = 1
+    """Number of energies that each head predicts. With more than one, their mean is the prediction and their spread is
+    its uncertainty."""
+    repulsion: Literal["none", "zbl"] = "none"
+    """'zbl' adds the screened repulsion of nuclei at short range (Ziegler, Biersack, Littmark) to every energy; 'none'
+    does not."""
     task_embedding: bool = False
-    """Whether atoms are told their task from the first layer, not in the heads alone."""
-    attention_targets: tuple[str, ...] = ()
-    """Intensive targets whose mean over atoms is weighted by attention."""
+    """Whether the task is an input of the encoder's first layer, not of the heads alone."""
+    attention_targets: ListOf[str] = ()
+    """Names of intensive targets whose mean over atoms is weighted by attention."""
+
+
+class ModelSettings(HeadSettings):
+    """Everything that is needed to build a model, except for its tasks."""
+
+    encoder: EncoderSettings = EncoderSettings()
 
     def head_size(self, tasks: int) -> HeadSize:
-        """Return the size of heads for so many tasks."""
+        """Return the size of the heads of a number of tasks."""
         features = self.encoder.features
         return HeadSize(tasks=tasks, features=features, hidden=self.head_features, layers=self.head_layers)
 
@@ -292,16 +297,12 @@ class AtomisticModel(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """Return settings and task facts as plain types, from which `model_from_facts` builds the model again."""
-        return {"settings": asdict(self.settings), "tasks": [asdict(task) for task in self.tasks]}
+        return {"settings": self.settings.model_dump(), "tasks": [asdict(task) for task in self.tasks]}
 
 
 def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
     """Raise ConfigError for an encoder that is not known, or for heads that it or a task cannot carry."""
-    check_encoder(settings.encoder)
     check_attention(targets_of(tasks), settings.attention_targets)
-    if settings.repulsion not in REPULSIONS:
-        known = did_you_mean(settings.repulsion, list(REPULSIONS))
-        raise ConfigError(f"model.repulsion '{settings.repulsion}' is not known{known}.")
     encoder = settings.encoder.encoder
     has_vectors = encoder_class(encoder).has_vectors
     for task in tasks:
@@ -332,11 +333,10 @@ def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
 def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
     """Build an untrained model from what `AtomisticModel.facts` gave; raises ConfigError if a field is unknown."""
     try:
-        settings = dict(facts["settings"])
-        # What does not say its width was made before there was one to set.
-        encoder = EncoderSettings(**{"norm_width": SMALLEST_WIDTH, **settings.pop("encoder")})
-        settings["attention_targets"] = tuple(settings.get("attention_targets", ()))
+        encoder = facts["settings"]["encoder"]
         tasks = [task_facts_from(task) for task in facts["tasks"]]
-        return AtomisticModel(ModelSettings(encoder=encoder, **settings), tasks)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"the model's description lacks or misuses a field ({error}).") from error
+    # A description without a width of norms is from before there was one to set.
+    settings = {**facts["settings"], "encoder": {"norm_width": SMALLEST_WIDTH, **encoder}}
+    return AtomisticModel(parse_settings(ModelSettings, settings, "the model's description: settings"), tasks)

@@ -1,68 +1,124 @@
-"""Frozen dataclasses from TOML tables: unknown keys and wrong types are refused, with the place and a suggestion."""
+"""Settings files: the base class of every section, and one sentence for whatever is wrong in a file."""
 
 from __future__ import annotations
 
-import types
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Section")
+
+ListOf = Annotated[tuple[T, ...], Strict(False)]
+"""A list in a file, a tuple in the program."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
+Name = Annotated[str, Field(min_length=1)]
+"""A text that is not empty."""
 
 
-def parse_settings(cls: type[T], table: Any, where: str) -> T:
-    """Build a dataclass from a table; raises ConfigError that names `where` and the key at fault."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where} must be a table, not {_shown(table)}.")
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{_path(where, key)} is not known{did_you_mean(str(key), known)}.")
-    values = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name in table:
-            values[field.name] = _convert(hints[field.name], table[field.name], _path(where, field.name))
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise ConfigError(f"{_path(where, field.name)} is missing.")
-    return cls(**values)
+class Section(BaseModel):
+    """Base class of every table of a settings file: frozen, without unknown keys, without texts for numbers.
+
+    The type of a field says which values are allowed, and the text under the field says what the key means; the
+    reference pages of the manual are made from both. A check that concerns several fields is a `model_validator` with
+    mode "after" that raises ValueError with a sentence that begins with the name of one of the section's keys.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, table: Any) -> Any:
+        """Reject an unknown key before anything else: it is often the misspelt name of one that is missing."""
+        if isinstance(table, Mapping):
+            known = list(cls.model_fields)
+            for key in table:
+                if key not in known:
+                    raise ValueError(f"{key} is not known{did_you_mean(str(key), known)}.")
+        return table
 
 
-def _path(where: str, key: object) -> str:
+def parse_settings(section: type[S], table: Any, where: str) -> S:
+    """Return a section made from a table of a file.
+
+    Raises ConfigError with one sentence on the first fault: `where` (the file, and the table in it), the path of the
+    key, what is wrong, and what would be right.
+    """
+    try:
+        return section.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error.errors(include_url=False)[0], where)) from error
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+"""Kind of pydantic's error -> type that the value must have."""
+
+_LIMITS = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "finite_number": "a finite number",
+}
+"""Kind of pydantic's error -> what the number must be."""
+
+_LENGTHS = {
+    "too_short": "has {actual_length} entries; it must have at least {min_length}",
+    "too_long": "has {actual_length} entries; it must have at most {max_length}",
+    "string_too_short": "must not be empty",
+}
+"""Kind of pydantic's error -> what the length of a list or text must be."""
+
+
+def _sentence(fault: ErrorDetails, where: str) -> str:
+    """Return the sentence for one of pydantic's errors."""
+    kind, value, facts = fault["type"], fault["input"], fault.get("ctx", {})
+    place = where
+    for step in fault["loc"]:
+        if step != "[key]":  # pydantic's mark for the name of an entry, which the path holds already
+            place = f"{place}[{step}]" if isinstance(step, int) else _joined(place, step)
+    if kind == "missing":
+        return f"{place} is missing."
+    if kind in _TYPES:
+        return f"{place} must be {_TYPES[kind]}, not {value!r}."
+    if kind in _LIMITS:
+        return f"{place} is {value!r}; it must be {_LIMITS[kind].format(**facts)}."
+    if kind in _LENGTHS:
+        return f"{place} {_LENGTHS[kind].format(**facts)}."
+    if kind == "literal_error":
+        return _unknown_word(place, value, facts["expected"], of_key=fault["loc"][-1] == "[key]")
+    if kind == "value_error":
+        text = str(facts["error"])
+        # The checks of a section name the key at fault themselves; those of one value do not know its name.
+        return _joined(place, text) if isinstance(value, Mapping | Section) else f"{place}: {text}"
+    return f"{place}: {fault['msg']}."
+
+
+def _unknown_word(place: str, value: Any, expected: str, *, of_key: bool) -> str:
+    if not isinstance(value, str):
+        return f"{place} must be a text, not {value!r}."
+    known = [word for word in re.findall(r"'([^']*)'", expected) if word]
+    word = "" if of_key else f" '{value}'"
+    return f"{place}{word} is not known{did_you_mean(value, known)}."
+
+
+def _joined(where: str, key: str) -> str:
     separator = " " if where.endswith(":") else "."
     return f"{where}{separator}{key}"
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if kind is Any:
-        return value
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        (kind,) = (arg for arg in get_args(kind) if arg is not type(None))
-        return _convert(kind, value, where)
-    if is_dataclass(kind) and isinstance(kind, type):
-        return parse_settings(kind, value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} must be a list, not {_shown(value)}.")
-        return tuple(_convert(get_args(kind)[0], item, f"{where}[{n}]") for n, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a table, not {_shown(value)}.")
-        return {key: _convert(get_args(kind)[1], item, _path(where, key)) for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be {_KINDS.get(kind, kind.__name__)}, not {_shown(value)}.")
-    return value
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r}"

@@ -3,45 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import field_validator, model_validator
 
-from hydrazero.shards.errors import ConfigError, SourceError, StructureError, did_you_mean
+from hydrazero.shards.errors import StructureError
+from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.units import target_unit
 
 KINDS = {"scalar": (), "vector": (3,)}
 """Kind -> shape of one value."""
-OWNERS = ("structure", "atom")
 RESERVED = ("energy", "free_energy", "energy_spread", "forces", "stress", "spread", "charge", "multiplicity")
 
 STRUCTURE_PREFIX, ATOM_PREFIX = "target.", "atom_target."
 """Of the columns of a block that hold targets."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetSection:
-    """A table [targets.NAME] of the settings of a conversion."""
+class TargetSection(Section):
+    """A table [targets.NAME] of a conversion file: a further quantity that is taken over from the source."""
 
     field: str
-    """Where the source has it: a field or array of a frame, or a name under [columns]."""
-    of: str = "structure"
-    """'structure' or 'atom'."""
-    kind: str = "scalar"
-    """'scalar', or 'vector' of three components."""
+    """Where the source holds the quantity: a field or array of a frame, or a name under [columns]."""
+    of: Literal["structure", "atom"] = "structure"
+    """Whether the quantity belongs to the 'structure' or to each 'atom'."""
+    kind: Literal["scalar", "vector"] = "scalar"
+    """'scalar', or 'vector' for three components that turn with the structure."""
     unit: str = ""
-    """Of the source; converted into eV, e, eÅ, µB or Å³."""
+    """Unit in the source, such as 'eV', 'Hartree', 'e', 'Debye', 'muB' or 'Bohr^3'; values are converted into eV, e,
+    eÅ, µB or Å³. It stays empty for a quantity without a unit."""
     extensive: bool = False
-    """Of a structure's scalar: whether it is a sum over atoms (a polarizability), or of the whole (a band gap)."""
+    """For a scalar of structures: whether it is a sum over atoms, such as a polarizability, or a property of the whole
+    structure, such as a band gap."""
     absolute: bool = False
-    """Of a scalar: whether its size alone is taken over. The sign of a collinear magnetic moment is the choice of a
-    spin axis, which no model can tell from the geometry."""
+    """For a scalar: whether only its absolute value is taken over. The sign of a collinear magnetic moment, for
+    example, depends on the choice of a spin axis, which no model can know from the geometry."""
     optional: bool = False
-    """Whether the sources may lack it altogether: the task is then without it, where it would be an error."""
+    """Whether the sources may lack the quantity altogether. The task is then converted without it; otherwise that is an
+    error."""
+
+    @field_validator("unit")
+    @classmethod
+    def _check_unit(cls, unit: str) -> str:
+        target_unit(unit)
+        return unit
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> TargetSection:
+        if self.extensive and (self.of, self.kind) != ("structure", "scalar"):
+            raise ValueError("extensive is for scalars of structures alone.")
+        if self.absolute and self.kind != "scalar":
+            raise ValueError("absolute is for scalars alone.")
+        return self
 
     @property
     def column(self) -> str:
@@ -77,24 +93,12 @@ class TargetColumn:
     kind: str
 
 
-def check_targets(targets: Mapping[str, TargetSection], where: str) -> None:
-    """Raise ConfigError for a target whose name, kind or unit cannot be."""
-    for name, target in targets.items():
-        place = f"{where} targets.{name}"
-        # A batch has target_NAME and target_NAME_mask, which must not be another target's.
-        if not name.isidentifier() or name in RESERVED or name.endswith("_mask"):
-            raise ConfigError(f"{place}: the name must be a word without '_mask', and none of {', '.join(RESERVED)}.")
-        for key, value, known in (("of", target.of, list(OWNERS)), ("kind", target.kind, list(KINDS))):
-            if value not in known:
-                raise ConfigError(f"{place}.{key} '{value}' is not known{did_you_mean(value, known)}.")
-        if target.extensive and (target.of, target.kind) != ("structure", "scalar"):
-            raise ConfigError(f"{place}.extensive is for scalars of structures alone.")
-        if target.absolute and target.kind != "scalar":
-            raise ConfigError(f"{place}.absolute is for scalars alone.")
-        try:
-            target_unit(target.unit)
-        except SourceError as error:
-            raise ConfigError(f"{place}.unit: {error}") from error
+def check_target_name(name: str) -> str:
+    """Return the name of a target; raises ValueError for a name that a batch cannot hold."""
+    # A batch has target_NAME and target_NAME_mask, which must not be another target's.
+    if not name.isidentifier() or name in RESERVED or name.endswith("_mask"):
+        raise ValueError(f"the name must be a word without '_mask', and none of {', '.join(RESERVED)}.")
+    return name
 
 
 def target_value(name: str, target: TargetSection, value: Any, atoms: int) -> NDArray[np.float64] | None:

@@ -3,6 +3,8 @@
 Values follow CODATA as carried by `ase.units`.
 """
 
+from collections.abc import Callable
+
 from ase import units as _ase
 
 from hydrazero.shards.errors import SourceError, did_you_mean
@@ -87,3 +89,13 @@ def force_factor(unit: str) -> float:
 def stress_factor(unit: str) -> float:
     """Return the signed factor from `unit` to eV/Å³ in ASE's sign (positive under tension); raises SourceError."""
     return _lookup("stress", STRESS, unit)
+
+
+def known_unit(factor: Callable[[str], float]) -> Callable[[str], str]:
+    """Return a function that returns a unit as it is, and raises SourceError where its factor is not known."""
+
+    def check(unit: str) -> str:
+        factor(unit)
+        return unit
+
+    return check

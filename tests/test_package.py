@@ -142,7 +142,8 @@ def test_run_files_are_valid(path, tmp_path):
     if "[[tasks]]" not in text:  # the demo adds its own
         text += '\n[[tasks]]\nname = "t"\nshards = "s"\n'
     (tmp_path / "run.toml").write_text(text)
-    deepspeed_config(load_run_config(tmp_path / "run.toml"))
+    config = load_run_config(tmp_path / "run.toml")
+    deepspeed_config(config.deepspeed, config.train.steps)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "convert").glob("*.toml")), ids=lambda path: path.stem)

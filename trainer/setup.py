@@ -123,7 +123,7 @@ def check_settings(
 ) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
     check_wandb(config)
-    ds_config = deepspeed_config(config)
+    ds_config = deepspeed_config(config.deepspeed, config.train.steps)
     check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
     if manifests is None:
         manifests = task_manifests(config)

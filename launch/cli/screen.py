@@ -147,8 +147,9 @@ def _sources(
     if not paths and not specs:
         raise ConfigError("name what to screen: shard folders, files, or --generate FILE.toml.")
     read = load_convert_settings(config, format_name).read_settings()
-    names = replace(read.fields, energy="", forces="", stress="", virial="")  # labels do not matter to a screen
-    geometry = replace(read, fields=names if config else FieldNames(energy="", forces="", stress=""), require=())
+    unlabelled = {"energy": "", "forces": "", "stress": "", "virial": ""}  # labels do not matter to a screen
+    names = (read.fields if config else FieldNames()).model_copy(update=unlabelled)
+    geometry = replace(read, fields=names, require=())
     return [*sources_of(paths, replace(geometry, targets={})), *map(GeneratedSource, specs)]
 
 

@@ -1,207 +1,222 @@
-"""Site files: what a machine is made of, and how jobs run there."""
+"""Site files: the hardware of a machine, and how jobs run there."""
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.shards.settings_parser import ListOf, Name, Section, parse_settings
 
-SCHEDULERS = ("none", "slurm", "pbs")
-DIES = ("cpu", "gpu")
-PRECISIONS = ("float64", "float32", "tf32", "bf16", "fp16")
+Precision = Literal["float64", "float32", "tf32", "bf16", "fp16"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """A number and where it is from."""
+class Measure(Section):
+    """A number and its source."""
 
-    value: float
+    value: PositiveFloat
+    """The number, in the unit that the key asks for."""
     source: str
+    """Where the number comes from: a data sheet, a measurement, an estimate."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DieSection:
-    """What one rank has: a GPU, a die of one, or the cores of a rank."""
+class DieSection(Section):
+    """The device of one rank: a GPU, one of its dies where a GPU has two, or a share of a node's CPU cores."""
 
-    kind: str
-    """'cpu' or 'gpu'."""
+    kind: Literal["cpu", "gpu"]
+    """Kind of device: 'cpu' or 'gpu'."""
     memory: Measure
-    """Bytes."""
+    """Memory in bytes."""
     memory_bandwidth: Measure
-    """Bytes/s."""
-    flops: dict[str, Measure]
-    """Precision (of PRECISIONS) -> peak of matrix products, FLOP/s."""
+    """Memory bandwidth in bytes/s."""
+    flops: dict[Precision, Measure]
+    """Peak of matrix products in FLOP/s, by precision: 'float64', 'float32', 'tf32', 'bf16', 'fp16'."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinkSection:
-    """Links over which ranks reach each other."""
+class LinkSection(Section):
+    """The links over which ranks reach each other."""
 
     bandwidth: Measure
-    """Bytes/s of one die in each direction."""
+    """Bandwidth of one device in each direction, in bytes/s."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WaySection:
-    """A way in which a library does collectives: their time is start + steps + bytes / bandwidth (alpha-beta model)."""
+class WaySection(Section):
+    """An algorithm for collective operations; its time is start + steps + bytes / bandwidth (the alpha-beta model)."""
 
     algorithm: str
-    """'ring', 'tree', 'hierarchical_ring', 'hierarchical_rabenseifner': see launch/plan/collectives.py."""
+    """Algorithm: 'ring', 'tree', 'hierarchical_ring' or 'hierarchical_rabenseifner'."""
     protocol: str = ""
-    """By the library's name, if it has several."""
-    start: float
-    """s before the first step."""
-    node_step: float
-    """s of a step between dies of a node."""
-    network_step: float
-    """s of a step between nodes."""
-    bandwidth_share: float
-    """Of the links' bandwidth that it reaches."""
+    """Name that the library gives the protocol, if it has several."""
+    start: NonNegativeFloat
+    """Seconds before the first step."""
+    node_step: NonNegativeFloat
+    """Seconds of a step between devices of a node."""
+    network_step: NonNegativeFloat
+    """Seconds of a step between nodes."""
+    bandwidth_share: PositiveFloat
+    """Fraction of the links' bandwidth that the algorithm reaches."""
     source: str
+    """Where the numbers come from."""
 
     @property
     def name(self) -> str:
-        """Algorithm and protocol."""
+        """The algorithm and the protocol, for tables."""
         return ", ".join(filter(None, (self.algorithm.replace("_", " "), self.protocol)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectivesSection:
-    """The library that sums and gathers between ranks."""
+class CollectivesSection(Section):
+    """The library that does the collective operations."""
 
     library: str
-    """'RCCL', 'NCCL', 'oneCCL', 'gloo'."""
-    ways: tuple[WaySection, ...]
-    """From which the fastest is taken for each message."""
+    """Name of the library: 'RCCL', 'NCCL', 'oneCCL' or 'gloo'."""
+    ways: ListOf[WaySection]
+    """Algorithms of the library; the fastest one is taken for each message."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilesSection:
-    """The file system that shards are read from."""
+class FilesSection(Section):
+    """The file system from which shards are read."""
 
     bandwidth: Measure
-    """Bytes/s of the whole machine."""
+    """Bandwidth for the whole machine, in bytes/s."""
     opens: Measure
-    """Files opened per second, of the whole machine."""
+    """Number of files that the whole machine can open per second."""
     node_local: str = ""
-    """Folder on each node's own disk, if there is one: shards are copied there."""
+    """Folder on the local disk of each node, if there is one, to which shards are copied."""
     node_local_write: Measure | None = None
-    """Bytes/s that a node writes to it."""
+    """Bandwidth at which a node writes to its local disk, in bytes/s."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodesSection:
-    """The nodes and what a job may ask for."""
+class NodesSection(Section):
+    """The nodes of the machine and the limits of its jobs."""
 
-    dies: int
-    cores: int
+    dies: PositiveInt
+    """Number of devices of a node, each of which runs one rank."""
+    cores: PositiveInt
+    """Number of CPU cores of a node."""
     memory: Measure
-    """Bytes of main memory."""
-    most: int
-    """Nodes of the largest job."""
-    hours: float
-    """Of the longest job."""
+    """Main memory of a node in bytes."""
+    most: PositiveInt
+    """Number of nodes of the largest job."""
+    hours: PositiveFloat
+    """Time limit of the longest job in hours."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class VariableSection:
+class VariableSection(Section):
     """An environment variable of every rank."""
 
     name: str
+    """Name of the variable."""
     value: str
+    """Value of the variable."""
     reason: str
+    """Why the variable is set, which is written into the job as a comment."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ValueError(f"'{name}' is no name of an environment variable.")
+        return name
 
 
-@dataclass(frozen=True, kw_only=True)
-class LimitSection:
-    """What the queue of a site gives to jobs of some size."""
+class LimitSection(Section):
+    """The time limit of jobs up to some size, and the queue that they use."""
 
-    nodes: int
-    """Jobs of up to so many nodes ..."""
-    hours: float
-    """... run at most so long."""
+    nodes: PositiveInt
+    """Largest number of nodes of these jobs."""
+    hours: PositiveFloat
+    """Time limit of these jobs in hours."""
     queue: str = ""
-    """In this queue; in the site's own if it is empty."""
+    """Queue of these jobs; the queue of the site if it is empty."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobSection:
+class JobSection(Section):
     """How a job is written.
 
-    Texts have places: {nodes}, {dies} (ranks of a node), {gpus} (dies that are GPUs), {ranks}, {cores} (of a node),
-    {hours}, {walltime} (H:MM:SS), {name}, {account}, {queue}, {output} (file for what the job prints), {stop_before}
-    (seconds), {node_local}, {python}, {bin} (its folder), {hosts} (options for the hosts of a hostfile). A text with a
-    place for which there is nothing is left out. `$NAME` and `${NAME}` are the shell's. Values come quoted for who
-    reads them: the scheduler its directives, the shell commands, and folders and variables, which get double quotes.
+    Texts may hold these placeholders: {nodes}, {dies} (ranks of a node), {gpus} (devices that are GPUs), {ranks},
+    {cores} (of a node), {hours}, {walltime} (H:MM:SS), {name}, {account}, {queue}, {output} (file for the output of the
+    job), {stop_before} (seconds), {node_local}, {python}, {bin} (the folder of python) and {hosts} (options for the
+    hosts of a hostfile). A text is left out if there is no value for one of its placeholders. `$NAME` and `${NAME}` are
+    left to the shell. Values are quoted for the program that reads them: the scheduler reads directives, the shell
+    reads commands, and folders and variables are put into double quotes.
     """
 
-    directives: tuple[str, ...] = ()
-    """For the scheduler."""
+    directives: ListOf[str] = ()
+    """Directives for the scheduler."""
     queue: str = ""
-    """Used unless --queue names another one."""
+    """Queue, unless --queue names another one."""
     account_needed: bool = False
-    """Whether the scheduler refuses jobs without an account."""
+    """Whether the scheduler rejects jobs without an account."""
     oldest: str = ""
-    """Oldest version of the scheduler that knows what is asked of it here."""
-    setup: tuple[str, ...] = ()
-    """Commands before anything else: modules, libraries."""
-    launcher: str = ""
-    """Command that starts the ranks; arguments of hydrazero.launch.node.rank follow."""
+    """Oldest version of the scheduler that supports these directives, such as '20.11'."""
+    setup: ListOf[str] = ()
+    """Commands that come before everything else, such as loading modules."""
+    launcher: Name
+    """Command that starts the ranks; the arguments of hydrazero.launch.node.rank follow."""
     one_device: bool = False
-    """Whether the launcher shows each rank its own GPU alone."""
-    node_folders: tuple[str, ...] = ()
-    """Folders that every node makes on its own disk before the ranks start, and removes at the end."""
+    """Whether the launcher shows each rank only its own GPU."""
+    node_folders: ListOf[str] = ()
+    """Folders that every node creates on its local disk before the ranks start, and removes at the end."""
     health: str = ""
-    """Command that each node must pass before it takes part, beside the check of its GPUs and its disk."""
-    check_within: float = 600.0
+    """Command that must succeed on each node before the node takes part, besides the checks of its GPUs and its
+    disk."""
+    check_within: PositiveFloat = 600.0
     """Seconds within which each node must have passed these checks."""
-    copy_within: float = 3600.0
+    copy_within: PositiveFloat = 3600.0
     """Seconds within which each node must have copied the shards."""
-    stop_before: float = 300.0
-    """Seconds before its end at which a job asks its ranks to stop with a checkpoint."""
+    stop_before: PositiveFloat = 300.0
+    """Seconds before its end at which a job asks its ranks to write a checkpoint and stop."""
     requeue: str = ""
-    """Command by which a job goes back into the queue; without one it ends."""
-    retries: int = 3
-    """Times that a job goes back after a failure without a new checkpoint since the one before."""
-    limits: tuple[LimitSection, ...] = ()
-    """Hours by size, where they depend on it."""
+    """Command that puts a job back into the queue; without one, the job ends."""
+    retries: NonNegativeInt = 3
+    """Number of times that a job is put back into the queue after a failure without a new checkpoint since the last
+    one."""
+    limits: ListOf[LimitSection] = ()
+    """Time limits by number of nodes, where they depend on it."""
+
+    @field_validator("oldest")
+    @classmethod
+    def _check_oldest(cls, oldest: str) -> str:
+        if not re.fullmatch(r"(\d+(\.\d+)*)?", oldest):
+            raise ValueError(f"'{oldest}' is no version; give one such as '20.11'.")
+        return oldest
 
 
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """A machine."""
+class Site(Section):
+    """A complete site file: one machine."""
 
     name: str
+    """Name of the site."""
     about: str
-    scheduler: str
-    """'none', 'slurm' or 'pbs'."""
+    """One sentence about the machine."""
+    scheduler: Literal["none", "slurm", "pbs"]
+    """Scheduler of the machine: 'none', 'slurm' or 'pbs'."""
     die: DieSection
     nodes: NodesSection
     node_link: LinkSection
-    """Between dies of a node."""
+    """Links between the devices of a node."""
     network: LinkSection
-    """Between nodes."""
+    """Links between nodes."""
     collectives: CollectivesSection
     files: FilesSection
-    job: JobSection = field(default_factory=JobSection)
-    variables: tuple[VariableSection, ...] = ()
+    job: JobSection
+    variables: ListOf[VariableSection] = ()
+    """Environment variables of every rank."""
 
 
 def site_names() -> list[str]:
-    """Names of the sites that come with the package."""
+    """Return the names of the sites that come with the package."""
     folder = resources.files("hydrazero.launch") / "sites"
     return sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml"))
 
 
 def load_site(name: str) -> Site:
-    """Read a site by its name, or from a file of the user's own; raises ConfigError, naming the key at fault."""
+    """Read a site by its name, or from a file of the user; raises ConfigError that names the key at fault."""
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -217,51 +232,4 @@ def load_site(name: str) -> Site:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where} not valid TOML: {error}.") from error
-    site = parse_settings(Site, table, where)
-    _check_words(site, where)
-    _check_numbers(site, where)
-    return site
-
-
-def _check_words(site: Site, where: str) -> None:
-    for key, value, known in (("scheduler", site.scheduler, SCHEDULERS), ("die.kind", site.die.kind, DIES)):
-        if value not in known:
-            raise ConfigError(f"{where} {key} '{value}' is not known{did_you_mean(value, list(known))}.")
-    for precision in site.die.flops:
-        if precision not in PRECISIONS:
-            hint = did_you_mean(precision, list(PRECISIONS))
-            raise ConfigError(f"{where} die.flops.{precision} is not known{hint}.")
-    for n, variable in enumerate(site.variables):
-        if not re.fullmatch(r"[A-Za-z_]\w*", variable.name, re.ASCII):
-            raise ConfigError(f"{where} variables[{n}].name '{variable.name}' is no name of an environment variable.")
-    if not re.fullmatch(r"(\d+(\.\d+)*)?", site.job.oldest):
-        raise ConfigError(f"{where} job.oldest must be a version such as '20.11', not '{site.job.oldest}'.")
-    if not site.job.launcher:
-        raise ConfigError(f"{where} job.launcher is missing: the command that starts the ranks.")
-
-
-def _check_numbers(site: Site, where: str) -> None:
-    """Raise ConfigError for a number that no machine can have; all but steps of collectives and retries are above 0."""
-    for key, value in _numbers(site):
-        may_be_zero = key.endswith((".start", ".node_step", ".network_step", ".retries"))
-        if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
-            raise ConfigError(f"{where} {key} must be {'0 or more' if may_be_zero else 'above 0'}, not {value:g}.")
-
-
-def _numbers(section: object, path: str = "") -> Iterator[tuple[str, float]]:
-    """Walk through all numbers of a section and those within; a measure has the name of its key."""
-    if isinstance(section, bool):
-        return
-    if isinstance(section, int | float):
-        yield path, section
-    elif isinstance(section, Measure):
-        yield path, section.value
-    elif is_dataclass(section):
-        for item in fields(section):
-            yield from _numbers(getattr(section, item.name), f"{path}.{item.name}".lstrip("."))
-    elif isinstance(section, dict):
-        for name, each in section.items():
-            yield from _numbers(each, f"{path}.{name}")
-    elif isinstance(section, tuple):
-        for n, each in enumerate(section):
-            yield from _numbers(each, f"{path}[{n}]")
+    return parse_settings(Site, table, where)

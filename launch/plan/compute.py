@@ -18,7 +18,7 @@ from hydrazero.launch.job.site_file import DieSection, load_site
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.trainer.config.precision import Precision
-from hydrazero.trainer.config.run_file import ModelSection
+from hydrazero.trainer.config.sections import ModelSection
 from hydrazero.trainer.cost.step_cost import StepCost, step_cost
 
 WRITTEN_AND_READ = 2

@@ -18,7 +18,8 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.deal import Deal, TaskPlan, mixture_repeats
-from hydrazero.trainer.config.run_file import RunConfig, TaskSection
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import TaskSection
 
 BYTES_OF_ATOM, BYTES_OF_STRUCTURE = 25.0, 110.0
 """On the disk: a line through the shards of the sixteen real tasks."""

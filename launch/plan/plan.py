@@ -50,7 +50,7 @@ def basis_of(asked: Asked) -> Basis:
     check_ways(asked.site)
     check_asked(asked)
     config, site = asked.config, asked.site
-    ds_config, data = deepspeed_config(config), planned_data(config)
+    ds_config, data = deepspeed_config(config.deepspeed, config.train.steps), planned_data(config)
     check_deepspeed(ds_config)
     check_batch(config.batch, data)
     settings, tasks = config.model.settings(), len(config.tasks)
@@ -70,7 +70,7 @@ def basis_of(asked: Asked) -> Basis:
     compiled = config.train.compile and run.stage != UNCOMPILED_STAGE
     stepper = Stepper(
         run=run,
-        site=replace(site, nodes=replace(site.nodes, dies=asked.ranks_per_node)),
+        site=site.model_copy(update={"nodes": site.nodes.model_copy(update={"dies": asked.ranks_per_node})}),
         pace=pace_of(site.die, precision_of(ds_config), asked.bench, compiled=compiled),
         # The kernels for CPUs need no blocks of one task, and no padding.
         cost=step_cost(settings, tasks if site.die.kind == "gpu" else 1),
@@ -117,7 +117,7 @@ def plan(asked: Asked) -> dict[str, Any]:
             "heads": run.size.heads,
         },
         "batch": {
-            **asdict(config.batch),
+            **config.batch.model_dump(),
             "structures_filled": basis.per_batch,
             "atoms_of_structure": basis.atoms,
             "accumulation": micro,
@@ -141,7 +141,7 @@ def plan(asked: Asked) -> dict[str, Any]:
         "files": read,
         "epoch": epoch(asked, basis.data, global_batch, time.seconds, read["seconds_of_copying"]),
         "tasks": [{**asdict(task), "bytes": task.bytes, "shards": task.shards} for task in basis.data],
-        "collectives": asdict(site.collectives),
+        "collectives": site.collectives.model_dump(),
         "sources": sources(site),
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from hydrazero.launch.job.job import longest_hours
@@ -86,4 +85,4 @@ def sources(site: Site) -> dict[str, dict[str, Any]]:
         "files.opens": site.files.opens,
         **({"files.node_local_write": site.files.node_local_write} if site.files.node_local_write else {}),
     }
-    return {name: asdict(measure) for name, measure in named.items()}
+    return {name: measure.model_dump() for name, measure in named.items()}

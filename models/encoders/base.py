@@ -3,45 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from hydrazero.models.encoders.radial import BASES, CUTOFFS
 from hydrazero.models.ops.slots import Slots
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.settings_parser import Section
 
 MAX_DEGREE = 6
-MAX_CORRELATION = 4
 SMALLEST_WIDTH = 1e-4
-"""Of norms, so that their slope at zero is finite; that of models which do not say theirs."""
+"""Smallest width of norms, with which their slope at zero is finite; models without a width of their own have it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
-    """Size and shape of an encoder."""
+class EncoderSettings(Section):
+    """The encoder of the model: which one, how large, and how far it sees."""
 
     encoder: str = "painn"
-    features: int = 128
-    """Scalar features per atom, and vector features per atom where the encoder has them."""
-    layers: int = 3
-    """Message-passing steps."""
-    radial_functions: int = 20
-    cutoff: float = 5.0
-    """Å."""
-    radial_basis: str = "sinc"
-    """'sinc' or 'gaussian'."""
-    cutoff_function: str = "cosine"
-    """'cosine' or 'polynomial'."""
+    """Architecture of the encoder: 'schnet', 'painn', 'egnn', 'pna_eq', 'dimenetpp', 'mace', or one that an installed
+    package brings."""
+    features: PositiveInt = 128
+    """Number of scalar features of each atom, and of vector features where the encoder has them."""
+    layers: PositiveInt = 3
+    """Number of message-passing layers."""
+    radial_functions: PositiveInt = 20
+    """Number of radial basis functions."""
+    cutoff: PositiveFloat = 5.0
+    """Distance in Å up to which two atoms are neighbours."""
+    radial_basis: Literal["sinc", "gaussian"] = "sinc"
+    """Radial basis functions: 'sinc' or 'gaussian'."""
+    cutoff_function: Literal["cosine", "polynomial"] = "cosine"
+    """Function by which messages go to zero at the cutoff: 'cosine' or 'polynomial'."""
     max_degree: int = 3
-    """Highest degree of the spherical harmonics of pair directions (dimenetpp, mace)."""
+    """Highest degree of the spherical harmonics of pair directions (dimenetpp, mace); at most 6."""
     node_degree: int = 1
     """Highest degree of the node features (mace)."""
-    correlation: int = 3
-    """Most neighbours that one message sees at once, the body order less one (mace)."""
-    norm_width: float = 0.1
-    """Lengths of node vectors are sqrt(v² + width²) (painn, egnn, pna_eq). At sites of high symmetry vectors vanish; a
-    small width makes a kink there, with forces that hardly grow with the displacement, hence wrong phonons."""
+    correlation: Annotated[int, Field(ge=1, le=4)] = 3
+    """Largest number of neighbours that one message combines, which is the body order less one (mace)."""
+    norm_width: Annotated[float, Field(ge=SMALLEST_WIDTH)] = 0.1
+    """Width in the lengths of node vectors, which are sqrt(v² + width²) (painn, egnn, pna_eq). Vectors vanish at sites
+    of high symmetry. A small width makes a kink there, with forces that hardly grow with the displacement, and hence
+    wrong phonons."""
+
+    @model_validator(mode="after")
+    def _check_degrees(self) -> EncoderSettings:
+        if not 1 <= self.node_degree <= self.max_degree <= MAX_DEGREE:
+            raise ValueError(
+                f"node_degree is {self.node_degree} and max_degree is {self.max_degree}; they must obey "
+                f"1 <= node_degree <= max_degree <= {MAX_DEGREE}."
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +128,6 @@ class Encoder(nn.Module):
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Encode atoms."""
         raise NotImplementedError
-
-
-def check_encoder(settings: EncoderSettings) -> None:
-    """Raise ConfigError for an unknown radial basis or cutoff function, or degrees out of range."""
-    if not 1 <= settings.node_degree <= settings.max_degree <= MAX_DEGREE:
-        raise ConfigError(
-            f"model.node_degree = {settings.node_degree} and model.max_degree = {settings.max_degree} must obey "
-            f"1 <= node_degree <= max_degree <= {MAX_DEGREE}."
-        )
-    if not 1 <= settings.correlation <= MAX_CORRELATION:
-        raise ConfigError(f"model.correlation is {settings.correlation}; it must be from 1 to {MAX_CORRELATION}.")
-    if settings.norm_width < SMALLEST_WIDTH:
-        raise ConfigError(f"model.norm_width is {settings.norm_width:g}; it must be {SMALLEST_WIDTH:g} or more.")
-    check_known("radial_basis", settings.radial_basis, list(BASES))
-    check_known("cutoff_function", settings.cutoff_function, list(CUTOFFS))
 
 
 def check_known(key: str, name: str, known: list[str]) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
     rows = [known.index(name) for name in names]
     tasks = [model.tasks[row] for row in rows]
     attention = tuple(name for name in model.settings.attention_targets if any(name in t.targets for t in tasks))
-    smaller = AtomisticModel(replace(model.settings, attention_targets=attention), tasks).to(model.dtype)
+    smaller = AtomisticModel(model.settings.model_copy(update={"attention_targets": attention}), tasks).to(model.dtype)
     wanted = smaller.state_dict().keys()
     weights = {
         key: value[rows] if key.startswith(STACKED) else value
@@ -60,14 +59,14 @@ def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticMode
 
     Raises ModelFileError if the two are not of the same settings, so that heads would not fit.
     """
-    ours, theirs = (replace(each.settings, attention_targets=()) for each in (model, other))
+    ours, theirs = (each.settings.model_copy(update={"attention_targets": ()}) for each in (model, other))
     if ours != theirs:
         raise ModelFileError("heads of a model with other settings do not fit; a run that starts from it has the same.")
     known = {task.name for task in model.tasks}
     rows = [row for row, task in enumerate(other.tasks) if task.name not in known]
     attention = tuple(dict.fromkeys([*model.settings.attention_targets, *other.settings.attention_targets]))
     tasks = [*model.tasks, *(other.tasks[row] for row in rows)]
-    joined = AtomisticModel(replace(model.settings, attention_targets=attention), tasks).to(model.dtype)
+    joined = AtomisticModel(model.settings.model_copy(update={"attention_targets": attention}), tasks).to(model.dtype)
     first, second = model.state_dict(), other.state_dict()
     with torch.no_grad():
         for key, value in joined.state_dict().items():

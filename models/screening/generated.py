@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Annotated, Literal
 
 import ase.io
 import numpy as np
@@ -15,60 +15,72 @@ from ase.build import bulk
 from ase.data import atomic_numbers, covalent_radii
 from ase.formula import Formula
 from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, Items, Wanted
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.manifest import file_sha256
-from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 from hydrazero.shards.structure import Structure, check_structure
 
 MOST_CHOICES = 20_000_000
 """Ways to put elements on the sites of one prototype; what is beyond is better split into several."""
-SIZES = ("radii", "keep")
 CUBIC = ("sc", "fcc", "bcc", "diamond", "zincblende", "rocksalt", "fluorite", "cesiumchloride")
 """Crystals that are built as cubic cells; others as ASE has them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrototypeSection:
+class PrototypeSection(Section):
     """A structure whose elements are exchanged."""
 
     name: str
+    """Name of the prototype, which the names of its structures begin with."""
     file: str = ""
-    """Structure file that ASE reads, beside the specification; or else:"""
+    """Structure file that ASE can read; a relative path counts from the folder of the specification. Either `file` or
+    `crystal` must be given."""
     crystal: str = ""
-    """Crystal structure of `ase.build.bulk`: 'rocksalt', 'zincblende', 'fluorite', 'fcc' ..."""
+    """Crystal structure of `ase.build.bulk`: 'rocksalt', 'zincblende', 'fluorite', 'fcc' and so on."""
     formula: str = ""
-    """Elements of the crystal, as 'NaCl'."""
+    """Chemical formula of the crystal, such as 'NaCl'."""
     a: float = 0.0
-    """Å, lattice constant of the crystal; 0: from the sum of the covalent radii."""
-    sites: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Element in the prototype -> elements that take its place."""
-    repeat: tuple[int, ...] = (1, 1, 1)
-    """Cells along each axis."""
+    """Lattice constant of the crystal in Å. At 0, it is estimated from the sum of the covalent radii."""
+    sites: dict[str, ListOf[str]] = Field(default_factory=dict)
+    """Elements that take the place of an element of the prototype, by that element."""
+    repeat: Annotated[ListOf[PositiveInt], Field(min_length=3, max_length=3)] = (1, 1, 1)
+    """Number of cells along each axis."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StrainSection:
-    """Strains that each substituted crystal is put under."""
+class StrainSection(Section):
+    """Strains that are applied to each substituted crystal."""
 
-    volumes: tuple[float, ...] = (1.0,)
+    volumes: Annotated[ListOf[PositiveFloat], Field(min_length=1)] = (1.0,)
     """Factors of the volume."""
-    voigt: tuple[tuple[float, ...], ...] = ((0.0, 0.0, 0.0, 0.0, 0.0, 0.0),)
-    """Strains xx yy zz yz xz xy, engineering shear."""
+    voigt: Annotated[ListOf[Annotated[ListOf[float], Field(min_length=6, max_length=6)]], Field(min_length=1)] = (
+        (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    )
+    """Strains as lists of six numbers, xx yy zz yz xz xy, with engineering shear."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
-    """Everything that a specification can say."""
+class GenerateSettings(Section):
+    """A complete specification of generated structures."""
 
-    prototypes: tuple[PrototypeSection, ...] = ()
-    strains: StrainSection = field(default_factory=StrainSection)
-    size: str = "radii"
-    """'radii': the cell follows the cube root of the sum of the cubes of covalent radii (Cordero 2008); or 'keep'."""
+    prototypes: ListOf[PrototypeSection] = ()
+    """Prototypes, each of which is combined with all its elements and strains."""
+    strains: StrainSection = StrainSection()
+    size: Literal["radii", "keep"] = "radii"
+    """Size of the cell after a substitution: 'radii' scales it by the cube root of the sum of the cubes of the covalent
+    radii (Cordero 2008), 'keep' leaves it as it is."""
     distinct: bool = True
     """Whether different sites get different elements."""
+
+    @model_validator(mode="after")
+    def _check_prototypes(self) -> GenerateSettings:
+        if not self.prototypes:
+            raise ValueError("there is no [[prototypes]].")
+        names = [prototype.name for prototype in self.prototypes]
+        if len(set(names)) < len(names):
+            raise ValueError("two prototypes have the same name; give each its own.")
+        return self
 
 
 class Prototype:
@@ -228,20 +240,4 @@ def load_generate_settings(spec: Path) -> GenerateSettings:
         raise ConfigError(f"specification {spec} cannot be read ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"specification {spec} is not valid TOML: {error}.") from error
-    settings = parse_settings(GenerateSettings, table, f"{spec}:")
-    if not settings.prototypes:
-        raise ConfigError(f"{spec}: there is no [[prototypes]].")
-    if settings.size not in SIZES:
-        raise ConfigError(f"{spec}: size '{settings.size}' is not known{did_you_mean(settings.size, list(SIZES))}.")
-    strains = settings.strains
-    if not strains.volumes or not all(0.0 < volume < float("inf") for volume in strains.volumes):
-        raise ConfigError(f"{spec}: strains.volumes must be factors above 0.")
-    if not strains.voigt or any(len(strain) != 6 for strain in strains.voigt):
-        raise ConfigError(f"{spec}: strains.voigt must be lists of six numbers, xx yy zz yz xz xy.")
-    names = [prototype.name for prototype in settings.prototypes]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{spec}: two prototypes have the same name; give each its own.")
-    for prototype in settings.prototypes:
-        if len(prototype.repeat) != 3 or min(prototype.repeat) < 1:
-            raise ConfigError(f"{spec}: repeat of prototype '{prototype.name}' must be three numbers of cells.")
-    return settings
+    return parse_settings(GenerateSettings, table, f"{spec}:")

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Job:
             [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
             for source, stat in zip(self.sources, stats, strict=True)
         ]
-        settings = json.loads(json.dumps(asdict(self.settings), default=str))
+        settings = json.loads(json.dumps(self.settings.model_dump(), default=str))
         return {
             "format_version": FORMAT_VERSION,
             "task": self.task,

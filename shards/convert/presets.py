@@ -1,4 +1,4 @@
-"""Named settings of the large open datasets, in their layouts as distributed: `hydrazero convert --preset NAME`."""
+"""Presets: conversion files of large open datasets as they are distributed, for `hydrazero convert --preset NAME`."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from importlib import resources
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.shards.settings_parser import Section, parse_settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What a user wants to know of a dataset before downloading it."""
+class About(Section):
+    """What a user wants to know about a dataset before downloading it."""
 
     title: str
+    """Name of the dataset, with its number of structures."""
     elements: str
+    """Elements that occur in it."""
     theory: str
     """Level of theory."""
     download: str
-    """Where the archives are."""
+    """Where the archives can be downloaded."""
     layout: str
-    """What they look like."""
+    """How the archives are laid out."""
     structures: int = 0
-    """In the archives, as the title says; 0 where that is not known."""
+    """Number of structures in the archives; 0 where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A dataset: what it is, and the table of settings that converts it."""
+    """A dataset: a description of it, and the settings that convert it."""
 
     name: str
     about: About
     table: Mapping[str, Any]
-    """As a conversion's settings file."""
+    """Content of the conversion file."""
 
 
 def preset_names() -> list[str]:
-    """Names of all presets, sorted."""
+    """Return the names of all presets, sorted."""
     folder = resources.files("hydrazero.shards") / "presets"
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 

@@ -9,24 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch_geometric.data import Data
 
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS, HalfPairs, half_pairs, lay_out
+from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import KINDS, TargetColumn
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchShape:
-    """The most that a batch holds; what it doesn't fill is padding, so every batch costs the same."""
+class BatchShape(Section):
+    """The fixed size of a batch; what structures do not fill is padding, so that every batch costs the same."""
 
-    structures: int
-    atoms: int
-    slots: int
-    """Neighbour slots in rows of ROW_SLOTS; an atom takes whole rows."""
-    edges: int = 0
-    """Neighbours (each pair counts twice) at most, so that ranks have equally many; 0: as many as the slots hold."""
+    structures: PositiveInt
+    """Maximum number of structures in a batch."""
+    atoms: PositiveInt
+    """Maximum number of atoms in a batch."""
+    slots: PositiveInt
+    """Number of neighbour slots of a batch, each of which can hold one neighbour of one atom. They come in rows of 8,
+    and an atom takes complete rows."""
+    edges: NonNegativeInt = 0
+    """Maximum number of neighbours in a batch, where each pair counts twice; it gives all ranks the same amount of
+    work. At 0, only the slots limit it."""
 
     @property
     def most_edges(self) -> int:

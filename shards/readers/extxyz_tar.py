@@ -30,7 +30,7 @@ def read_extxyz_tar(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]
     """
     subtract = settings.fields.energy == ADSORPTION
     if subtract:
-        settings = replace(settings, fields=replace(settings.fields, energy="energy"))
+        settings = replace(settings, fields=settings.fields.model_copy(update={"energy": "energy"}))
     maker = FrameMaker(settings)
     try:
         with tarfile.open(path) as tar:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator
 
 from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
-from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor
+from hydrazero.shards.units import energy_factor, force_factor, known_unit, length_factor, stress_factor
 
 MAX_WHOLE = 32767
 """Largest charge and multiplicity; blocks hold them as int16."""
@@ -20,27 +22,36 @@ ASE_STRESS_ORDER = "xx yy zz yz xz xy"
 """In which ASE has the six numbers of a symmetric stress; VASP has xx yy zz xy yz xz."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FieldNames:
-    """Names of labels in the source."""
+class FieldNames(Section):
+    """Names under which the source holds the labels of a frame."""
 
     energy: str = "energy"
+    """Field of the total energy."""
     forces: str = "forces"
+    """Array of the forces."""
     stress: str = "stress"
+    """Field of the stress."""
     virial: str = ""
-    """Used for the stress (-virial / volume) where it is set; its unit is that of the energy."""
+    """Field of the virial, from which the stress is computed as -virial / volume if it is set; its unit is that of the
+    energy."""
     charge: str = "charge"
+    """Field of the total charge."""
     multiplicity: str = "multiplicity"
+    """Field of the spin multiplicity."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceUnits:
-    """Units of the source; see shards/units.py for those known."""
+class SourceUnits(Section):
+    """Units of the source; values are converted into Å, eV, eV/Å and eV/Å³."""
 
-    length: str = "Angstrom"
-    energy: str = "eV"
-    forces: str = "eV/Angstrom"
-    stress: str = "eV/Angstrom^3"
+    length: Annotated[str, AfterValidator(known_unit(length_factor))] = "Angstrom"
+    """Unit of positions and cells: 'Angstrom', 'Bohr' or 'nm'."""
+    energy: Annotated[str, AfterValidator(known_unit(energy_factor))] = "eV"
+    """Unit of energies: 'eV', 'meV', 'Hartree', 'Ry', 'kcal/mol' or 'kJ/mol'."""
+    forces: Annotated[str, AfterValidator(known_unit(force_factor))] = "eV/Angstrom"
+    """Unit of forces: a unit of energy over a unit of length, such as 'Hartree/Bohr'."""
+    stress: Annotated[str, AfterValidator(known_unit(stress_factor))] = "eV/Angstrom^3"
+    """Unit of the stress, with its sign: 'eV/Angstrom^3', 'GPa', 'kbar' or 'bar' if it is positive under tension, as in
+    ASE; '-GPa', '-kbar' and so on if it is positive under compression, as in VASP."""
 
 
 @dataclass(frozen=True, kw_only=True)

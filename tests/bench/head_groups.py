@@ -35,7 +35,7 @@ from hydrazero.models.ops.compiled import use_kernels
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
-from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.ranks import distributed

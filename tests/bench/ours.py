@@ -17,7 +17,7 @@ from hydrazero.models.ops.compiled import CompiledModel
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.trainer.balance import BalanceFacts, BalanceSection
-from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.run_balance import RunBalance

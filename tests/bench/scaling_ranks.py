@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hydrazero.models.ops.compiled import use_kernels
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
-from hydrazero.trainer.config.run_file import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import parameter_groups
@@ -44,7 +44,7 @@ def ddp_step() -> Callable[[], None]:
     """What the engine's step does, in plain PyTorch: sums over ranks, mean of gradients, clipping, AdamW."""
     trained = trained_model()
     model, batch = DistributedDataParallel(trained), batch_of("benzene", TASKS, STRUCTURES)
-    config = deepspeed_config(run_config(0))
+    config = deepspeed_config({"config": "zero0"}, steps=1000)
     params = {key: value for key, value in config["optimizer"]["params"].items() if key != "torch_adam"}
     optimizer = torch.optim.AdamW(parameter_groups(trained), **params)
 
@@ -61,15 +61,10 @@ def ddp_step() -> Callable[[], None]:
     return step
 
 
-def run_config(stage: int) -> RunConfig:
-    deepspeed = {"config": f"zero{stage}"}
-    return RunConfig(run=RunSection(out=""), tasks=(), train=TrainSection(steps=1000), deepspeed=deepspeed)
-
-
 def zero_step(stage: int) -> Callable[[], None]:
     from hydrazero.trainer.engine.engine import make_engine, train_step
 
-    engine = make_engine(trained_model(), deepspeed_config(run_config(stage)))
+    engine = make_engine(trained_model(), deepspeed_config({"config": f"zero{stage}"}, steps=1000))
     batch, guard = batch_of("benzene", TASKS, STRUCTURES), StepGuard(10, 0.0)
 
     def step() -> None:

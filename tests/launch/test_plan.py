@@ -164,9 +164,9 @@ def test_tasks_with_a_share_are_drawn_by_it():
         TaskData(name="b", structures=1000, in_all=1000, atoms=30.0, source=""),
     ]
     config = load_run_config(EXASCALE)
-    two = replace(config, tasks=config.tasks[:2])
+    two = config.model_copy(update={"tasks": config.tasks[:2]})
     assert mean_atoms(data, two) == pytest.approx(20.0)
-    shared = replace(config, tasks=(replace(config.tasks[0], share=0.25), config.tasks[1]))
+    shared = config.model_copy(update={"tasks": (config.tasks[0].model_copy(update={"share": 0.25}), config.tasks[1])})
     assert mean_atoms(data, shared) == pytest.approx(0.25 * 10 + 0.75 * 30)
 
 
@@ -187,7 +187,7 @@ def test_copies_take_as_long_as_the_slowest_of_bandwidth_opens_and_disks():
     assert files.node_local_write is not None
     assert copying_seconds([data], 1, files) == pytest.approx(size / files.node_local_write.value)
     assert copying_seconds([data], 9000, files) == pytest.approx(9000 * count / files.opens.value)
-    slow = replace(files, bandwidth=Measure(value=1e9, source=""), node_local_write=None)
+    slow = files.model_copy(update={"bandwidth": Measure(value=1e9, source=""), "node_local_write": None})
     assert copying_seconds([data], 9000, slow) == pytest.approx(9000 * size / 1e9)
 
 

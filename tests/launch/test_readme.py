@@ -50,7 +50,7 @@ def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
         10.0,
         ("encoder.*", "embedding.*"),
     )
-    assert deepspeed_config(config)["scheduler"]["params"] == {
+    assert deepspeed_config(config.deepspeed, config.train.steps)["scheduler"]["params"] == {
         "warmup_num_steps": 500,
         "decay_share": 0.2,
         "total_num_steps": 20001,

@@ -174,7 +174,7 @@ def test_distances_shorter_than_in_training_are_warned_of_once():
 
 def test_an_ensemble_that_disagrees_more_than_before_is_warned_of():
     alone = small_model()
-    model = AtomisticModel(replace(alone.settings, ensemble=3), alone.tasks).double().eval()
+    model = AtomisticModel(alone.settings.model_copy(update={"ensemble": 3}), alone.tasks).double().eval()
     potential = Potential(model)
     atoms = rattled_molecule("H2O")
     per_atom = potential.predict([atoms], tasks=["task0"])[0]["energy_spread"] / 3

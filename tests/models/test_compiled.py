@@ -15,7 +15,7 @@ from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.ops.compiled import CompiledModel, use_kernels
 from hydrazero.models.ops.kernels import KernelsUnavailable, cached_library
 from hydrazero.shards.graphs.graph import GraphBatch
-from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 

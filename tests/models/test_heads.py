@@ -18,7 +18,7 @@ from hydrazero.models.inference.model_file import with_tasks
 from hydrazero.models.ops.compiled import CompiledModel, use_kernels
 from hydrazero.models.task_facts import TargetFacts
 from hydrazero.shards.errors import ConfigError, StructureError
-from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 

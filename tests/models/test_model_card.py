@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.models.inference.model_card import Origin
 from hydrazero.shards.errors import ModelFileError
 from hydrazero.shards.manifest import manifest_sha256, read_manifest
-from hydrazero.trainer.config.run_file import TaskSection
+from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.config.tasks import cutoff_warning, task_facts
 from hydrazero.trainer.evaluation import export as exporting
 from hydrazero.trainer.evaluation.evaluate import evaluate, results_in
@@ -43,7 +42,7 @@ def run(*arguments: object, exit_code: int = 0) -> str:
 def trained(tmp_path, monkeypatch) -> tuple[Path, Path, AtomisticModel]:
     """A run folder as training leaves it, its shards, and the model that its checkpoint gives."""
     alone = small_model(dtype=torch.float32)
-    model = AtomisticModel(replace(alone.settings, ensemble=2), alone.tasks).eval()
+    model = AtomisticModel(alone.settings.model_copy(update={"ensemble": 2}), alone.tasks).eval()
     test = [labelled(rattled_molecule("H2O", seed)) for seed in range(4)]
     val = [labelled(rattled_molecule("CH4", 9))]
     shards = make_split_shards(tmp_path / "shards", "task0", train=molecules(3), val=val, test=test)

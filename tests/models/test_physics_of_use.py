@@ -28,7 +28,7 @@ def potential(tmp_path_factory: pytest.TempPathFactory) -> Potential:
     path = tmp_path_factory.mktemp("model") / "m.safetensors"
     alone = small_model()
     tasks = [replace(task, scale=10.0) for task in alone.tasks]  # a well some eV deep
-    model = AtomisticModel(replace(alone.settings, repulsion="zbl"), tasks).double().eval()
+    model = AtomisticModel(alone.settings.model_copy(update={"repulsion": "zbl"}), tasks).double().eval()
     save_model(model, path, dtype="float64")
     return load_model(path)
 

@@ -86,7 +86,7 @@ def test_every_head_gives_what_predictions_give(model, tmp_path):
 
 def test_ensembles_say_how_sure_they_are(tmp_path):
     alone = small_model()
-    ensemble = AtomisticModel(replace(alone.settings, ensemble=3), alone.tasks)
+    ensemble = AtomisticModel(alone.settings.model_copy(update={"ensemble": 3}), alone.tasks)
     save_model(ensemble, tmp_path / "m.safetensors")
     potential, atoms = load_model(tmp_path / "m.safetensors"), rattled_molecule("H2O")
     settings = ScreenSettings(tasks=("task1",))

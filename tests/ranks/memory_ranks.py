@@ -19,7 +19,7 @@ from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import precision_of
-from hydrazero.trainer.config.run_file import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.cost.device_memory import die_memory
 from hydrazero.trainer.cost.step_cost import model_size
 from hydrazero.trainer.cost.step_memory import StepMemory
@@ -41,13 +41,7 @@ def megabytes(key: str) -> float:
 def measured(name: str, settings: ModelSettings, counter: Collectives, *, warm_up: bool) -> dict[str, object]:
     from hydrazero.trainer.engine.engine import make_engine, train_step
 
-    run_config = RunConfig(
-        run=RunSection(out=""),
-        tasks=(),
-        train=TrainSection(steps=100),
-        deepspeed={"config": name, "gradient_accumulation_steps": MICRO_BATCHES},
-    )
-    ds_config = deepspeed_config(run_config)
+    ds_config = deepspeed_config({"config": name, "gradient_accumulation_steps": MICRO_BATCHES}, steps=100)
     dtype = precision_of(ds_config).weights
     cutoff = settings.encoder.cutoff
     forces = torch.zeros(9, 3).numpy()

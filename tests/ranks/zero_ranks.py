@@ -16,7 +16,7 @@ from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, collate, graph
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import precision_of
-from hydrazero.trainer.config.run_file import LossSection, RunConfig, RunSection, TrainSection
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import Objective, make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.step_guard import StepGuard
@@ -84,8 +84,7 @@ def ds_config(name: str) -> dict:
         # Small weights would all be kept whole.
         "zero_optimization": {"stage3_param_persistence_threshold": 0 if "offload" not in name else 300},
     }
-    run = RunConfig(run=RunSection(out=""), tasks=(), train=TrainSection(steps=STEPS), deepspeed=changes)
-    document = deepspeed_config(run)
+    document = deepspeed_config(changes, STEPS)
     del document["scheduler"]
     return document
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 import time
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -20,22 +20,21 @@ from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.convert.workers import Workers, worker_processes
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.manifest import Manifest, read_manifest
-from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 
 HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True, kw_only=True)
-class Expected:
+class Expected(Section):
     """A real task: where it comes from and what converting it gives; its settings are convert/TASK.toml."""
 
-    sources: tuple[str, ...]
+    sources: ListOf[str]
     """Files or folders below the data folder."""
     structures: int
     """In all splits."""
     duplicates: int = 0
     """Frames whose geometry has come before."""
-    set_aside: dict[str, int] = field(default_factory=dict)
+    set_aside: dict[str, int] = Field(default_factory=dict)
     """Reason -> frames that are left out for it."""
 
     def faults(self, manifest: Manifest) -> list[str]:

@@ -73,8 +73,8 @@ def test_a_wrong_order_is_refused(tmp_path, order):
     ("text", "words"),
     [
         ("trust_pickle = true", "trust_pickle is not known"),
-        ("[columns]\nenergy = 5", "columns.energy must be the name"),
-        ('[labels]\nabsent_if_zero = ["energy"]', "absent_if_zero: 'energy' is neither"),
+        ("[columns]\nenergy = 5", "columns.energy must be a text, not 5"),
+        ('[labels]\nabsent_if_zero = ["energy"]', r"absent_if_zero\[0\] 'energy' is not known"),
     ],
 )
 def test_settings_that_are_refused(tmp_path, text, words):

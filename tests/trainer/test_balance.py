@@ -15,9 +15,11 @@ from hydrazero.models import atomistic
 from hydrazero.models.heads.task_linear import TaskRows
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
-from hydrazero.trainer.balance import METHODS, BalanceFacts, BalanceSection, Seen, check_balance, make_balancer
+from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.trainer.balance import METHODS, BalanceFacts, BalanceSection, Seen, make_balancer
 from hydrazero.trainer.balance.base import bounded
-from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine import model_with_loss as model_with_loss_module
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss, new_probe
@@ -287,7 +289,7 @@ def test_a_state_goes_on_where_it_was(method):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "gradnrom"}, "did you mean 'gradnorm'"),
+        ({"method": "gradnrom"}, r"balance.method 'gradnrom' is not known .did you mean 'gradnorm'"),
         ({"smallest": 2.0}, "balance.smallest"),
         ({"smoothing": 1.0}, "balance.smoothing"),
         ({"method": "gradnorm", "every": 0}, "balance.every"),
@@ -295,5 +297,6 @@ def test_a_state_goes_on_where_it_was(method):
     ],
 )
 def test_bad_settings_are_named(changes, said):
-    with pytest.raises(ConfigError, match=said):
-        check_balance(BalanceSection(**changes), "run.toml:")
+    document = {"run": {"out": ""}, "tasks": [{"name": "a", "shards": ""}], "train": {"steps": 1}, "balance": changes}
+    with pytest.raises(ConfigError, match=f"^run.toml: {said}"):
+        parse_settings(RunConfig, document, "run.toml:")

@@ -21,8 +21,8 @@ from hydrazero.models.encoders import ENCODERS
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
-from hydrazero.trainer.config.run_file import LossSection
 from hydrazero.trainer.config.schedule_shapes import Plateau, StableDecay, own_shape
+from hydrazero.trainer.config.sections import LossSection
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import freeze, parameter_groups

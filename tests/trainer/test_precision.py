@@ -25,7 +25,6 @@ from hydrazero.models.ops.exact import ExactLinear, exact_linear, exact_matmul
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import SUMS, check_device, for_deepspeed, precision_of
-from hydrazero.trainer.config.run_file import RunConfig, RunSection, TrainSection
 from hydrazero.trainer.engine.engine import train_step
 from hydrazero.trainer.engine.step_guard import StepGuard
 
@@ -163,10 +162,7 @@ def test_exact_products_under_autocast_and_tf32(monkeypatch):
 
 
 def document_of(name: str, **changes: object) -> dict:
-    run = RunConfig(
-        run=RunSection(out=""), tasks=(), train=TrainSection(steps=100), deepspeed={"config": name, **changes}
-    )
-    return deepspeed_config(run)
+    return deepspeed_config({"config": name, **changes}, steps=100)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -110,17 +110,17 @@ def search(*words: object, **environment: str) -> subprocess.Popen[str]:
     ("vary", "more", "said"),
     [
         ('"model.featurs" = [8]', "", "'model.featurs' is no setting of a run file (did you mean 'model.features'?)"),
-        ('"model.features" = {low = 16, high = 8}', "", "'model.features': low = 16 is above high = 8"),
-        ('"model.features" = {low = 8, high = 8}', "", "the range is empty, low and high are both 8"),
-        ('"model.features" = {low = 8, high = 16, step = 3}', "", "steps of 3 from low = 8 do not come to high = 16"),
+        ('"model.features" = {low = 16, high = 8}', "", "'model.features'.low is 16, which is above high, 8"),
+        ('"model.features" = {low = 8, high = 8}', "", "low and high are both 8; put the value into"),
+        ('"model.features" = {low = 8, high = 16, step = 3}', "", ".step is 3, with which values from low = 8 do not"),
         ('"model.features" = {low = 8, hihg = 16}', "", "'model.features'.hihg is not known (did you mean 'high'?)"),
         ('"model.features" = {low = 8.5, high = 16}', "", "model.features must be a whole number, not 8.5"),
-        ('"model.features" = {low = 8, high = 16, step = 0}', "", "step = 0; it must be above 0"),
+        ('"model.features" = {low = 8, high = 16, step = 0}', "", ".step is 0; it must be above 0"),
         ('"model.features" = []', "", "'model.features' is an empty list"),
         ('"model.features" = 8', "", "'model.features' is 8; give a list of values, or a range"),
         ('"model.features" = [8, 8]', "", "'model.features' names 8 twice"),
-        ('"loss.forces_weight" = {low = 0, high = 1, log = true}', "", "low = 0 has no logarithm"),
-        ('"loss.forces_weight" = {low = nan, high = 1}', "", "low, high and step must be finite numbers"),
+        ('"loss.forces_weight" = {low = 0, high = 1, log = true}', "", ".low is 0, which has no logarithm"),
+        ('"loss.forces_weight" = {low = nan, high = 1}', "", ".low is nan; it must be a finite number"),
         ('"loss.kind" = ["l1", "l3"]', "", "vary, 'loss.kind': "),
         ('"model.encoder" = ["painn", "shcnet"]', "", "(did you mean 'schnet'?)"),
         ('"train.steps" = [5, 6]', "", "'train.steps' cannot be varied: trials end at a time"),
@@ -203,7 +203,7 @@ def test_values_become_a_run(root):
     config = load_run_config(run, [*search_overrides(load_run_config(run), root / "out", 12.5), *own])
     assert (config.model.encoder, config.model.cutoff, config.train.budget_seconds) == ("schnet", 3.5, 12.5)
     assert config.train.steps == ENDLESS and config.batch.atoms < 48 and 0 < config.batch.edges < 1536
-    ds = deepspeed_config(config)
+    ds = deepspeed_config(config.deepspeed, config.train.steps)
     assert ds["optimizer"]["params"]["lr"] == 1e-5 and ds["optimizer"]["params"]["weight_decay"] == 1e-4
     assert ds["scheduler"]["type"] == "WarmupStableDecayLR"
     assert ds["scheduler"]["params"] | {"total_num_steps": 0} == {
@@ -213,7 +213,8 @@ def test_values_become_a_run(root):
     }
     # The run of its own keeps steps and schedule of the run file.
     alone = load_run_config(run, own)
-    assert alone.train.steps == 50 and deepspeed_config(alone)["scheduler"]["type"] == "WarmupCosineLR"
+    assert alone.train.steps == 50
+    assert deepspeed_config(alone.deepspeed, 50)["scheduler"]["type"] == "WarmupCosineLR"
 
 
 def checked(path: Path, seconds: float = 120.0) -> None:

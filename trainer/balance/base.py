@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
+from hydrazero.shards.settings_parser import Section
 
-@dataclass(frozen=True, kw_only=True)
-class BalanceSection:
-    """How the tasks' losses are weighted against each other; the tasks' own `weight` multiplies what comes out."""
+
+class BalanceSection(Section):
+    """How the losses of the tasks are weighted against each other; each task's own `weight` multiplies the result."""
 
     method: str = "gradnorm"
-    """'uniform', 'static', 'uncertainty', 'famo' or 'gradnorm'."""
-    every: int = 50
-    """Steps between measurements of the tasks' gradients, and between changes of weights that need one; 0: never."""
-    smoothing: float = 0.9
-    """Of what is measured: the share that is kept of what was known before."""
+    """Balancing method: 'uniform', 'static', 'uncertainty', 'famo' or 'gradnorm'."""
+    every: NonNegativeInt = 50
+    """Number of steps between measurements of the tasks' gradients, and between changes of the weights by the methods
+    'famo' and 'gradnorm'. At 0, gradients are not measured."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Fraction of the previous value that a moving average keeps at each measurement."""
     alpha: float = 0.0
-    """gradnorm: how much more a task is to count that has been learning slowly; at 0 all gradients are equally long,
-    below 0 a task counts more the more it has learned (0 was better than 0.5: docs/results/balancing.md)."""
-    learning_rate: float = 0.025
-    """famo, uncertainty: of the logits of the weights."""
+    """For the method 'gradnorm': how much more a task counts that has been learning slowly. At 0, the gradients of all
+    tasks become equally long; below 0, a task counts more the more it has learned (0 was better than 0.5, see
+    docs/results/balancing.md)."""
+    learning_rate: NonNegativeFloat = 0.025
+    """For the methods 'famo' and 'uncertainty': learning rate of the logarithms of the weights."""
     smallest: float = 0.05
-    """Bounds of the weights, whose mean is 1."""
+    """Lower bound of the weights, whose mean is 1."""
     largest: float = 20.0
+    """Upper bound of the weights, whose mean is 1."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> BalanceSection:
+        if not 0 < self.smallest <= 1 <= self.largest:
+            raise ValueError(
+                f"smallest is {self.smallest} and largest is {self.largest}; they must obey "
+                "0 < smallest <= 1 <= largest, since the mean of the weights is 1."
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

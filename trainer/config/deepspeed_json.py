@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config.precision import KEYS, precision_of
-from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.schedule_shapes import own_shape
 
 TABLES = ("optimizer", "scheduler", "zero_optimization", *KEYS)
@@ -18,9 +18,12 @@ WARMUP_SHARE = 5
 """A packaged schedule warms up for at most one in so many steps."""
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """Return the DeepSpeed JSON of a run with its overrides and the number of steps filled in; raises ConfigError."""
-    changes = copy.deepcopy(config.deepspeed)
+def deepspeed_config(section: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the DeepSpeed JSON that the run file's [deepspeed] section describes, for a run of some number of steps.
+
+    Raises ConfigError for a configuration that does not exist, or cannot be used.
+    """
+    changes = copy.deepcopy(dict(section))
     name = changes.pop("config", "zero1")
     if not isinstance(name, str):
         raise ConfigError(f"deepspeed.config must be a name or a path, not {name!r}.")
@@ -50,7 +53,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         if document["scheduler"].get("type") == "WarmupStableDecayLR":
             document["scheduler"].setdefault("params", {}).setdefault("total_num_steps", "auto")
         by_user = not packaged or "warmup_num_steps" in changes.get("scheduler", {}).get("params", {})
-        _fill_in_steps(document["scheduler"].get("params", {}), config.train.steps, by_user, where)
+        _fill_in_steps(document["scheduler"].get("params", {}), steps, by_user, where)
         try:
             own_shape(document)
         except ConfigError as error:

@@ -1,41 +1,32 @@
-"""What the run file says of fine-tuning."""
+"""The [finetune] section of the run file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from hydrazero.shards.errors import ConfigError, did_you_mean
+from pydantic import Field, PositiveInt
+
+from hydrazero.shards.settings_parser import Section
 
 FULL, HEADS, LORA, LAYERWISE = "full", "heads", "lora", "layerwise"
 METHODS = (FULL, HEADS, LORA, LAYERWISE)
 
 NEAREST, MEAN, NEW, OWN = "nearest", "mean", "new", "own"
-"""What a task's `init_head` may be beside the name of a head."""
+"""Values of a task's `init_head` that are not the name of a head."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSection:
-    """Which weights a run that starts from another model changes, and how much."""
+class FinetuneSection(Section):
+    """Which weights change in a run that starts from another model, and by how much."""
 
-    method: str = "full"
-    """'full': all; 'heads': those of the heads alone; 'lora': heads, embedding, and low-rank changes of the encoder's
-    linear maps, which are part of its weights in an exported model; 'layerwise': all, the slower the farther from the
-    heads."""
-    rank: int = 8
-    """lora: of the changes."""
-    layer_decay: float = 0.5
-    """layerwise: learning rate of a layer over that of the next one; the embedding is the first, the heads the last."""
+    method: Literal["full", "heads", "lora", "layerwise"] = "full"
+    """Which weights are trained: 'full' trains all of them; 'heads' those of the heads alone; 'lora' the heads, the
+    embedding, and low-rank changes of the encoder's linear maps, which become part of its weights in an exported model;
+    'layerwise' all of them, with learning rates that fall with the distance from the heads."""
+    rank: PositiveInt = 8
+    """Rank of the low-rank changes of the method 'lora'."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """For the method 'layerwise': the learning rate of a layer divided by that of the next layer. The embedding is the
+    first layer, the heads are the last."""
     check_units: bool = True
-    """Whether the run refuses labels that look as if they were in another unit than what the head predicts that a task
-    begins as."""
-
-
-def check_finetune(settings: FinetuneSection, where: str) -> None:
-    """Raise ConfigError for a method that is not known, or a number out of range."""
-    if settings.method not in METHODS:
-        known = did_you_mean(settings.method, list(METHODS))
-        raise ConfigError(f"{where} finetune.method '{settings.method}' is not known{known}.")
-    if settings.rank < 1:
-        raise ConfigError(f"{where} finetune.rank is {settings.rank}; it must be at least 1.")
-    if not 0 < settings.layer_decay <= 1:
-        raise ConfigError(f"{where} finetune.layer_decay is {settings.layer_decay}; it must be above 0 and at most 1.")
+    """Whether the run is refused if labels seem to be in another unit than the predictions of the head from which the
+    task starts."""

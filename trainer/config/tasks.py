@@ -12,7 +12,8 @@ from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.shards.stream.budget import check_budget, may_exceed
 from hydrazero.shards.targets import TargetFacts as LabelFacts
-from hydrazero.trainer.config.run_file import LOSS_PARTS, LossSection, RunConfig, TaskSection
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import LOSS_PARTS, LossSection, TaskSection
 
 SMALLEST_SCALE = 1e-3
 """eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
@@ -22,8 +23,6 @@ SMALLEST_STRESS = 1e-6
 
 CONSTANT = 1e-6
 """A target that deviates less from its mean, by its largest label, is a constant."""
-
-WAYS = (CONSERVATIVE, DIRECT, NONE)
 
 
 def task_manifests(config: RunConfig) -> tuple[Manifest, ...]:
@@ -83,9 +82,6 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
     has_energy, has_forces = "energy_per_atom" in manifest.labels, "forces" in manifest.labels
     forces = task.forces or (CONSERVATIVE if has_energy else DIRECT if has_forces else NONE)
     stress = task.stress or forces
-    for key, way in (("forces", forces), ("stress", stress)):
-        if way not in WAYS:
-            raise ConfigError(f"task '{task.name}': {key} = '{way}' is not known{did_you_mean(way, list(WAYS))}.")
     if task.forces == DIRECT and not has_forces:
         raise ConfigError(f"task '{task.name}': forces = 'direct', but {task.shards} holds no forces to learn from.")
     if task.stress is None and stress == DIRECT and "stress" not in manifest.labels:

@@ -69,7 +69,7 @@ def planned_size(config: RunConfig) -> ModelSize:
         replace(of_task, charge_spin=bool(task.charge_spin))
         for of_task, task in zip(probe_tasks(len(config.tasks)), config.tasks, strict=True)
     ]
-    return model_size(replace(config.model.settings(), attention_targets=()), facts)
+    return model_size(config.model.settings().model_copy(update={"attention_targets": ()}), facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class StepCost:
 @cache
 def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
     """Count on small batches; rows of several tasks go through heads in blocks of one, padding among them."""
-    model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(1)).train()
+    model = AtomisticModel(settings.model_copy(update={"attention_targets": ()}), probe_tasks(1)).train()
     small, wide, more = (_flops(model, atoms, spare) for atoms, spare in ((32, 0), (32, 64), (64, 0)))
     per_slot = (wide[0] - small[0]) / (wide[2] - small[2])
     of_one = (more[0] - small[0] - per_slot * (more[2] - small[2])) / (more[1] - small[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ class StepMemory:
 
     def __init__(self, settings: ModelSettings) -> None:
         # Targets are heads on top; what they take is nothing beside the encoder. An atom goes through one task's head.
-        self._model = AtomisticModel(replace(settings, attention_targets=()), probe_tasks(1)).train()
+        self._model = AtomisticModel(settings.model_copy(update={"attention_targets": ()}), probe_tasks(1)).train()
         small, wide = (self._kept(atoms, spare) for atoms, spare in ((32, 0), (32, 64)))
         more = self._kept(64, 0)
         self.per_slot = (wide[0] - small[0]) / (wide[2] - small[2])

@@ -13,7 +13,7 @@ from torch.nn import functional
 from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.graphs.graph import GraphBatch
-from hydrazero.trainer.config.run_file import LossSection
+from hydrazero.trainer.config.sections import LossSection
 
 SMALLEST_SPREAD = 1e-6
 """In units of the task's scale, squared: keeps the likelihood of an ensemble whose members agree finite."""

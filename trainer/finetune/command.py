@@ -14,7 +14,8 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.checkpoint.model_of_run import read_run_or_model
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, METHODS, NEAREST, NEW
-from hydrazero.trainer.config.run_file import RunConfig, TaskSection, apply_override, load_run_config
+from hydrazero.trainer.config.run_file import RunConfig, apply_override, load_run_config
+from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.config.tasks import task_facts
 from hydrazero.trainer.finetune.outcome import measure_outcome, print_heads, print_outcome
 from hydrazero.trainer.finetune.plan import Plan, Wanted, plan_finetuning, toml_text

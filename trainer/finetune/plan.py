@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def plan_finetuning(wanted: Wanted, start: AtomisticModel) -> Plan:
         "tasks": tasks,
         "finetune": {"method": wanted.method},
         "model": _model(start, tasks),
-        "batch": asdict(shape),
+        "batch": shape.model_dump(),
         "loss": {"kind": "l1", "energy_weight": 5.0},
         # Weights and shares say how much old tasks count; a known one's gradients are short, its weight would grow.
         "balance": {"method": "uniform"},
@@ -160,9 +160,9 @@ def _model(start: AtomisticModel, tasks: Sequence[Mapping[str, Any]]) -> dict[st
     held = {name for task in tasks for name in read_manifest(task["shards"]).targets}
     replayed = {task["name"] for task in tasks if task["init_head"] == OWN}
     held |= {name for task in start.tasks if task.name in replayed for name in task.targets}
-    heads = {key: value for key, value in asdict(start.settings).items() if key != "encoder"}
-    heads["attention_targets"] = [name for name in heads["attention_targets"] if name in held]
-    return {**asdict(start.settings.encoder), **heads}
+    settings = start.settings.model_dump()
+    settings["attention_targets"] = [name for name in settings["attention_targets"] if name in held]
+    return {**settings.pop("encoder"), **settings}
 
 
 def toml_text(table: Mapping[str, Any], comment: Sequence[str] = ()) -> str:

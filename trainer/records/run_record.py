@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +29,7 @@ def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict
             versions[name] = "not installed as a package"
     manifests = {task.name: manifest_sha256(task.shards) for task in config.tasks}
     facts = {"deepspeed": ds_config, "versions": versions, "manifests": manifests}
-    return {**asdict(config), **facts, **_start(ranks), "resumes": []}
+    return {**config.model_dump(), **facts, **_start(ranks), "resumes": []}
 
 
 def _start(ranks: int) -> dict[str, Any]:

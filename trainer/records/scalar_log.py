@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def hyperparameters(config: RunConfig) -> dict[str, float | str]:
         elif value is not None:
             flat[prefix] = value if isinstance(value, int | float | str) else ", ".join(map(str, value))
 
-    document = asdict(config)
+    document = config.model_dump()
     tasks = document.pop("tasks")
     add("", document)
     for task in tasks:

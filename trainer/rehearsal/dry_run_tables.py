@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -93,7 +93,7 @@ def run_table(found: Findings) -> Table:
     """Return what the run will take."""
     config, memory, tried, engine = found.config, found.memory, found.tried, found.engine
     accumulated = engine.gradient_accumulation_steps()
-    sizes = ", ".join(f"{size:,} {name}" for name, size in asdict(config.batch).items() if size)
+    sizes = ", ".join(f"{size:,} {name}" for name, size in config.batch if size)
     fill = f"{tried.structures:.0%} of the structures, {tried.atoms:.0%} of the atoms, {tried.slots:.0%} of the slots"
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     trained = sum(full_size(parameter) for parameter in parameters)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.shards.settings_parser import parse_settings
+from hydrazero.shards.settings_parser import Section, parse_settings
 
 Value = str | bool | int | float
-
-RATES = ("", "inference", "training")
 
 WANTED_STRUCTURES = "batch.structures"
 """Of a trial: about so many structures a batch, from which the whole of [batch] is worked out."""
@@ -22,42 +22,61 @@ OF_THE_BATCH = (WANTED_STRUCTURES, "model.cutoff", "data.temperature")
 """What a batch depends on: where one of these is varied, each trial has a [batch] of its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchSection:
-    """What is common to all trials."""
+class SearchSection(Section):
+    """The [search] section of a space file: what all trials have in common."""
 
     run: str
-    """Run file that the trials share."""
+    """Run file that the trials share. A relative path counts from the folder in which the command is given."""
     out: str
-    """Folder of the search: journal, trials, report; relative, as `run`, to the folder where the command is given."""
-    seconds: float
-    """Of training at the top rung."""
-    rungs: int = 3
-    """Halts at which trials are compared; at the last one they are finished."""
-    reduction: int = 3
-    """One trial in so many goes on from a rung, to so many times the seconds."""
-    tries: int = 1
-    """First trials for each choice of the lists: a sampler leaves alone what has failed it once."""
-    ranks: int = 1
-    """Of each trial."""
-    rate: str = ""
-    """Second objective, in structures/s: 'inference', 'training', or none."""
-    seed: int = 0
-    """Of the sampler."""
+    """Folder of the search, which holds the journal, the trials and the report. A relative path counts from the folder
+    in which the command is given."""
+    seconds: PositiveFloat
+    """Seconds that a trial trains up to the last rung."""
+    rungs: Annotated[int, Field(ge=1)] = 3
+    """Number of rungs, which are the times at which trials are compared; trials end at the last one."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """One trial out of this number is promoted from a rung to the next, which lasts this number of times as long."""
+    tries: Annotated[int, Field(ge=1)] = 1
+    """Number of first trials for each choice of the lists: a sampler never returns to a choice whose only trial has
+    failed."""
+    ranks: Annotated[int, Field(ge=1)] = 1
+    """Number of ranks of each trial."""
+    rate: Literal["", "inference", "training"] = ""
+    """Second objective, in structures/s: the speed of 'inference', that of 'training', or none if it is empty."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the sampler."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """Numbers from `low` to `high`, both among them."""
+class Range(Section):
+    """Numbers from `low` to `high`, including both."""
 
     low: float
+    """Smallest value."""
     high: float
-    step: float = 0.0
-    """Between neighbouring values; 0: whole numbers where the setting is one, else any number."""
+    """Largest value."""
+    step: NonNegativeFloat = 0.0
+    """Distance between neighbouring values. At 0, all whole numbers of the range if the setting is a whole number, and
+    all numbers of the range otherwise."""
     log: bool = False
     """Whether values are drawn evenly in their logarithm."""
     whole: bool = False
-    """Whether all of them are whole numbers."""
+    """Whether all values are whole numbers, which follows from how the range is written; it is no key of a file."""
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Range:
+        low, high, step = self.low, self.high, self.step
+        if low > high:
+            raise ValueError(f"low is {low:g}, which is above high, {high:g}.")
+        if low == high:
+            raise ValueError(f"low and high are both {low:g}; put the value into the run file instead.")
+        if self.log and low <= 0:
+            raise ValueError(f"low is {low:g}, which has no logarithm; with log = true it must be above 0.")
+        if self.log and step:
+            raise ValueError(f"step is {step:g}, which log = true excludes; leave one of them out.")
+        steps = (high - low) / step if step else 1.0
+        if abs(steps - round(steps)) > 1e-6 or steps < 1:
+            raise ValueError(f"step is {step:g}, with which values from low = {low:g} do not come to high = {high:g}.")
+        return self
 
     @property
     def ends(self) -> tuple[Value, ...]:
@@ -113,8 +132,8 @@ class SearchSpace:
 
     def document(self) -> dict[str, Any]:
         """Return what must stay the same while a search goes on, as JSON has it."""
-        vary = {key: list(p.values) if isinstance(p, Choices) else asdict(p) for key, p in self.vary.items()}
-        return {"search": asdict(self.search), "vary": vary}
+        vary = {key: list(p.values) if isinstance(p, Choices) else p.model_dump() for key, p in self.vary.items()}
+        return {"search": self.search.model_dump(), "vary": vary}
 
 
 def space_of(document: dict[str, Any], path: Path) -> SearchSpace:
@@ -151,19 +170,8 @@ def read_space(path: Path) -> SearchSpace:
         if not isinstance(table.get(key), dict) or not table[key]:
             raise ConfigError(f"{path}: [{key}] is missing or empty.")
     section = parse_settings(SearchSection, table["search"], f"{path}: search")
-    _check_section(section, f"{path}: search")
     vary = {key: _parameter(each, f"{path}: vary, '{key}'") for key, each in _flat(table["vary"]).items()}
     return SearchSpace(path=path, search=section, vary=vary)
-
-
-def _check_section(section: SearchSection, where: str) -> None:
-    if not 0 < section.seconds < math.inf:
-        raise ConfigError(f"{where}.seconds is {section.seconds}; it must be a number above 0.")
-    for key, least in (("rungs", 1), ("reduction", 2), ("tries", 1), ("ranks", 1), ("seed", 0)):
-        if getattr(section, key) < least:
-            raise ConfigError(f"{where}.{key} is {getattr(section, key)}; it must be at least {least}.")
-    if section.rate not in RATES:
-        raise ConfigError(f"{where}.rate '{section.rate}' is not known{did_you_mean(section.rate, list(RATES[1:]))}.")
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -195,23 +203,7 @@ def _parameter(value: Any, where: str) -> Range | Choices:
 def _range(table: dict[str, Any], where: str) -> Range:
     if "whole" in table:
         raise ConfigError(f"{where}.whole is not known{did_you_mean('whole', ['low', 'high', 'step', 'log'])}.")
-    found = parse_settings(Range, table, where)
-    if not all(map(math.isfinite, (found.low, found.high, found.step))):
-        raise ConfigError(f"{where}: low, high and step must be finite numbers.")
-    if found.low > found.high:
-        raise ConfigError(f"{where}: low = {found.low:g} is above high = {found.high:g}.")
-    if found.low == found.high:
-        raise ConfigError(f"{where}: the range is empty, low and high are both {found.low:g}; put it in the run file.")
-    if found.log and found.low <= 0:
-        raise ConfigError(f"{where}: low = {found.low:g} has no logarithm; with log = true it must be above 0.")
-    if found.log and found.step:
-        raise ConfigError(f"{where}: log = true and step = {found.step:g} exclude each other.")
-    if found.step < 0 or (found.step == 0 and "step" in table):
-        raise ConfigError(f"{where}: step = {found.step:g}; it must be above 0.")
-    steps = (found.high - found.low) / found.step if found.step else 1.0
-    if abs(steps - round(steps)) > 1e-6 or steps < 1:
-        raise ConfigError(
-            f"{where}: steps of {found.step:g} from low = {found.low:g} do not come to high = {found.high:g}."
-        )
+    if table.get("step") == 0:
+        raise ConfigError(f"{where}.step is {table['step']:g}; it must be above 0.")
     whole = all(isinstance(each, int) for key, each in table.items() if key != "log")
-    return Range(low=found.low, high=found.high, step=found.step, log=found.log, whole=whole)
+    return parse_settings(Range, {**table, "whole": whole}, where)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def check_space(path: Path) -> CheckedSpace:
     try:
         base = load_run_config(space.search.run)
         text = Path(space.search.run).read_text(encoding="utf-8")
-        known = {key: value for key, value in _settings(base).items() if not key.startswith("deepspeed.")}
-        known |= _settings(deepspeed_config(base), "deepspeed.") | {"deepspeed.config": "", WARM_UP: 1}
+        known = {key: value for key, value in _settings(base.model_dump()).items() if not key.startswith("deepspeed.")}
+        ds_config = deepspeed_config(base.deepspeed, base.train.steps)
+        known |= _settings(ds_config, "deepspeed.") | {"deepspeed.config": "", WARM_UP: 1}
     except HydrazeroError as error:
         raise ConfigError(f"{path}: search.run: {error}") from error
     for key in space.vary:
@@ -50,12 +52,11 @@ def check_space(path: Path) -> CheckedSpace:
     return CheckedSpace(space=space, base=base, text=text)
 
 
-def _settings(of: Any, prefix: str = "") -> dict[str, Any]:
-    """Return all single settings of nested sections by dotted keys."""
-    pairs = [(each.name, getattr(of, each.name)) for each in fields(of)] if is_dataclass(of) else list(of.items())
+def _settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return all single settings of nested tables by dotted keys."""
     found: dict[str, Any] = {}
-    for name, value in pairs:
-        if (is_dataclass(value) and not isinstance(value, type)) or isinstance(value, dict):
+    for name, value in table.items():
+        if isinstance(value, Mapping):
             found |= _settings(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
@@ -81,7 +82,7 @@ def _check_key(key: str, known: dict[str, Any], where: str) -> None:
 def _typed(parameter: Range | Choices, present: Any) -> Range | Choices:
     """Let a range of a setting that any number fits, written with whole ones, hold all numbers in between."""
     if isinstance(parameter, Range) and isinstance(present, float) and not parameter.step:
-        return replace(parameter, whole=False)
+        return parameter.model_copy(update={"whole": False})
     return parameter
 
 

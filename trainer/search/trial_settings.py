@@ -80,7 +80,7 @@ def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, struc
 
 def search_overrides(config: RunConfig, out: Path, seconds: float) -> list[str]:
     """Return what every trial is trained with beside its own values, up to a rung's seconds."""
-    scheduler = deepspeed_config(config).get("scheduler", {}).get("params", {})
+    scheduler = deepspeed_config(config.deepspeed, config.train.steps).get("scheduler", {}).get("params", {})
     warm_up = int(scheduler.get("warmup_num_steps", 0))
     fixed: dict[str, Any] = {
         "run.out": str(out),

@@ -51,7 +51,7 @@ class HeadErrors:
 def head_model(start: AtomisticModel, facts: TaskFacts, rows: Sequence[int]) -> AtomisticModel:
     """Return the model with one head, of a task that may be new to it: the mean of the heads at `rows`."""
     attention = tuple(name for name in start.settings.attention_targets if name in facts.targets)
-    model = AtomisticModel(replace(start.settings, attention_targets=attention), [facts]).to(start.dtype)
+    model = AtomisticModel(start.settings.model_copy(update={"attention_targets": attention}), [facts]).to(start.dtype)
     start_from(model, start, {0: rows})
     return model.eval()
 

@@ -11,7 +11,8 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.task_facts import CONSERVATIVE, NONE, TargetFacts, TaskFacts, task_facts_from
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, NEAREST, NEW, OWN
-from hydrazero.trainer.config.run_file import RunConfig, TaskSection
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
 from hydrazero.trainer.start.head_errors import (
     COMPARED,
