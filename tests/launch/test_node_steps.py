@@ -226,4 +226,4 @@ def test_a_node_that_does_not_answer_at_all_is_named(run_file):
     status, output = run_script(script)
     node = os.uname().nodename
     assert status == 1 and f"Error: node {node} is not fit: no answer to its check within 1 s.\n" in output, output
-    assert f"since nodes are not fit (node {node}: no answer to its check within 1 s)" in output
+    assert f"nodes failed the check (node {node}: no answer to its check within 1 s)" in output
