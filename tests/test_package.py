@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from structures import small_model
 
-from hydrazero.launch.cli.main import main
+from hydrazero.launch.cli.main import SECTIONS, main
 from hydrazero.models import load_model, save_model
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config
@@ -175,6 +175,15 @@ def test_options_in_the_readme_exist(command):
 def test_help_pages(name):
     result = CliRunner().invoke(main, [name, "--help"])
     assert result.exit_code == 0 and main.commands[name].help.splitlines()[0] in " ".join(result.output.split())
+
+
+def test_the_help_page_lists_each_command_with_a_sentence_on_one_line():
+    page = CliRunner().invoke(main, ["--help"], terminal_width=80).output.splitlines()
+    listed = [name for commands in SECTIONS.values() for name in (command.name for command in commands)]
+    assert sorted(listed) == sorted(main.commands) and all(f"{heading}:" in page for heading in SECTIONS)
+    for name in listed:
+        (line,) = [line for line in page if line.split()[:1] == [name]]
+        assert line.split(maxsplit=1)[1] == main.commands[name].help.splitlines()[0] and line.endswith(".")
 
 
 @pytest.fixture(scope="module")

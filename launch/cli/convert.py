@@ -1,4 +1,4 @@
-"""The command `convert`."""
+"""The commands `convert` and `subset`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 import click
 
+from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
 
-FOLDER = click.Path(path_type=Path)
 
-
-def _list_presets(context: click.Context, _: Any, wanted: bool) -> None:
-    """Print the presets and end."""
-    if not wanted:
+def _list_presets(context: click.Context, _: Any, requested: bool) -> None:
+    """Print the presets and exit."""
+    if not requested:
         return
     from hydrazero.shards.convert.presets import load_preset, preset_names
 
@@ -28,64 +27,80 @@ def _list_presets(context: click.Context, _: Any, wanted: bool) -> None:
 
 @click.command("convert")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Name of the task; the preset's if not given.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Name of the task.  [default: the preset's name]")
 @click.option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder for the shards.")
-@click.option("--preset", metavar="NAME", help="Settings of a known dataset.")
+@click.option("--preset", metavar="NAME", help="Use the settings of a well-known dataset.")
 @click.option(
-    "--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_list_presets, help="Show the presets."
+    "--list-presets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_presets,
+    help="List the presets and exit.",
 )
-@click.option("--format", "format_name", metavar="NAME", help="Of the sources; guessed from their suffixes.")
-@click.option("--config", metavar="FILE", type=FOLDER, help="TOML: field names, units, splits, selection, method.")
-@click.option("--skip-bad", is_flag=True, help="Set bad frames aside, counted and listed, instead of stopping.")
-@click.option("--trust-pickle", is_flag=True, help="Load sources of pickles, which can run any code that is in them.")
-@click.option("--workers", default=1, metavar="N", help="Processes that share the work; under mpirun, its ranks do.")
-def convert_command(
-    sources: tuple[Path, ...],
-    tasks: tuple[str, ...],
-    out: Path,
-    preset: str | None,
-    format_name: str | None,
-    config: Path | None,
-    skip_bad: bool,
-    trust_pickle: bool,
-    workers: int,
-) -> None:
-    """Convert labelled structures into WebDataset shards of one task."""
-    from hydrazero.launch.cli.convert_progress import convert_with_progress
+@click.option("--format", "format_name", metavar="NAME", help="Format of the sources.  [default: by their suffixes]")
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=FOLDER,
+    help="TOML file with field names, units, splits, the selection of structures and the level of theory.",
+)
+@click.option("--skip-bad", is_flag=True, help="Skip and list unusable structures instead of stopping at the first.")
+@click.option(
+    "--trust-pickle",
+    is_flag=True,
+    help="Allow sources that contain Python pickles. Loading a pickle can run any code that is in it.",
+)
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Number of processes that share the work. Under mpirun, the MPI ranks share it instead.",
+)
+def convert_command(sources: tuple[Path, ...], tasks: tuple[str, ...], out: Path, **options: Any) -> None:
+    """Convert labelled structures into the shards of one task.
+
+    SOURCEs are files or folders in a supported format: extended XYZ, ASE databases, HDF5, LMDB, NumPy, JSON and others.
+    The shards are WebDataset tar files with a manifest, split into training, validation and test structures.
+    """
+    from hydrazero.launch.cli.views.convert_progress import convert_with_progress
     from hydrazero.shards.convert.settings import load_convert_settings
 
+    preset = options["preset"]
     if len(tasks) > 1:
         raise ConfigError(f"--task is given {len(tasks)} times ({', '.join(tasks)}); a conversion makes one task.")
     if not tasks and preset is None:
         raise ConfigError("neither --task nor --preset is given; name the task.")
-    settings = load_convert_settings(config, format_name, preset=preset)
     convert_with_progress(
         sources,
         tasks[0] if tasks else str(preset),
         out,
-        settings,
-        workers=workers,
-        skip_bad=skip_bad,
-        trust_pickle=trust_pickle,
+        load_convert_settings(options["config"], options["format_name"], preset=preset),
+        workers=options["workers"],
+        skip_bad=options["skip_bad"],
+        trust_pickle=options["trust_pickle"],
     )
 
 
 @click.command("subset")
 @click.argument("folder", metavar="DIR", type=FOLDER)
 @click.option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder for the shards.")
-@click.option("--train", type=click.IntRange(1), metavar="N", help="Training structures; all if not given.")
-@click.option("--val", type=click.IntRange(0), metavar="N", help="Validation structures; all if not given.")
-@click.option("--test", type=click.IntRange(0), metavar="N", help="Test structures; all if not given.")
-@click.option("--seed", default=0, show_default=True, help="Of the shuffle whose first structures are taken.")
+@click.option("--train", type=click.IntRange(1), metavar="N", help="Number of training structures.  [default: all]")
+@click.option("--val", type=click.IntRange(0), metavar="N", help="Number of validation structures.  [default: all]")
+@click.option("--test", type=click.IntRange(0), metavar="N", help="Number of test structures.  [default: all]")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random selection.")
 def subset_command(folder: Path, out: Path, train: int | None, val: int | None, test: int | None, seed: int) -> None:
-    """Make shards of a part of a task's structures, say for a learning curve.
+    """Write the shards of a random subset of a task's structures.
 
-    Of one seed, a smaller part is in a larger one.
+    This is useful for a learning curve, for example.
+
+    With the same seed, a smaller subset is always contained in a larger one.
     """
-    from hydrazero.launch.cli.convert_progress import shown_splits
+    from hydrazero.launch.cli.views.convert_progress import shown_splits
     from hydrazero.shards.convert.subset import write_subset
 
-    wanted = {"train": train, "val": val, "test": test}
-    counts = {split: count for split, count in wanted.items() if count is not None}
+    requested = {"train": train, "val": val, "test": test}
+    counts = {split: count for split, count in requested.items() if count is not None}
     manifest = write_subset(folder, out, counts, seed)
     click.echo(f"{out}: {shown_splits(manifest)}")

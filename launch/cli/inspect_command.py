@@ -2,84 +2,123 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydrazero.shards.manifest import Manifest
 
 
 @click.command("inspect")
-@click.argument("folders", metavar="DIR...|MODEL", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="DIR...|MODEL", nargs=-1, required=True, type=FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON, for programs.")
-@click.option("--html", "page", metavar="FILE", type=click.Path(path_type=Path), help="Write them as a page.")
-@click.option("--verify", is_flag=True, help="Also compare every shard's SHA-256 with the manifest.")
-@click.option("--propose-batch", is_flag=True, help="Propose [batch] for a run on these tasks, for the memory at hand.")
-@click.option("--cutoff", default=5.0, metavar="Å", show_default=True, help="Of the neighbours shown, and the batch.")
-@click.option("--structures", default=32, metavar="N", show_default=True, help="Structures wanted in a batch.")
-@click.option("--temperature", default=1.0, metavar="T", show_default=True, help="Of the mixture, for the batch.")
-@click.option("--memory", metavar="GB", type=float, help="Of each rank, for the batch; what is free if not given.")
-@click.option("--run", "run_file", metavar="FILE", type=click.Path(path_type=Path), help="Run file with the model.")
+@click.option("--html", "page", metavar="FILE", type=FOLDER, help="Write an HTML page with plots.")
+@click.option("--verify", is_flag=True, help="Also compare the SHA-256 checksum of every shard with the manifest.")
+@click.option(
+    "--propose-batch",
+    is_flag=True,
+    help="Print a section [batch] for a run file that trains on these shards and fits into memory.",
+)
+@click.option(
+    "--cutoff",
+    default=5.0,
+    metavar="Å",
+    show_default=True,
+    help="Cutoff radius of the neighbours that are shown, and of the batch.",
+)
+@click.option(
+    "--structures",
+    default=32,
+    metavar="N",
+    show_default=True,
+    help="For --propose-batch: number of structures in a batch.",
+)
+@click.option(
+    "--temperature",
+    default=1.0,
+    metavar="T",
+    show_default=True,
+    help="For --propose-batch: data.temperature of the run, which sets the mixture of tasks.",
+)
+@click.option(
+    "--memory",
+    metavar="GB",
+    type=float,
+    help="For --propose-batch: memory of each rank.  [default: what is free on this machine]",
+)
+@click.option(
+    "--run", "run_file", metavar="FILE", type=FOLDER, help="For --propose-batch: run file with the section [model]."
+)
 def inspect_command(
-    folders: tuple[Path, ...],
-    as_json: bool,
-    page: Path | None,
-    verify: bool,
-    propose_batch: bool,
-    cutoff: float,
-    structures: int,
-    temperature: float,
-    memory: float | None,
-    run_file: Path | None,
+    folders: tuple[Path, ...], as_json: bool, page: Path | None, verify: bool, propose_batch: bool, **batch: Any
 ) -> None:
-    """Show what shard folders hold, one in full, several side by side, or the card of an exported model."""
-    import json
+    """Show what shard folders or an exported model contain.
 
-    from rich.console import Console
-
-    from hydrazero.launch.cli.shards_view import describe, describe_several, manifest_facts
-    from hydrazero.shards.manifest import check_shard_files, read_manifest
-    from hydrazero.trainer.records.run_files import RUN_NAME
-
+    One shard folder is described in detail; several are compared side by side. Of an exported model the model card is
+    shown.
+    """
     models = [path for path in folders if path.is_file() or path.suffix == ".safetensors"]
     if models:
         if len(folders) > 1 or page or verify or propose_batch:
-            raise ConfigError(f"{models[0]} is a model; it is shown alone, and with no option but --json.")
+            raise ConfigError(f"{models[0]} is a model; inspect it alone, with no option other than --json.")
         _show_model(models[0], as_json)
         return
+    manifests = _checked_manifests(folders, verify)
+    if propose_batch:
+        from hydrazero.trainer.cost.step_memory import proposal
+
+        click.echo(proposal(folders, **batch))
+        return
+    _show(manifests, f"{batch['cutoff']:g}", as_json, page)
+    if verify and not as_json:
+        click.echo("all shards have the checksums of their manifests")
+
+
+def _checked_manifests(folders: Sequence[Path], verify: bool) -> list[Manifest]:
+    """Return the folders' manifests; raise ConfigError or ShardError for what is not a set of complete shards."""
+    from hydrazero.shards.manifest import check_shard_files, read_manifest
+    from hydrazero.trainer.records.run_files import RUN_NAME
+
     for run in (path for path in folders if (path / RUN_NAME).is_file()):
         raise ConfigError(f"{run} is a run, which 'hydrazero report {run}' shows; inspect is for shards and models.")
     manifests = [read_manifest(folder) for folder in folders]
     names = [manifest.task for manifest in manifests]
     for name, folder in zip(names, folders, strict=True):
         if names.count(name) > 1:
-            raise ConfigError(f"two of the folders hold a task '{name}' ({folder}); a run needs names that differ.")
+            raise ConfigError(f"two of the folders hold a task '{name}' ({folder}); a run needs different names.")
     for manifest, folder in zip(manifests, folders, strict=True):
         check_shard_files(manifest, folder, checksums=verify)
-    if propose_batch:
-        from hydrazero.trainer.cost.step_memory import proposal
+    return manifests
 
-        click.echo(proposal(folders, cutoff, structures, temperature, memory, run_file))
-        return
+
+def _show(manifests: Sequence[Manifest], cutoff: str, as_json: bool, page: Path | None) -> None:
+    """Print the facts as JSON or as tables, or write them to a page."""
+    from rich.console import Console
+
+    from hydrazero.launch.cli.views.shards_view import describe, describe_several, manifest_facts
+
     if as_json:
         facts = [manifest_facts(manifest) for manifest in manifests]
         click.echo(json.dumps(facts[0] if len(facts) == 1 else facts, indent=1))
     elif page is None:
-        console = Console()
-        console.print(describe(manifests[0]) if len(manifests) == 1 else describe_several(manifests, f"{cutoff:g}"))
+        Console().print(describe(manifests[0]) if len(manifests) == 1 else describe_several(manifests, cutoff))
     if page is not None:
-        from hydrazero.launch.cli.inspect_page import write_page
+        from hydrazero.launch.cli.views.inspect_page import write_page
 
-        write_page(manifests, f"{cutoff:g}", page)
-        click.echo(f"{page}")
-    if verify and not as_json:
-        click.echo("every shard has the checksum that the manifest says")
+        write_page(manifests, cutoff, page)
+        click.echo(str(page))
 
 
 def _show_model(path: Path, as_json: bool) -> None:
-    import json
-
-    from hydrazero.launch.cli.model_card_view import card_of, describe_model
+    """Print the card of a model file."""
+    from hydrazero.launch.cli.views.model_card_view import card_of, describe_model
     from hydrazero.trainer.records.progress_line import wide_console
 
     if as_json:

@@ -1,4 +1,4 @@
-"""Commands on run folders: report."""
+"""The command `report`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from pathlib import Path
 
 import click
 
+from hydrazero.launch.cli.options import FOLDER
+
 
 @click.command("report")
-@click.argument("run_dirs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("run_dirs", metavar="RUN...", nargs=-1, required=True, type=FOLDER)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     metavar="FILE.html",
-    help="File to write.  [default: RUN_DIR/report.html; comparison.html for several runs]",
+    help="File to write.  [default: RUN/report.html; comparison.html for several runs]",
 )
 def report_command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
-    """Write one self-contained page with pictures of a run, or of several side by side.
+    """Write an HTML page with plots of one run or several runs.
 
-    The runs may still be in progress; what is there is shown.
+    The page needs no other files. Runs may still be in progress.
     """
     from hydrazero.trainer.report import write_report
 

@@ -6,19 +6,33 @@ from pathlib import Path
 
 import click
 
+from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
 
 
 @click.command("search")
-@click.argument("space", metavar="SPACE.toml", type=click.Path(path_type=Path))
-@click.option("--trials", type=click.IntRange(1), metavar="N", help="Trials, of all workers and restarts together.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Trials trained at a time here.")
-@click.option("--report", is_flag=True, help="Only write the page and print the best trials, of what is there.")
+@click.argument("space", metavar="SPACE.toml", type=FOLDER)
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of trials in total, including those of earlier starts and other machines.",
+)
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of trials that are trained at the same time on this machine.",
+)
+@click.option("--report", is_flag=True, help="Train nothing; write the page and print the best trials found so far.")
 def search_command(space: Path, trials: int | None, workers: int, report: bool) -> None:
-    """Search for good settings: many short runs, of which the better ones go on.
+    """Search for good training settings with many short runs.
 
-    The same command goes on with a search that was stopped. Started on several machines, or in several Slurm jobs, it
-    works on one search, whose folder they must share. Trials that fail are noted and not counted.
+    Only the better trials are continued. The same command continues a search that was interrupted. Started on several
+    machines, or in several Slurm jobs, with a shared folder, all of them work on the same search. Trials that fail are
+    recorded but do not count.
     """
     from hydrazero.trainer.search.campaign import begin, check_ended, run_workers
     from hydrazero.trainer.search.journal import open_journal
@@ -29,7 +43,7 @@ def search_command(space: Path, trials: int | None, workers: int, report: bool) 
         require_optuna()
         journal, statuses = open_journal(read_space(space).out), []
     elif trials is None:
-        raise ConfigError("say how many trials there shall be: --trials N.")
+        raise ConfigError("the number of trials is missing; give it with --trials N.")
     else:
         journal = begin(space)
         statuses = run_workers(journal, trials, workers)

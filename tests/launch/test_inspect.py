@@ -20,8 +20,8 @@ from rich.console import Console
 from sources import make_shards, metals, molecules
 
 from hydrazero.launch.cli.main import main
-from hydrazero.launch.cli.periodic_table import place_of
-from hydrazero.launch.cli.shards_view import describe, size_bins
+from hydrazero.launch.cli.views.periodic_table import place_of
+from hydrazero.launch.cli.views.shards_view import describe, size_bins
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.manifest import SPLITS, read_manifest
 from hydrazero.shards.stream.block_reader import BlockReader
@@ -73,7 +73,7 @@ def test_tables_fit_a_terminal(shards):
     for label in manifest.labels.values():
         for value in (label.minimum, label.maximum, label.mean, label.rms):
             assert f"{value:.6g}" in text
-    assert "Au" in text and "eV/Å³" in text and "EMT" in text and "3 frames repeat" in text
+    assert "Au" in text and "eV/Å³" in text and "EMT" in text and "3 structures repeat" in text
 
 
 def test_verify_finds_a_flipped_bit(shards, tmp_path):

@@ -237,14 +237,14 @@ def test_a_job_trains_from_copies_of_its_shards_and_says_how_it_ended(run_file, 
     assert result.exit_code == 0, result.output
     script = script_path(run_file)
     status, output = run_script(script)
-    assert status == 0 and re.search(r"try 1 \(job \d+\): finished at step 3 of 3\n", output), output
+    assert status == 0 and re.search(r"attempt 1 \(job \d+\): finished at step 3 of 3\n", output), output
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["copies"].startswith(f"{tmp_path}/disk/hydrazero-")
     assert record["tasks"][0]["shards"].endswith("/molecules") and not list((tmp_path / "disk").iterdir())
     script.write_text(re.sub(r"--room \d+", f"--room {10**18}", script.read_text()))
     status, output = run_script(script)
-    assert status == 1 and re.search(r"try 2 .*no rank has started, since nodes are not fit", output)
+    assert status == 1 and re.search(r"attempt 2 .*no rank has started: nodes failed the check", output)
     script.write_text(script.read_text().replace(f"--room {10**18}", "--room 1"))
     status, output = run_script(script)
     assert status == 1, output
-    assert re.search(r"try 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", output)
+    assert re.search(r"attempt 3 .*: rank 0 on \S+ ended with exit status 1 \(Error: .* holds a run", output)

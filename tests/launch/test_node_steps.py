@@ -22,7 +22,7 @@ from hydrazero.launch.node import steps as node_steps
 from hydrazero.launch.node.check import check_devices, check_disk, check_room
 from hydrazero.launch.node.records import PASSED, UNFIT, add_event, all_events, read_try
 from hydrazero.launch.node.silent_nodes import silent_nodes
-from hydrazero.launch.postmortem import CANCELLED, FAILED, STOPPED, Progress, judge
+from hydrazero.launch.postmortem import CANCELLED, FAILED, STOPPED, RunProgress, judge
 from hydrazero.shards.errors import ConfigError
 
 Usage = namedtuple("Usage", "total used free")
@@ -147,7 +147,7 @@ def test_copies_are_whole_and_faults_name_the_file(data, tmp_path):
 @pytest.mark.parametrize("told, kind", [("USR1", STOPPED), ("TERM", CANCELLED), ("USR1 TERM", CANCELLED), ("", FAILED)])
 def test_jobs_that_were_told_to_stop_before_a_rank_had_started(tmp_path, told, kind):
     (tmp_path / "told").write_text(f" {told}\n")
-    assert judge(read_try(tmp_path), Progress(step=0, steps=0)).kind == kind
+    assert judge(read_try(tmp_path), RunProgress(step=0, steps=0)).kind == kind
 
 
 def test_a_cancelled_job_has_not_failed_whatever_its_ranks_say(tmp_path):
@@ -156,7 +156,7 @@ def test_a_cancelled_job_has_not_failed_whatever_its_ranks_say(tmp_path):
         add_event(tmp_path, "n1", "start", rank=0, ranks=1, local=0, pid=1)
         add_event(tmp_path, "n1", "told", rank=0, signal="SIGUSR1")  # srun is told so in place of SIGTERM
         add_event(tmp_path, "n1", "end", rank=0, status=status, tail=[])
-        verdict = judge(read_try(tmp_path), Progress(step=5, steps=9))
+        verdict = judge(read_try(tmp_path), RunProgress(step=5, steps=9))
         assert verdict.kind == CANCELLED and verdict.sentence.startswith(said)
 
 
@@ -179,7 +179,7 @@ def waiting_job(run_file: Path, *, copying: bool) -> Path:
     [
         (False, "TERM", "cancelled by SIGTERM before a rank had started\n", 0),
         (True, "TERM", "cancelled by SIGTERM before a rank had started\n", 0),
-        (True, "USR1", "its time was nearly over before a rank had started\nthe job does not go on: its time", 1),
+        (True, "USR1", "was nearly over before a rank had started\nthe job should not be restarted: its time", 1),
     ],
     ids=["cancelled in the check", "cancelled while copying", "time over while copying"],
 )
@@ -226,4 +226,4 @@ def test_a_node_that_does_not_answer_at_all_is_named(run_file):
     status, output = run_script(script)
     node = os.uname().nodename
     assert status == 1 and f"Error: node {node} is not fit: no answer to its check within 1 s.\n" in output, output
-    assert f"since nodes are not fit (node {node}: no answer to its check within 1 s)" in output
+    assert f"nodes failed the check (node {node}: no answer to its check within 1 s)" in output

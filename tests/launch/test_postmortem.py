@@ -26,15 +26,15 @@ from hydrazero.launch.postmortem import (
     FINISHED,
     REFUSED,
     STOPPED,
-    Progress,
+    RunProgress,
     Verdict,
-    goes_on,
     judge,
+    should_restart,
     wait_for_ends,
 )
 from hydrazero.shards.errors import ConfigError
 
-HALF = Progress(step=20, steps=40)
+HALF = RunProgress(step=20, steps=40)
 LOST = ["Error: rank 0 has lost another rank, which has ended; --resume goes on from the last checkpoint."]
 
 
@@ -51,7 +51,7 @@ def told(folder: Path, node: str, rank: int, name: str) -> None:
     add_event(folder, node, "told", rank=rank, signal=name)
 
 
-def verdict_of(folder: Path, progress: Progress = HALF) -> Verdict:
+def verdict_of(folder: Path, progress: RunProgress = HALF) -> Verdict:
     return judge(read_try(folder), progress)
 
 
@@ -62,10 +62,10 @@ def test_the_rank_that_was_killed_is_the_first_though_another_noted_its_end_befo
     verdict = verdict_of(tmp_path)
     assert (verdict.kind, verdict.step) == (FAILED, 20)
     assert verdict.sentence == (
-        "rank 1 on n2 was killed by SIGKILL (out of memory?) at step 20 of 40, the first of 2 to end badly"
+        "rank 1 on n2 was killed by SIGKILL (out of memory?) at step 20 of 40, the first of 2 ranks to fail"
     )
     assert verdict.details[0].startswith("rank 1 on n2, ") and "(Error: rank 0 has lost" in verdict.details[1]
-    assert verdict.details[2:] == ("what rank 1 printed last:", "    step 19", "    step 20")
+    assert verdict.details[2:] == ("last output of rank 1:", "    step 19", "    step 20")
 
 
 def test_what_a_rank_raised_is_told_and_what_the_launcher_ended_is_no_cause(tmp_path):
@@ -76,16 +76,16 @@ def test_what_a_rank_raised_is_told_and_what_the_launcher_ended_is_no_cause(tmp_
     end(tmp_path, "n1", 1, 70, tail)
     verdict = verdict_of(tmp_path)
     assert "rank 1 on n1 ended with exit status 70 (torch.OutOfMemoryError: 3 GiB wanted)" in verdict.sentence
-    assert "told SIGTERM" in verdict.details[1]
+    assert "received SIGTERM" in verdict.details[1]
 
 
 def test_a_users_error_would_happen_again(tmp_path):
     start(tmp_path, "n1", 0, 1)
     end(tmp_path, "n1", 1, 1)
     end(tmp_path, "n1", 0, 1, ["Error: task 'a' has no shards."])
-    verdict = verdict_of(tmp_path, Progress(step=0, steps=0))
+    verdict = verdict_of(tmp_path, RunProgress(step=0, steps=0))
     assert verdict.kind == REFUSED and "(Error: task 'a' has no shards) before its first step" in verdict.sentence
-    assert goes_on([verdict], 9) == (False, "")
+    assert should_restart([verdict], 9) == (False, "")
 
 
 def test_a_lost_node_is_the_one_that_was_silent_first(tmp_path):
@@ -96,7 +96,7 @@ def test_a_lost_node_is_the_one_that_was_silent_first(tmp_path):
     silent = tmp_path / "silent"
     silent.mkdir()
     start(silent, "n1", 0), start(silent, "n2", 1)
-    assert "all ranks were ended at once" in verdict_of(silent).sentence
+    assert "all ranks ended at once" in verdict_of(silent).sentence
     os.utime(silent / "n1.jsonl", (1, time.time() - 300))
     assert verdict_of(silent).sentence.startswith("rank 0 on n1 was lost with its node")
 
@@ -110,7 +110,7 @@ def test_good_ends(tmp_path, name, kind):
         end(tmp_path, "n1", rank, 0)
     verdict = verdict_of(tmp_path)
     assert verdict.kind == kind and "at step 20 of 40" in verdict.sentence
-    assert verdict_of(tmp_path, Progress(step=40, steps=40)).sentence == "finished at step 40 of 40"
+    assert verdict_of(tmp_path, RunProgress(step=40, steps=40)).sentence == "finished at step 40 of 40"
 
 
 def test_other_ends(tmp_path):
@@ -118,18 +118,18 @@ def test_other_ends(tmp_path):
     start(tmp_path, "n1", 0, 1, of=4)
     for rank in (0, 1):
         end(tmp_path, "n1", rank, 75)
-    assert "ranks 2, 3 have never started" in verdict_of(tmp_path).sentence
+    assert "ranks 2, 3 never started" in verdict_of(tmp_path).sentence
     start(tmp_path, "n2", 2, 3, of=4)
     for rank in (2, 3):
         end(tmp_path, "n2", rank, 75)
-    assert "ranks have lost each other" in verdict_of(tmp_path).sentence
+    assert "ranks lost contact with each other" in verdict_of(tmp_path).sentence
     for rank in (2, 3):
         told(tmp_path, "n2", rank, "SIGTERM")
     assert verdict_of(tmp_path).kind == CANCELLED
     with open(tmp_path / "n2.jsonl", "a") as file:
         file.write('{"event": "end", "ra')  # cut off by a full disk
     add_event(tmp_path, "n3", "unfit", reason="torch sees 7 of 8 GPUs")
-    assert "nodes are not fit (node n3: torch sees 7 of 8 GPUs)" in verdict_of(tmp_path).sentence
+    assert "nodes failed the check (node n3: torch sees 7 of 8 GPUs)" in verdict_of(tmp_path).sentence
 
 
 def ends(*kinds_and_steps: tuple[str, int]) -> list[Verdict]:
@@ -137,20 +137,20 @@ def ends(*kinds_and_steps: tuple[str, int]) -> list[Verdict]:
 
 
 def test_a_job_goes_on_as_long_as_it_gets_further():
-    assert goes_on(ends((STOPPED, 10)), 0)[0] and goes_on(ends((STOPPED, 10), (STOPPED, 20)), 0)[0]
-    again, why = goes_on(ends((STOPPED, 10), (STOPPED, 10)), 3)
-    assert not again and "ask for more hours" in why
-    assert goes_on(ends((FAILED, 0)), 1)[0] and goes_on(ends((FAILED, 0), (FAILED, 5), (FAILED, 9)), 1)[0]
-    again, why = goes_on(ends((FAILED, 5), (FAILED, 5)), 1)
+    assert should_restart(ends((STOPPED, 10)), 0)[0] and should_restart(ends((STOPPED, 10), (STOPPED, 20)), 0)[0]
+    again, why = should_restart(ends((STOPPED, 10), (STOPPED, 10)), 3)
+    assert not again and "request more hours" in why
+    assert should_restart(ends((FAILED, 0)), 1)[0] and should_restart(ends((FAILED, 0), (FAILED, 5), (FAILED, 9)), 1)[0]
+    again, why = should_restart(ends((FAILED, 5), (FAILED, 5)), 1)
     assert not again and "failed 2 times without a new checkpoint" in why
-    assert goes_on(ends((STOPPED, 5), (FAILED, 5)), 1)[0]
+    assert should_restart(ends((STOPPED, 5), (FAILED, 5)), 1)[0]
     for kind in (FINISHED, CANCELLED, REFUSED):
-        assert not goes_on(ends((kind, 5)), 9)[0]
+        assert not should_restart(ends((kind, 5)), 9)[0]
 
 
 def test_the_command(tmp_path):
     result = CliRunner().invoke(main, ["postmortem", str(tmp_path)])
-    assert result.exit_code == 1 and "holds no tries of a job" in result.output
+    assert result.exit_code == 1 and "holds no attempts of a job" in result.output
     attempt = tmp_path / "launch" / "attempt-0001"
     attempt.mkdir(parents=True)
     (attempt / "job.json").write_text('{"job": "17"}')
@@ -158,7 +158,7 @@ def test_the_command(tmp_path):
     end(attempt, "n1", 0, -11)
     result = CliRunner().invoke(main, ["postmortem", str(tmp_path)])
     assert result.exit_code == 75
-    assert result.output.startswith("try 1 (job 17): rank 0 on n1 was killed by SIGSEGV before its first step, the")
+    assert result.output.startswith("attempt 1 (job 17): rank 0 on n1 was killed by SIGSEGV before its first step, the")
     assert CliRunner().invoke(main, ["postmortem", str(tmp_path), "--retries", "0"]).exit_code == 1
     (attempt / "n1.jsonl").unlink()  # what has been judged stays
     assert CliRunner().invoke(main, ["postmortem", str(tmp_path)]).output == result.output
@@ -180,7 +180,7 @@ def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path, monkeypatch)
     timer.start()
     result = CliRunner().invoke(main, ["postmortem", str(tmp_path), "--wait", "60"])
     assert time.monotonic() - began < 30
-    assert result.output.startswith("try 1: stopped before its first step by SIGUSR1"), result.output
+    assert result.output.startswith("attempt 1: stopped before its first step by SIGUSR1"), result.output
     start(attempt, "n3", 2, of=3)
     os.utime(attempt / "n3.jsonl", (1, time.time() - 300))
     began = time.monotonic()

@@ -165,7 +165,7 @@ def test_damaged_files_are_told_in_a_sentence(tmp_path):
         assert run("inspect", bad, exit_code=1).count("Error: ") == 1
 
     def run_inspect(path: Path) -> None:
-        from hydrazero.launch.cli.model_card_view import card_of
+        from hydrazero.launch.cli.views.model_card_view import card_of
 
         card_of(path)
 

@@ -238,7 +238,7 @@ def test_what_has_no_numbers_is_never_in_the_top(model, tmp_path):
         names = ["H2O", "H2O"] if "task1" in by else ["CH4", "H2O", "H2O"]
         assert sorted(row["formula"] for row in rows_of(out)) == names
         if "task1" in by:
-            assert f"\n1 without a value of '{by}'" in done.output, done.output
+            assert f"\nnot ranked, without a value of '{by}': 1 (" in done.output, done.output
     by = "sqrt(0 * energy_task0 - 1)"
     done = command(model, source, "--out", tmp_path / "n.parquet", "--top", 4, f"--by={by}")
     assert done.exit_code == 1 and f"no structure has a value of '{by}'" in done.output, done.output

@@ -36,7 +36,7 @@ from target_files import (
 )
 
 from hydrazero.launch.cli.main import main
-from hydrazero.launch.cli.shards_view import describe
+from hydrazero.launch.cli.views.shards_view import describe
 from hydrazero.models.task_facts import targets_of
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import load_convert_settings

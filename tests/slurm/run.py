@@ -3,9 +3,9 @@
 A job trains on two nodes with a rank each. Its time is over (the signal that Slurm sends then): it stops with a
 checkpoint, goes back into the queue and on. A rank of it is killed: the post-mortem names it, and the job goes back
 once more. It ends with the losses, weights and moments of a run that nothing has interrupted, bit for bit. Another job
-loses a node: the post-mortem of the next try says so, and the job ends well. Jobs that are cancelled, while they train
-or before, never go back, the former with a checkpoint, and leave nodes clean. A node that hangs is named. Status 0
-if all this was so, 1 if not; 77, with a sentence, where Slurm or root is missing.
+loses a node: the post-mortem of the next attempt says so, and the job ends well. Jobs that are cancelled, while they
+train or before, never go back, the former with a checkpoint, and leave nodes clean. A node that hangs is named. Status
+0 if all this was so, 1 if not; 77, with a sentence, where Slurm or root is missing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def say(text: str) -> None:
 
 
 def last_postmortem(output: str) -> str:
-    return f"try 1{output.rsplit('try 1', 1)[-1]}"
+    return f"attempt 1{output.rsplit('attempt 1', 1)[-1]}"
 
 
 def sets() -> list[str]:
@@ -207,7 +207,7 @@ def node_lost(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None
     cluster.start_node("n2")
     job.finish(whole)
     job.expect(r"rank 1 on n2 was lost with its node, or with all that ran there")
-    say("named by the post-mortem of the next try; the same losses, weights and moments, bit for bit")
+    say("named by the post-mortem of the next attempt; the same losses, weights and moments, bit for bit")
     say(last_postmortem(job.output()))
 
 
@@ -243,7 +243,7 @@ def node_hangs(cluster: Cluster, run_file: Path, site: Path) -> None:
     say(f"the check of n2 hangs in job {job.number}")
     if (state := job.end()) != "FAILED":
         raise Failed(f"the job ended as {state}:\n{job.output()}")
-    job.expect(r"nodes are not fit \(node n2: '.*health' has not ended within 5 s\)")
+    job.expect(r"nodes failed the check \(node n2: '.*health' has not ended within 5 s\)")
     say(last_postmortem(job.output()))
 
 

@@ -1,4 +1,4 @@
-"""`hydrazero inspect --html`: tasks side by side on one self-contained page."""
+"""The page of `hydrazero inspect --html`: tasks side by side, with plots, in one HTML file."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from hydrazero.launch.cli.inspect_plots import distributions, element_map, elements_of_tasks
-from hydrazero.launch.cli.shards_view import SIDE_BY_SIDE, side_by_side_rows
-from hydrazero.launch.cli.target_table import TARGET_HEADINGS, target_rows
+from hydrazero.launch.cli.views.inspect_plots import distributions, element_map, elements_of_tasks
+from hydrazero.launch.cli.views.shards_view import SIDE_BY_SIDE, side_by_side_rows
+from hydrazero.launch.cli.views.target_table import TARGET_HEADINGS, target_rows
 from hydrazero.shards.manifest import Manifest
 from hydrazero.trainer.report.markup import picture
 from hydrazero.trainer.report.markup import write_page as write_document
 
 
 def write_page(manifests: Sequence[Manifest], cutoff: str, out: Path) -> None:
-    """Write the page in one piece; raises OSError."""
+    """Write the page to a temporary file and rename it; raise OSError if that fails."""
     total = sum(manifest.structures() for manifest in manifests)
     title = manifests[0].task if len(manifests) == 1 else f"{len(manifests)} tasks"
     parts = [
@@ -26,11 +26,11 @@ def write_page(manifests: Sequence[Manifest], cutoff: str, out: Path) -> None:
         picture(element_map(manifests), "periodic table coloured by the number of atoms"),
     ]
     if len(manifests) > 1:
-        parts.append(picture(elements_of_tasks(manifests), "share of each element in each task's atoms"))
+        parts.append(picture(elements_of_tasks(manifests), "fraction of each element in each task's atoms"))
     parts += ["<h2>Sizes, labels, neighbours</h2>", picture(distributions(manifests, cutoff), "distributions")]
     if any(manifest.targets for manifest in manifests):
         parts += ["<h2>Targets of the training split</h2>", *(_targets(manifest) for manifest in manifests)]
-    parts += ["<h2>What stands out</h2>", *(_outliers(manifest) for manifest in manifests)]
+    parts += ["<h2>Outliers</h2>", *(_outliers(manifest) for manifest in manifests)]
     parts += ["<h2>Sources</h2>", *(_source(manifest) for manifest in manifests)]
     write_document(title, parts, out)
 
@@ -43,8 +43,8 @@ def _overview(manifests: Sequence[Manifest], cutoff: str) -> str:
     )
     return (
         f'<h2>Overview</h2><div class="scroll"><table><tr>{headings}</tr>{rows}</table></div>'
-        f"<p>Energies are less references, root mean square, meV/atom; forces root mean square, eV/Å; neighbours are "
-        f"those within {escape(cutoff)} Å, mean and most of an atom.</p>"
+        f"<p>Energy: root mean square of the energy minus reference energies, meV/atom. Forces: root mean square, "
+        f"eV/Å. Neighbours: mean and maximum number of neighbours of an atom within {escape(cutoff)} Å.</p>"
     )
 
 
@@ -64,7 +64,7 @@ def _outliers(manifest: Manifest) -> str:
             f'<tr><td class="text">{escape(one.source_id)}</td><td>{one.value:.4g}</td></tr>'
             for one in manifest.outliers.get(label, [])[:5]
         )
-        heading = "energy less references" if label == "energy_residual_per_atom" else "largest force"
+        heading = "energy minus references" if label == "energy_residual_per_atom" else "largest force"
         cells.append(f'<table><tr><th class="text">{heading}</th><th>{unit}</th></tr>{rows}</table>' if rows else "")
     if not any(cells):
         return ""
@@ -74,8 +74,8 @@ def _outliers(manifest: Manifest) -> str:
 
 def _source(manifest: Manifest) -> str:
     facts = [f"{key}: {value}" for key, value in manifest.source.items()]
-    facts += [f"set aside, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
+    facts += [f"skipped, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
     if manifest.duplicate_count:
-        facts.append(f"{manifest.duplicate_count:,} frames repeat an earlier geometry")
+        facts.append(f"{manifest.duplicate_count:,} structures repeat an earlier geometry")
     lines = "<br>".join(escape(fact) for fact in facts)
     return f'<p class="facts"><b>{escape(manifest.task)}</b><br>{lines}</p>'

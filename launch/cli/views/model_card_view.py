@@ -1,4 +1,4 @@
-"""What a model file tells of itself: the card in its header, for people."""
+"""The model card in the header of a model file, as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from hydrazero.models.inference.model_card import Origin, model_facts
 from hydrazero.models.inference.model_file import read_card, read_model
 
 SHOWN_HASH = 12
-"""Digits of a SHA-256 that are shown; '--json' has all."""
+"""Number of digits of a SHA-256 checksum that are shown; '--json' prints all of them."""
 
 
 def card_of(path: Path) -> dict[str, Any]:
-    """Return the card of a model file, of an old one what its facts tell; raises ModelFileError as `read_card` does."""
+    """Return the card of a model file, or, for an old file without one, what is known of its model.
+
+    Raises ModelFileError as `read_card` does.
+    """
     card = read_card(path)
     if card is not None:
         return card
     model = read_model(path)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return model_facts(model, dtype, Origin(no_errors="the file is of format version 2, which has no card"))
+    return model_facts(model, dtype, Origin(no_errors="the file has format version 2, which contains no card"))
 
 
 def describe_model(path: Path) -> RenderableType:
-    """Return a model file's card for a terminal; raises ModelFileError as `read_card` does."""
+    """Return the card of a model file for a terminal; raise ModelFileError as `read_card` does."""
     card = card_of(path)
     about = Table.grid(padding=(0, 2))
     lines = {
@@ -67,7 +70,7 @@ def _tasks(tasks: dict[str, Any]) -> Table:
 
 
 def _errors(card: dict[str, Any]) -> Table:
-    """Return the table of mean absolute errors of the test split; targets in a column that says their units."""
+    """Return the table of mean absolute errors on the test split; targets share one column, which gives their units."""
     units = card["error_units"]
     headings = [f"{name}\n{unit}" for name, unit in units.items()]
     others = any(set(task["errors"] or {}) - {"structures", *units} for task in card["tasks"].values())
@@ -77,11 +80,11 @@ def _errors(card: dict[str, Any]) -> Table:
         numbers = [f"{errors['structures']:,}" if errors else "-"]
         numbers += [f"{errors[unit]:.2f}" if unit in errors else "-" for unit in units]
         if others:
-            found = [
+            targets = [
                 f"{target} {errors[target]:.4g} {task['predicts'][target]}"
                 for target in errors
                 if target not in {"structures", *units}
             ]
-            numbers.append("\n".join(found) or "-")
+            numbers.append("\n".join(targets) or "-")
         table.add_row(*map(Text, (name, *numbers)))
     return table

@@ -1,4 +1,4 @@
-"""What a manifest tells of targets, as rows of texts."""
+"""Statistics of a task's targets, as rows of texts and as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 from hydrazero.shards.manifest import Manifest
 
-TARGET_HEADINGS = ("target", "values", "known", "lowest", "highest", "mean", "deviation")
+TARGET_HEADINGS = ("target", "values", "labelled", "minimum", "maximum", "mean", "std. dev.")
 
 
 def target_rows(manifest: Manifest) -> list[list[str]]:
@@ -26,7 +26,7 @@ def targets_table(manifest: Manifest) -> Table:
     """Return a table of the targets of the training split, for a terminal."""
     table = Table(title="targets (training split)", title_justify="left")
     for heading in TARGET_HEADINGS:
-        # Names may be long and are broken into lines; numbers must not be cut.
+        # Long names are wrapped; numbers must not be cut.
         first = heading == TARGET_HEADINGS[0]
         table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in target_rows(manifest):

@@ -1,4 +1,4 @@
-"""Pictures of tasks, as matplotlib figures: elements, sizes, labels, neighbours."""
+"""Plots of tasks as matplotlib figures: elements, sizes, labels, neighbours."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from hydrazero.launch.cli.periodic_table import COLUMNS, ROWS, place_of
+from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
 from hydrazero.shards.manifest import Histogram, Manifest
 
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#447799", "#998822", "#884444")
 
 
 def element_map(manifests: Sequence[Manifest]) -> Figure:
-    """The periodic table, coloured by how many atoms of each element all tasks together have."""
+    """Return the periodic table, coloured by the number of atoms of each element in all tasks together."""
     counts: Counter[str] = Counter()
     for manifest in manifests:
         counts.update(manifest.elements)
@@ -48,7 +48,7 @@ def element_map(manifests: Sequence[Manifest]) -> Figure:
 
 
 def _short(count: int) -> str:
-    """A count in at most four characters and a unit."""
+    """Return a count in at most four characters and a unit."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -56,7 +56,7 @@ def _short(count: int) -> str:
 
 
 def elements_of_tasks(manifests: Sequence[Manifest]) -> Figure:
-    """Which task has which element: shares of each task's atoms."""
+    """Return a map of the fraction of each element in each task's atoms."""
     symbols = sorted({s for manifest in manifests for s in manifest.elements}, key=lambda s: atomic_numbers[s])
     shares = np.full((len(manifests), len(symbols)), np.nan)
     for row, manifest in enumerate(manifests):
@@ -67,12 +67,12 @@ def elements_of_tasks(manifests: Sequence[Manifest]) -> Figure:
     image = ax.imshow(shares, aspect="auto", cmap="YlGnBu", norm=LogNorm(vmin=1e-4, vmax=1))
     ax.set_xticks(range(len(symbols)), symbols, fontsize=8, rotation=90 if len(symbols) > 30 else 0)
     ax.set_yticks(range(len(manifests)), [manifest.task for manifest in manifests], fontsize=8)
-    figure.colorbar(image, ax=ax, label="share of the task's atoms")
+    figure.colorbar(image, ax=ax, label="fraction of the task's atoms")
     return figure
 
 
 def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
-    """Sizes, energies less references, force norms, neighbours: a row per task, each of height one."""
+    """Return histograms of sizes, energies minus references, force norms and neighbours, one row per task."""
     height = 2.2 + 0.3 * len(manifests)
     figure = Figure(figsize=(11, 2 * height), layout="constrained")
     axes = [figure.add_subplot(2, 2, number + 1) for number in range(4)]
@@ -90,7 +90,7 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
             counts = [degrees.histogram.get(degree, 0) for degree in range(len(edges) - 1)]
             _ridge(axes[3], Histogram(edges=edges.tolist(), counts=counts), row, colour)
     axes[0].set(title="atoms per structure", xlabel="atoms", xscale="log")
-    axes[1].set(title="energy less references (training)", xlabel="eV/atom")
+    axes[1].set(title="energy minus reference energies (training)", xlabel="eV/atom")
     axes[1].set_xscale("symlog", linthresh=0.1)
     axes[2].set(title="force norm (training)", xlabel="eV/Å", xscale="log")
     axes[3].set(title=f"neighbours within {cutoff} Å", xlabel="neighbours")
@@ -106,7 +106,7 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
 
 
 def _ridge(ax: Axes, histogram: Histogram | None, row: int, colour: str) -> None:
-    """A filled histogram that stands on `row`."""
+    """Draw a filled histogram whose baseline is `row`."""
     if histogram is None or not any(histogram.counts):
         return
     counts = np.array(histogram.counts, dtype=float)

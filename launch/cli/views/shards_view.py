@@ -1,4 +1,4 @@
-"""What a manifest tells, for people and for programs."""
+"""What a manifest says, as tables for a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hydrazero.launch.cli.periodic_table import COLUMNS, ROWS, place_of
-from hydrazero.launch.cli.target_table import targets_table
+from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
+from hydrazero.launch.cli.views.target_table import targets_table
 from hydrazero.shards.manifest import SPLITS, Degrees, Manifest
 
 HISTOGRAM_BINS = 12
 BAR_WIDTH = 40
 SHOWN_OUTLIERS = 5
 OUTLIER_UNITS = {
-    "energy_residual_per_atom": "eV/atom from the mean, less references",
+    "energy_residual_per_atom": "eV/atom from the mean, without reference energies",
     "force_norm": "eV/Å, largest force",
 }
 LABEL_HEADINGS = {
@@ -39,7 +39,7 @@ LABEL_UNITS = {
 
 
 def manifest_facts(manifest: Manifest) -> dict[str, Any]:
-    """Return the manifest's facts as one JSON-ready dict, without the lists of blocks."""
+    """Return the contents of a manifest, without its lists of blocks, in a form that JSON can hold."""
     splits = {
         split: {
             "structures": manifest.structures(split),
@@ -93,17 +93,17 @@ SIDE_BY_SIDE = (
     "train",
     "val",
     "test",
-    "atoms of one",
+    "atoms each",
     "elements",
     "periodic",
     "charged",
     "energy",
     "forces",
     "neighbours",
-    "repeats",
-    "set aside",
+    "duplicates",
+    "skipped",
 )
-"""Columns of the table of several tasks."""
+"""Columns of the table that compares several tasks."""
 
 
 def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[str]]:
@@ -134,10 +134,10 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
 
 
 def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableType:
-    """Return a table of tasks side by side and the elements of all of them, for a terminal."""
+    """Return tables that compare tasks and the elements of all of them, for a terminal."""
     total = sum(manifest.structures() for manifest in manifests)
     rows = side_by_side_rows(manifests, cutoff)
-    # Two tables: one of all columns is wider than a terminal of 80.
+    # Two tables, because one with all columns would be wider than 80 characters.
     tables = []
     for title, columns in (("structures", range(1, 8)), ("labels, neighbours", range(8, len(SIDE_BY_SIDE)))):
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -148,18 +148,18 @@ def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableTy
         tables.append(table)
     head = Text(f"{len(manifests)} tasks, {total:,} structures", style="bold")
     note = (
-        "energy: root mean square less references, meV/atom; forces: root mean square, eV/Å; neighbours within "
-        f"{cutoff} Å: mean and most of an atom"
+        "energy: root mean square of the energy minus reference energies, meV/atom; forces: root mean square, eV/Å; "
+        f"neighbours: mean and maximum of an atom within {cutoff} Å"
     )
     return Group(head, *tables, Text(note), Text(""), element_map(manifests))
 
 
 HEAT = ("#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#084594")
-"""Colours of a decade or more of atoms each, from few to many."""
+"""Colours for the number of atoms, from few to many, on a logarithmic scale."""
 
 
 def element_map(manifests: Sequence[Manifest]) -> Text:
-    """Return the periodic table, elements coloured by how many atoms the tasks have of them."""
+    """Return the periodic table, coloured by the number of atoms of each element in the tasks."""
     counts: Counter[str] = Counter()
     for manifest in manifests:
         counts.update(manifest.elements)
@@ -180,12 +180,12 @@ def element_map(manifests: Sequence[Manifest]) -> Text:
             text.append(f"{symbol:^3}", style=style)
             text.append(" ")
         text.append("\n")
-    text.append(f"atoms, from 1 (light) to {max(counts.values()):,} (dark); grey: none")
+    text.append(f"number of atoms: from 1 (light) to {max(counts.values()):,} (dark); grey: none")
     return text
 
 
 def size_bins(histogram: dict[int, int]) -> list[tuple[str, int]]:
-    """Gather a histogram of sizes into at most HISTOGRAM_BINS bins of equal width: (label, structures)."""
+    """Return (label, structures) of at most HISTOGRAM_BINS bins of equal width for a histogram of sizes."""
     smallest, largest = min(histogram), max(histogram)
     width = -(-(largest - smallest + 1) // HISTOGRAM_BINS)
     bins = []
@@ -208,11 +208,13 @@ def describe(manifest: Manifest) -> RenderableType:
     periodic = f"{manifest.periodic_structures:,} of {manifest.structures():,} structures are periodic"
     notes = [periodic, f"positions, forces and stress are {manifest.float_dtype}, energies float64"]
     if manifest.duplicate_count:
-        notes.append(f"{manifest.duplicate_count:,} frames repeat an earlier geometry, first: {manifest.duplicates[0]}")
-    notes += [f"set aside, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
+        notes.append(
+            f"{manifest.duplicate_count:,} structures repeat an earlier geometry; the first is {manifest.duplicates[0]}"
+        )
+    notes += [f"skipped, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
     untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
     if untrained:
-        notes.append(f"no training structure holds {', '.join(untrained)}: no reference energy for them")
+        notes.append(f"no training structure contains {', '.join(untrained)}, so there is no reference energy for it")
     parts.append(Text("\n".join(facts + notes)))
     return Group(*parts)
 
@@ -253,18 +255,25 @@ def _sizes_table(manifest: Manifest) -> Table:
 
 
 def _labels_table(manifest: Manifest) -> Table:
-    # One column a label: with one row a label the table is wider than a terminal of 80 columns.
+    # One column per label, because with one row per label the table would be wider than 80 characters.
     table = _table("labels (training split)", "", *(LABEL_HEADINGS[name] for name in manifest.labels))
     labels = list(manifest.labels.values())
     table.add_row("unit", *(LABEL_UNITS[name] for name in manifest.labels))
     table.add_row("values", *(f"{label.count:,}" for label in labels))
-    for heading, key in (("lowest", "minimum"), ("highest", "maximum"), ("mean", "mean"), ("rms", "rms")):
+    for heading, key in (("minimum", "minimum"), ("maximum", "maximum"), ("mean", "mean"), ("rms", "rms")):
         table.add_row(heading, *(f"{getattr(label, key):.6g}" for label in labels))
     return table
 
 
 def _degrees_table(manifest: Manifest) -> Table:
-    table = _table("neighbours", "cutoff Å", "mean", "most", "most edges in one", "most slots in one")
+    table = _table(
+        "neighbours",
+        "cutoff\nÅ",
+        "mean\nper atom",
+        "maximum\nper atom",
+        "max. edges\nper structure",
+        "max. slots\nper structure",
+    )
     for cutoff, degrees in manifest.degrees.items():
         facts = _degree_facts(degrees)
         table.add_row(
@@ -274,7 +283,7 @@ def _degrees_table(manifest: Manifest) -> Table:
 
 
 def _outliers_table(manifest: Manifest) -> Table:
-    table = Table(title="what stands out", title_justify="left")
+    table = Table(title="outliers", title_justify="left")
     for heading, justify in (("structure", "left"), ("value", "right"), ("", "left")):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for label, unit in OUTLIER_UNITS.items():

@@ -1,4 +1,4 @@
-"""What a conversion shows on the terminal: its progress, and what came of it."""
+"""The progress and the summary of a conversion on the terminal."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def convert_with_progress(
     skip_bad: bool,
     trust_pickle: bool,
 ) -> None:
-    """Convert and print what was made; under mpirun, the other ranks return when the first has no more work for them.
+    """Convert with a progress bar and print a summary.
 
-    Raises what `convert` and `worker_processes` raise.
+    Under mpirun, all ranks but the first return when the work is done. Raises what `convert` and `worker_processes`
+    raise.
     """
     with worker_processes(workers) as team:
         if team is None:
@@ -57,7 +58,7 @@ def convert_with_progress(
 
 
 class _Watch:
-    """Moves a progress bar for each part of the conversion, with its rate and the time left at this rate."""
+    """Updates a progress bar for each part of the conversion, with its rate and the remaining time."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
@@ -70,7 +71,7 @@ class _Watch:
             if self.row is not None:
                 self.bar.update(self.row, completed=1.0, rate=self.bar.tasks[-1].fields["rate"].partition(",")[0])
             self.part, self.row = place.part, self.bar.add_task(place.part, total=1.0, rate="")
-            # Work of an earlier start is behind it already and says nothing of the speed.
+            # What an earlier start has done says nothing about the speed of this one.
             self.started, self.first = monotonic(), place.fraction
         seconds = max(monotonic() - self.started, 1e-6)
         words = []
@@ -84,7 +85,7 @@ class _Watch:
 
 
 def shown_splits(manifest: Manifest) -> str:
-    """Return how many structures shards have, and in which splits."""
+    """Return the number of structures of a task, in total and in each split, as text."""
     counts = ", ".join(f"{split} {manifest.structures(split):,}" for split in manifest.splits)
     return f"{manifest.structures():,} structures ({counts})"
 
@@ -92,10 +93,12 @@ def shown_splits(manifest: Manifest) -> str:
 def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> None:
     click.echo(f"{out}: {shown_splits(manifest)}")
     if manifest.duplicate_count:
-        what = "left out" if settings.duplicates == "drop" else "kept, in the split of the first"
-        click.echo(f"duplicates: {manifest.duplicate_count:,} frames repeat an earlier geometry ({what})")
+        what = "left out" if settings.duplicates == "drop" else "kept, in the split of the first one"
+        click.echo(f"duplicates: {manifest.duplicate_count:,} structures repeat an earlier geometry ({what})")
     for reason, count in manifest.set_aside.items():
-        click.echo(f"set aside, {reason}: {count:,}")
+        click.echo(f"skipped, {reason}: {count:,}")
     untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
     if untrained:
-        click.echo(f"warning: no training structure holds {', '.join(untrained)}; they get no reference energy")
+        click.echo(
+            f"warning: no training structure contains {', '.join(untrained)}, so there is no reference energy for it"
+        )

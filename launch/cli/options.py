@@ -1,0 +1,38 @@
+"""Arguments and options that several commands have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hydrazero.shards.errors import ConfigError
+
+FOLDER = click.Path(path_type=Path)
+"""Type of every argument that names a file or a folder; commands check by themselves what they find there."""
+
+ranks_option = click.option(
+    "--ranks",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of training processes on this machine.",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a value of the run file. May be given several times.",
+)
+
+
+def task_list(text: str | None) -> list[str] | None:
+    """Split 'a,b' into names; raise ConfigError if there is none."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--tasks '{text}' names no task; give names, or leave it out for all tasks.")
+    return names

@@ -1,0 +1,1 @@
+"""Everything that the commands draw on a terminal or write as HTML."""
