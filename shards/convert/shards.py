@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,8 @@ def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> 
     """Write a shard of the structures at `places`, unless it is there and noted already."""
     name = f"{split}-{number:06d}"
     note_path = job.notes / f"{name}.pickle"
-    if note_path.exists():
-        note: ShardNote = pickle.loads(note_path.read_bytes())  # our own, from the locked folder we work in
-        return note
+    if (noted := _read_note(note_path)) is not None:
+        return noted
     structures = _gather(job, np.asarray(places))
     blocks = [
         block_from_columns(structures[first : first + BLOCK_STRUCTURES])
@@ -58,6 +58,20 @@ def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> 
         statistics.add(block, split, job.settings.degree_cutoffs, extensive)
     note = ShardNote(shard=shard, statistics=statistics)
     write_whole(note_path, pickle.dumps(note))
+    return note
+
+
+def _read_note(path: Path) -> ShardNote | None:
+    """Return the note of a finished shard, None if there is none.
+
+    A note of another version, whose classes have other names, counts as none: the shard is written again, the same.
+    """
+    if not path.exists():
+        return None
+    try:
+        note: ShardNote = pickle.loads(path.read_bytes())  # our own, from the locked folder we work in
+    except (ImportError, AttributeError):
+        return None
     return note
 
 

@@ -12,7 +12,10 @@ FIRST, SECOND, EPSILON = 0.9, 0.999, 1e-8
 
 @dataclass(kw_only=True)
 class Moments:
-    """Running moments of the gradients of T numbers, some of which may have none at a step."""
+    """Running moments of the gradients of T numbers, some of which may have none at a step.
+
+    Checkpoints hold objects of it by the names of class and module, which must therefore stay as they are.
+    """
 
     first: Tensor = field(default_factory=lambda: torch.zeros(0))
     second: Tensor = field(default_factory=lambda: torch.zeros(0))
