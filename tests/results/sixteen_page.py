@@ -36,7 +36,22 @@ PYTHONPATH=tests python -m results.sixteen_page {run}
 The model (`{encoder}` with {features} features and {layers} layers, tasks balanced by `{method}`) trained for
 {steps:,} steps in {minutes:.0f} minutes with {ranks} ranks on 2 CPU cores.
 
-The table shows mean absolute errors on the test sets: E for energies in meV/atom, F for forces in meV/Å.
+| task | content | structures |
+| --- | --- | --- |
+| `wbe` | tungsten and beryllium: bulk, surfaces, defects, liquids | 25,422 |
+| `qm7_pbe0`, `qm7_dftb` | organic molecules of QM7; energies only | 7,101 each |
+| `nbmotaw` | alloys of Nb, Mo, Ta and W | 5,658 |
+| `mlearn_pymatgen` | elements: Li, Mo, Si and Ge | 979 |
+| `mlearn_jarvis` | elements: Cu and Ni | 649 |
+| `ethanol_pbe` | ethanol and methanol in molecular dynamics | 2,300 |
+| `ethanol_ccsdt` | ethanol | 1,000 |
+| `3bpa` | a drug-like molecule, 3-(benzyloxy)pyridin-2-amine | 1,004 |
+| `bo2_lda` to `bo2_am05` | SnO2, TiO2, VO2, RuO2 and IrO2 with four functionals | 295 each |
+| `lips` | lithium thiophosphate, a solid electrolyte | 200 |
+| `water_pbe0ts` | liquid water and ice | 400 |
+| `water_rpbed3` | water and ice | 20 |
+
+The next table shows mean absolute errors on the test sets: E for energies in meV/atom, F for forces in meV/Å.
 
 - *trivial*: the error of predicting the task's reference energies alone and zero forces.
 - *alone*: the error of a model trained on this task alone. It saw as many structures of the task as a quarter of an
