@@ -1,4 +1,4 @@
-"""Learning curves of tasks that a pretrained model has not seen: fine-tuned, from scratch, and by the nearest head."""
+"""Learning curves of tasks that a pretrained model has not seen: fine-tuned, from scratch, by the nearest head."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ SEED = 1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """One task, learnt from so many structures."""
+    """One task learned from a given number of structures."""
 
     spec: dict[str, Any]
-    """What the table's TOML file holds."""
+    """Contents of the TOML file of the table."""
     name: str
-    """Of the table."""
+    """Name of the table."""
     task: str
     shards: Path
-    """Of the whole task."""
+    """Shards of the complete task."""
     size: int
-    """Training structures."""
+    """Number of training structures."""
 
     @property
     def folder(self) -> Path:
-        """Where its runs live."""
+        """Folder of its runs."""
         return ROOT / self.name / f"{self.task}-{self.size}"
 
     @property
     def path(self) -> Path:
-        """File of its errors."""
+        """File with its errors."""
         return ROOT / self.name / f"{self.task}-{self.size}.result.json"
 
     def subset(self) -> Path:
-        """Shards of its structures, made unless they are there."""
+        """Return the shards of its structures, which are made if they do not exist."""
         out = self.folder / "data"
         if not out.exists():
             there = read_manifest(self.shards).structures("val")
@@ -63,7 +63,7 @@ class Point:
 
 
 def points_of(spec: dict[str, Any], name: str) -> list[Point]:
-    """Return what is to be learnt, the smaller numbers of structures first; a task has no more than there are."""
+    """Return the points of all curves, small numbers of structures first, never more than a task has."""
     found: dict[Path, Point] = {}
     for size in spec["sizes"]:
         for data in (data for data in spec["data"] if data.get("held_out")):
@@ -75,7 +75,7 @@ def points_of(spec: dict[str, Any], name: str) -> list[Point]:
 
 
 def run_finetunings(spec: dict[str, Any], name: str, data: Path) -> Path:
-    """Pretrain, then do every point that is not done, writing page and picture anew after each; returns the page."""
+    """Pretrain, then compute every missing point and rewrite page and picture after each; returns the page's path."""
     known = tuple(each for each in spec["data"] if not each.get("held_out"))
     pretraining = Job(spec=spec, name=name, datasets=known, run=spec["pretraining"])
     make("plan", pretraining, data)
@@ -91,7 +91,7 @@ def run_finetunings(spec: dict[str, Any], name: str, data: Path) -> Path:
 
 
 def errors_of(point: Point, model: Path) -> dict[str, Any]:
-    """Fine-tune and train from scratch; returns the errors of the three ways, and what two of them took."""
+    """Fine-tune and train from scratch; returns the errors of all three ways and the seconds that two of them took."""
     tuned, scratch = point.folder / "finetuned", point.folder / "scratch"
     data, ranks = point.subset(), point.spec["ranks"]
     for out in (tuned, scratch):
@@ -101,7 +101,7 @@ def errors_of(point: Point, model: Path) -> dict[str, Any]:
     between = time.monotonic()
     planned = tomllib.loads((tuned / "run.toml").read_text(encoding="utf-8"))
     run_file = point.folder / "scratch.toml"
-    comment = "finetuned/run.toml with first weights of its own."
+    comment = "finetuned/run.toml with random first weights."
     run_file.write_text(toml_text(from_scratch(planned, scratch, point.spec), [comment]), encoding="utf-8")
     command("train", run_file, "--ranks", ranks)
     command("evaluate", scratch)
@@ -116,7 +116,7 @@ def errors_of(point: Point, model: Path) -> dict[str, Any]:
 
 
 def from_scratch(planned: dict[str, Any], out: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the run file of a fine-tuning without what it starts from, with a rate and steps that suit that."""
+    """Return the run file of a fine-tuning without its starting model, with learning rate and steps to match."""
     tasks = [{key: value for key, value in task.items() if key != "init_head"} for task in planned["tasks"]]
     params = {**planned["deepspeed"]["optimizer"]["params"], "lr": spec["scratch_rate"]}
     kept = {key: value for key, value in planned.items() if key != "finetune"}
@@ -133,7 +133,7 @@ def from_scratch(planned: dict[str, Any], out: Path, spec: dict[str, Any]) -> di
 
 
 def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path:
-    """Write NAME.md and NAME.png of the points that are done."""
+    """Write NAME.md and NAME.png with the points that are finished; returns the page's path."""
     results = {point: read_json(point.path) for point in points if point.path.exists()}
     lines = [f"# {spec['title']}", "", spec["text"].strip(), ""]
     if results:
@@ -149,16 +149,16 @@ def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path
 
 
 def zero_forces(results: dict[Point, dict[str, Any]]) -> str:
-    """Return a sentence on the error that forces of zero have, if any results say it."""
+    """Return a sentence with the error of predicting zero forces, if there are results."""
     errors = [found["finetuned"]["trivial_force_mae_mev_per_angstrom"] for found in results.values()]
-    return f" Forces of zero are off by {errors[0]:.1f} meV/Å." if errors else ""
+    return f" Predicting zero forces gives an error of {errors[0]:.1f} meV/Å." if errors else ""
 
 
 def curve_table(results: dict[Point, dict[str, Any]]) -> list[str]:
-    """Return a table of a task's errors, a line for each number of structures."""
+    """Return a table of a task's errors with a row for each number of structures."""
     if not results:
         return ["Nothing has been run yet.", ""]
-    headings = ["structures", "begun as"]
+    headings = ["structures", "starts from"]
     headings += [f"{SHORT[kind]}, {way}" for kind in ERRORS for way in WAYS.values()]
     headings += ["s, fine-tuned", "s, from scratch"]
     rows = []
@@ -171,7 +171,7 @@ def curve_table(results: dict[Point, dict[str, Any]]) -> list[str]:
 
 
 def draw(results: dict[Point, dict[str, Any]]) -> Figure:
-    """Draw errors over numbers of structures, forces above and energies below, in logarithms."""
+    """Draw errors against the number of structures on logarithmic axes, forces above and energies below."""
     tasks = list(dict.fromkeys(point.task for point in results))
     figure, pairs = pairs_of_tasks(tasks, height=2.2)
     for task, axes in zip(tasks, pairs, strict=True):
@@ -186,7 +186,7 @@ def draw(results: dict[Point, dict[str, Any]]) -> Figure:
 
 
 def draw_curves(ax: Axes, kind: str, sizes: Sequence[int], found: Sequence[dict[str, Any]]) -> None:
-    """Draw a task's errors of one kind, a line for each way."""
+    """Draw a task's errors of one kind, with a curve for each way of training."""
     for (way, label), colour in zip(WAYS.items(), (GREY, COLOURS[1], COLOURS[0]), strict=True):
         errors = [each[way][ERRORS[kind]] for each in found]
         ax.plot(sizes, errors, marker="o", markersize=4, linewidth=1.5, color=colour, label=label)

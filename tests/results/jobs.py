@@ -18,7 +18,7 @@ from hydrazero.trainer.records.run_files import read_json, read_metrics, write_j
 
 HERE = Path(__file__).parent
 PAGES = HERE.parents[1] / "docs" / "results"
-"""Where the pages of results are written."""
+"""Folder of the pages and their pictures."""
 ROOT = Path("runs/results")
 
 

@@ -1,6 +1,6 @@
-"""The page of the search over six encoders: `python -m results.search_page OUT`.
+"""Write the page about the search over six encoders: `python -m results.search_page OUT`.
 
-The search is `hydrazero search tests/results/search.space.toml --trials 70 --workers 2`, OUT its `search.out`.
+The search is `hydrazero search tests/results/search.space.toml --trials 70 --workers 2`; OUT is its `search.out`.
 """
 
 from __future__ import annotations
@@ -31,29 +31,40 @@ from hydrazero.trainer.search.trial_rows import (
 
 ENCODER = "model.encoder"
 BEST = 5
+PICTURES = {
+    "progress": "Errors in the order of the trials, and from one comparison to the next",
+    "front": "Errors against structures per second, with the Pareto fronts",
+    "settings": "Errors at the first comparison by setting",
+}
+FRONT = "The Pareto front: no other trial has both a lower error and a faster inference than one of these."
+IMPORTANCE = (
+    "How much each setting decides whether a trial is among the best {best} at the first comparison (PED-ANOVA)"
+)
 
 TEXT = """# A search over six encoders on three tasks
 
-`make sixteen DATA=../shared/data` converts {tasks}, then
+Which encoder and which settings learn most in a few minutes? `hydrazero search` tried out encoders, their sizes, the
+cutoff, the learning rate, the batch and the sampling on three tasks. `make sixteen DATA=../shared/data` converts
+{tasks}; then these commands run the search and write this page:
 
 ```sh
 hydrazero search tests/results/search.space.toml --trials {done} --workers 2
-python -m results.search_page {out}
+PYTHONPATH=tests python -m results.search_page {out}
 ```
 
-{trials} trials ({states}) took {minutes:.0f} minutes on 2 CPU cores, each trial on one of them, and had {trained:.0f}
-minutes of training steps. They are compared after {rungs} s of these; of {reduction} trials one goes on. Learning rates
-are constant after a warm-up, and what is evaluated is the moving average of the weights. Steps are not compiled, which
-favours small models with few operations.
+The search ran {trials} trials ({states}) in {minutes:.0f} minutes on 2 CPU cores, each trial on one core. All trials
+together spent {trained:.0f} minutes on training steps. Trials are compared after {rungs} s of training, and about one
+in {reduction} continues past each comparison. The learning rate is constant after a warm-up, and the moving average
+of the weights is evaluated. Steps are not compiled, which favours small models with few operations.
 
-Error: validation MAE over that of the trivial predictor (reference energies alone, zero forces), as the geometric mean
-over tasks, each of its energies and forces. What is good after {last} s is not all that is good after a day: settings
-that learn fast win here.
+The *error* of a trial is its validation MAE divided by that of the trivial predictor (reference energies alone, zero
+forces). It is the geometric mean over the tasks and, for each task, over energies and forces. This search finds
+settings that learn fast: what is best after {last} s need not be best after a day.
 """
 
 
 def numbers(journal: Journal, rows: Sequence[TrialRow]) -> dict[str, Any]:
-    """What the page says of the search as a whole."""
+    """Return what the page says about the search."""
     states = Counter(row.state for row in rows)
     ends = [each["at"] for row in rows for each in row.results]
     seconds = [f"{each:.3g}" for each in journal.space.rungs]
@@ -72,7 +83,7 @@ def numbers(journal: Journal, rows: Sequence[TrialRow]) -> dict[str, Any]:
 
 
 def encoders(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
-    """A line for each encoder: how often it was tried, and the best of its trials."""
+    """Return a table with a row for each encoder: its number of trials and the best of them."""
     parameter, rungs = journal.space.vary[ENCODER], journal.space.rungs
     choices = parameter.values if isinstance(parameter, Choices) else ()
     lines = []
@@ -83,11 +94,11 @@ def encoders(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
         first = "" if each.first is None else f"{each.first:.4f}"
         lines.append([f"`{each.value}`", str(each.tried), str(each.finished), first, *best])
     headings = ["encoder", "trials", "finished", f"lowest error at {rungs[0]:.3g} s", f"at {rungs[-1]:.3g} s"]
-    return table([*headings, "its training structures/s", "its inference structures/s"], lines)
+    return table([*headings, "training, structures/s", "inference, structures/s"], lines)
 
 
 def trials(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
-    """A line for each trial."""
+    """Return a table with a row for each trial."""
     names = short_names(list(journal.space.vary))
     lines = []
     for row in rows:
@@ -98,31 +109,31 @@ def trials(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
 
 
 def main() -> None:
-    """Write search.md and its pictures beside this file."""
+    """Write search.md and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     journal = open_journal(parser.parse_args().out)
     rows, colours = trial_rows(journal), colours_of(journal.space)
     known = [row for row in rows if row.results]
     pictures = {
-        "progress": (progress_picture(known, journal.space, colours), "Errors as they came in, and from rung to rung"),
-        "front": (front_picture(known, journal.space, colours), "Errors against structures/s, with the Pareto fronts"),
-        "settings": (settings_picture(known, journal.space, colours), "Errors at the first rung by setting"),
+        "progress": progress_picture(known, journal.space, colours),
+        "front": front_picture(known, journal.space, colours),
+        "settings": settings_picture(known, journal.space, colours),
     }
     lines = [TEXT.format(**numbers(journal, rows)), *encoders(journal, rows)]
-    lines += [f"The best {BEST} (structures/s in training and in inference, cutoff in Å):", ""]
+    lines += [f"The {BEST} trials with the lowest errors (training and inference in structures/s, cutoff in Å):", ""]
     lines += trials(journal, ranked(rows)[:BEST])
-    lines += ["Those that no other one beats in both error and structures/s of inference:", ""]
+    lines += [FRONT, ""]
     lines += trials(journal, front_rows(rows, "inference", journal.space.search.rungs))
     if (found := importances(journal, rows)) is not None:
         names = short_names(list(journal.space.vary))
         shares = ", ".join(f"{names[key]} {value:.0%}" for key, value in found.values.items())
-        lines += [f"Being among the best {found.best} at the first rung depends on (PED-ANOVA): {shares}.", ""]
-    for name, (figure, text) in pictures.items():
+        lines += [f"{IMPORTANCE.format(best=found.best)}: {shares}.", ""]
+    for name, figure in pictures.items():
         figure.savefig(PAGES / f"search-{name}.png", dpi=100)
-        lines += [f"![{text}](search-{name}.png)", ""]
+        lines += [f"![{PICTURES[name]}](search-{name}.png)", ""]
     failed = [row for row in rows if row.state == "failed"]
-    lines += table(["failed trial", "why"], [[str(row.number), row.reason] for row in failed]) if failed else []
+    lines += table(["failed trial", "reason"], [[str(row.number), row.reason] for row in failed]) if failed else []
     (PAGES / "search.md").write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 

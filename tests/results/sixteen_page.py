@@ -1,7 +1,7 @@
-"""The page of the run of sixteen real tasks: `python -m results.sixteen_page RUN_DIR`.
+"""Write the page about the run of sixteen real tasks: `python -m results.sixteen_page RUN_DIR`.
 
 The run is `hydrazero train launch/runs/sixteen.toml --ranks 2`, evaluated by `hydrazero evaluate`. Errors of tasks
-trained alone are those of the table of balancing, where it has been made.
+trained alone come from the runs behind the page on balancing, where these exist.
 """
 
 from __future__ import annotations
@@ -22,26 +22,48 @@ SHORT = {"energies": "E", "forces": "F"}
 
 TEXT = """# Sixteen real tasks, one model
 
-`make sixteen DATA=../shared/data` converts them, then
+One model for sixteen real tasks of eleven datasets: metals and alloys, oxides, water and molecules, at levels of
+theory from LDA to CCSD(T). `make sixteen DATA=../shared/data` converts the datasets. Then these commands train,
+evaluate and export the model and write this page:
 
 ```sh
 hydrazero train launch/runs/sixteen.toml --ranks {ranks}
 hydrazero evaluate {run}
 hydrazero export {run} --out {run}/model.safetensors
-python -m results.sixteen_page {run}
+PYTHONPATH=tests python -m results.sixteen_page {run}
 ```
 
-{steps:,} steps took {minutes:.0f} minutes with {ranks} ranks on 2 CPU cores:
-`{encoder}` with {features} features and {layers} layers, tasks balanced by `{method}`.
-E: mean absolute error of energies, meV/atom; F: of forces, meV/Å; on the test sets. Trivial: the task's reference
-energies alone and zero forces. Alone: a model of the task's own, trained on as many of its structures as a quarter of
-an hour of all tasks gives it; on equally many structures the two are compared in [balancing.md](balancing.md). Forces
-of the bo2 tasks are so small that no run comes below the trivial error.
+The model (`{encoder}` with {features} features and {layers} layers, tasks balanced by `{method}`) trained for
+{steps:,} steps in {minutes:.0f} minutes with {ranks} ranks on 2 CPU cores.
+
+| task | content | structures |
+| --- | --- | --- |
+| `wbe` | tungsten and beryllium: bulk, surfaces, defects, liquids | 25,422 |
+| `qm7_pbe0`, `qm7_dftb` | organic molecules of QM7; energies only | 7,101 each |
+| `nbmotaw` | alloys of Nb, Mo, Ta and W | 5,658 |
+| `mlearn_pymatgen` | elements: Li, Mo, Si and Ge | 979 |
+| `mlearn_jarvis` | elements: Cu and Ni | 649 |
+| `ethanol_pbe` | ethanol and methanol in molecular dynamics | 2,300 |
+| `ethanol_ccsdt` | ethanol | 1,000 |
+| `3bpa` | a drug-like molecule, 3-(benzyloxy)pyridin-2-amine | 1,004 |
+| `bo2_lda` to `bo2_am05` | SnO2, TiO2, VO2, RuO2 and IrO2 with four functionals | 295 each |
+| `lips` | lithium thiophosphate, a solid electrolyte | 200 |
+| `water_pbe0ts` | liquid water and ice | 400 |
+| `water_rpbed3` | water and ice | 20 |
+
+The next table shows mean absolute errors on the test sets: E for energies in meV/atom, F for forces in meV/Å.
+
+- *trivial*: the error of predicting the task's reference energies alone and zero forces.
+- *alone*: the error of a model trained on this task alone. It saw as many structures of the task as a quarter of an
+  hour of joint training draws from it, so it trained for a shorter time than the joint model here.
+  [Balancing](balancing.md) compares the two at equal numbers of structures.
+
+The forces of the bo2 tasks are so small that no run has a smaller error than predicting zero.
 """
 
 
 def numbers(run: Path) -> dict[str, Any]:
-    """What the page says of the run as a whole."""
+    """Return what the page says about the run."""
     record = read_json(run / "run.json")
     before, seconds = 0, 0.0
     for row in train_rows(run):
@@ -58,7 +80,7 @@ def numbers(run: Path) -> dict[str, Any]:
 
 
 def errors(run: Path) -> list[str]:
-    """The table of the tasks."""
+    """Return the table of errors by task."""
     rows = []
     for name, found in read_json(run / "evaluation.json")["tasks"].items():
         path = ROOT / "balancing" / f"{name}-alone.result.json"
@@ -73,12 +95,12 @@ def errors(run: Path) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Three digits, or nothing."""
+    """Format a number with three digits, nothing for None."""
     return "" if value is None else f"{value:#.3g}".rstrip(".")
 
 
 def main() -> None:
-    """Write sixteen.md and its pictures beside this file."""
+    """Write sixteen.md and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run

@@ -1,4 +1,4 @@
-"""The tables of results, of the runs that are done: a line for each run, or each task's errors against the best."""
+"""Tables of the results of finished runs: a row per run, or each task's errors relative to the best run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
 
 
 def write_table(spec: dict[str, Any], name: str, jobs: Sequence[Job]) -> Path:
-    """Write NAME.md of the results that are there."""
+    """Write NAME.md with the results that exist so far; returns its path."""
     together = any(job.run.get("together") for job in jobs)
     lines = [f"# {spec['title']}", "", spec["text"], ""]
     lines += methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs)
@@ -27,12 +27,12 @@ def write_table(spec: dict[str, Any], name: str, jobs: Sequence[Job]) -> Path:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines of a Markdown table, and an empty one."""
+    """Return the lines of a Markdown table, followed by an empty line."""
     return [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]] + [""]
 
 
 def runs_by_dataset(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """A table for each dataset, a line for each run."""
+    """Return a table for each dataset with a row for each run."""
     headings = ["run", "energy MAE, meV/atom", "force MAE, meV/Å", "structures/s", "steps", "seconds"]
     headings += ["MB per rank"] if spec.get("memory") else []
     lines = []
@@ -43,7 +43,7 @@ def runs_by_dataset(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
 
 
 def run_line(job: Job, headings: Sequence[str], dataset: str) -> list[str]:
-    """One run's errors and costs."""
+    """Return the row of a run: its errors and costs."""
     name = f"`{job.run['name']}`"
     if not job.path("result").exists():
         return [name, "not run yet", *[""] * (len(headings) - 2)]
@@ -55,9 +55,9 @@ def run_line(job: Job, headings: Sequence[str], dataset: str) -> list[str]:
 
 
 def methods_side_by_side(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
-    """Errors of each task over the lowest of any joint run, by method; and their worst and geometric mean.
+    """Return tables of each task's error by method, divided by the lowest of any joint run, and a summary.
 
-    Runs of the same `method` with other seeds are one column, the geometric mean of theirs.
+    Runs of the same `method` with different seeds share one column, which holds their geometric mean.
     """
     names = [str(data["name"]) for data in spec["data"]]
     joint: dict[str, list[dict[str, Any]]] = {}
@@ -91,7 +91,7 @@ def methods_side_by_side(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]
 
 
 def summary(joint: dict[str, list[dict[str, Any]]], overall: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Return the worst task and the geometric mean, of energies, forces, and both."""
+    """Return a table of the worst task and the geometric mean over tasks, for energies, forces, and both."""
     headings = ["method", "runs", *(f"{kind}: {what}" for kind in ERRORS for what in ("worst", "mean"))]
     rows = []
     for method, kinds in overall.items():

@@ -113,7 +113,7 @@ def test_learning_curves(results, monkeypatch):
     assert (results / "two.png").stat().st_size > 10_000
     assert "| 30 | `known` | 3.33 | 3.33 | 3.33 | 3.33 | 3.33 | 3.33 | 61 | 122 |" in page
     assert "| 10 | `known` | 10.0 |" in page and "| 12 |" not in page
-    assert "It helps." in page and "Task a. Forces of zero are off by 7.0 meV/Å." in page
+    assert "It helps." in page and "Task a. Predicting zero forces gives an error of 7.0 meV/Å." in page
 
 
 def test_from_scratch_starts_from_nothing(tmp_path):
