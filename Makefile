@@ -7,18 +7,22 @@ MACE := .bench/mace
 KILLS ?= 20
 SEED ?= 0
 
-.PHONY: demo test test-compiled torture slurm-test hosts-test check docs bench bench-scaling real results sixteen links clean
+.PHONY: demo test test-compiled test-docs torture slurm-test hosts-test check docs bench bench-scaling real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
 	$(BIN)/hydrazero demo --out runs/demo
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler and not docs"
 
 # Every encoder and head through the compiler; some eight minutes.
 test-compiled: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compiler
+
+# Every command and every line of Python in the manual, with few steps; some minutes.
+test-docs: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m docs
 
 # Kills a run at random moments and resumes it each time; the end must be that of a run which was never killed.
 torture: .venv/.installed

@@ -10,8 +10,8 @@ import click
 from reference_keys import cell, prose
 
 NUMBERS = {
-    "integer": "whole number",
-    "integer range": "whole number",
+    "integer": "integer",
+    "integer range": "integer",
     "float": "number",
     "float range": "number",
 }

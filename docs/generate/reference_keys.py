@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 REQUIRED = "required"
-WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table", Any: "any value"}
+WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", dict: "table", Any: "any value"}
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -180,7 +180,7 @@ def type_words(kind: Any, inline: Mapping[type, str]) -> str:
 
 
 def _plural(words: str) -> str:
-    return words + "s" if words in ("text", "whole number", "number", "table") else words
+    return words + "s" if words in ("text", "integer", "number", "table") else words
 
 
 def tables_of(
@@ -245,6 +245,11 @@ def cell(text: str) -> str:
     return prose(" ".join(text.split()))
 
 
+def anchor_of(path: str) -> str:
+    """Return the anchor of a key or table on its page: `train-max_hours` of train.max_hours."""
+    return re.sub(r"[^a-z0-9_]+", "-", path.lower()).strip("-")
+
+
 def markdown_of(cls: type, inline: Mapping[type, str] = MappingProxyType({}), skip: Collection[str] = ()) -> str:
     """Return the tables of a settings file in Markdown, each key with an anchor of its path.
 
@@ -257,15 +262,13 @@ def markdown_of(cls: type, inline: Mapping[type, str] = MappingProxyType({}), sk
         if table.path in skip or not table.keys:
             continue
         if table.heading:
-            anchor = re.sub(r"[^a-z0-9]+", "-", table.path.lower()).strip("-")
-            lines += [f"## `{table.heading}` {{ #{anchor} }}", ""]
+            lines += [f"## `{table.heading}` {{ #{anchor_of(table.path)} }}", ""]
             lines += [prose(table.about), ""] if table.about else []
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key in table.keys:
             path = f"{table.path}.{key.name}" if table.path else key.name
             kind = type_words(key.kind, inline) + (f", {key.limits}" if key.limits else "")
             default = key.default if key.default in (REQUIRED, "not set", "see below") else f"`{key.default}`"
-            anchor = re.sub(r"[^a-z0-9_]+", "-", path.lower())
-            lines.append(f"| `{key.name}`{{ #{anchor} }} | {kind} | {default} | {cell(key.meaning)} |")
+            lines.append(f"| `{key.name}`{{ #{anchor_of(path)} }} | {kind} | {default} | {cell(key.meaning)} |")
         lines.append("")
     return "\n".join(lines)

@@ -23,7 +23,16 @@ from hydrazero.trainer.search.space import Range, SearchSection
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "reference"
-MEASURE = "`{value = number, source = text}`"
+INLINE = {Measure: "`{value = number, source = text}`"}
+"""Classes that stand in a cell of a table."""
+ROOTS: dict[str, tuple[type, ...]] = {
+    "run-file": (RunConfig,),
+    "conversion": (ConvertSettings,),
+    "site-file": (Site,),
+    "search-space": (SearchSection, Range),
+    "deepspeed": tuple(SHAPES.values()),
+}
+"""Page -> classes whose keys are on it."""
 
 
 def space_tables() -> str:
@@ -55,7 +64,7 @@ def packaged_configurations() -> str:
 PLACES: dict[str, Callable[[], str]] = {
     "run-file": lambda: markdown_of(RunConfig, skip=("deepspeed",)),
     "conversion": lambda: markdown_of(ConvertSettings),
-    "site-file": lambda: markdown_of(Site, {Measure: MEASURE}),
+    "site-file": lambda: markdown_of(Site, INLINE),
     "search-space": space_tables,
     "schedules": schedule_tables,
     "deepspeed": packaged_configurations,
