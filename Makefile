@@ -7,18 +7,22 @@ MACE := .bench/mace
 KILLS ?= 20
 SEED ?= 0
 
-.PHONY: demo test test-compiled torture slurm-test hosts-test check bench bench-scaling real results sixteen links clean
+.PHONY: demo test test-compiled test-docs torture slurm-test hosts-test check docs bench bench-scaling real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
 	$(BIN)/hydrazero demo --out runs/demo
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler and not docs"
 
 # Every encoder and head through the compiler; some eight minutes.
 test-compiled: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compiler
+
+# Every command and every line of Python in the manual, with few steps; some minutes.
+test-docs: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m docs
 
 # Kills a run at random moments and resumes it each time; the end must be that of a run which was never killed.
 torture: .venv/.installed
@@ -35,6 +39,11 @@ hosts-test: .venv/.installed
 check: .venv/.installed links
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Writes the generated pages of the reference and builds the site into site/; links, anchors and references must resolve.
+docs: .venv/.installed links
+	PYTHONPATH=.links $(BIN)/python docs/generate/write_reference.py
+	$(BIN)/zensical build --strict --clean
 
 # Converts the three tasks of launch/runs/ethanol_3bpa.toml from DATA, trains some ten minutes, prints the table.
 real: .venv/.installed
@@ -75,7 +84,7 @@ links:
 	$(BIN)/pip install -q --upgrade pip setuptools wheel
 	$(BIN)/pip install -q -c constraints.txt torch ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,formats,search,torch-sim]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev,docs,formats,search,torch-sim]'
 	touch $@
 
 $(SCHNETPACK)/.installed:
@@ -90,4 +99,4 @@ $(MACE)/.installed:
 	touch $@
 
 clean:
-	rm -rf .venv .links build *.egg-info
+	rm -rf .venv .links build site *.egg-info
