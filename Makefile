@@ -13,8 +13,10 @@ demo: .venv/.installed
 	rm -rf runs/demo
 	$(BIN)/hydrazero demo --out runs/demo
 
+# What starts no ranks in two processes, then the rest alone, since ranks share the cores already.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not compiler and not docs"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ranks and not compiler and not docs" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not compiler and not docs"
 
 # Every encoder and head through the compiler; some eight minutes.
 test-compiled: .venv/.installed
