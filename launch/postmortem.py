@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import time
@@ -23,9 +22,10 @@ from hydrazero.launch.node.records import (
     read_try,
 )
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_json, write_json
 from hydrazero.trainer.checkpoint.folders import checkpoints, step_of
 from hydrazero.trainer.ranks.exit_status import MAY_PASS
-from hydrazero.trainer.records.run_files import RUN_NAME, read_json, write_json
+from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
 FINISHED, STOPPED, CANCELLED, FAILED, REFUSED = "finished", "stopped", "cancelled", "failed", "refused"
 """Kinds of end: the run is complete or has stopped by itself; the time of the job was over; somebody ended it; it
@@ -70,7 +70,7 @@ def progress_of(run_dir: Path) -> RunProgress:
     step = step_of(found[-1]) if found else 0
     if not (run_dir / RUN_NAME).exists():
         return RunProgress(step=step, steps=0)
-    record = read_json(run_dir / RUN_NAME)
+    record = read_run_json(run_dir, RUN_NAME)
     resumes = record.get("resumes") or [{"steps": record["train"]["steps"]}]
     return RunProgress(step=step, steps=int(resumes[-1]["steps"]))
 
@@ -272,8 +272,8 @@ def _details(order: Sequence[RankLife], first: RankLife | None) -> tuple[str, ..
 def job_of(folder: Path) -> str:
     """Return the name of an attempt's job; empty if it is not known."""
     try:
-        document: Any = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document: Any = read_json(folder / JOB_NAME)
+    except ConfigError:
         return ""
     return f"job {document['job']}" if document.get("job") else ""
 

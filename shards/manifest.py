@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ShardError
+from hydrazero.shards.files import write_text
 from hydrazero.shards.location import address, is_remote, read_whole
 from hydrazero.shards.targets import TargetFacts
 from hydrazero.shards.units import INTERNAL_UNITS
@@ -174,14 +174,9 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write atomically: aside, flushed to disk, then renamed."""
+    """Write a manifest to a temporary file, flush that to the disk, and rename it."""
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(manifest)}
-    temporary = folder / (MANIFEST_NAME + ".part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST_NAME)
+    write_text(folder / MANIFEST_NAME, json.dumps(document, indent=1, allow_nan=False), durable=True)
 
 
 def read_manifest(folder: Path | str) -> Manifest:

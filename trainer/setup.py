@@ -43,7 +43,7 @@ from hydrazero.trainer.loop import RunParts
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.device import device_kind
 from hydrazero.trainer.ranks.stop_signals import StopRequest
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_json
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_run_json
 from hydrazero.trainer.records.run_log import RunLog
 from hydrazero.trainer.records.run_record import read_record
 from hydrazero.trainer.records.scalar_log import check_wandb
@@ -199,7 +199,7 @@ def compile_steps(engine: TrainingEngine) -> str:
 
 def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
     """Raise ConfigError unless the run file still describes the model and tasks that the run was started with."""
-    known = model_from_facts(read_json(run_dir / MODEL_FACTS_NAME)).facts()  # an older run says less
+    known = model_from_facts(read_run_json(run_dir, MODEL_FACTS_NAME)).facts()  # an older run says less
     if json.loads(json.dumps(known)) != json.loads(json.dumps(described)):
         width, own = (facts["settings"]["encoder"]["norm_width"] for facts in (known, described))
         if width != own:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.files import write_json
 from hydrazero.trainer.checkpoint.folders import latest_checkpoint, step_of, usable_checkpoint
 from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
@@ -23,7 +24,7 @@ from hydrazero.trainer.ranks.exit_status import FAILED
 from hydrazero.trainer.ranks.launcher import train_ranks
 from hydrazero.trainer.ranks.processes import end_with
 from hydrazero.trainer.ranks.stop_signals import StopRequest
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, truncate_metrics, write_json, writing
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, truncate_metrics, writing
 from hydrazero.trainer.records.run_log import RunLog
 from hydrazero.trainer.records.run_record import add_resume, run_record
 from hydrazero.trainer.rehearsal.rehearse import rehearse

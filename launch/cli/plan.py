@@ -87,7 +87,7 @@ def plan_command(
 def _write(document: dict[str, Any], folder: Path) -> None:
     """Write plan.json and plan.png; raise ConfigError if the folder cannot be written."""
     from hydrazero.launch.plan.picture import draw
-    from hydrazero.trainer.records.run_files import write_text
+    from hydrazero.shards.files import write_text
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

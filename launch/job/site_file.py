@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.files import read_toml
 from hydrazero.shards.settings_parser import ListOf, Name, Section, parse_settings
 
 Precision = Literal["float64", "float32", "tf32", "bf16", "fp16"]
@@ -218,18 +218,11 @@ def site_names() -> list[str]:
 def load_site(name: str) -> Site:
     """Read a site by its name, or from a file of the user; raises ConfigError that names the key at fault."""
     if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"site file {path} does not exist.")
-        text, where = path.read_text(encoding="utf-8"), f"{path}:"
+        table, where = read_toml(Path(name), "site file"), f"{name}:"
     else:
         known = site_names()
         if name not in known:
             raise ConfigError(f"--site '{name}' is not known{did_you_mean(name, known)}.")
-        file = resources.files("hydrazero.launch") / "sites" / f"{name}.toml"
-        text, where = file.read_text(encoding="utf-8"), f"site {name}:"
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where} not valid TOML: {error}.") from error
+        table = read_toml(resources.files("hydrazero.launch") / "sites" / f"{name}.toml", "site file")
+        where = f"site {name}:"
     return parse_settings(Site, table, where)

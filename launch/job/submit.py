@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from hydrazero.launch.job.schedulers import SCHEDULERS
 from hydrazero.launch.job.script import SCRIPT_NAME, job_script
 from hydrazero.launch.job.site_file import Site
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import replacing
 from hydrazero.trainer.records.run_files import writing
 
 
@@ -50,10 +50,9 @@ def write_script(job: Job) -> Path:
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        part.chmod(0o755)
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
+            part.chmod(0o755)
 
     writing(job.run_dir, write)
     return path

@@ -7,15 +7,14 @@ which `make bench` has measured where it ran; that share is taken for every site
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from hydrazero.launch.job.site_file import DieSection, load_site
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_json
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.trainer.config.precision import Precision
 from hydrazero.trainer.config.sections import ModelSection
@@ -129,11 +128,9 @@ def _share(rates: dict[str, float]) -> float:
 
 def _rates(path: Path) -> tuple[dict[str, float], list[str]]:
     """Value of each row that a plan needs, and names of those that are missing; raises ConfigError if it is damaged."""
+    rows = read_json(path, "--bench", hint="make it with `make bench`")
     try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         values = {row["name"]: float(row["value"]) for row in rows}
-    except OSError as error:
-        raise ConfigError(f"--bench {path} cannot be read ({error.strerror}); make it with `make bench`.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"--bench {path} is no list of rows as `make bench` writes them.") from error
     rates = {name: values[name] for name in NEEDED if name in values}

@@ -15,7 +15,6 @@ the card.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_file import probe_structure
 from hydrazero.models.ops.compiler_cache import remove_cut_off_files
 from hydrazero.shards.errors import ModelFileError
+from hydrazero.shards.files import replacing
 from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
@@ -134,24 +134,22 @@ def write_package(model: AtomisticModel, out: Path, card: dict[str, Any] | None)
         raise ModelFileError(f"{out} must end in {SUFFIX}, by which PyTorch knows its packages.")
     if out.exists():
         raise ModelFileError(f"{out} exists; remove it or choose another name.")
-    part = out.with_name(f".{out.stem}.part-{os.getpid()}{SUFFIX}")
     remove_cut_off_files()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PyTorch's own code
-            torch._inductor.aoti_compile_and_package(
-                exported(model), package_path=str(part), inductor_configs={"aot_inductor.metadata": _facts(model, card)}
-            )
-        _compare(model, part)
-        os.replace(part, out)
+        with replacing(out, shared=True, suffix=SUFFIX) as part:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PyTorch's own code
+                settings = {"aot_inductor.metadata": _facts(model, card)}
+                torch._inductor.aoti_compile_and_package(
+                    exported(model), package_path=str(part), inductor_configs=settings
+                )
+            _compare(model, part)
     except OSError as error:
         raise ModelFileError(f"{out} cannot be written ({error.strerror or error}).") from error
     except (InductorError, TorchDynamoException) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelFileError(f"the model cannot be compiled here ({lines[0]}); is there a C++ compiler?") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _facts(model: AtomisticModel, card: dict[str, Any] | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.models.inference.model_card import Origin, model_card, sha256_of
 from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
 from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
+from hydrazero.shards.files import replacing
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
@@ -98,18 +99,15 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", ori
         "facts": _packed(model.facts()),
         "weights_sha256": sha256_of(weights),
     }
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(weights, str(part), metadata=header)
-        _compare(model, weights, part)
-        os.umask(mask := os.umask(0))  # only setting it tells it
-        part.chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes
-        os.replace(part, path)
+        with replacing(path, shared=True) as part:
+            safetensors.torch.save_file(weights, str(part), metadata=header)
+            _compare(model, weights, part)
+            os.umask(mask := os.umask(0))  # only setting it tells it
+            part.chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes
     except OSError as error:
         raise ModelFileError(f"{path} cannot be written ({error.strerror or error}).") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _packed(facts: dict[str, Any]) -> str:

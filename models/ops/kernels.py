@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -14,6 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import locked, replacing
 
 SOURCE = Path(__file__).with_name("pair_sums.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
@@ -51,12 +53,13 @@ def cached_library() -> Path:
     library = folder / f"kernels-{_key(compiler)}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # it ends with the process, however that ends
+        with locked(folder / "lock"):
             if not library.exists():
                 _compile(compiler, library)
     except OSError as error:
         raise KernelsUnavailable(f"{library} cannot be written ({error.strerror or error})") from error
+    except ConfigError as error:
+        raise KernelsUnavailable(str(error).rstrip(".")) from error
     return library
 
 
@@ -74,11 +77,11 @@ def _key(compiler: list[str]) -> str:
 def _compile(compiler: list[str], library: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    part = library.with_suffix(f".part-{os.getpid()}")
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     folders = [flag for path in library_paths() for flag in ("-L", path)]
-    command = [*compiler, *FLAGS, *includes, str(SOURCE), "-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
-    try:
+    with replacing(library, shared=True) as part:
+        output = ["-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
+        command = [*compiler, *FLAGS, *includes, str(SOURCE), *output]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -86,9 +89,6 @@ def _compile(compiler: list[str], library: Path) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise KernelsUnavailable(f"{shlex.join(compiler)} could not compile them: {' '.join(lines[:1])}")
-        os.replace(part, library)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _describe_to_the_compiler() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, Items, Wanted
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.files import read_toml
 from hydrazero.shards.manifest import file_sha256
 from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 from hydrazero.shards.structure import Structure, check_structure
@@ -234,10 +234,4 @@ class GeneratedSource:
 
 def load_generate_settings(spec: Path) -> GenerateSettings:
     """Read a specification; raises ConfigError, naming the key."""
-    try:
-        table = tomllib.loads(spec.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"specification {spec} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"specification {spec} is not valid TOML: {error}.") from error
-    return parse_settings(GenerateSettings, table, f"{spec}:")
+    return parse_settings(GenerateSettings, read_toml(spec, "specification"), f"{spec}:")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +19,7 @@ import pyarrow.parquet as pq
 from hydrazero.models.screening.parts import Best, ChunkNote, note_of, write_part
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import ConfigError, SourceError
+from hydrazero.shards.files import locked, replacing, try_lock, write_bytes, write_json
 
 RECORD_NAME, SUMMARY_NAME = "_screen.json", "_summary.json"
 """Names that begin like this are passed over by what reads a folder of parquet files as one table."""
@@ -73,7 +72,7 @@ class Output:
             if self.parts.is_dir() and any(self.parts.iterdir()):
                 raise SourceError(f"{self.parts} exists and is no unfinished screen; remove it or choose another name.")
             self.parts.mkdir(exist_ok=True)
-            write_aside(file, json.dumps(record, indent=1).encode())
+            write_json(file, record, shared=True)
         return True
 
     def _finished(self) -> str | None:
@@ -92,13 +91,12 @@ class Output:
     def working(self, rank: int, ranks: int) -> Iterator[None]:
         """Keep others from doing the same work meanwhile; raises SourceError if another process is at it."""
         path = self.out.with_name(f".{self.out.name}.rank-{rank}-of-{ranks}.lock")
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise SourceError(
-                    f"another process is at work on {self.out} as rank {rank} of {ranks}; wait for it, or stop it."
-                ) from error
+        lock = try_lock(path)
+        if lock is None:
+            raise SourceError(
+                f"another process is at work on {self.out} as rank {rank} of {ranks}; wait for it, or stop it."
+            )
+        with lock:
             yield
             path.unlink(missing_ok=True)
 
@@ -129,7 +127,7 @@ class Output:
         Raises SourceError if there was no structure, or if the parts do not hold as many as the sources.
         """
         try:
-            write_aside(self.parts / f"{DONE}{rank}-of-{ranks}", b"")
+            write_bytes(self.parts / f"{DONE}{rank}-of-{ranks}", b"", shared=True)
         except FileNotFoundError:
             return None  # another start has made a file of the parts
         if len(list(self.parts.glob(f"{DONE}*-of-{ranks}"))) < ranks:
@@ -154,8 +152,7 @@ class Output:
             if self.one_file:
                 shutil.rmtree(self.parts)
             else:
-                document = {**summary, "screen": self._screen}
-                write_aside(self.parts / SUMMARY_NAME, json.dumps(document, indent=1).encode())
+                write_json(self.parts / SUMMARY_NAME, {**summary, "screen": self._screen}, shared=True)
                 self._tidy()
             return summary
 
@@ -192,20 +189,9 @@ class Output:
                     "read them in full; remove it, and start again."
                 )
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[None]:
         """Wait until no other rank is at it; the lock ends with its process."""
-        path = self.out.with_name(f".{self.out.name}.lock")
-        while True:
-            with path.open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is_at(path, file.fileno()):
-                    continue  # who had it has removed it
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+        return locked(self.out.with_name(f".{self.out.name}.lock"), remove=True)
 
     def _merge(self, notes: dict[Path, dict[int, ChunkNote]], settings: ScreenSettings, total: int) -> int:
         """Write what is to stay of all `total` structures; returns its rows."""
@@ -221,9 +207,8 @@ class Output:
 
     def _write_tables(self, path: Path, tables: Iterator[pa.Table]) -> int:
         """Write tables of one schema to a file, which appears when it is whole; returns the number of rows."""
-        part = path.with_name(f".{path.name}.part-{os.getpid()}")
         rows, writer = 0, None
-        try:
+        with replacing(path, shared=True) as part:
             for table in tables:
                 table = table.replace_schema_metadata({SCREEN: self._screen.encode()})
                 writer = writer or pq.ParquetWriter(part, table.schema)
@@ -231,18 +216,7 @@ class Output:
                 rows += table.num_rows
             if writer is not None:
                 writer.close()
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         return rows
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one at a path."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _in_order(notes: dict[Path, dict[int, ChunkNote]]) -> Iterator[pa.Table]:
@@ -257,10 +231,3 @@ def _in_order(notes: dict[Path, dict[int, ChunkNote]]) -> Iterator[pa.Table]:
             waiting = []
     if waiting:
         yield pa.concat_tables(waiting)
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file that appears when it is whole."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections import Counter
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from hydrazero.models.screening.settings import CHUNK, Ranking, ScreenSettings, rankable
 from hydrazero.shards.errors import SourceError
+from hydrazero.shards.files import replacing
 
 PART_ROWS = 262_144
 PART_SECONDS = 60.0
@@ -47,15 +47,10 @@ def note_of(path: Path) -> dict[int, ChunkNote]:
 def write_part(path: Path, tables: list[pa.Table], notes: dict[int, ChunkNote]) -> None:
     """Write tables of the chunks that the notes are of, each as a row group; the file appears when it is whole."""
     said = json.dumps([[chunk, note.structures, note.refused] for chunk, note in notes.items()])
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        schema = tables[0].schema.with_metadata({KEY: said.encode()})
-        with pq.ParquetWriter(part, schema) as writer:
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    schema = tables[0].schema.with_metadata({KEY: said.encode()})
+    with replacing(path, shared=True) as part, pq.ParquetWriter(part, schema) as writer:
+        for table in tables:
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
 
 
 class Best:

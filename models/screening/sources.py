@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hydrazero.models.screening.settings import CHUNK
-from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError, did_you_mean
+from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
 from hydrazero.shards.readers import READERS, expand_sources, unread
 from hydrazero.shards.readers.frames import FieldNames, ReadSettings, UnreadFrame
@@ -178,8 +178,8 @@ def sources_of(paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE) -
 
     Raises SourceError for a path that does not exist or holds nothing to read, ShardError for a damaged manifest.
     """
-    if settings.format is not None and settings.format not in READERS:
-        raise SourceError(f"format '{settings.format}' is not known{did_you_mean(settings.format, list(READERS))}.")
+    if settings.format is not None:
+        READERS.check(settings.format)
     found: list[Source] = []
     for path in paths:
         if (path / MANIFEST_NAME).is_file():

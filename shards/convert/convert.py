@@ -7,8 +7,6 @@ settings alone, not on how many workers there are, and what is done when a conve
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -19,7 +17,7 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from hydrazero.shards.convert.element_pairs import closest_pairs
-from hydrazero.shards.convert.folder import Job, distinct_names, working_folder, write_whole
+from hydrazero.shards.convert.folder import Job, distinct_names, working_folder
 from hydrazero.shards.convert.frames import SLICED_BYTES, frames_path, read_part, status_path
 from hydrazero.shards.convert.index import Index, build_index
 from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_facts
@@ -29,6 +27,7 @@ from hydrazero.shards.convert.shards import ShardNote, make_shard, shard_calls
 from hydrazero.shards.convert.task_statistics import Statistics
 from hydrazero.shards.convert.workers import Workers, one_worker
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
+from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
 from hydrazero.shards.targets import TargetFacts
@@ -84,7 +83,7 @@ def convert(
         try:
             with ExitStack() as stack:
                 manifest = _convert(job, workers or stack.enter_context(one_worker()), progress)
-            os.replace(job.shards, out)
+            job.shards.rename(out)
         except HydrazeroError:
             shutil.rmtree(job.folder, ignore_errors=True)
             raise
@@ -149,7 +148,7 @@ def _read(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> N
         raise
     watch()
     for (_, number, _, _), frames in zip(calls, counts, strict=True):
-        write_whole(frames_path(job, number), json.dumps(frames).encode())
+        write_json(frames_path(job, number), frames, durable=True)
 
 
 def _bytes_of(source: Path) -> int:

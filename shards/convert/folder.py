@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import try_lock, write_json
 from hydrazero.shards.manifest import FORMAT_VERSION
 
 
@@ -78,11 +78,10 @@ def working_folder(job: Job) -> Iterator[None]:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{job.folder} cannot be made ({error.strerror}).") from error
-    with open(job.folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"another process is converting into {job.folder}; wait for it or stop it.") from error
+    lock = try_lock(job.folder / "lock")
+    if lock is None:
+        raise ConfigError(f"another process is converting into {job.folder}; wait for it or stop it.")
+    with lock:
         about = job.folder / "job.json"
         wanted = job.fingerprint()
         if not about.is_file() or json.loads(about.read_text(encoding="utf-8")) != wanted:
@@ -90,24 +89,11 @@ def working_folder(job: Job) -> Iterator[None]:
             for folder in (job.frames, job.shards, job.notes):
                 shutil.rmtree(folder, ignore_errors=True)
             (job.folder / "index.sqlite").unlink(missing_ok=True)
-            write_whole(about, json.dumps(wanted).encode())
+            write_json(about, wanted, durable=True)
         job.stop.unlink(missing_ok=True)
         for folder in (job.frames, job.shards, job.notes):
             folder.mkdir(exist_ok=True)
         yield
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that has its name only when all of it is on the disk; raises OSError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def distinct_names(sources: Sequence[Path]) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
-from hydrazero.shards.convert.folder import Job, write_whole
+from hydrazero.shards.convert.folder import Job
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.files import write_bytes
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
 from hydrazero.shards.structure import Structure
@@ -127,7 +128,7 @@ def read_part(job: Job, source: int, part: int, parts: int) -> int:
 
 def _write(job: Job, source: int, number: int, chunk: Chunk) -> None:
     check_one_unit(chunk.structures, job.sources[source])
-    write_whole(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype))
+    write_bytes(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype), durable=True)
 
 
 def _named(frame: Frame, file: str, name: str) -> Frame:

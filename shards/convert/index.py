@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.convert.folder import Job, write_whole
+from hydrazero.shards.convert.folder import Job
 from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
+from hydrazero.shards.files import write_bytes
 from hydrazero.shards.manifest import SPLITS
 
 SET_ASIDE_NAME = "set_aside.jsonl"
@@ -96,7 +97,7 @@ def _rows(job: Job, index: Index) -> Iterator[tuple[int, bytes, int, int, int, i
             yield number, hashes[row].tobytes(), split, key, source, chunk, row
             number += 1
     if lines:
-        write_whole(job.shards / SET_ASIDE_NAME, bytes(lines))
+        write_bytes(job.shards / SET_ASIDE_NAME, bytes(lines), durable=True)
 
 
 def shuffling_keys(numbers: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.files import read_toml
 from hydrazero.shards.settings_parser import Section, parse_settings
 
 
@@ -50,7 +50,6 @@ def load_preset(name: str) -> Preset:
     names = preset_names()
     if name not in names:
         raise ConfigError(f"preset '{name}' is not known{did_you_mean(name, names)}; see --list-presets.")
-    text = (resources.files("hydrazero.shards") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
-    table = tomllib.loads(text)
+    table = read_toml(resources.files("hydrazero.shards") / "presets" / f"{name}.toml", "preset")
     about = parse_settings(About, table.pop("about"), f"preset {name}: about")
     return Preset(name=name, about=about, table=table)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from hydrazero.shards.convert.presets import load_preset
-from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.errors import did_you_mean
+from hydrazero.shards.files import read_toml
 from hydrazero.shards.readers.frames import ASE_STRESS_ORDER, FieldNames, ReadSettings, SourceUnits, stress_places
 from hydrazero.shards.settings_parser import Fraction, ListOf, Name, Section, parse_settings
 from hydrazero.shards.targets import TargetSection, check_target_name
@@ -127,19 +127,10 @@ def load_convert_settings(
     where = "convert settings:" if path is None else f"{path}:"
     table: dict[str, Any] = {} if preset is None else dict(load_preset(preset).table)
     if path is not None:
-        table = _merged(table, _read_table(path))
+        table = _merged(table, read_toml(path, "settings file"))
     if format_name is not None:
         table["format"] = format_name
     return parse_settings(ConvertSettings, table, where)
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"settings file {path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"settings file {path} is not valid TOML: {error}.") from error
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from
-from hydrazero.shards.convert.folder import Job, write_whole
+from hydrazero.shards.convert.folder import Job
 from hydrazero.shards.convert.frames import ChunkFile, chunk_path, length_of
 from hydrazero.shards.convert.task_statistics import Statistics
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
+from hydrazero.shards.files import write_bytes
 from hydrazero.shards.manifest import Shard
 
 SHARD_STRUCTURES = BLOCKS_PER_SHARD * BLOCK_STRUCTURES
@@ -57,7 +58,7 @@ def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> 
         extensive = [name for name, target in job.settings.targets.items() if target.extensive]
         statistics.add(block, split, job.settings.degree_cutoffs, extensive)
     note = ShardNote(shard=shard, statistics=statistics)
-    write_whole(note_path, pickle.dumps(note))
+    write_bytes(note_path, pickle.dumps(note), durable=True)
     return note
 
 

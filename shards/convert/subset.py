@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from hydrazero.shards.convert.references import reference_energies
 from hydrazero.shards.convert.task_statistics import Statistics
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import replacing
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, read_manifest, write_manifest
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.structure import Structure
@@ -38,16 +37,12 @@ def write_subset(folder: Path | str, out: Path, counts: Mapping[str, int], seed:
             raise ConfigError(f"{folder} has {there:,} structures in the split '{split}', not {count:,} to take.")
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
-    part = out.parent / f".{out.name}.{os.getpid()}.part"
     try:
-        part.mkdir(parents=True)
-        written = _write(manifest, folder, part, counts, seed)
-        os.replace(part, out)
+        with replacing(out, shared=True) as part:
+            part.mkdir(parents=True)
+            return _write(manifest, folder, part, counts, seed)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror or error}).") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return written
 
 
 def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[str, int], seed: int) -> Manifest:

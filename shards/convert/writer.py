@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from hydrazero.shards.block import StructureBlock, decode_block, encode_block
+from hydrazero.shards.files import replacing
 from hydrazero.shards.manifest import Shard, file_sha256
 
 BLOCKS_PER_SHARD = 64
@@ -20,17 +20,16 @@ MEMBER = "block.safetensors"
 def write_shard(path: Path, blocks: Sequence[StructureBlock]) -> Shard:
     """Write a tar of blocks, which has its name only when it is whole; returns what the manifest says of it."""
     checksums = []
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as stream:
-            # Fixed time and owner: equal content gives equal bytes.
-            with TarWriter(stream, user="hydrazero", group="hydrazero", mtime=0.0, encoder=False) as tar:
-                for number, block in enumerate(blocks):
-                    data = encode_block(block)
-                    tar.write({"__key__": f"{path.stem}-{number:06d}", MEMBER: data})
-                    checksums.append(zlib.crc32(data))
-            stream.flush()
-            os.fsync(stream.fileno())
+    with replacing(path, durable=True) as part:
+        # Fixed time and owner: equal content gives equal bytes.
+        with (
+            open(part, "wb") as stream,
+            TarWriter(stream, user="hydrazero", group="hydrazero", mtime=0.0, encoder=False) as tar,
+        ):
+            for number, block in enumerate(blocks):
+                data = encode_block(block)
+                tar.write({"__key__": f"{path.stem}-{number:06d}", MEMBER: data})
+                checksums.append(zlib.crc32(data))
         with tarfile.open(part) as tar_file:
             offsets = [member.offset for member in tar_file.getmembers()]
         shard = Shard(
@@ -43,9 +42,6 @@ def write_shard(path: Path, blocks: Sequence[StructureBlock]) -> Shard:
             block_structures=[len(block) for block in blocks],
             block_crc32=checksums,
         )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return shard
 
 

@@ -1,87 +1,92 @@
-"""Readers of source files. A new format is one file with a function like `read_ase`, and one line in READERS."""
+"""Readers of source files, found by the name of their format or by the suffix of a file.
+
+A built-in reader is a function `read_NAME(path, settings)` with the decorator `reader`, and a line in READERS. Another
+package adds one as an entry point of the group 'hydrazero.readers', whose name is that of the format.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
-from hydrazero.shards.errors import SourceError, did_you_mean
-from hydrazero.shards.readers.ase_reader import read_ase, read_database, read_extxyz
-from hydrazero.shards.readers.dpdata_reader import MARKER, read_deepmd
-from hydrazero.shards.readers.extxyz_tar import read_extxyz_tar
-from hydrazero.shards.readers.frames import FieldNames, Frame, ReadSettings, SourceUnits, UnreadFrame
-from hydrazero.shards.readers.hdf5_groups import read_hdf5_groups
-from hydrazero.shards.readers.hdf5_reader import read_hdf5
-from hydrazero.shards.readers.json_datasets import read_alexandria, read_mptrj
-from hydrazero.shards.readers.json_structures import read_jarvis, read_pymatgen
-from hydrazero.shards.readers.lmdb_reader import read_aselmdb, read_lmdb
-from hydrazero.shards.readers.n2p2_reader import read_n2p2
-from hydrazero.shards.readers.npz_reader import read_npz
+from hydrazero.shards.errors import SourceError
+from hydrazero.shards.plugins import Registry
+from hydrazero.shards.readers.frames import (
+    FieldNames,
+    Frame,
+    Reader,
+    ReadFunction,
+    ReadSettings,
+    SourceUnits,
+    UnreadFrame,
+)
 from hydrazero.shards.readers.opening import plain_suffix
-from hydrazero.shards.readers.table_reader import read_parquet
 
-READERS: dict[str, Callable[[Path, ReadSettings], Iterator[UnreadFrame]]] = {
-    "ase": read_ase,
-    "extxyz": read_extxyz,
-    "db": read_database,
-    "npz": read_npz,
-    "hdf5": read_hdf5,
-    "pymatgen": read_pymatgen,
-    "jarvis": read_jarvis,
-    "deepmd": read_deepmd,
-    "n2p2": read_n2p2,
-    "lmdb": read_lmdb,
-    "aselmdb": read_aselmdb,
-    "hdf5_groups": read_hdf5_groups,
-    "mptrj": read_mptrj,
-    "alexandria": read_alexandria,
-    "extxyz_tar": read_extxyz_tar,
-    "parquet": read_parquet,
-}
-BY_SUFFIX = {
-    ".xyz": "extxyz",
-    ".extxyz": "extxyz",
-    ".db": "db",
-    ".npz": "npz",
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".lmdb": "lmdb",
-    ".mdb": "lmdb",
-    ".aselmdb": "aselmdb",
-    ".tar": "extxyz_tar",
-    ".tgz": "extxyz_tar",
-    ".parquet": "parquet",
-    ".traj": "ase",
-}
-SUFFIXES_OF = {
-    # QM7-X packs its files as '1000.xz'.
-    "hdf5_groups": (".h5", ".hdf5", ".xz"),
-    "mptrj": (".json",),
-    "alexandria": (".json",),
-    "pymatgen": (".json",),
-    "jarvis": (".json",),
-    "n2p2": (".data",),
-}
-"""Suffixes by which files of a format are found in a folder, beyond those that it is guessed from."""
-
-FOLDER_MARKERS = {"deepmd": MARKER}
-"""Format whose sources are folders -> file that is in each of them."""
+_PLACE = "hydrazero.shards.readers"
+READERS: Registry[Reader | ReadFunction] = Registry(
+    kind="format",
+    group="hydrazero.readers",
+    builtin={
+        "ase": f"{_PLACE}.ase_reader:read_ase",
+        "extxyz": f"{_PLACE}.ase_reader:read_extxyz",
+        "db": f"{_PLACE}.ase_reader:read_database",
+        "npz": f"{_PLACE}.npz_reader:read_npz",
+        "hdf5": f"{_PLACE}.hdf5_reader:read_hdf5",
+        "pymatgen": f"{_PLACE}.json_structures:read_pymatgen",
+        "jarvis": f"{_PLACE}.json_structures:read_jarvis",
+        "deepmd": f"{_PLACE}.dpdata_reader:read_deepmd",
+        "n2p2": f"{_PLACE}.n2p2_reader:read_n2p2",
+        "lmdb": f"{_PLACE}.lmdb_reader:read_lmdb",
+        "aselmdb": f"{_PLACE}.lmdb_reader:read_aselmdb",
+        "hdf5_groups": f"{_PLACE}.hdf5_groups:read_hdf5_groups",
+        "mptrj": f"{_PLACE}.json_datasets:read_mptrj",
+        "alexandria": f"{_PLACE}.json_datasets:read_alexandria",
+        "extxyz_tar": f"{_PLACE}.extxyz_tar:read_extxyz_tar",
+        "parquet": f"{_PLACE}.table_reader:read_parquet",
+    },
+    error=SourceError,
+)
+"""Readers by the names of their formats."""
 
 __all__ = [
     "READERS",
     "FieldNames",
     "Frame",
     "ReadSettings",
+    "Reader",
     "SourceUnits",
     "UnreadFrame",
     "expand_sources",
     "read_frames",
+    "reader_of",
     "unread",
 ]
 
 
+def reader_of(name: str) -> Reader:
+    """Return the reader of a format; raise SourceError if the format is unknown or its package cannot be imported."""
+    found = READERS.get(name)
+    return found if isinstance(found, Reader) else Reader(function=found)
+
+
+@cache
+def _formats_by_suffix() -> dict[str, str]:
+    """Return suffix -> format for all formats that are guessed; a built-in format has precedence over others."""
+    formats: dict[str, str] = {}
+    for name in READERS.names():
+        for suffix in reader_of(name).suffixes:
+            other = formats.setdefault(suffix, name)
+            if other != name and READERS.package_of(other) is not None:
+                raise SourceError(
+                    f"the formats '{other}' and '{name}' of installed packages both claim the suffix {suffix}; "
+                    "uninstall one of them, or name the format with --format."
+                )
+    return formats
+
+
 def expand_sources(paths: Sequence[Path], settings: ReadSettings) -> list[Path]:
-    """Return the sources: a folder stands for those of the format that are in it or below, sorted.
+    """Return all sources at the given paths; a folder stands for those of the format in it or below, sorted.
 
     Raises SourceError for a path that does not exist, or a folder with no source in it.
     """
@@ -94,45 +99,43 @@ def expand_sources(paths: Sequence[Path], settings: ReadSettings) -> list[Path]:
 
 
 def _sources_in(folder: Path, name: str | None) -> list[Path]:
-    marker = FOLDER_MARKERS.get(name or "")
-    if marker is not None:
-        found = [path.parent for path in folder.rglob(marker)]
-        wanted = f"folder with a {marker}"
+    reader = None if name is None else reader_of(name)
+    if reader is not None and reader.marker:
+        found = [path.parent for path in folder.rglob(reader.marker)]
+        missing = f"folder with a file {reader.marker}"
     else:
-        suffixes = {suffix for suffix, guessed in BY_SUFFIX.items() if name in (None, guessed)}
-        suffixes |= set(SUFFIXES_OF.get(name or "", ()))
+        suffixes = set(_formats_by_suffix()) if reader is None else {*reader.suffixes, *reader.further_suffixes}
         files = (path for path in folder.rglob("*") if path.is_file())
         found = [path for path in files if {plain_suffix(path), path.suffix.lower()} & suffixes]
-        wanted = f"file with the suffix {' or '.join(sorted(suffixes))}" if suffixes else f"known suffix of '{name}'"
+        missing = f"file with the suffix {' or '.join(sorted(suffixes))}" if suffixes else f"known suffix of '{name}'"
     if not found:
-        raise SourceError(f"folder {folder} holds no {wanted}; name the files themselves.")
+        raise SourceError(f"folder {folder} holds no {missing}; name the files themselves.")
     return sorted(found)
 
 
 def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Come past the frames of a file, without reading those that the caller passes over.
+    """Walk through the frames of a source; those that the caller skips are not read.
 
-    The format is guessed from the suffix if the settings name none. Raises SourceError where the file as a whole cannot
-    be read, is empty, or the format is unknown.
+    The format is guessed from the suffix if the settings name none. Raises SourceError if the source as a whole cannot
+    be read or is empty, or if the format is unknown.
     """
-    name = settings.format or BY_SUFFIX.get(plain_suffix(path), "ase")
-    if name not in READERS:
-        raise SourceError(f"format '{name}' is not known{did_you_mean(name, list(READERS))}.")
-    if not (path.is_dir() if name in FOLDER_MARKERS else path.is_file()):
-        kind = "folder" if name in FOLDER_MARKERS else "file"
-        raise SourceError(f"source {kind} {path} {f'is no {kind}' if path.exists() else 'does not exist'}.")
+    name = settings.format or _formats_by_suffix().get(plain_suffix(path), "ase")
+    reader = reader_of(name)
+    if not (path.is_dir() if reader.marker else path.is_file()):
+        kind = "folder" if reader.marker else "file"
+        raise SourceError(f"source {kind} {path} {f'is not a {kind}' if path.exists() else 'does not exist'}.")
     if path.is_file() and path.stat().st_size == 0:
         raise SourceError(f"source file {path} is empty.")
     count = 0
-    for frame in READERS[name](path, settings):
+    for frame in reader(path, settings):
         count += 1
         yield frame
     if count == 0:
-        raise SourceError(f"source file {path} holds no structure that the format '{name}' finds.")
+        raise SourceError(f"source file {path} holds no structure in the format '{name}'.")
 
 
 def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:
-    """Read a file frame by frame, labels converted to eV, Å; a bad frame comes as a Frame with an error.
+    """Yield the frames of a source, with labels in eV and Å; a faulty frame is a Frame with an error.
 
     Raises what `unread` raises.
     """

@@ -15,10 +15,11 @@ import ase.io
 from ase import Atoms
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_text
 
 
+@reader(suffixes=(".traj",))
 def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read any file that `ase.io.iread` reads; raises SourceError naming the frame where it breaks off."""
     maker = FrameMaker(settings)
@@ -37,6 +38,7 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         raise SourceError(f"{path}, frame {number}, cannot be read by ASE ({brief(error)}).") from error
 
 
+@reader(suffixes=(".xyz", ".extxyz"))
 def read_extxyz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read extended XYZ, compressed or not, each frame on its own, so that a bad one does not end the file."""
     with open_text(path) as (file, fraction):
@@ -86,6 +88,7 @@ def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
         number += 1
 
 
+@reader(suffixes=(".db",))
 def read_database(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read an ASE database; labels from its calculator results, key-value pairs or data."""
     maker = FrameMaker(settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.symbols import numbers_of
 
@@ -17,6 +17,7 @@ MARKER = "type.raw"
 """File by which a folder is known as a DeePMD system."""
 
 
+@reader(marker=MARKER)
 def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read a DeePMD system: type.raw, type_map.raw and the arrays of set.*; one system at a time is held in memory.
 

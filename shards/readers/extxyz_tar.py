@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.ase_reader import extxyz_frames
-from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, plain_suffix
 
 SUFFIXES = (".extxyz", ".xyz")
@@ -20,6 +20,7 @@ REFERENCES = ".txt"
 ADSORPTION = "adsorption_energy"
 
 
+@reader(suffixes=(".tar", ".tgz"))
 def read_extxyz_tar(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read the .extxyz members of a tar, in their order, without unpacking it to the disk.
 

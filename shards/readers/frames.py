@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -100,6 +101,38 @@ class UnreadFrame:
     """Reads it; valid until the reader is asked for the next frame."""
     fraction: float
     """Of the source that ends with this frame, 0 to 1; for the time left."""
+
+
+ReadFunction = Callable[[Path, ReadSettings], Iterator[UnreadFrame]]
+"""Walks through a source and yields its frames; raises SourceError if the source as a whole cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A format of sources: the function that reads one of them, and how they are recognised."""
+
+    function: ReadFunction
+    suffixes: tuple[str, ...] = ()
+    """Suffixes, in small letters such as '.xyz', of files that are in this format unless the user names another."""
+    further_suffixes: tuple[str, ...] = ()
+    """Suffixes of files that are taken from a folder only if the user names this format."""
+    marker: str = ""
+    """Name of a file that each source holds, if sources of this format are folders."""
+
+    def __call__(self, path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
+        """Walk through a source, and yield its frames."""
+        return self.function(path, settings)
+
+
+def reader(
+    *, suffixes: tuple[str, ...] = (), further_suffixes: tuple[str, ...] = (), marker: str = ""
+) -> Callable[[ReadFunction], Reader]:
+    """Return a decorator that makes a function `read_NAME(path, settings)` a Reader with the given values."""
+
+    def decorated(function: ReadFunction) -> Reader:
+        return Reader(function=function, suffixes=suffixes, further_suffixes=further_suffixes, marker=marker)
+
+    return decorated
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,13 @@ import numpy as np
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, open_binary, optional_module
 
 PER_ATOM = ("positions", "forces")
 
 
+@reader(further_suffixes=(".h5", ".hdf5", ".xz"))  # QM7-X packs its files as '1000.xz'
 def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read every group that holds numbers [atoms] and positions, [atoms, 3] or [frames, atoms, 3], by the columns.
 

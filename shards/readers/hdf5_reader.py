@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.symbols import numbers_of
 
@@ -25,6 +25,7 @@ H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 PER_ATOM = ("numbers", "positions", "forces")
 
 
+@reader(suffixes=(".h5", ".hdf5"))
 def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read ragged arrays by the settings' columns: numbers [all atoms] (or symbols), positions [all atoms, 3], ...
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import SourceError
-from hydrazero.shards.readers.frames import FrameMaker, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.json_structures import entry_frame, pymatgen_geometry
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
 
@@ -16,6 +16,7 @@ Entries = Iterator[tuple[str, Any]]
 """(name in the file, entry with a 'structure')."""
 
 
+@reader(further_suffixes=(".json",))
 def read_mptrj(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read MPtrj (Deng et al. 2023): material id -> frame id -> entry with a pymatgen structure.
 
@@ -25,6 +26,7 @@ def read_mptrj(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     return _read(path, settings, _by_material)
 
 
+@reader(further_suffixes=(".json",))
 def read_alexandria(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read Alexandria (Schmidt et al. 2023): 'entries' of ComputedStructureEntry, or relaxation paths by material.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
 from hydrazero.shards.readers.symbols import numbers_of
 
@@ -18,6 +18,7 @@ Geometry = dict[str, Any]
 """numbers, positions, cell and pbc of a RawFrame."""
 
 
+@reader(further_suffixes=(".json",))
 def read_pymatgen(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read a list of objects with a pymatgen dict as 'structure'; labels by dotted paths such as 'outputs.energy'.
 
@@ -26,6 +27,7 @@ def read_pymatgen(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     return _read_list(path, settings, "structure", pymatgen_geometry)
 
 
+@reader(further_suffixes=(".json",))
 def read_jarvis(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read a list of objects with a JARVIS dict as 'atoms'; raises SourceError as `read_pymatgen` does."""
     return _read_list(path, settings, "atoms", jarvis_geometry)

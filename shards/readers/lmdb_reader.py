@@ -15,13 +15,14 @@ import numpy as np
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.ase_reader import frame_from_row
 from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 
 NOT_FRAMES = (b"length",)
 """Keys whose values are about the file."""
 
 
+@reader(suffixes=(".aselmdb",))
 def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read an ASE database in LMDB (ase-db-backends); key-value pairs and data become the frame's fields.
 
@@ -51,6 +52,7 @@ def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             yield UnreadFrame(source_id=source_id, read=partial(read, number, source_id), fraction=(place + 1) / rows)
 
 
+@reader(suffixes=(".lmdb", ".mdb"))
 def read_lmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read pickled dicts (or objects with attributes) of arrays or tensors, by the settings' columns.
 

@@ -13,10 +13,11 @@ from ase import Atoms
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.ase_reader import frame_from_atoms
-from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_text, optional_module
 
 
+@reader(further_suffixes=(".data",))
 def read_n2p2(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read the frames between 'begin' and 'end', in the units that the settings name; the charge is 'total_charge'.
 

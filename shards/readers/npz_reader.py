@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import SourceError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, reader
 from hydrazero.shards.readers.hdf5_reader import RaggedArrays
 
 LAYOUTS = (
@@ -21,6 +21,7 @@ LAYOUTS = (
 """Keys of the sGDML layout (Chmiela et al. 2019) and of rMD17 (Christensen and von Lilienfeld 2020)."""
 
 
+@reader(suffixes=(".npz",))
 def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read the frames of an archive, one molecule in many geometries, or ragged arrays if the settings have columns.
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief
+from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 
 ROWS = 256
 
 
+@reader(suffixes=(".parquet",))
 def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Read a parquet file by the settings' columns: numbers (list), positions and forces (nested or flat lists), ...
 

@@ -84,7 +84,7 @@ def test_the_specification_of_generated_structures_makes_what_the_guide_says(tmp
 
 def test_all_formats_and_presets_are_in_the_guides():
     convert, presets = guide("convert"), guide("presets")
-    assert [name for name in READERS if f"`{name}`" not in convert] == []
+    assert [name for name in READERS.names() if f"`{name}`" not in convert] == []
     assert [name for name in preset_names() if f"`{name}`" not in presets] == []
 
 

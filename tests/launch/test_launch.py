@@ -89,7 +89,7 @@ BAD = {
     "short": (["--site", "slurm", "--hours", 0.1], r"hardly any time would be left"),
     "account": (["--site", "aurora"], r"site aurora charges an account for each job; name it with --account"),
     "site": (["--site", "fronteer"], r"--site 'fronteer' is not known \(did you mean 'frontier'\?\)"),
-    "file": (["--site", "mine.toml"], r"site file mine.toml does not exist"),
+    "file": (["--site", "mine.toml"], r"site file mine.toml cannot be read"),
     "hosts": (["--site", "local", "--nodes", 2], r"the hosts must be named: --hostfile FILE"),
     "hostfile": (["--site", "slurm", "--hostfile", "x"], r"--hostfile is for sites without a scheduler"),
     "no hostfile": (["--site", "local", "--hostfile", "absent"], r"hostfile absent cannot be read"),

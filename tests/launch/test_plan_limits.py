@@ -60,7 +60,7 @@ DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
             "deepspeed.zero_optimization.reduce_bucket_size is 0; it must be at least 1.",
         ),
         (["--site", "frontier", "--global-batch", "7"], "nearest is 200 (1 batch of each rank)."),
-        (["--site", "none.toml"], "site file none.toml does not exist."),
+        (["--site", "none.toml"], "site file none.toml cannot be read (No such file or directory)."),
         (["--site", "frontier", "--set", "plan.atoms.oc21=70"], "plan: 'oc21' is no task of the run file"),
     ],
 )

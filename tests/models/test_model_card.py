@@ -24,12 +24,12 @@ from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.models.inference.model_card import Origin
 from hydrazero.shards.errors import ModelFileError
+from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import manifest_sha256, read_manifest
 from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.config.tasks import cutoff_warning, task_facts
 from hydrazero.trainer.evaluation import export as exporting
 from hydrazero.trainer.evaluation.evaluate import evaluate, results_in
-from hydrazero.trainer.records.run_files import write_json
 
 
 def run(*arguments: object, exit_code: int = 0) -> str:

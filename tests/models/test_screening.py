@@ -585,7 +585,7 @@ def test_bad_specifications(model, tmp_path, spec, change, words):
         (["--top", 3, "--by", "atoms * 9**9**9**9"], ("no expression", "out of range")),
         (["--top", 3, "--by", "sum(energy_task0)"], ("cannot be computed",)),
         (["--tasks", "task0,task0"], ("'task0' is named twice",)),
-        (["--format", "extxz"], ("format 'extxz' is not known", "extxyz")),
+        (["--format", "extxz"], ("unknown format 'extxz'", "extxyz")),
         (["--forces-of", "task1", "--tasks", "task0"], ("'task1'", "not among the tasks")),
         (["--config", "no.toml"], ("no.toml", "cannot be read")),
     ],

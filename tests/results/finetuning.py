@@ -19,10 +19,9 @@ from results.sixteen_page import SHORT
 from results.tables import ERRORS, UNITS, table
 
 from hydrazero.shards.convert.subset import write_subset
+from hydrazero.shards.files import read_json, toml_text, write_json
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.trainer.finetune.plan import toml_text
 from hydrazero.trainer.plots.panels import COLOURS, GREY, pairs_of_tasks
-from hydrazero.trainer.records.run_files import read_json, write_json
 
 WAYS = {"nearest": "nearest head", "scratch": "from scratch", "finetuned": "fine-tuned"}
 SEED = 1

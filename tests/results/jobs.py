@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydrazero.trainer.records.run_files import read_json, read_metrics, write_json
+from hydrazero.shards.files import read_json, write_json
+from hydrazero.trainer.records.run_files import read_metrics
 
 HERE = Path(__file__).parent
 PAGES = HERE.parents[1] / "docs" / "results"

@@ -13,7 +13,7 @@ from typing import Any
 from results.jobs import PAGES, ROOT, train_rows
 from results.tables import ERRORS, table
 
-from hydrazero.trainer.records.run_files import read_json
+from hydrazero.shards.files import read_json
 from hydrazero.trainer.report.history import learning_curves
 from hydrazero.trainer.report.page import parity_picture
 from hydrazero.trainer.report.run_data import read_run

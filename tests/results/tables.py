@@ -9,7 +9,7 @@ from typing import Any
 
 from results.jobs import PAGES, Job
 
-from hydrazero.trainer.records.run_files import read_json
+from hydrazero.shards.files import read_json
 
 ERRORS = {"energies": "energy_mae_mev_per_atom", "forces": "force_mae_mev_per_angstrom"}
 UNITS = {"energies": "meV/atom", "forces": "meV/Å"}

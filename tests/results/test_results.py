@@ -11,9 +11,8 @@ import pytest
 from results import finetuning, jobs, sixteen_page, tables
 from results.jobs import all_jobs, plan
 
+from hydrazero.shards.files import toml_text, write_json
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.finetune.plan import toml_text
-from hydrazero.trainer.records.run_files import write_json
 
 SPEC: dict[str, Any] = {
     "title": "Two methods",

@@ -143,9 +143,10 @@ def test_a_full_disk(tmp_path, sources):
 def test_memory_stays_bounded(tmp_path):
     """Five times the frames take the same memory (with small shards, of which one is held at a time)."""
     code = (
-        "import sys; from pathlib import Path; from hydrazero.shards.convert.convert import convert; "
-        "from hydrazero.shards.convert.settings import ConvertSettings; from hydrazero.shards import convert_shards; "
-        "convert_shards.SHARD_STRUCTURES = 1024; "
+        "import sys; from pathlib import Path; from hydrazero.shards.convert import shards; "
+        "from hydrazero.shards.convert.convert import convert; "
+        "from hydrazero.shards.convert.settings import ConvertSettings; "
+        "shards.SHARD_STRUCTURES = 1024; "
         "convert([Path(sys.argv[1])], 't', Path(sys.argv[2]), ConvertSettings()); "
         "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
     )

@@ -73,11 +73,11 @@ def test_deepmd_that_cannot_be_read(tmp_path, changes, words):
 def test_deepmd_of_unknown_elements_or_no_folder(tmp_path):
     folder = write_deepmd(tmp_path / "a", waters(2), kinds=["Water", "H"])
     assert reasons(frames(folder, "deepmd")) == ["unknown_element"] * 2
-    with pytest.raises(SourceError, match=r"is no folder"):
+    with pytest.raises(SourceError, match=r"is not a folder"):
         frames(folder / "type.raw", "deepmd")
     with pytest.raises(SourceError, match=r"no type\.raw"):
         frames(folder / "set.000", "deepmd")
-    with pytest.raises(SourceError, match=r"holds no folder with a type\.raw"):
+    with pytest.raises(SourceError, match=r"holds no folder with a file type\.raw"):
         expand_sources([folder / "set.000"], ReadSettings(format="deepmd"))
 
 

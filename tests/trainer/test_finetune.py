@@ -24,6 +24,7 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, load_model, save_model
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.task_facts import task_facts_from
+from hydrazero.shards.files import read_json
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.deal import Deal, TaskPlan, mixture_repeats
 from hydrazero.shards.units import energy_factor, force_factor
@@ -31,7 +32,7 @@ from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.finetune_section import FinetuneSection
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.engine.low_rank import add_low_rank_changes, merged
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, read_metrics
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_metrics
 from hydrazero.trainer.start.methods import rate_factors
 from hydrazero.trainer.start.unit_check import ENERGY_UNITS, FORCE_UNITS, Likeness, suspicion
 

@@ -23,8 +23,9 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models import load_model
 from hydrazero.models.inference.model_file import read_header
 from hydrazero.shards.convert.settings import load_convert_settings
+from hydrazero.shards.files import read_json
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.records.run_files import read_json, read_metrics
+from hydrazero.trainer.records.run_files import read_metrics
 from hydrazero.trainer.search.campaign import begin
 from hydrazero.trainer.search.trial_rows import trial_rows
 

@@ -19,6 +19,7 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models.atomistic import model_from_facts
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_json
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.schedule_shapes import Plateau, StableDecay, own_shape
@@ -27,7 +28,7 @@ from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import freeze, parameter_groups
 from hydrazero.trainer.engine.schedules import Schedule
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, read_metrics
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -297,7 +297,7 @@ def test_a_trial_fails_and_one_that_was_stopped_goes_on_from_its_checkpoint(root
     held = journal.take(1)
     assert held is not None and held.number == 1 and held.values == {"model.node_degree": 1, "model.max_degree": 3}
     assert journal.take(1) is None  # no more are wanted, and this one is in other hands
-    held.lock.close()
+    held.lock.lock.release()
     work(open_journal(journal.out), 1)
     failed, finished = trial_rows(journal)
     assert (failed.state, failed.results) == ("failed", []) and "must obey 1 <= node_degree <= max" in failed.reason
@@ -317,7 +317,7 @@ def test_a_line_that_was_cut_short_is_all_that_is_lost(root):
     def taken() -> int:
         held = begin(space).take(2)
         assert held is not None
-        held.lock.close()
+        held.lock.lock.release()
         return held.number
 
     space = write_space(root, "cut")

@@ -19,12 +19,13 @@ from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.convert.workers import worker_processes
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
+from hydrazero.shards.files import read_json
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, TrainStream, evaluation_batches
 from hydrazero.shards.targets import TargetColumn
-from hydrazero.trainer.records.run_files import read_json, read_metrics
+from hydrazero.trainer.records.run_files import read_metrics
 
 TARGETS = """
 [targets.gap]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.records.run_files import read_json, write_json
+from hydrazero.shards.files import read_json, write_json
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS_NAME = "checksums.json"
@@ -127,14 +126,14 @@ def _rename_damaged(folder: Path, wrong: str) -> str:
     """Rename a damaged checkpoint, and return a sentence on it."""
     renamed = folder.with_name(folder.name + DAMAGED)
     shutil.rmtree(renamed, ignore_errors=True)
-    os.replace(folder, renamed)
+    folder.rename(renamed)
     return f"warning: {wrong}; the checkpoint before it is used, and {folder.name} is renamed to {renamed.name}."
 
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint. It is renamed first: a process that is killed meanwhile leaves none that looks complete."""
     renamed = folder.with_name(folder.name + REMOVED)
-    os.replace(folder, renamed)
+    folder.rename(renamed)
     shutil.rmtree(renamed)
 
 
@@ -163,7 +162,7 @@ def finish_checkpoint(part: Path, sums: dict[str, str], retention: Retention) ->
     for later in checkpoints(run_dir):
         if later >= folder:  # from before the run was resumed at an earlier step
             remove_checkpoint(later)
-    os.replace(part, folder)
+    part.rename(folder)
     best_folder = None if retention.best is None else folder_of(run_dir, int(retention.best["step"]))
     complete = checkpoints(run_dir)
     if best_folder in complete:

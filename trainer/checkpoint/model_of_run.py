@@ -20,7 +20,7 @@ from hydrazero.trainer.engine.model_with_loss import PREFIX
 from hydrazero.trainer.engine.partition import Partition, partition_in
 from hydrazero.trainer.engine.weight_average import AVERAGE_NAME
 from hydrazero.trainer.ranks.distributed import quiet_deepspeed
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_run_json
 
 
 def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = True) -> AtomisticModel:
@@ -29,7 +29,7 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
     The weights are in float32 at least. They are the average of the weights where the run keeps one and `averaged` is
     true. Raises ConfigError for a run or a checkpoint that does not exist, or whose files are damaged.
     """
-    facts = read_json(run_dir / MODEL_FACTS_NAME)
+    facts = read_run_json(run_dir, MODEL_FACTS_NAME)
     folder = checkpoint_named(run_dir, checkpoint)
     if (wrong := damage(folder)) is not None:
         others = ", ".join(str(step_of(each)) for each in checkpoints(run_dir) if each != folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.files import read_json
 from hydrazero.trainer.config.precision import KEYS, precision_of
 from hydrazero.trainer.config.schedule_shapes import own_shape
 
@@ -69,12 +70,7 @@ def _read(name: str) -> tuple[dict[str, Any], bool]:
     source: Any = folder / f"{name}.json" if packaged else Path(name)
     if not source.is_file():
         raise ConfigError(f"deepspeed.config '{name}' is neither a file nor a known name{did_you_mean(name, known)}.")
-    try:
-        document = json.loads(source.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"DeepSpeed configuration {source} cannot be read ({error.strerror}).") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"DeepSpeed configuration {source} is not valid JSON: {error}.") from error
+    document = read_json(source, "DeepSpeed configuration")
     if not isinstance(document, dict):
         raise ConfigError(f"DeepSpeed configuration {source} holds no object of settings, {{...}}.")
     return document, packaged

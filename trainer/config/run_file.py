@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_toml
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 from hydrazero.trainer.balance import BalanceSection, check_balance
@@ -105,12 +106,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfi
     Raises ConfigError that names the file and the key at fault.
     """
     path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"run file {path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run file {path} is not valid TOML: {error}.") from error
+    table = read_toml(path, "run file")
     for override in overrides:
         apply_override(table, override)
     _apply_size(table, f"{path}:")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from hydrazero.shards.errors import HydrazeroError, did_you_mean
+from hydrazero.shards.files import replacing, write_json
 from hydrazero.trainer.demo.structures import (
     SMALL_MOLECULES,
     alloy_cell,
@@ -220,9 +220,7 @@ def make_demo_sources(
             raise DemoError("a process that labels the demo's structures died (is there enough memory?).") from error
         finally:
             pool.shutdown(cancel_futures=True)  # else an error would wait for all that is left to label
-    part = out / (SUMMARY_NAME + ".part")
-    part.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    os.replace(part, out / SUMMARY_NAME)
+    write_json(out / SUMMARY_NAME, summary)
     return files
 
 
@@ -256,7 +254,6 @@ def _gather(
 
 
 def _write(frames: list[Atoms], path: Path) -> Path:
-    part = path.with_name(path.name + ".part")
-    ase.io.write(part, frames, format="extxyz")
-    os.replace(part, path)
+    with replacing(path) as part:
+        ase.io.write(part, frames, format="extxyz")
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ import pyarrow.parquet as pq
 from hydrazero.models.inference.model_card import weights_fingerprint
 from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, load_model
 from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.files import replacing, write_json
 from hydrazero.shards.graphs.graph import GraphSample
 from hydrazero.shards.manifest import SPLITS, check_shard_files, read_manifest
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
 from hydrazero.trainer.evaluation.errors import AbsoluteErrors
-from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, write_json
+from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_run_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,8 @@ def evaluate(
 
 def _write_table(table: pa.Table, path: Path) -> None:
     """Write a parquet file in one piece."""
-    part = path.with_name(path.name + ".part")
-    pq.write_table(table, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        pq.write_table(table, part)
 
 
 def evaluate_task(
@@ -118,6 +117,6 @@ def open_run_or_model(path: Path) -> tuple[Potential, list[Path], ResultFiles]:
     if path.is_dir():
         from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 
-        record = read_json(path / RUN_NAME)
+        record = read_run_json(path, RUN_NAME)
         return Potential(model_of_run(path)), [Path(task["shards"]) for task in record["tasks"]], results_in(path)
     return load_model(path), [], results_beside(path)

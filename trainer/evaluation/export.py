@@ -11,10 +11,11 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_card import Origin, weights_fingerprint
 from hydrazero.models.inference.model_file import save_model, with_tasks
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_json
 from hydrazero.trainer.checkpoint.folders import checkpoint_named, step_of
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.checkpoint.old_heads import with_old_heads
-from hydrazero.trainer.records.run_files import EVALUATION_NAME, read_json
+from hydrazero.trainer.records.run_files import EVALUATION_NAME
 from hydrazero.trainer.records.run_record import read_record
 
 SUFFIX = ".safetensors"

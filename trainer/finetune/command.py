@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.files import replacing, toml_text
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.checkpoint.model_of_run import read_run_or_model
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, METHODS, NEAREST, NEW
@@ -18,7 +18,7 @@ from hydrazero.trainer.config.run_file import RunConfig, apply_override, load_ru
 from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.config.tasks import task_facts
 from hydrazero.trainer.finetune.outcome import measure_outcome, print_heads, print_outcome
-from hydrazero.trainer.finetune.plan import Plan, Wanted, plan_finetuning, toml_text
+from hydrazero.trainer.finetune.plan import Plan, Wanted, plan_finetuning
 from hydrazero.trainer.setup import check_run
 from hydrazero.trainer.start.head_errors import HeadErrors
 from hydrazero.trainer.start.head_starts import check_units, compare_heads, rows_of
@@ -138,20 +138,18 @@ def _write_run_file(request: Request, plan: Plan, heads: Sequence[HeadErrors]) -
         f"Fine-tuning of {request.model} on {request.folder}, worked out by hydrazero finetune.",
         f"Train it with: hydrazero train {request.out / RUN_FILE} (--resume to go on).",
     ]
-    part = request.out.with_name(f".{request.out.name}.{os.getpid()}.toml")
     path = request.out / RUN_FILE
     try:
         request.out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(toml_text(plan.table, comment), encoding="utf-8")
-        config = load_run_config(part)
-        check_run(config, resume=False)
-        check_units(config, config.tasks[0], heads)
-        request.out.mkdir()
-        os.replace(part, path)
+        with replacing(request.out, shared=True) as folder:
+            folder.mkdir()
+            part = folder / RUN_FILE
+            part.write_text(toml_text(plan.table, comment), encoding="utf-8")
+            config = load_run_config(part)
+            check_run(config, resume=False)
+            check_units(config, config.tasks[0], heads)
     except OSError as error:
         raise ConfigError(f"{request.out} cannot be written ({error.strerror}).") from error
     except ConfigError as error:
         raise ConfigError(str(error).replace(f"{part}:", "--set:")) from error
-    finally:
-        part.unlink(missing_ok=True)
     return path, config

@@ -14,6 +14,7 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import task_facts_from
 from hydrazero.shards.convert.references import reference_table
+from hydrazero.shards.files import write_json
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import read_manifest
@@ -23,7 +24,7 @@ from hydrazero.trainer.checkpoint.old_heads import with_old_heads
 from hydrazero.trainer.evaluation.errors import Mean
 from hydrazero.trainer.evaluation.evaluate import evaluate, evaluate_task, results_in
 from hydrazero.trainer.records.progress_line import wide_console
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json, write_json
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_run_json
 from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.start.head_errors import HeadErrors, head_model
 
@@ -47,7 +48,7 @@ def measure_outcome(
     splits are taken, validation splits where there is none. The new task's errors are written as an evaluation too.
     """
     task = read_manifest(new).task
-    (facts,) = (table for table in read_json(run_dir / MODEL_FACTS_NAME)["tasks"] if table["name"] == task)
+    (facts,) = (table for table in read_run_json(run_dir, MODEL_FACTS_NAME)["tasks"] if table["name"] == task)
     before, after = head_model(start, task_facts_from(facts), rows), model_of_run(run_dir)
     split = split_to_judge_by(new)
     document: dict[str, Any] = {"task": task, "split": split, "begun_as": [start.tasks[row].name for row in rows]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import Manifest, read_manifest
@@ -163,25 +161,3 @@ def _model(start: AtomisticModel, tasks: Sequence[Mapping[str, Any]]) -> dict[st
     settings = start.settings.model_dump()
     settings["attention_targets"] = [name for name in settings["attention_targets"] if name in held]
     return {**settings.pop("encoder"), **settings}
-
-
-def toml_text(table: Mapping[str, Any], comment: Sequence[str] = ()) -> str:
-    """Return a run file's tables as TOML, with comment lines before them."""
-    lines = [f"# {line}" for line in comment]
-    for name, value in table.items():
-        for each in value if isinstance(value, list) else [value]:
-            lines += ["", f"[[{name}]]" if isinstance(value, list) else f"[{name}]"]
-            lines += [f"{key} = {_value(item)}" for key, item in each.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    if isinstance(value, bool | str):
-        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings are JSON's
-    if isinstance(value, int | float):
-        return repr(value)
-    raise ConfigError(f"{value!r} has no form in TOML.")

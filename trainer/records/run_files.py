@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_json, write_text
 
 RUN_NAME = "run.json"
 """Resolved configuration, versions, command, start."""
@@ -32,26 +33,9 @@ def writing(run_dir: Path, write: Callable[[], None]) -> None:
         ) from error
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file in one piece."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises ConfigError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); is {path.parent} a run folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}).") from error
+def read_run_json(run_dir: Path, name: str) -> Any:
+    """Return the content of a JSON file of a run folder; raise ConfigError if it is missing or damaged."""
+    return read_json(run_dir / name, hint=f"check that {run_dir} is a run folder")
 
 
 class MetricsWriter:
@@ -100,6 +84,4 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def truncate_metrics(run_dir: Path, step: int) -> None:
     """Leave out what was logged after `step`: a resumed run does those steps again."""
     kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
-    part = run_dir / (METRICS_NAME + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, run_dir / METRICS_NAME)
+    write_text(run_dir / METRICS_NAME, "".join(kept))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import manifest_sha256
 from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.records.run_files import RUN_NAME, read_json, write_json
+from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
 OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
@@ -60,7 +61,7 @@ def git_commit() -> dict[str, Any] | None:
 
 def read_record(run_dir: Path) -> dict[str, Any]:
     """Read `run.json`; raises ConfigError if it is missing, damaged, or not what a run writes."""
-    record = read_json(run_dir / RUN_NAME)
+    record = read_run_json(run_dir, RUN_NAME)
     if not isinstance(record, dict) or not isinstance(record.get("ranks"), int):
         raise ConfigError(f"{run_dir / RUN_NAME} does not say how many ranks the run has; start a new run.")
     return record

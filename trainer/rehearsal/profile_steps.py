@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from hydrazero.shards.files import replacing
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
@@ -61,9 +61,8 @@ def _write_trace(profiler: Any, folder: Path) -> Path:
     """Write this rank's trace in one piece."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trace-rank{distributed.rank()}.json"
-    part = path.with_name(path.name + ".part")
-    profiler.export_chrome_trace(str(part))
-    os.replace(part, path)
+    with replacing(path) as part:
+        profiler.export_chrome_trace(str(part))
     return path
 
 

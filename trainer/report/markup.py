@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Collection, Sequence
 from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
+
+from hydrazero.shards.files import write_text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -55,9 +56,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
     """Write a document in one piece and return its path."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(page(title, parts), encoding="utf-8")
-    os.replace(part, out)
+    write_text(out, page(title, parts))
     return out
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.plots.parity import Array, OtherParity, Parity
-from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_json, read_metrics
+from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_metrics, read_run_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,10 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 def read_run(run_dir: Path, label: str) -> RunData:
     """Read a run folder; raises ConfigError naming the file that is missing or damaged."""
-    run = RunData(path=run_dir, label=label, record=read_json(run_dir / RUN_NAME), metrics=read_metrics(run_dir))
+    run = RunData(path=run_dir, label=label, record=read_run_json(run_dir, RUN_NAME), metrics=read_metrics(run_dir))
     if not (run_dir / EVALUATION_NAME).is_file():
         return run
-    evaluation = read_json(run_dir / EVALUATION_NAME)
+    evaluation = read_run_json(run_dir, EVALUATION_NAME)
     predictions = {
         name: read_predictions(run_dir / PREDICTIONS / f"{name}.parquet", row["targets"])
         for name, row in evaluation["tasks"].items()

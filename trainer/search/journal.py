@@ -8,18 +8,19 @@ next.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from filelock import AcquireReturnProxy
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import locked, try_lock
 from hydrazero.trainer.search.halving import Scores, goes_on
 from hydrazero.trainer.search.objective import Errors, RungResult
 from hydrazero.trainer.search.space import Choices, SearchSpace, Value, require_optuna, space_of
@@ -43,7 +44,8 @@ class HeldTrial:
     values: dict[str, Value]
     trial: Any
     """Optuna's."""
-    lock: IO[bytes]
+    lock: AcquireReturnProxy
+    """Released at the end of a `with` block of it, or when the process ends."""
 
 
 class Journal:
@@ -94,7 +96,7 @@ class Journal:
                 raise ConfigError(f"{self._path(trial.number, '.lock')} is locked by a process of another search.")
             return self._held(trial, lock)
 
-    def _held(self, trial: Any, lock: IO[bytes]) -> HeldTrial:
+    def _held(self, trial: Any, lock: AcquireReturnProxy) -> HeldTrial:
         values = {key: parameter.suggest(trial, key) for key, parameter in self.space.vary.items()}
         return HeldTrial(number=trial.number, values=values, trial=trial, lock=lock)
 
@@ -141,32 +143,15 @@ class Journal:
     def _path(self, number: int, ending: str) -> Path:
         return self.out / TRIALS / f"{number:04d}{ending}"
 
-    def _lock(self, number: int) -> IO[bytes] | None:
-        """Lock a trial until the file is closed or this process ends, however; None if somebody else has."""
-        file = open(self._path(number, ".lock"), "ab")  # noqa: SIM115 (open as long as the trial is held)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        return file
+    def _lock(self, number: int) -> AcquireReturnProxy | None:
+        """Lock a trial until the lock is released or this process ends, however; None if another process has it."""
+        return try_lock(self._path(number, ".lock"))
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other workers waiting meanwhile."""
         with locked(self.out / LOCK_NAME):
             yield
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; raises ConfigError where the file system has none."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be locked ({error.strerror}); set search.out on another disk.") from error
-        yield
 
 
 def begin_search(space: SearchSpace, text: str, trivial: Errors) -> Journal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.files import read_toml
 from hydrazero.shards.settings_parser import Section, parse_settings
 
 Value = str | bool | int | float
@@ -157,12 +157,7 @@ def require_optuna() -> Any:
 
 def read_space(path: Path) -> SearchSpace:
     """Read a space file; raises ConfigError naming file and key. Values are checked by `check_space`."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"space file {path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"space file {path} is not valid TOML: {error}.") from error
+    table = read_toml(path, "space file")
     for key in table:
         if key not in ("search", "vary"):
             raise ConfigError(f"{path}: {key} is not known{did_you_mean(key, ['search', 'vary'])}.")

@@ -13,7 +13,7 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, NEAREST, NEW, OWN
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.sections import TaskSection
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_json
+from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_run_json
 from hydrazero.trainer.start.head_errors import (
     COMPARED,
     FITTED,
@@ -155,7 +155,8 @@ def refit(start: AtomisticModel, task: TaskSection, own: TaskFacts, rows: Sequen
 def resumed_facts(config: RunConfig, facts: Sequence[TaskFacts]) -> list[TaskFacts]:
     """Return facts with what tasks have taken over from their heads when the run was started."""
     stored = {
-        table["name"]: task_facts_from(table) for table in read_json(Path(config.run.out) / MODEL_FACTS_NAME)["tasks"]
+        table["name"]: task_facts_from(table)
+        for table in read_run_json(Path(config.run.out), MODEL_FACTS_NAME)["tasks"]
     }
     resumed = []
     for task, own in zip(config.tasks, facts, strict=True):

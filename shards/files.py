@@ -1,0 +1,167 @@
+"""Files: written so that each is complete or absent, locked between processes, and read with one sentence on errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydrazero.shards.errors import ConfigError
+
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix: str = "") -> Iterator[Path]:
+    """Yield the path of a temporary file or folder beside `path`, and rename it to `path` at the end.
+
+    `path` keeps its old content, or stays absent, until the rename; the temporary one is removed if the block raises.
+    Set `shared` where several processes may write `path` at the same time: each then has a temporary file of its own.
+    With `durable`, the content is on the disk before the rename, so that a power failure cannot leave an empty file.
+    `suffix` ends the temporary name, for writers that look at it. Raises OSError where the system does.
+    """
+    owner = f"-{os.getpid()}" if shared else ""
+    temporary = path.with_name(f".{path.name}.part{owner}{suffix}")
+    try:
+        yield temporary
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes, *, shared: bool = False, durable: bool = False) -> None:
+    """Write a file through a temporary file and a rename; the options are those of `replacing`."""
+    with replacing(path, shared=shared, durable=durable) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str, *, shared: bool = False, durable: bool = False) -> None:
+    """Write a text in UTF-8 through a temporary file and a rename; the options are those of `replacing`."""
+    write_bytes(path, text.encode(), shared=shared, durable=durable)
+
+
+def write_json(path: Path, document: Any, *, shared: bool = False, durable: bool = False) -> None:
+    """Write a JSON document, indented by one space; the options are those of `replacing`."""
+    write_text(path, json.dumps(document, indent=1) + "\n", shared=shared, durable=durable)
+
+
+def read_json(source: Path | Traversable, what: str = "", *, hint: str = "") -> Any:
+    """Return the content of a JSON file.
+
+    `what` says what the file is for, such as 'run file'; `hint` ends the sentence about a file that cannot be read.
+    Raises ConfigError if the file cannot be read or is not valid JSON.
+    """
+    name = f"{what} {source}".lstrip()
+    try:
+        return json.loads(_read_text(source, name, hint))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid JSON: {error}.") from error
+
+
+def read_toml(source: Path | Traversable, what: str) -> dict[str, Any]:
+    """Return the tables of a TOML file; `what` says what the file is for, such as 'run file'.
+
+    Raises ConfigError if the file cannot be read, or, with line and column, if it is not valid TOML.
+    """
+    name = f"{what} {source}"
+    try:
+        return tomllib.loads(_read_text(source, name))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}.") from error
+
+
+def _read_text(source: Path | Traversable, name: str, hint: str = "") -> str:
+    try:
+        return source.read_text(encoding="utf-8")
+    except OSError as error:
+        advice = f"; {hint}" if hint else ""
+        raise ConfigError(f"{name} cannot be read ({error.strerror}){advice}.") from error
+
+
+def toml_text(table: Mapping[str, Any], comment: Sequence[str] = ()) -> str:
+    """Return a file of tables as TOML, with comment lines before them.
+
+    A list of tables is written under `[[name]]` headings. Raises ConfigError for a value that TOML cannot hold.
+    """
+    try:
+        parts = [text for name, value in table.items() for text in _toml_parts(name, value)]
+    except TypeError as error:
+        raise ConfigError(f"this value cannot be written as TOML: {error}.") from error
+    lines = "".join(f"# {line}\n" for line in comment)
+    return "\n".join([lines, *parts] if comment else parts)
+
+
+def _toml_parts(name: str, value: Any) -> list[str]:
+    import tomli_w
+
+    # tomli_w itself writes short tables of a list in one line each, to which nobody can add a line.
+    flat = isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+    if flat and not any(isinstance(inner, Mapping) for item in value for inner in item.values()):
+        return [f"[[{name}]]\n{tomli_w.dumps(item)}" for item in value]
+    return [tomli_w.dumps({name: value})]
+
+
+@contextmanager
+def locked(path: Path, *, remove: bool = False) -> Iterator[None]:
+    """Hold the lock of the file `path`, and wait for it while another process holds it.
+
+    The system releases the lock when its process ends, however that happens. With `remove`, the file is removed at the
+    end. Raises ConfigError where the file cannot be opened, or its file system has no locks.
+    """
+    while (held := _acquire(path, blocking=True)) is None:
+        pass  # whoever held the lock has removed the file: lock the new one
+    with held:
+        try:
+            yield
+        finally:
+            if remove:
+                path.unlink(missing_ok=True)
+
+
+def try_lock(path: Path) -> AcquireReturnProxy | None:
+    """Lock the file `path`, or return None at once if another process holds its lock.
+
+    The lock is released at the end of a `with` block of the returned object, by its `lock.release()`, or when this
+    process ends, however that happens. Raises ConfigError where the file cannot be opened, or its file system has no
+    locks.
+    """
+    return _acquire(path, blocking=False)
+
+
+def _acquire(path: Path, *, blocking: bool) -> AcquireReturnProxy | None:
+    """Return the held lock of a file; None if another process holds it, or has removed the file meanwhile."""
+    from filelock import FileLock, Timeout  # their import takes 50 ms, and few commands need them
+
+    def check(descriptor: int) -> None:
+        try:
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return
+        except FileNotFoundError:
+            pass
+        raise _ReplacedError
+
+    # Only the kernel's own lock will do: a marker file would outlive a process that is killed.
+    lock = FileLock(path, fallback_to_soft=False, thread_local=False, on_acquired=check)
+    try:
+        return lock.acquire(blocking=blocking)
+    except (Timeout, _ReplacedError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be locked ({error.strerror}); choose a folder on another disk.") from error
+
+
+class _ReplacedError(Exception):
+    """The locked file has been removed or replaced meanwhile, so that its lock keeps nobody out."""
