@@ -18,9 +18,10 @@ from hydrazero.models.screening.reader import Share
 from hydrazero.models.screening.run import structures_of
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.launcher_variables import launcher_rank, launcher_ranks
 from hydrazero.shards.manifest import file_sha256
 from hydrazero.shards.readers.frames import FieldNames
-from hydrazero.trainer.ranks.distributed import device, launcher_rank, launcher_ranks
+from hydrazero.trainer.ranks.distributed import device
 from hydrazero.trainer.records.run_log import progress_bar
 
 

@@ -12,6 +12,7 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel, check_model, model_from_facts
 from hydrazero.models.task_facts import TaskFacts, targets_of
+from hydrazero.shards.device import device_kind
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.stream.stream import StreamSettings, TrainStream
@@ -41,7 +42,6 @@ from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.loop import RunParts
 from hydrazero.trainer.ranks import distributed
-from hydrazero.trainer.ranks.device import device_kind
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_run_json
 from hydrazero.trainer.records.run_log import RunLog

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import click
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import write_json
+from hydrazero.shards.launcher_variables import launcher_rank
+from hydrazero.shards.processes import end_with_parent
 from hydrazero.trainer.checkpoint.folders import latest_checkpoint, step_of, usable_checkpoint
 from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
@@ -19,10 +20,9 @@ from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.engine.parameter_groups import frozen
 from hydrazero.trainer.loop import Trainer
 from hydrazero.trainer.ranks import distributed
-from hydrazero.trainer.ranks.distributed import LostContactError, exit_rank, launcher_rank
-from hydrazero.trainer.ranks.exit_status import FAILED
+from hydrazero.trainer.ranks.distributed import LostContactError
+from hydrazero.trainer.ranks.exit_status import FAILED, end_process_after
 from hydrazero.trainer.ranks.launcher import train_ranks
-from hydrazero.trainer.ranks.processes import end_with
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, truncate_metrics, writing
 from hydrazero.trainer.records.run_log import RunLog
@@ -159,26 +159,22 @@ def main(
 ) -> None:
     """Train one rank of RUN_FILE; start it with deepspeed, srun, mpirun, or alone."""
     if launched_by is not None:
-        end_with(launched_by)
-    try:
+        end_with_parent(launched_by, FAILED)
+
+    def job() -> None:
         config = load_run_config(run_file, overrides)
         if rehearsal is None:
             run_rank(config, resume, used_hours)
         else:
             rehearse(rehearsal, config, resume)
-    except HydrazeroError as error:
-        # The process group is gone by now, or was never there; what the launcher has told is.
-        # `hydrazero train` sees which rank has ended, and says so itself.
-        lost_and_known = launched_by is not None and isinstance(error, LostContactError)
-        if not lost_and_known and (launcher_rank() == 0 or not error.on_every_rank):
-            click.echo(f"Error: {error}", err=True)
-        exit_rank(error.exit_status)
-    except KeyboardInterrupt:
-        exit_rank(FAILED)
-    except Exception:
-        traceback.print_exc()
-        exit_rank(FAILED)
-    exit_rank(0)
+
+    def prints(error: HydrazeroError) -> bool:
+        # `hydrazero train` sees which rank has ended, and reports it. The process group is gone by now, or never
+        # existed, so the rank is the launcher's.
+        is_reported = launched_by is not None and isinstance(error, LostContactError)
+        return not is_reported and (launcher_rank() == 0 or not error.on_every_rank)
+
+    end_process_after(job, prints=prints)
 
 
 if __name__ == "__main__":

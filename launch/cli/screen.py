@@ -93,10 +93,11 @@ def screen_command(ranks: int | None, launched_by: int | None, local_rank: int |
         _start_ranks(ranks)
         return
     from hydrazero.launch.screen_files import ScreenRequest, screen_files
-    from hydrazero.trainer.ranks.processes import end_with
+    from hydrazero.shards.processes import end_with_parent
+    from hydrazero.trainer.ranks.exit_status import FAILED
 
     if launched_by is not None:
-        end_with(launched_by)
+        end_with_parent(launched_by, FAILED)
     for name in ("tasks", "forces_of"):
         options[name] = tuple(task_list(options[name]) or ())
     screen_files(ScreenRequest(**options), click.echo)
@@ -130,18 +131,9 @@ def without_ranks(words: list[str]) -> list[str]:
 
 def main() -> None:
     """Screen as one rank; report errors of users in one sentence."""
-    try:
-        screen_command(standalone_mode=False)
-    except HydrazeroError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.stdout.flush()
-        os._exit(error.exit_status)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)
+    from hydrazero.trainer.ranks.exit_status import end_process_after
+
+    end_process_after(lambda: screen_command(standalone_mode=False), interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import click
 
-from hydrazero.launch.node.steps import Step, end_with_parent, end_with_steps
+from hydrazero.launch.node.steps import Step, end_with_steps
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.processes import kill_with_parent
 
 SIDE = 256
 """Of the matrices that a GPU multiplies."""
@@ -27,7 +28,7 @@ def check_devices(wanted: int) -> None:
     """Raise ConfigError if there are fewer GPUs than there should be, or one computes wrongly."""
     import torch
 
-    from hydrazero.trainer.ranks.device import device_kind, gpu_module
+    from hydrazero.shards.device import device_kind, gpu_module
 
     gpu = gpu_module()
     found = 0 if gpu is None else gpu.device_count()
@@ -67,7 +68,7 @@ def check_room(folder: Path, room: int) -> None:
 def check_health(command: Sequence[str]) -> None:
     """Raise ConfigError unless a command of the site ends with status 0."""
     try:
-        status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, preexec_fn=end_with_parent).returncode
+        status = subprocess.run(command, stdin=subprocess.DEVNULL, check=False, preexec_fn=kill_with_parent).returncode
     except OSError as error:
         raise ConfigError(f"'{shlex.join(command)}' cannot be started ({error.strerror}).") from error
     if status:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import click
 
-from hydrazero.launch.node.steps import Step, end_with_steps, node_name
+from hydrazero.launch.node.steps import Step, end_with_steps
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.launcher_variables import node_name
 
 AT_ONCE = 8
 """Files that a node copies at a time: a disk of a node takes what several streams of a shared file system bring."""

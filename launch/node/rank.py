@@ -13,32 +13,23 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import click
 
 from hydrazero.launch.node.records import RECORDS, SIGN_EVERY, add_event, events_of
-from hydrazero.launch.node.steps import end_with_parent
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.launcher_variables import LauncherRank, launcher_rank_in, node_name
+from hydrazero.shards.processes import kill_with_parent
 
-FAMILIES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "PALS_LOCAL_RANKID"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-)
-"""Variables in which launchers tell rank, number of ranks, and rank on the node: deepspeed and torchrun, Open MPI, the
-mpiexec of PALS, that of MPICH and Intel MPI, srun. Slurm's come last: inside of a job they are there for all."""
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TAIL = 40
 """Lines."""
@@ -46,32 +37,23 @@ DRAIN = 5.0
 """Seconds that a rank's output is waited for once it has ended; children of it may hold it open for longer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which rank this is, and where."""
-
-    rank: int
-    ranks: int
-    local: int
-    node: str
-
-
-def place_of(environment: Mapping[str, str]) -> Place:
-    """Read what the launcher has told; raises ConfigError if none has told anything."""
-    for names in FAMILIES:
-        values = [environment.get(name, "") for name in names]
-        if all(value.isdigit() for value in values):
-            rank, ranks, local = map(int, values)
-            node = environment.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
-            return Place(rank=rank, ranks=ranks, local=local, node=node)
-    raise ConfigError("no launcher has told this process its rank; start it with srun, mpiexec, mpirun or deepspeed.")
+def rank_in(environment: Mapping[str, str]) -> LauncherRank:
+    """Return the rank that the launcher has put into an environment; raises ConfigError if there is none."""
+    rank = launcher_rank_in(environment)
+    if rank is None:
+        raise ConfigError(
+            "no launcher has told this process its rank; start it with srun, mpiexec, mpirun or deepspeed."
+        )
+    return rank
 
 
 class Watched:
     """A rank's process and its notes."""
 
-    def __init__(self, attempt: Path, place: Place, stop_after: float | None, removed: Sequence[Path] = ()) -> None:
-        self.attempt, self.place = attempt, place
+    def __init__(
+        self, attempt: Path, place: LauncherRank, stop_after: float | None, removed: Sequence[Path] = ()
+    ) -> None:
+        self.attempt, self.place, self.node = attempt, place, node_name()
         self.removed = removed
         """Folders on the node's own disk that go when its last rank has ended: a cancelled job can do no more then."""
         self.stop_at = None if stop_after is None else time.monotonic() + stop_after
@@ -95,7 +77,7 @@ class Watched:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 close_fds=False,
-                preexec_fn=end_with_parent,
+                preexec_fn=kill_with_parent,
             )
         except OSError as error:
             raise ConfigError(f"{command[0]} cannot be started ({error.strerror}).") from error
@@ -115,7 +97,7 @@ class Watched:
 
     def _clean(self) -> None:
         try:
-            events = [row["event"] for row in events_of(self.attempt, self.place.node)]
+            events = [row["event"] for row in events_of(self.attempt, self.node)]
         except OSError:  # the job's own cleaning comes after this one
             return
         if events.count("end") == events.count("start"):
@@ -132,7 +114,7 @@ class Watched:
                 self._pass_on(signal.SIGUSR1, None)
             if self.place.local == 0 and now >= until_sign:
                 until_sign = now + SIGN_EVERY
-                self._leave("a sign of life", lambda: os.utime(self.attempt / f"{self.place.node}{RECORDS}"))
+                self._leave("a sign of life", lambda: os.utime(self.attempt / f"{self.node}{RECORDS}"))
 
     def _seconds_left(self) -> float:
         return SIGN_EVERY if self.stop_at is None else max(self.stop_at - time.monotonic(), 0.0)
@@ -162,7 +144,7 @@ class Watched:
     def _note(self, event: str, **facts: object) -> None:
         self._leave(
             f"the note '{event}'",
-            lambda: add_event(self.attempt, self.place.node, event, rank=self.place.rank, **facts),
+            lambda: add_event(self.attempt, self.node, event, rank=self.place.rank, **facts),
         )
 
     def _leave(self, what: str, leave: Callable[[], None]) -> None:
@@ -172,7 +154,7 @@ class Watched:
         except OSError as error:
             if not self.warned:
                 self.warned = True
-                said = f"{what} of rank {self.place.rank} on {self.place.node} cannot be left in {self.attempt}"
+                said = f"{what} of rank {self.place.rank} on {self.node} cannot be left in {self.attempt}"
                 _warn(f"{said} ({error.strerror}); the rank goes on, and the post-mortem will know less.")
 
 
@@ -192,13 +174,9 @@ def main(
 ) -> None:
     """Start one rank and note how it ends."""
     try:
-        place = place_of(os.environ)
-        own = {
-            "RANK": str(place.rank),
-            "WORLD_SIZE": str(place.ranks),
-            "LOCAL_RANK": "0" if one_device else str(place.local),
-        }
-        status = Watched(attempt, place, stop_after, removed).run(command, {**os.environ, **own})
+        place = rank_in(os.environ)
+        seen = replace(place, local=0) if one_device else place
+        status = Watched(attempt, place, stop_after, removed).run(command, {**os.environ, **seen.variables()})
     except HydrazeroError as error:
         click.echo(f"Error: {error}", err=True)
         status = error.exit_status

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -20,10 +18,10 @@ import click
 
 from hydrazero.launch.node.records import BY_SHELL, PASSED, UNFIT, add_event
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.launcher_variables import node_name
 
 PASSES = 3
 """Times that folders are removed at a SIGTERM: a step may still write there, until it finds no folder any more."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +32,6 @@ class Step:
     """It hangs: '{what} has not ended'."""
     do: Callable[[], None]
     """Raises HydrazeroError if the node cannot take part."""
-
-
-def node_name() -> str:
-    """Name of this node, as Slurm has it, or else the host's without its domain."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
 
 
 def node_address() -> str:
@@ -76,11 +69,6 @@ def _refuse(attempt: Path, reason: str) -> None:
     with contextlib.suppress(ConfigError):  # the script names a node without a note, too
         _note(attempt, UNFIT, reason=reason.rstrip("."))
     _end(1)
-
-
-def end_with_parent() -> None:
-    """Let this process be killed when the one that has started it ends: nobody would know of it any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _take(steps: Sequence[Step], within: float) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,16 +18,16 @@ from hydrazero.models.screening.lookup import Lookup, Refused, Rows, TooStrange
 from hydrazero.models.screening.relaxed import Relaxer
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, Items, Source, walk
+from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import HydrazeroError, StructureError
 from hydrazero.shards.graphs.graph import BatchShape, GraphSample, collate, shape_holding
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
+from hydrazero.shards.processes import end_with_creator
 from hydrazero.shards.stream.handover import HandedBatch, to_buffer
 from hydrazero.shards.stream.packing import Packer, fits
 
 LOOKED_AT, SOURCES = 64, 64
 """Structures of a source, and sources, that the shape of batches is worked out from at most."""
-WATCHED = 1.0
-"""Seconds between a worker's looks at whether its rank is there."""
 PREFETCHED = 4
 """Batches that each worker may be ahead."""
 
@@ -198,22 +194,16 @@ def screenfuls(lane: Lane, workers: int) -> Iterator[Screenful]:
         num_workers=workers,
         prefetch_factor=PREFETCHED if workers else None,
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=partial(_end_with_the_rank, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_end_with_the_rank,
+        pin_memory=has_gpu(),
     )
     yield from loader
 
 
-def _end_with_the_rank(rank: int, worker: int) -> None:
-    """Let a worker ignore Ctrl-C, which goes to every process, and end when its rank, a process, does.
+def _end_with_the_rank(worker: int) -> None:
+    """Let a worker ignore Ctrl-C, which every process receives, and end when the process of its rank ends.
 
-    Else one whose rank was killed would wait for ever to hand over a batch, and hold the rank's lock.
+    Otherwise a worker whose rank was killed would wait for ever to pass a batch on, and hold the rank's lock.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == rank:
-            time.sleep(WATCHED)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_creator()

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import get_context
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.launcher_variables import mpi_sizes
+from hydrazero.shards.processes import end_with_creator
 
 POLL_SECONDS = 0.3
-
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Variables in which mpirun and srun tell how many ranks there are."""
-
-
-def mpi_ranks() -> int:
-    """Ranks that mpirun or srun has started; 1 without them."""
-    return max((int(os.environ[name]) for name in MPI_SIZES if os.environ.get(name, "").isdigit()), default=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +60,12 @@ def worker_processes(count: int) -> Iterator[Workers | None]:
     """
     if count < 1:
         raise ConfigError(f"--workers is {count}; it must be at least 1.")
-    if mpi_ranks() > 1:
+    if (ranks := max(mpi_sizes().values(), default=1)) > 1:
         try:
             from mpi4py import MPI
             from mpi4py.futures import MPICommExecutor
         except ImportError as error:
-            raise ConfigError(f"{mpi_ranks()} MPI ranks need mpi4py, which cannot be loaded ({error}).") from error
+            raise ConfigError(f"{ranks} MPI ranks need mpi4py, which cannot be loaded ({error}).") from error
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
             # Its stubs tell nothing of the executor that it gives to the first rank.
             pool: Any = executor
@@ -84,18 +76,5 @@ def worker_processes(count: int) -> Iterator[Workers | None]:
     else:
         # Not forked: the caller may have threads, of a progress bar for example.
         context = get_context("forkserver")
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as executor:
+        with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_creator) as executor:
             yield Workers(executor=executor, count=count)
-
-
-def _end_with_parent() -> None:
-    """Let this process end when the one that started it is killed, instead of waiting for work for ever."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()

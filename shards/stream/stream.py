@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
 from hydrazero.shards.manifest import Manifest
@@ -201,7 +202,7 @@ class TrainStream:
             prefetch_factor=PREFETCHED_BATCHES if settings.workers else None,
             multiprocessing_context="fork" if settings.workers else None,
             worker_init_fn=_outlive_requests_to_stop,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=has_gpu(),
         )
 
     def __iter__(self) -> Iterator[GraphBatch]:

@@ -20,6 +20,7 @@ from bench.timing import hand_over
 from collective_count import Collectives
 
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.exit_status import exit_rank
 
 Found = dict[str, list[float]]
 
@@ -77,7 +78,7 @@ def main() -> None:
     if distributed.rank() == 0:
         hand_over(together(everybody))
     distributed.wait_for_all()
-    distributed.exit_rank(0)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

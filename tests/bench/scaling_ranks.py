@@ -26,6 +26,7 @@ from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import parameter_groups
 from hydrazero.trainer.engine.step_guard import StepGuard
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.exit_status import exit_rank
 
 STAGES = (0, 1, 2, 3)
 TASKS, STRUCTURES = 4, 64
@@ -103,7 +104,7 @@ def main() -> None:
     if distributed.rank() == 0:
         hand_over({**seconds, **sent})
     distributed.wait_for_all()
-    distributed.exit_rank(0)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from hydrazero.launch.job.hosts import chosen_hosts, read_hostfile
 from hydrazero.launch.job.job import longest_hours
 from hydrazero.launch.job.site_file import load_site, site_names
 from hydrazero.launch.node.check import check_devices
+from hydrazero.shards.device import BACKENDS, device_kind
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.ranks.device import BACKENDS, device_kind
 from hydrazero.trainer.ranks.distributed import device
 
 

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from hydrazero.launch.cli.main import main
-from hydrazero.launch.node.rank import place_of
+from hydrazero.launch.node.rank import rank_in
 from hydrazero.launch.node.records import add_event, read_try
 from hydrazero.launch.postmortem import (
     CANCELLED,
@@ -33,6 +33,7 @@ from hydrazero.launch.postmortem import (
     wait_for_ends,
 )
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.launcher_variables import node_name
 
 HALF = RunProgress(step=20, steps=40)
 LOST = ["Error: rank 0 has lost another rank, which has ended; --resume goes on from the last checkpoint."]
@@ -263,12 +264,14 @@ def test_the_last_rank_of_a_node_takes_along_what_was_on_its_disk(tmp_path):
     assert watched(attempt, "true", options=options).wait(60) == 0 and not copies.exists()
 
 
-def test_a_rank_knows_its_number_from_every_launcher():
-    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURMD_NODENAME": "n2"}
-    place = place_of(srun)
-    assert (place.rank, place.ranks, place.local, place.node) == (5, 8, 1, "n2")
+def test_a_rank_knows_its_number_from_every_launcher(monkeypatch):
+    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    place = rank_in(srun)
+    assert (place.rank, place.ranks, place.local) == (5, 8, 1)
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    assert node_name() == "n2"
     within = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    assert place_of({**srun, **within}).rank == 3  # mpirun in a job of Slurm
-    assert place_of({"PMI_RANK": "2", "PMI_SIZE": "24", "PALS_LOCAL_RANKID": "2"}).ranks == 24
+    assert rank_in({**srun, **within}).rank == 3  # mpirun in a job of Slurm
+    assert rank_in({"PMI_RANK": "2", "PMI_SIZE": "24", "PALS_LOCAL_RANKID": "2"}).ranks == 24
     with pytest.raises(ConfigError, match="no launcher has told"):
-        place_of({"SLURM_PROCID": "0"})
+        rank_in({"SLURM_PROCID": "0"})

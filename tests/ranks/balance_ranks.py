@@ -10,7 +10,8 @@ from test_balance import labelled_batch, trained_model
 
 from hydrazero.trainer.balance import BalanceFacts, BalanceSection
 from hydrazero.trainer.engine.run_balance import RunBalance
-from hydrazero.trainer.ranks.distributed import exit_rank, rank, ranks, start_ranks, stop_ranks, sum_over_ranks
+from hydrazero.trainer.ranks.distributed import rank, ranks, start_ranks, stop_ranks, sum_over_ranks
+from hydrazero.trainer.ranks.exit_status import exit_rank
 
 
 def main(folder: Path) -> None:

@@ -25,6 +25,7 @@ from hydrazero.trainer.engine.partition import partition_in
 from hydrazero.trainer.engine.step_guard import StepGuard
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.exit_status import exit_rank
 
 RETENTION = Retention(last=9, best=None)
 STAGES = (1, 0, 2, 3, 0, 3, 1)
@@ -131,7 +132,7 @@ def main() -> None:
     if distributed.rank() == 0:
         out.write_text(json.dumps(result))
     distributed.wait_for_all()
-    distributed.exit_rank(0)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.step_guard import StepGuard
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.exit_status import exit_rank
 
 TASKS, MICRO_BATCHES = 4, 2
 SMALL = ModelSettings(encoder=EncoderSettings(features=16, layers=1, cutoff=4.0), head_features=16)
@@ -103,7 +104,7 @@ def main() -> None:
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(found))
     distributed.wait_for_all()
-    distributed.exit_rank(0)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

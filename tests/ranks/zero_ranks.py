@@ -22,6 +22,7 @@ from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.step_guard import StepGuard
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.exit_status import exit_rank
 
 STEPS = 4
 BROKEN = 2
@@ -164,7 +165,7 @@ def main() -> None:
     if distributed.rank() == 0:
         (Path(sys.argv[1]) / "result.json").write_text(json.dumps(results))
     distributed.wait_for_all()
-    distributed.exit_rank(0)
+    exit_rank(0)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 
-from hydrazero.trainer.ranks.distributed import LAUNCHER_VARIABLES, free_port
+from hydrazero.shards.launcher_variables import TORCH_VARIABLES
+from hydrazero.trainer.ranks.distributed import free_port
 
 TESTS = Path(__file__).parents[1]
 PROGRAMS = TESTS / "ranks"
@@ -92,7 +93,7 @@ def _run(command: list[str], environment: dict[str, str], output: str) -> None:
 
 def without_launcher() -> dict[str, str]:
     """Return the environment less what a run in this process may have left there: as a user's shell has it."""
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES} | SETTINGS
+    return {key: value for key, value in os.environ.items() if key not in TORCH_VARIABLES} | SETTINGS
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from hydrazero.shards.device import device_kind, gpu_module
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint.folders import (
     CHECKSUMS_NAME,
@@ -27,7 +28,6 @@ from hydrazero.trainer.engine.partition import partition_in
 from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.engine.zero_layout import layout_of
-from hydrazero.trainer.ranks.device import device_kind, gpu_module
 from hydrazero.trainer.ranks.distributed import from_first, gather_objects, gather_to_first, rank, ranks, wait_for_all
 
 STATE_NAME = "run_state.pt"

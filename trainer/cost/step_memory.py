@@ -13,6 +13,7 @@ import torch
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.task_facts import TaskFacts
+from hydrazero.shards.device import gpu_module
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, collate, graph_sample
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
@@ -20,7 +21,6 @@ from hydrazero.shards.stream.batch_proposal import demand_of, fill_of, propose, 
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 from hydrazero.shards.structure import Structure
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.ranks.device import gpu_module
 
 PEAK_OVER_KEPT = 1.6
 """Peak memory of a step over what autograd keeps for the backward passes: working copies come on top (measured, see

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,17 +12,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from hydrazero.shards.device import BACKENDS, device_kind, device_of
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.trainer.ranks.device import BACKENDS, device_kind
+from hydrazero.shards.launcher_variables import (
+    TORCH_VARIABLES,
+    LauncherRank,
+    is_ready_for_torch,
+    is_under_mpi,
+    launcher_ranks,
+    local_rank,
+    mpi_sizes,
+)
 from hydrazero.trainer.ranks.exit_status import MAY_PASS
 
 T = TypeVar("T")
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""How many processes mpirun or srun have started."""
-MPI_VARIABLES = (*SIZE_VARIABLES, "PMIX_RANK")
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def quiet_deepspeed() -> None:
@@ -71,13 +73,11 @@ def start_ranks(timeout_minutes: float = 10.0) -> None:
 
     # DeepSpeed calls collectives by names that torch has deprecated: nothing that a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    launched = all(name in os.environ for name in LAUNCHER_VARIABLES)
-    by_mpi = any(name in os.environ for name in MPI_VARIABLES)
-    if not launched and not by_mpi:
-        with_free_port = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(with_free_port, MASTER_PORT=str(free_port()))
-    elif not launched:
+    if not is_ready_for_torch() and is_under_mpi():
         _ask_mpi()
+    elif not is_ready_for_torch():
+        alone = LauncherRank(rank=0, ranks=1, local=0).variables()
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     _check_started()
     backend = BACKENDS[device_kind()]
     timeout = timedelta(minutes=timeout_minutes)
@@ -87,7 +87,7 @@ def start_ranks(timeout_minutes: float = 10.0) -> None:
 
 
 def _ask_mpi() -> None:
-    """Set LAUNCHER_VARIABLES to what MPI knows; raises ConfigError if it cannot be asked."""
+    """Set torch's variables to what MPI knows; raises ConfigError if mpi4py cannot be used."""
     import deepspeed
 
     try:
@@ -95,33 +95,21 @@ def _ask_mpi() -> None:
     except (ImportError, RuntimeError) as error:  # the latter if there is mpi4py but no MPI library
         raise ConfigError(
             f"ranks of mpirun or srun find each other through mpi4py, which cannot be imported ({error}); install it "
-            f"for this machine's MPI, or set {', '.join(LAUNCHER_VARIABLES)} for each rank."
+            f"for this machine's MPI, or set {', '.join(TORCH_VARIABLES)} for each rank."
         ) from error
 
 
 def _check_started() -> None:
     """Raise ConfigError if more processes were started than find each other; more ranks than were told are fine."""
-    size = int(os.environ["WORLD_SIZE"])
-    for name in SIZE_VARIABLES:
-        told = os.environ.get(name, "")
-        if told.isdigit() and int(told) > size:
-            for wrong in LAUNCHER_VARIABLES:  # each process takes itself for rank 0, and all would print this
+    size = launcher_ranks()
+    for name, started in mpi_sizes().items():
+        if started > size:
+            for wrong in TORCH_VARIABLES:  # by these each process is rank 0, and all would print the error
                 os.environ.pop(wrong)
             raise ConfigError(
-                f"{told} processes were started ({name}), but they find only {size} in their group; start them with "
-                "the mpirun, or srun --mpi, that belongs to the MPI which mpi4py was built with."
+                f"{started} processes were started ({name}), but only {size} are in their group; start them with the "
+                "mpirun, or srun --mpi, that belongs to the MPI with which mpi4py was built."
             )
-
-
-def launcher_rank() -> int:
-    """Rank that the launcher has given this process, known before there is a process group; 0 without a launcher."""
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
-
-
-def launcher_ranks() -> int:
-    """Number of processes that the launcher has started; 1 without a launcher."""
-    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", *SIZE_VARIABLES))
-    return next((int(size) for size in told if size.isdigit()), 1)
 
 
 def free_port() -> int:
@@ -145,8 +133,7 @@ def ranks() -> int:
 
 def device() -> torch.device:
     """Device that this rank computes on."""
-    kind = device_kind()
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
+    return device_of(local_rank())
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -251,17 +238,3 @@ def within_ranks(timeout_minutes: float, job: Callable[[], None]) -> None:
             raise
         raise lost from error  # the group is left as it is: to leave it properly takes the others too
     stop_ranks()
-
-
-def exit_rank(status: int) -> None:
-    """End this process at once, its output flushed.
-
-    Threads of the process group may still let go of Python objects; one that asks for the interpreter while it shuts
-    down aborts the process ("terminate called without an active exception", about one exit in ten with two ranks).
-    """
-    mpi = sys.modules.get("mpi4py.MPI")  # there if the ranks found each other through it
-    if status == 0 and mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()  # mpirun takes a rank that leaves without it for a failed one
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

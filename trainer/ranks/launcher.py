@@ -16,7 +16,9 @@ from typing import BinaryIO
 
 import click
 
+from hydrazero.shards.device import device_kind, gpu_module
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.launcher_variables import LauncherRank
 from hydrazero.trainer.ranks.distributed import free_port
 from hydrazero.trainer.ranks.exit_status import MAY_PASS
 from hydrazero.trainer.ranks.stop_signals import SIGNALS
@@ -92,7 +94,7 @@ class Ranks:
         self._exits.callback(self._kill)
         self._exits.enter_context(handling(self._pass_on))
         for rank in range(self.ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = LauncherRank(rank=rank, ranks=self.ranks, local=rank).variables()
             environment = {**self.environment, **own}
             self.processes.append(
                 subprocess.Popen(self.command, env=environment, stdout=self.output, stderr=self.output)
@@ -156,16 +158,14 @@ def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
 
 def _environment(ranks: int) -> dict[str, str]:
     """Return what tells ranks how many they are and where they meet; raises ConfigError if there are too few GPUs."""
-    from hydrazero.trainer.ranks.device import device_kind, gpu_module
-
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
     environment.setdefault("DS_ACCELERATOR", device_kind())
     if (gpu := gpu_module()) is not None and gpu.device_count() < ranks:
         raise ConfigError(f"--ranks is {ranks}, but this machine has {gpu.device_count()} GPUs; use as many.")
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    return {**environment, **meet, "LOCAL_SIZE": str(ranks)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {**environment, **meeting, "LOCAL_SIZE": str(ranks)}
 
 
 @contextlib.contextmanager

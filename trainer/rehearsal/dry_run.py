@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from hydrazero.models.task_facts import known_elements
+from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.manifest import Manifest, check_shard_files
@@ -89,8 +90,7 @@ def _state_bytes(config: RunConfig, checked: CheckedRun, engine: TrainingEngine)
         balance_every=config.balance.every,
         average=bool(config.train.average),
     )
-    gpu = torch.cuda.is_available()
-    return die_memory(run, distributed.ranks(), activations=0.0, gpu=gpu, workers=config.data.workers).states
+    return die_memory(run, distributed.ranks(), activations=0.0, gpu=has_gpu(), workers=config.data.workers).states
 
 
 def _try(trainer: Trainer, log: SilentLog) -> Tried:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from hydrazero.shards.device import device_kind, has_gpu
 from hydrazero.shards.files import replacing
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.loop import Interval, Trainer
@@ -44,7 +45,7 @@ def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
     engine.train()
     for _ in range(WARM_UP):
         trainer.one_step(batches, interval)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    activities = [ProfilerActivity.CPU, *([getattr(ProfilerActivity, device_kind().upper())] if has_gpu() else [])]
     with profile(activities=activities) as profiler:
         for _ in range(PROFILED):
             trainer.one_step(batches, interval)
@@ -68,7 +69,7 @@ def _write_trace(profiler: Any, folder: Path) -> Path:
 
 def _table(events: Any, *, steps: int) -> Table:
     """The operations that take most time by themselves, of the GPU where there is one, without those they call."""
-    gpu = torch.cuda.is_available()
+    gpu = has_gpu()
     times = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
     total = sum(times.values()) or 1.0
     device = "GPU" if gpu else "CPU"

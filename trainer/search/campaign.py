@@ -71,19 +71,20 @@ def check_ended(journal: Journal, trials: int, statuses: Sequence[int]) -> None:
 
 def _environment(space: SearchSpace, worker: int, workers: int) -> dict[str, str]:
     """Return a worker's environment: its part of the cores or GPUs; raises ConfigError if there are too few GPUs."""
-    import torch
+    from hydrazero.shards.device import VISIBLE, device_kind, gpu_module
 
     environment, ranks = dict(os.environ), space.search.ranks
     environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // (workers * ranks), 1)))
-    if torch.cuda.is_available() and workers > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    if (gpu := gpu_module()) is not None and workers > 1:
+        variable = VISIBLE[device_kind()]
+        visible = os.environ.get(variable, "")
+        gpus = visible.split(",") if visible else [str(n) for n in range(gpu.device_count())]
         if len(gpus) < workers * ranks:
             raise ConfigError(
                 f"--workers {workers} with search.ranks = {ranks} need {workers * ranks} GPUs, and {len(gpus)} are "
                 "there; trials that share one would not have equal time."
             )
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[worker * ranks : (worker + 1) * ranks])
+        environment[variable] = ",".join(gpus[worker * ranks : (worker + 1) * ranks])
     return environment
 
 

@@ -8,19 +8,18 @@ Several may work on one journal, on this machine or others.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from pathlib import Path
 
 import click
 
 from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.launcher_variables import forget_launcher
+from hydrazero.shards.processes import end_with_parent
 from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.ranks.distributed import MPI_VARIABLES, RANK_VARIABLES, exit_rank
-from hydrazero.trainer.ranks.exit_status import FAILED
+from hydrazero.trainer.ranks.exit_status import FAILED, end_process_after
 from hydrazero.trainer.ranks.launcher import Ranks, train_command
-from hydrazero.trainer.ranks.processes import end_with
 from hydrazero.trainer.records.run_files import RUN_NAME
 from hydrazero.trainer.search.journal import HeldTrial, Journal, open_journal
 from hydrazero.trainer.search.objective import RungResult, result_at
@@ -132,24 +131,13 @@ def _check_failures(journal: Journal) -> None:
 def main(out: Path, trials: int, launched_by: int | None) -> None:
     """Work on the search in OUT until TRIALS are done."""
     if launched_by is not None:
-        end_with(launched_by)
-    for name in (*RANK_VARIABLES, *MPI_VARIABLES):  # those of this worker among its like, not of a trial's ranks
-        os.environ.pop(name, None)
-    try:
-        work(open_journal(out), trials)
-    except SearchStoppedError as error:
-        exit_rank(error.exit_status)
-    except HydrazeroError as error:
-        click.echo(f"Error: {error}", err=True)
-        exit_rank(error.exit_status)
-    except KeyboardInterrupt:
-        exit_rank(STOPPED)
-    except Exception:
-        import traceback
-
-        traceback.print_exc()
-        exit_rank(FAILED)
-    exit_rank(0)
+        end_with_parent(launched_by, FAILED)
+    forget_launcher()  # a launcher's ranks are workers here, and not the ranks of a trial
+    end_process_after(
+        lambda: work(open_journal(out), trials),
+        interrupted=STOPPED,
+        prints=lambda error: not isinstance(error, SearchStoppedError),
+    )
 
 
 if __name__ == "__main__":
