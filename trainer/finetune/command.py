@@ -145,7 +145,8 @@ def _write_run_file(request: Request, plan: Plan, heads: Sequence[HeadErrors]) -
         part.write_text(toml_text(plan.table, comment), encoding="utf-8")
         config = load_run_config(part)
         check_run(config, resume=False)
-        check_units(config, config.tasks[0], heads)
+        if config.finetune.check_units:
+            check_units(config.tasks[0], heads)
         request.out.mkdir()
         os.replace(part, path)
     except OSError as error:

@@ -16,6 +16,7 @@ import click
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.ranks.distributed import MPI_VARIABLES, RANK_VARIABLES, exit_rank
 from hydrazero.trainer.ranks.exit_status import FAILED
@@ -98,10 +99,11 @@ def _options(journal: Journal, held: HeldTrial, seconds: float) -> list[str]:
     from hydrazero.trainer.setup import check_settings
 
     base = load_run_config(journal.run_file)
+    ds_config = deepspeed_config(base.deepspeed, base.train.steps)
     try:
         overrides = trial_overrides(journal.run_file, held.values)
         # The trial's own come last: they may hold a warm-up.
-        overrides = [*search_overrides(base, journal.run_dir(held.number), seconds), *overrides]
+        overrides = [*search_overrides(ds_config, journal.run_dir(held.number), seconds), *overrides]
         check_settings(load_run_config(journal.run_file, overrides))
     except HydrazeroError as error:
         raise TrialFailedError(str(error).rstrip(".")) from error
