@@ -51,6 +51,8 @@ LAZY_FACTORIES = {
 }
 """The one circle of imports: a potential makes the interfaces that compute with it."""
 MOST_FILES = 16
+HOLD_RUN_CONFIG = ("launch/cli/", "launch/job/job.py", "launch/plan/request.py", "trainer/finetune/command.py")
+"""Command files, and the requests that they pass on."""
 ONLY_IN = {
     "deepspeed": {"trainer"},
     "tensorboard": {"trainer"},
@@ -111,6 +113,13 @@ def test_no_circle_of_imports_but_the_lazy_factories():
 @pytest.mark.parametrize("folder", sorted({path.parent for path in modules()}), ids=lambda path: path.name)
 def test_folders_can_be_taken_in_at_a_glance(folder):
     assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_FILES
+
+
+def test_functions_get_the_section_that_they_use_and_not_the_whole_run_file():
+    """RunConfig is known where run files are read, where runs are put together, and to the command line."""
+    allowed = ("trainer/config/", "trainer/setup.py", "trainer/train.py", "trainer/rehearsal/", *HOLD_RUN_CONFIG)
+    naming = [str(path.relative_to(ROOT)) for path in modules() if "RunConfig" in path.read_text(encoding="utf-8")]
+    assert [place for place in naming if not place.startswith(allowed)] == []
 
 
 def test_every_folder_with_code_is_packaged():

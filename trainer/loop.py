@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, what is logged, evaluations and checkpoints."""
+"""The training loop: steps, the log, evaluations, checkpoints, and when to stop."""
 
 from __future__ import annotations
 
@@ -7,62 +7,35 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hydrazero.shards.errors import CheckpointError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, TrainStream
 from hydrazero.trainer.checkpoint.folders import Retention, is_kept
 from hydrazero.trainer.checkpoint.save_load import save_checkpoint
-from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import TrainSection
 from hydrazero.trainer.cost.step_memory import peak_memory_mb
 from hydrazero.trainer.engine.engine import StepResult, train_step
-from hydrazero.trainer.engine.losses import errors_by_task
 from hydrazero.trainer.engine.run_balance import RunBalance
 from hydrazero.trainer.engine.schedules import Schedule
 from hydrazero.trainer.engine.step_guard import StepGuard
 from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
-from hydrazero.trainer.evaluation.parity_sample import ParitySample
-from hydrazero.trainer.evaluation.validation import evaluate_engine
+from hydrazero.trainer.evaluation.interval import Interval, interval_in
+from hydrazero.trainer.evaluation.validation import validate
 from hydrazero.trainer.ranks.distributed import device, gather_objects, gather_to_first, max_over_ranks, sum_over_ranks
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.run_log import RunLog
 
 
 @dataclass(kw_only=True)
-class Interval:
-    """What has gathered since the last line of the log."""
-
-    sums: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    loss: float = 0.0
-    steps: int = 0
-    atoms: int = 0
-    learning_rate: float = 0.0
-    """Of its last step."""
-    waited: float = 0.0
-    """Seconds that this rank stood still for data."""
-    since: float = field(default_factory=time.monotonic)
-    """Clock at its start, later by every pause for an evaluation or a checkpoint."""
-
-    def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as plain types and a tensor."""
-        return {**vars(self), "since": time.monotonic() - self.since}
-
-
-def interval_in(state: dict[str, Any]) -> Interval:
-    """Return an interval that goes on from a state."""
-    return Interval(**{**state, "since": time.monotonic() - state["since"]})
-
-
-@dataclass(kw_only=True)
 class RunParts:
-    """What a run in progress on one rank is made of."""
+    """The parts of a run on one rank."""
 
     engine: TrainingEngine
     stream: TrainStream
@@ -74,32 +47,31 @@ class RunParts:
 
 
 class Trainer:
-    """A run in progress on one rank."""
+    """A run on one rank, from its first step, or from a checkpoint, to its last."""
 
-    def __init__(self, config: RunConfig, parts: RunParts) -> None:
-        self.config, self.parts, self.engine = config, parts, parts.engine
+    def __init__(self, run_dir: Path, settings: TrainSection, parts: RunParts) -> None:
+        self.run_dir, self.settings, self.parts, self.engine = run_dir, settings, parts, parts.engine
         self.step = 0
         self.best: dict[str, float] | None = None
         self.stale = 0
-        """Evaluations since the best one."""
+        """Number of evaluations since the one with the lowest loss."""
         self.skipped_structures = 0
         self.skipped_before = 0
-        """Structures that had been skipped when the run was resumed."""
+        """Number of structures that had been skipped when the run was resumed."""
         self.interval = Interval()
         self.over = False
-        """Whether the last step has been done, by their number or by train.budget_seconds."""
+        """Whether the last step is done, by the number of steps or by train.budget_seconds."""
         self._kinds_done: set[bool] = set()
-        self.run_dir = Path(config.run.out)
         self.names = [task.name for task in self.engine.module.model.tasks]
         self._said_of: set[str] = set()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from the state of a checkpoint."""
+        """Continue from the state of a checkpoint."""
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
         self.skipped_before = self.skipped_structures = state["skipped_structures"]
         self.interval = interval_in(state["interval"])
         self.parts.stop.trained = state.get("trained_seconds", 0.0)  # not in checkpoints of earlier versions
-        # Its checkpoint may have been damaged, or have made way for one of steps that are done again.
+        # The best checkpoint may have been damaged, or replaced by one of steps that are now done again.
         is_there = self.best is not None and is_kept(self.run_dir, int(self.best["step"]))
         self.best = self.best if gather_objects(is_there)[0] else None
         if (sentence := self.parts.balance.load(state["balance"])) is not None:
@@ -125,7 +97,7 @@ class Trainer:
 
         Raises NonFiniteLossError on all ranks if too many steps in a row had to be skipped.
         """
-        settings = self.config.train
+        settings = self.settings
         batches = iter(self.parts.stream)
         self.engine.train()
         reason = ""
@@ -143,7 +115,7 @@ class Trainer:
             if (self._due(settings.checkpoint_every) or is_best or ends) and not self._save(ends=ends):
                 self.best = before if is_best else self.best  # it must be there to be evaluated and exported
         if self.step < settings.steps:
-            self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume goes on from here.")
+            self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume continues from here.")
 
     def _say_what_is_not_compiled(self) -> None:
         for kind, why in self.engine.module.not_compiled.items():
@@ -155,9 +127,9 @@ class Trainer:
         return self.step % every == 0 or self.over
 
     def _timed_step(self, batches: Iterator[GraphBatch]) -> bool:
-        """Do a step and count its time, but not of the first of a kind since the start, which may compile.
+        """Do a step and count its time, except for the first step of each kind since the start, which may compile.
 
-        Those that measure gradients are a kind of their own; the very first waits for readers too.
+        Steps that measure gradients are a kind of their own. The very first step also waits for the readers.
         """
         began, kind = time.monotonic(), self.parts.balance.due(self.step + 1)
         wanted = self.one_step(batches, self.interval)
@@ -168,14 +140,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
-        """Leave what happens meanwhile out of the interval's time."""
+        """Exclude the time of a pause from that of the interval."""
         start = time.monotonic()
         yield
         self.interval.since += time.monotonic() - start
 
     def _save(self, *, ends: bool) -> bool:
-        """Save a checkpoint; returns whether it was possible. Raises CheckpointError if not, and the run ends here."""
-        settings = self.config.train
+        """Save a checkpoint; return whether that was possible.
+
+        Raise CheckpointError if it was not and the run ends here.
+        """
+        settings = self.settings
         retention = Retention(last=settings.keep_checkpoints, best=self.best if settings.keep_best else None)
         with self._pause():
             reason = save_checkpoint(self.engine, self.run_dir, self._state(), self.parts.average, retention)
@@ -183,33 +158,35 @@ class Trainer:
             return True
         sentence = f"the checkpoint of step {self.step} could not be written ({reason})"
         if ends:
-            raise CheckpointError(f"{sentence}, and the run ends here; make room, then --resume goes on.")
-        self.parts.log.say(f"warning: {sentence}; the run goes on, the last complete one stays.")
+            raise CheckpointError(
+                f"{sentence}, and the run ends here; free some disk space, then continue with --resume."
+            )
+        self.parts.log.say(f"warning: {sentence}; the run continues, and the last complete checkpoint is kept.")
         return False
 
     def _asked_to_stop(self, wanted: bool) -> str:
-        """Why a rank wants to stop here, the same on every rank; empty if none does. Notes whether the run is over."""
+        """Return why a rank wants to stop here, the same on every rank, or "" if none does; set `over`."""
         stop = self.parts.stop
         asked = gather_objects((stop.reason, stop.at_the_end)) if wanted else []
         reason, at_the_end = next((each for each in asked if each[0]), ("", False))
-        self.over = at_the_end or self.step == self.config.train.steps
+        self.over = at_the_end or self.step == self.settings.steps
         return reason
 
     def _out_of_patience(self, evaluated: bool) -> str:
-        """Why the run stops after an evaluation; empty if it goes on."""
-        if evaluated and self.config.train.patience and self.stale >= self.config.train.patience:
+        """Return why the run stops after an evaluation, or "" if it continues."""
+        if evaluated and self.settings.patience and self.stale >= self.settings.patience:
             return f"no evaluation of the last {self.stale} has a lower validation loss (train.patience)"
         return ""
 
     def one_step(self, batches: Iterator[GraphBatch], interval: Interval) -> bool:
-        """Do a step; returns whether a rank wants to stop after it."""
+        """Do a step; return whether a rank wants to stop after it."""
         parts = self.parts
         asked = time.monotonic()
         micro_batches = [next(batches).to(device()) for _ in range(self.engine.gradient_accumulation_steps())]
         interval.waited += time.monotonic() - asked
-        interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it is that of the next one
+        interval.learning_rate = float(self.engine.get_lr()[0])  # after the step it would be that of the next step
         parts.balance.prepare(self.step + 1)
-        self.engine.module.objective.weigh(self.step / self.config.train.steps)
+        self.engine.module.objective.weigh(self.step / self.settings.steps)
         result = train_step(self.engine, micro_batches, parts.guard, stop=parts.stop.wanted())
         self.step += 1
         measured = parts.balance.update(self.step, result.losses)
@@ -221,15 +198,12 @@ class Trainer:
             parts.average.update()
         if measured is not None:
             parts.log.balance_row(measured)
-        interval.sums = interval.sums + result.sums.cpu()
-        interval.loss += result.loss
-        interval.steps += 1
-        interval.atoms += result.atoms
+        interval.add(result)
         parts.log.advance(self.step, result.loss)
         return result.stop
 
     def _taken(self, result: StepResult) -> bool:
-        """Tell the guard, and the log, how a step went; returns whether it has changed weights."""
+        """Report a step to the guard and to the log; return whether it has changed weights."""
         guard, log = self.parts.guard, self.parts.log
         if result.rescaled:
             if (sentence := guard.rescale(self.step)) is not None:
@@ -241,40 +215,24 @@ class Trainer:
         return not (result.rescaled or result.skipped)
 
     def _log_interval(self, interval: Interval) -> None:
-        seconds = max(time.monotonic() - interval.since, 1e-9)
-        # Ranks wait for each other at every step, so the share of the slowest is what the run loses.
-        waited = max_over_ranks(interval.waited)
+        row = interval.row(self.names, self.engine.module.objective)
         norm = self.engine.get_global_grad_norm()
-        if not interval.steps:  # all skipped
-            interval.sums = torch.zeros(len(self.names), self.engine.module.objective.columns, dtype=torch.float64)
         self.parts.log.train_row(
             {
                 "step": self.step,
                 "epoch": self.parts.stream.epoch,
-                "loss": interval.loss / interval.steps if interval.steps else None,
-                "learning_rate": interval.learning_rate,
+                **row,
                 "gradient_norm": float(norm) if norm is not None and math.isfinite(norm) else None,
-                "structures_per_s": float(interval.sums[:, -1].sum()) / seconds,
-                "atoms_per_s": interval.atoms / seconds,
-                "steps_per_s": interval.steps / seconds,
-                "data_wait_share": waited / seconds,
                 "skipped_structures": self._skipped(),
                 "skipped_steps": self.parts.guard.skipped,
                 "rescaled_steps": self.parts.guard.rescaled,
                 "memory_mb": max_over_ranks(peak_memory_mb()),
                 "weights": self.parts.balance.weights(),
-                "sampling_shares": self._shares(interval.sums[:, -1]),
-                "tasks": errors_by_task(interval.sums, self.names, self.engine.module.objective),
             }
         )
 
-    def _shares(self, structures: Tensor) -> dict[str, float | None]:
-        """Share of each task among the structures drawn, [tasks] of them."""
-        total = float(structures.sum())
-        return {name: n / total if total else None for name, n in zip(self.names, structures.tolist(), strict=True)}
-
     def _skipped(self) -> int:
-        """Training structures that damaged shards have cost so far, on all ranks; what is new is said."""
+        """Return how many training structures of damaged shards all ranks have skipped so far; report new ones."""
         skipped = self.parts.stream.skipped
         total = self.skipped_before + int(sum_over_ranks(torch.tensor([skipped.total()], dtype=torch.float64)))
         if total > self.skipped_structures:
@@ -290,44 +248,29 @@ class Trainer:
             self.parts.log.say(f"warning: {count:,} {split} structures are skipped so far: {reason}")
 
     def _pictures_due(self) -> bool:
-        """Whether predictions of an evaluation are drawn: of the 1st, 2nd, 4th, 8th, ... and the last.
+        """Return whether parity plots are drawn: of the 1st, 2nd, 4th, 8th, ... and the last evaluation.
 
-        A picture of each task takes its time, which so stays small beside that of the run.
+        Drawing a plot of each task takes time, which this keeps small compared to that of the run.
         """
-        number = -(-self.step // self.config.train.evaluate_every)
+        number = -(-self.step // self.settings.evaluate_every)
         return number.bit_count() == 1 or self.over
 
     def _evaluate(self) -> bool:
-        """Evaluate on the validation split; returns whether it is the best so far."""
+        """Evaluate on the validation split; returns whether the loss is the lowest so far."""
         reader = SplitReader(self.parts.stream.settings, "val")
         average = self.parts.average
         with contextlib.nullcontext() if average is None else average.applied():
-            sample = ParitySample(self.names, self.engine.module.objective) if self._pictures_due() else None
-            began = time.monotonic()
-            sums, unseen = evaluate_engine(self.engine, reader, sample)
-            seconds = max_over_ranks(time.monotonic() - began)
+            found = validate(self.engine, reader, self.parts.balance.own_weights, figures=self._pictures_due())
         self._say_skipped("validation", reader.skipped)
-        objective = self.engine.module.objective
-        score = objective.score(sums, self.parts.balance.own_weights)
-        tasks = errors_by_task(sums, self.names, objective)
-        for name, count in zip(self.names, unseen.tolist(), strict=True):
-            tasks[name]["unseen"] = int(count)
         self.parts.log.evaluation_row(
-            {
-                "split": "val",
-                "step": self.step,
-                "loss": None if math.isnan(score) else score,
-                "trained_seconds": self.parts.stop.trained,
-                "structures_per_s": float(sums[:, -1].sum()) / seconds,
-                "tasks": tasks,
-            }
+            {"split": "val", "step": self.step, "trained_seconds": self.parts.stop.trained, **found.row()}
         )
-        if sample is not None:
-            self.parts.log.pictures(self.step, sample.gathered().figures)
-        if isinstance(self.engine.lr_scheduler, Schedule) and not math.isnan(score):
-            self.engine.lr_scheduler.report(score)
-        if math.isnan(score) or (self.best is not None and score >= self.best["loss"]):
+        if found.sample is not None:
+            self.parts.log.pictures(self.step, found.sample.gathered().figures)
+        if found.loss is not None and isinstance(self.engine.lr_scheduler, Schedule):
+            self.engine.lr_scheduler.report(found.loss)
+        if found.loss is None or (self.best is not None and found.loss >= self.best["loss"]):
             self.stale += 1
             return False
-        self.best, self.stale = {"step": self.step, "loss": score}, 0
+        self.best, self.stale = {"step": self.step, "loss": found.loss}, 0
         return True

@@ -93,7 +93,7 @@ def check_run(
     # A run that was resumed before it had a checkpoint starts as it did at first.
     if config.run.start_from and not checkpoints(run_dir):
         start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
-        check_heads(config, start)
+        check_heads(config.tasks, config.model, start, config.run.start_from)
         return replace(checked, start=start, rows=rows_of_same_name([task.name for task in config.tasks], start))
     return checked
 
@@ -106,11 +106,11 @@ def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[Ch
     if not any(task.init_head for task in config.tasks):
         return checked, []
     if resume:
-        checked = replace(checked, facts=resumed_facts(config, checked.facts))
+        checked = replace(checked, facts=resumed_facts(config.tasks, checked.facts, Path(config.run.out)))
     if (start := checked.start) is None:
         return checked, []
     mine: list[HeadStart] = distributed.together(
-        lambda: head_starts(config, start, checked.facts) if distributed.rank() == 0 else []
+        lambda: head_starts(config.tasks, checked.facts, start, config.finetune) if distributed.rank() == 0 else []
     )
     starts: list[HeadStart] = distributed.gather_objects(mine)[0]
     facts = checked.facts if resume else [each.facts for each in starts]
@@ -122,16 +122,16 @@ def check_settings(
     config: RunConfig, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
 ) -> CheckedRun:
     """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
-    check_wandb(config)
+    check_wandb(config.run.wandb)
     ds_config = deepspeed_config(config.deepspeed, config.train.steps)
     check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
     if manifests is None:
         manifests = task_manifests(config)
     else:
-        check_copies(config, manifests)
+        check_copies(config.tasks, config.data, manifests)
     facts = [task_facts(task, manifest) for task, manifest in zip(config.tasks, manifests, strict=True)]
     check_model(config.model.settings(), facts)
-    check_weights(config, facts)
+    check_weights(config.loss, facts)
     for task, found, manifest in zip(config.tasks, facts, manifests, strict=True):
         check_labels(task, config.loss, found, manifest)
     return CheckedRun(

@@ -27,6 +27,7 @@ from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, truncate_metrics, writing
 from hydrazero.trainer.records.run_log import RunLog
 from hydrazero.trainer.records.run_record import add_resume, run_record
+from hydrazero.trainer.records.scalar_log import hyperparameters
 from hydrazero.trainer.rehearsal.rehearse import rehearse
 from hydrazero.trainer.setup import (
     CheckedRun,
@@ -87,7 +88,9 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     described, run_dir = trained.model.facts(), Path(config.run.out)
     average = weight_average_of(engine, config.train.average)
     state: dict[str, Any] = {"step": 0, "stream": None}
-    said = [] if checked.start is None else [*started_from(config, checked.start, checked.rows), *heads]
+    said: list[str] = []
+    if checked.start is not None:
+        said = [*started_from(config.tasks, checked.start, checked.rows, config.run.start_from), *heads]
     said += [sentence] if (sentence := frozen(trained)) is not None else []
     if resume:
         check_same_model(run_dir, described)
@@ -97,18 +100,18 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             state = load_checkpoint(engine, folder, average)
             said.append(resumed_from(state, engine))
 
-    log = RunLog(config, state["step"])
+    log = RunLog(run_dir, config.train.steps, start=state["step"], settings=hyperparameters(config.model_dump()))
     stop = StopRequest(config.train.max_hours, used_hours, config.train.budget_seconds)
     parts = run_parts(config, checked, engine, average, stop=stop, log=log, stream_state=state["stream"])
 
     def note_start() -> None:
         if resume:
             truncate_metrics(run_dir, state["step"])
-            add_resume(run_dir, config, state["step"], distributed.ranks())
+            add_resume(run_dir, step=state["step"], steps=config.train.steps, ranks=distributed.ranks())
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / MODEL_FACTS_NAME, described)
-            write_json(run_dir / RUN_NAME, run_record(config, checked.ds_config, distributed.ranks()))
+            write_json(run_dir / RUN_NAME, run_record(config.model_dump(), checked.ds_config, distributed.ranks()))
 
     # Only now that nothing has refused to start is it a run, or one resume more.
     distributed.together(lambda: writing(run_dir, note_start) if distributed.rank() == 0 else None)
@@ -119,7 +122,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
         if config.train.compile:
             log.say(compile_steps(engine))
-        trainer = Trainer(config, parts)
+        trainer = Trainer(run_dir, config.train, parts)
         if state["step"]:
             trainer.load(state)
         trainer.train()

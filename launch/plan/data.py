@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.deal import Deal, TaskPlan, mixture_repeats
-from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.config.sections import TaskSection
+from hydrazero.trainer.config.sections import PlanSection, TaskSection
 
 BYTES_OF_ATOM, BYTES_OF_STRUCTURE = 25.0, 110.0
 """On the disk: a line through the shards of the sixteen real tasks."""
@@ -65,19 +63,15 @@ class TaskData:
         return -(-self.blocks // BLOCKS_PER_SHARD)
 
 
-def planned_data(config: RunConfig) -> list[TaskData]:
-    """Return what is known of each task's data; raises ConfigError for a task of which nothing is."""
-    unknown = sorted({*config.plan.structures, *config.plan.atoms} - {task.name for task in config.tasks})
+def planned_data(tasks: Sequence[TaskSection], section: PlanSection) -> list[TaskData]:
+    """Return what is known about each task's data; raises ConfigError for a task about which nothing is known."""
+    unknown = sorted({*section.structures, *section.atoms} - {task.name for task in tasks})
     if unknown:
         raise ConfigError(f"plan: '{unknown[0]}' is no task of the run file.")
-    for key, values in (("structures", config.plan.structures), ("atoms", config.plan.atoms)):
-        for task, value in values.items():
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"plan.{key}.{task} is {value}; it must be a number above 0.")
-    return [_data_of(task, config) for task in config.tasks]
+    return [_data_of(task, section) for task in tasks]
 
 
-def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
+def _data_of(task: TaskSection, section: PlanSection) -> TaskData:
     if not is_remote(task.shards) and (Path(task.shards) / "manifest.json").is_file():
         manifest = read_manifest(task.shards)
         count = manifest.structures("train")
@@ -87,11 +81,11 @@ def _data_of(task: TaskSection, config: RunConfig) -> TaskData:
         in_all = sum(manifest.structures(split) for split in manifest.splits)
         return TaskData(name=task.name, structures=count, in_all=in_all, atoms=atoms, source="its manifest")
     preset = load_preset(task.name) if task.name in preset_names() else None
-    share = SplitSection.train if preset is None else preset.table.get("split", {}).get("train", SplitSection.train)
-    count, source = config.plan.structures.get(task.name, 0), "the run file"
+    share = SplitSection().train if preset is None else preset.table.get("split", {}).get("train", SplitSection().train)
+    count, source = section.structures.get(task.name, 0), "the run file"
     if not count and preset is not None and preset.about.structures:
         count, source = int(preset.about.structures * share), "its preset"
-    atoms = config.plan.atoms.get(task.name, 0.0)
+    atoms = section.atoms.get(task.name, 0.0)
     if not count or not atoms:
         what = "atoms" if count else "structures"
         raise ConfigError(
@@ -117,9 +111,9 @@ class Reading:
     """Of all manifests."""
 
 
-def reading(data: Sequence[TaskData], config: RunConfig, lanes: int) -> Reading:
+def reading(data: Sequence[TaskData], temperature: float, shares: Sequence[float | None], lanes: int) -> Reading:
     """Return what `lanes` workers of all ranks read in an epoch."""
-    repeats = mixture_repeats([task.structures for task in data], config.data.temperature, config.shares)
+    repeats = mixture_repeats([task.structures for task in data], temperature, shares)
     bytes_read = blocks = structures = 0.0
     for task, passes in zip(data, repeats, strict=True):
         sizes = np.full(task.blocks, BLOCK_STRUCTURES, dtype=np.int64)
@@ -147,8 +141,8 @@ def copying_seconds(data: Sequence[TaskData], nodes: int, files: FilesSection) -
     return max(nodes * size / files.bandwidth.value, nodes * count / files.opens.value, writing)
 
 
-def mean_atoms(data: Sequence[TaskData], config: RunConfig) -> float:
-    """Atoms of a structure as the stream delivers them."""
-    repeats = mixture_repeats([task.structures for task in data], config.data.temperature, config.shares)
+def mean_atoms(data: Sequence[TaskData], temperature: float, shares: Sequence[float | None]) -> float:
+    """Return the mean number of atoms of a structure in the mixture that the stream delivers."""
+    repeats = mixture_repeats([task.structures for task in data], temperature, shares)
     drawn = [passes * task.structures for task, passes in zip(data, repeats, strict=True)]
     return sum(n * task.atoms for n, task in zip(drawn, data, strict=True)) / sum(drawn)

@@ -50,12 +50,12 @@ def basis_of(asked: Asked) -> Basis:
     check_ways(asked.site)
     check_asked(asked)
     config, site = asked.config, asked.site
-    ds_config, data = deepspeed_config(config.deepspeed, config.train.steps), planned_data(config)
+    ds_config, data = deepspeed_config(config.deepspeed, config.train.steps), planned_data(config.tasks, config.plan)
     check_deepspeed(ds_config)
     check_batch(config.batch, data)
     settings, tasks = config.model.settings(), len(config.tasks)
     run = Run(
-        size=planned_size(config),
+        size=planned_size(settings, [bool(task.charge_spin) for task in config.tasks]),
         ds_config=ds_config,
         tasks=tasks,
         quantities=3,
@@ -64,7 +64,7 @@ def basis_of(asked: Asked) -> Basis:
         average=bool(config.train.average),
     )
     check_measurable(run.size)
-    atoms = mean_atoms(data, config)
+    atoms = mean_atoms(data, config.data.temperature, config.shares)
     per_batch = structures_of(config.batch, atoms)
     run = run.with_micro_batches(accumulation(asked, per_batch, run.micro_batches))
     compiled = config.train.compile and run.stage != UNCOMPILED_STAGE

@@ -18,7 +18,8 @@ MANIFEST_READERS = 1
 def files(asked: Asked, data: Sequence[TaskData], structures_per_s: float) -> dict[str, Any]:
     """Return what is opened and read, by all ranks together; `structures_per_s` is what a rank consumes."""
     site, lanes = asked.site, asked.ranks * max(asked.config.data.workers, 1)
-    read = reading(data, asked.config, lanes)
+    config = asked.config
+    read = reading(data, config.data.temperature, config.shares, lanes)
     epochs_per_s = asked.ranks * structures_per_s / read.structures
     bandwidth, opens = read.bytes * epochs_per_s, read.blocks * epochs_per_s
     return {

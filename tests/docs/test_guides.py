@@ -60,7 +60,8 @@ RUN_FILE_BLOCKS = [
 def test_parts_of_run_files_in_the_guides_are_understood(name, block, tmp_path):
     """A block that is no complete run file stands in one, its own tables in place of those there."""
     (tmp_path / "run.toml").write_text(toml_text({**tomllib.loads(BASE), **tomllib.loads(block)}))
-    deepspeed_config(load_run_config(tmp_path / "run.toml"))
+    config = load_run_config(tmp_path / "run.toml")
+    deepspeed_config(config.deepspeed, config.train.steps)
 
 
 @pytest.mark.parametrize("name", ["convert", "presets"])

@@ -163,17 +163,14 @@ def test_tasks_with_a_share_are_drawn_by_it():
         TaskData(name="a", structures=1000, in_all=1000, atoms=10.0, source=""),
         TaskData(name="b", structures=1000, in_all=1000, atoms=30.0, source=""),
     ]
-    config = load_run_config(EXASCALE)
-    two = config.model_copy(update={"tasks": config.tasks[:2]})
-    assert mean_atoms(data, two) == pytest.approx(20.0)
-    shared = config.model_copy(update={"tasks": (config.tasks[0].model_copy(update={"share": 0.25}), config.tasks[1])})
-    assert mean_atoms(data, shared) == pytest.approx(0.25 * 10 + 0.75 * 30)
+    assert mean_atoms(data, 1.0, ()) == pytest.approx(20.0)
+    assert mean_atoms(data, 1.0, (0.25, None)) == pytest.approx(0.25 * 10 + 0.75 * 30)
 
 
 def test_more_lanes_cut_blocks_and_read_them_more_often():
     data = [TaskData(name="a", structures=1_000_000, in_all=1_250_000, atoms=20.0, source="")]
     config = load_run_config(EXASCALE)
-    few, many = (reading(data, config, lanes) for lanes in (4, 65_536))
+    few, many = (reading(data, config.data.temperature, config.shares, lanes) for lanes in (4, 65_536))
     assert few.structures == many.structures == 1_000_000
     assert few.bytes == pytest.approx(data[0].bytes) and many.bytes > 50 * few.bytes
 

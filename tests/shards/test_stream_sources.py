@@ -196,4 +196,4 @@ def test_a_batch_too_small_for_a_structure_is_refused_at_the_start(tmp_path, bat
     path.write_text(RUN.format(out=tmp_path / "run", shards=folder, cutoff=5.0, batch=batch))
     config = load_run_config(path)
     with pytest.raises(ConfigError, match=words):
-        task_manifest(config.tasks[0], config)
+        task_manifest(config.tasks[0], config.data, config.batch, config.model.cutoff)

@@ -236,6 +236,7 @@ def test_bad_run_files(shards, tmp_path):
     zero = "[loss]\nenergy_weight = 0.0\nforces_weight = 0.0\nstress_weight = 0.0\n"
     refused(run(zero), "trains nothing", "look at [loss]")
     refused(run("", "--set", "model.encoder=pain"), "'pain'", "did you mean 'painn'")
+    refused(run("", "--set", "model.repulsion=zbll"), "model.repulsion 'zbll'", "did you mean 'zbl'")
     refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "did you mean")
     refused(run("[loss]\nkind = 'hubber'\n"), "hubber", "did you mean 'huber'")
     refused(run("[batch]\nstructures = 4\natoms = 3\nslots = 400\n"), "'emt'", "batch.atoms to at least 8")

@@ -198,7 +198,7 @@ def test_requests_to_stop_leave_a_checkpoint_from_which_all_goes_on(data, tmp_pa
     in_process(write_run(tmp_path / "whole", data, 10), *changes)
     run_file = write_run(tmp_path / "stopped", data, 10)
     result = in_process(run_file, *changes, "--set=train.max_hours=1e-9")
-    assert "stopped after step 1: train.max_hours = 1e-09; --resume goes on from here" in result.stderr
+    assert "stopped after step 1: train.max_hours = 1e-09; --resume continues from here" in result.stderr
     run = tmp_path / "stopped" / "run"
     for number, during in ((signal.SIGUSR1, 4), (signal.SIGINT, 6), (signal.SIGTERM, 8)):
         with monkeypatch.context() as patched:
@@ -273,7 +273,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(data, tmp_path, monkeyp
         result = in_process(write_run(disk, data, 15), *(f"--set={change}" for change in changes))
         assert saved == [[5], [5], [15]], saved
         assert result.stderr.count("the checkpoint of step 10 could not be written (") == 1, result.stderr
-        assert "the run goes on, the last complete one stays" in result.stderr and "Traceback" not in result.output
+        assert (
+            "the run continues, and the last complete checkpoint is kept" in result.stderr
+            and "Traceback" not in result.output
+        )
         assert [row["step"] for row in rows(disk / "run")] == list(range(1, 16))
         assert not list((disk / "run" / "checkpoints").glob(f"*{PART}"))
     finally:

@@ -22,6 +22,7 @@ from hydrazero.launch.cli.main import main
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config
+from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.records.run_files import read_metrics
 from hydrazero.trainer.report.search_page import write_search_page
 from hydrazero.trainer.search.campaign import begin
@@ -172,7 +173,7 @@ def test_one_in_so_many_goes_on():
 
 def test_the_trivial_predictor_has_the_error_one(root):
     config = load_run_config(root / "run.toml")
-    trivial = trivial_errors(config)
+    trivial = trivial_errors(config.tasks, task_manifests(config), config.loss, skip_damaged=False)
     assert list(trivial) == ["molecules", "metals"] and all(set(e) == {"energy", "forces"} for e in trivial.values())
     forces = [abs(labelled(atoms).get_forces()).ravel() for atoms in metals(4, seed=1)]
     flat = [value for each in forces for value in each]
@@ -200,7 +201,9 @@ def test_values_become_a_run(root):
     run = root / "run.toml"
     lr = {"deepspeed.optimizer.params.lr": 1e-5, "deepspeed.scheduler.params.warmup_num_steps": 7}
     own = trial_overrides(run, {"model.encoder": "schnet", "model.cutoff": 3.5, "batch.structures": 4, **lr})
-    config = load_run_config(run, [*search_overrides(load_run_config(run), root / "out", 12.5), *own])
+    base = load_run_config(run)
+    ds = deepspeed_config(base.deepspeed, base.train.steps)
+    config = load_run_config(run, [*search_overrides(ds, root / "out", 12.5), *own])
     assert (config.model.encoder, config.model.cutoff, config.train.budget_seconds) == ("schnet", 3.5, 12.5)
     assert config.train.steps == ENDLESS and config.batch.atoms < 48 and 0 < config.batch.edges < 1536
     ds = deepspeed_config(config.deepspeed, config.train.steps)

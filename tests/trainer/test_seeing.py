@@ -209,7 +209,7 @@ def test_weights_and_biases_absent_is_said(data, tmp_path, monkeypatch):
     config = load_run_config(write_run(tmp_path, data), ["run.wandb=atoms"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"wandb is not installed.*hydrazero\[wandb\]"):
-        check_wandb(config)
+        check_wandb(config.run.wandb)
 
 
 def test_a_dry_run_writes_nothing(data, tmp_path):

@@ -204,8 +204,8 @@ class TrainSection(Section):
 class PlanSection(Section):
     """What `hydrazero plan` assumes about shards that do not exist yet."""
 
-    structures: dict[str, int] = Field(default_factory=dict)
+    structures: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """Number of training structures, by task. It is not needed for a task that is named like a preset which knows the
     number."""
-    atoms: dict[str, float] = Field(default_factory=dict)
+    atoms: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Mean number of atoms of a structure, by task."""

@@ -13,7 +13,7 @@ from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.shards.stream.budget import check_budget, may_exceed
 from hydrazero.shards.targets import TargetFacts as LabelFacts
 from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.config.sections import LOSS_PARTS, LossSection, TaskSection
+from hydrazero.trainer.config.sections import LOSS_PARTS, DataSection, LossSection, TaskSection
 
 SMALLEST_SCALE = 1e-3
 """eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
@@ -27,27 +27,32 @@ CONSTANT = 1e-6
 
 def task_manifests(config: RunConfig) -> tuple[Manifest, ...]:
     """Read the manifests of all tasks; raises HydrazeroError as `task_manifest`."""
-    return tuple(task_manifest(task, config) for task in config.tasks)
+    cutoff = config.model.cutoff
+    return tuple(task_manifest(task, config.data, config.batch, cutoff) for task in config.tasks)
 
 
-def check_copies(config: RunConfig, manifests: Sequence[Manifest]) -> None:
-    """Raise ShardError if a copy of shards on this node's own disk, which no other rank has seen, is not whole."""
-    if config.data.copies and config.data.on_bad_shard == "stop":
-        for task, manifest in zip(config.tasks, manifests, strict=True):
-            check_shard_files(manifest, config.data.folder(task))
+def check_copies(tasks: Sequence[TaskSection], data: DataSection, manifests: Sequence[Manifest]) -> None:
+    """Raise ShardError if a copy of shards on this node's local disk, which no other rank has read, is incomplete."""
+    if data.copies and data.on_bad_shard == "stop":
+        for task, manifest in zip(tasks, manifests, strict=True):
+            check_shard_files(manifest, data.folder(task))
 
 
-def task_manifest(task: TaskSection, config: RunConfig) -> Manifest:
-    """Read a task's manifest; raises HydrazeroError if its shards are absent, damaged, empty, or too large to batch."""
-    shards = config.data.folder(task)
+def task_manifest(task: TaskSection, data: DataSection, shape: BatchShape, cutoff: float) -> Manifest:
+    """Read a task's manifest.
+
+    Raises HydrazeroError if its shards are absent, damaged or empty, or hold a structure that no batch of `shape` holds
+    with its neighbours within `cutoff` Å.
+    """
+    shards = data.folder(task)
     if not is_remote(shards) and not Path(shards).is_dir():
         raise ConfigError(f"task '{task.name}' has no shards: {shards} does not exist; run 'hydrazero convert'.")
     manifest = read_manifest(shards)
-    if config.data.on_bad_shard == "stop":
+    if data.on_bad_shard == "stop":
         check_shard_files(manifest, shards)
     if manifest.structures("train") == 0:
         raise ConfigError(f"task '{task.name}': {task.shards} holds no training structures.")
-    check_budget(task.name, manifest, config.batch, config.model.cutoff)
+    check_budget(task.name, manifest, shape, cutoff)
     return manifest
 
 
@@ -142,14 +147,14 @@ def _target_scale(held: LabelFacts) -> float:
     return held.deviation if held.deviation > CONSTANT * largest else 1.0
 
 
-def check_weights(config: RunConfig, facts: list[TaskFacts]) -> None:
+def check_weights(loss: LossSection, facts: Sequence[TaskFacts]) -> None:
     """Raise ConfigError for a weight of a target that no task is trained on."""
     known = sorted({name for task in facts for name in task.targets})
-    for name in config.loss.target_weights:
+    for name in loss.target_weights:
         if name not in known:
             raise ConfigError(f"loss.target_weights: '{name}' is no target of any task{did_you_mean(name, known)}.")
     parts = [*LOSS_PARTS, *known]
-    for name in config.loss.final_weights:
+    for name in loss.final_weights:
         if name not in parts:
             raise ConfigError(
                 f"loss.final_weights: '{name}' is neither energy, forces, stress, spread nor a target of any "

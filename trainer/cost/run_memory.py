@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hydrazero.models.atomistic import ModelSettings
 from hydrazero.shards.errors import ConfigError
@@ -64,13 +64,13 @@ def check_memory(memory: RunMemory, shape: BatchShape, cutoff: float, manifests:
 
 def scaled(shape: BatchShape, room: float) -> BatchShape:
     """Return a batch that takes `room` of the memory of another."""
-    return replace(
-        shape,
-        structures=max(int(shape.structures * room), 1),
-        atoms=int(shape.atoms * room),
-        slots=int(shape.rows * room) * ROW_SLOTS,
-        edges=int(shape.edges * room),
-    )
+    changes = {
+        "structures": max(int(shape.structures * room), 1),
+        "atoms": int(shape.atoms * room),
+        "slots": int(shape.rows * room) * ROW_SLOTS,
+        "edges": int(shape.edges * room),
+    }
+    return shape.model_copy(update=changes)
 
 
 def holds_all(shape: BatchShape, cutoff: float, manifests: Sequence[Manifest]) -> bool:

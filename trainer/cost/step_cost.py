@@ -13,7 +13,6 @@ from hydrazero.models.atomistic import AtomisticModel, ModelSettings
 from hydrazero.models.heads.heads import ScalarHead
 from hydrazero.models.heads.task_linear import TaskRows
 from hydrazero.models.task_facts import TaskFacts
-from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.cost.step_memory import StepMemory, probe_batch, probe_tasks
 from hydrazero.trainer.engine.parameter_groups import parameter_groups
 
@@ -63,13 +62,14 @@ def model_size(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> ModelSize
     )
 
 
-def planned_size(config: RunConfig) -> ModelSize:
-    """Count the parameters of a run whose shards need not be there, with heads for energies alone."""
-    facts = [
-        replace(of_task, charge_spin=bool(task.charge_spin))
-        for of_task, task in zip(probe_tasks(len(config.tasks)), config.tasks, strict=True)
-    ]
-    return model_size(config.model.settings().model_copy(update={"attention_targets": ()}), facts)
+def planned_size(settings: ModelSettings, charge_spin: Sequence[bool]) -> ModelSize:
+    """Count the parameters of a model whose shards need not exist, with heads for energies alone.
+
+    `charge_spin` says for each task whether charge and spin are inputs.
+    """
+    tasks = probe_tasks(len(charge_spin))
+    facts = [replace(task, charge_spin=has) for task, has in zip(tasks, charge_spin, strict=True)]
+    return model_size(settings.model_copy(update={"attention_targets": ()}), facts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +16,51 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, empty_batch, evaluation_batches
 from hydrazero.trainer.engine.engine import gathered_parameters
-from hydrazero.trainer.engine.losses import leave_out_unseen
+from hydrazero.trainer.engine.losses import errors_by_task, leave_out_unseen
 from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.evaluation.parity_sample import ParitySample
-from hydrazero.trainer.ranks.distributed import device, fail_together, rank, ranks, sum_over_ranks
+from hydrazero.trainer.ranks.distributed import device, fail_together, max_over_ranks, rank, ranks, sum_over_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The result of an evaluation of the engine's model."""
+
+    loss: float | None
+    """Weighted loss over all tasks; None if no structure has a label."""
+    structures_per_s: float
+    """Structures per second of all ranks, reading and neighbour lists included."""
+    tasks: dict[str, dict[str, Any]]
+    """Losses and errors by task, with the number of structures that were left out because of their elements."""
+    sample: ParitySample | None
+    """Some of the predictions, for parity plots."""
+
+    def row(self) -> dict[str, Any]:
+        """Return the evaluation's part of a row of the log."""
+        return {"loss": self.loss, "structures_per_s": self.structures_per_s, "tasks": self.tasks}
+
+
+def validate(engine: TrainingEngine, reader: SplitReader, task_weights: Tensor, *, figures: bool) -> Validation:
+    """Evaluate the engine's model on a reader's split, all ranks together; `task_weights` [tasks] weigh its loss.
+
+    Some predictions are kept for parity plots if `figures` is set. Raises what reading the data raises, on every rank.
+    """
+    objective = engine.module.objective
+    names = [task.name for task in engine.module.model.tasks]
+    sample = ParitySample(names, objective) if figures else None
+    began = time.monotonic()
+    sums, unseen = evaluate_engine(engine, reader, sample)
+    seconds = max_over_ranks(time.monotonic() - began)
+    loss = objective.score(sums, task_weights)
+    tasks = errors_by_task(sums, names, objective)
+    for name, count in zip(names, unseen.tolist(), strict=True):
+        tasks[name]["unseen"] = int(count)
+    return Validation(
+        loss=None if math.isnan(loss) else loss,
+        structures_per_s=float(sums[:, -1].sum()) / seconds,
+        tasks=tasks,
+        sample=sample,
+    )
 
 
 def evaluate_engine(

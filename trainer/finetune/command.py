@@ -147,7 +147,8 @@ def _write_run_file(request: Request, plan: Plan, heads: Sequence[HeadErrors]) -
             part.write_text(toml_text(plan.table, comment), encoding="utf-8")
             config = load_run_config(part)
             check_run(config, resume=False)
-            check_units(config, config.tasks[0], heads)
+            if config.finetune.check_units:
+                check_units(config.tasks[0], heads)
     except OSError as error:
         raise ConfigError(f"{request.out} cannot be written ({error.strerror}).") from error
     except ConfigError as error:

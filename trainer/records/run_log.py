@@ -19,7 +19,7 @@ from hydrazero.trainer.records.run_files import MetricsWriter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hydrazero.trainer.config.run_file import RunConfig
+    from hydrazero.trainer.records.scalar_log import Settings
 
 TRAIN_SCALARS = (
     "loss",
@@ -61,9 +61,12 @@ def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int
 class RunLog:
     """Log of a run; every rank has one, only rank 0's writes, and only while it is entered."""
 
-    def __init__(self, config: RunConfig, start: int) -> None:
-        self.config, self.start = config, start
-        self.run_dir = Path(config.run.out)
+    def __init__(self, run_dir: Path, steps: int, *, start: int = 0, settings: Settings | None = None) -> None:
+        """Take the run folder, the number of steps, the step to start from, and the run's settings as one flat table.
+
+        `settings` are logged as hyperparameters; `run.wandb` among them names the project of Weights & Biases.
+        """
+        self.run_dir, self.steps, self.start, self.settings = run_dir, steps, start, settings or {}
         self._line: ProgressLine | None = None
         self._metrics = MetricsWriter(self.run_dir)
         self._full = False
@@ -78,8 +81,8 @@ class RunLog:
     def _open(self) -> None:
         from hydrazero.trainer.records.scalar_log import ScalarLog
 
-        self._scalars = ScalarLog(self.run_dir, self.config, self.start)
-        self._line = ProgressLine(wide_console(stderr=True), self.start, self.config.train.steps)
+        self._scalars = ScalarLog(self.run_dir, self.settings, self.start)
+        self._line = ProgressLine(wide_console(stderr=True), self.start, self.steps)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,8 +175,8 @@ class RunLog:
 class SilentLog(RunLog):
     """A log that is never entered, and so writes nothing; its sentences are kept."""
 
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config, 0)
+    def __init__(self) -> None:
+        super().__init__(Path(), 0)
         self.sentences: list[str] = []
 
     def say(self, sentence: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import manifest_sha256
-from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
@@ -20,17 +20,17 @@ OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
 """Options that no user writes."""
 
 
-def run_record(config: RunConfig, ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """Return what `run.json` holds at the start: configuration, versions, data, git commit, command, ranks, time."""
+def run_record(run_file: Mapping[str, Any], ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """Return the content of `run.json` at the start: the tables of the run file, versions, data, commit, command."""
     versions = {}
     for name in VERSIONED_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed as a package"
-    manifests = {task.name: manifest_sha256(task.shards) for task in config.tasks}
+    manifests = {task["name"]: manifest_sha256(task["shards"]) for task in run_file["tasks"]}
     facts = {"deepspeed": ds_config, "versions": versions, "manifests": manifests}
-    return {**config.model_dump(), **facts, **_start(ranks), "resumes": []}
+    return {**run_file, **facts, **_start(ranks), "resumes": []}
 
 
 def _start(ranks: int) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def add_resume(run_dir: Path, config: RunConfig, step: int, ranks: int) -> None:
-    """Add to `run.json` that the run goes on from `step`, and to how many steps."""
+def add_resume(run_dir: Path, *, step: int, steps: int, ranks: int) -> None:
+    """Add to `run.json` that the run continues from `step`, and that it will have `steps` steps."""
     record = read_record(run_dir)
-    resumes = [*record.get("resumes", []), {"step": step, "steps": config.train.steps, **_start(ranks)}]
+    resumes = [*record.get("resumes", []), {"step": step, "steps": steps, **_start(ranks)}]
     write_json(run_dir / RUN_NAME, {**record, "resumes": resumes})

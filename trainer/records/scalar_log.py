@@ -1,4 +1,4 @@
-"""Numbers and pictures of a run over its steps: into TensorBoard, and into Weights & Biases where that is asked for."""
+"""Metrics and figures of a run in TensorBoard, and in Weights & Biases where the run file names a project."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.records.run_record import read_record
 
 TENSORBOARD = "tensorboard"
 SCORE = "val/loss"
-"""What runs are compared by in TensorBoard's table of hyperparameters."""
+"""Metric by which TensorBoard's table of hyperparameters compares runs."""
 
 
-def hyperparameters(config: RunConfig) -> dict[str, float | str]:
-    """Return a run's configuration as one flat table, 'section.key' -> number or text; tasks by their names."""
-    flat: dict[str, float | str] = {}
+Settings = dict[str, float | str]
+"""The settings of a run by 'section.key', those of tasks by 'tasks.NAME.key'."""
+
+
+def hyperparameters(run_file: Mapping[str, Any]) -> Settings:
+    """Return the settings of a run file's tables as one flat table."""
+    flat: Settings = {}
 
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -33,30 +36,32 @@ def hyperparameters(config: RunConfig) -> dict[str, float | str]:
         elif value is not None:
             flat[prefix] = value if isinstance(value, int | float | str) else ", ".join(map(str, value))
 
-    document = config.model_dump()
-    tasks = document.pop("tasks")
-    add("", document)
-    for task in tasks:
-        add(f"tasks.{task.pop('name')}", task)
+    for section, table in run_file.items():
+        if section == "tasks":
+            for task in table:
+                add(f"tasks.{task['name']}", {key: value for key, value in task.items() if key != "name"})
+        else:
+            add(section, table)
     return flat
 
 
 class ScalarLog:
-    """Where numbers and pictures go; used on one rank alone."""
+    """Writer of metrics and figures; only one rank has it."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, start: int) -> None:
+    def __init__(self, run_dir: Path, settings: Settings, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self._wandb = WandbRun(run_dir, config) if config.run.wandb else None
+        project = str(settings.get("run.wandb", ""))
+        self._wandb = WandbRun(run_dir, project, settings) if project else None
         self._writer: Any = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=start + 1)
         # Not add_hparams, which would show them as a second run, in a folder of its own.
         events: Any = self._writer.file_writer
-        for summary in hparams(hyperparameters(config), {SCORE: None}):
+        for summary in hparams(settings, {SCORE: None}):
             events.add_summary(summary)
 
     def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Log numbers by their tags; those that are not known are left out."""
+        """Log numbers by their tags; None is left out."""
         known = {tag: value for tag, value in values.items() if value is not None}
         for tag, value in known.items():
             self._writer.add_scalar(tag, value, step)
@@ -72,7 +77,7 @@ class ScalarLog:
             self._wandb.log_images(step, images)
 
     def flush(self) -> None:
-        """Let what was logged be seen."""
+        """Write everything logged so far to the disk."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -83,39 +88,39 @@ class ScalarLog:
 
 
 def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a figure: [height, width, 3]."""
+    """Return a figure as an image, [height, width, 3] uint8."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def check_wandb(config: RunConfig) -> None:
-    """Raise ConfigError if a run shall be logged to Weights & Biases, and its package is absent."""
-    if config.run.wandb and importlib.util.find_spec("wandb") is None:
+def check_wandb(project: str) -> None:
+    """Raise ConfigError if there is a project of Weights & Biases to log to, and the package wandb is absent."""
+    if project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"run.wandb = '{config.run.wandb}', but the package wandb is not installed; install it "
+            f"run.wandb = '{project}', but the package wandb is not installed; install it "
             "(pip install 'hydrazero[wandb]'), or leave run.wandb out."
         )
 
 
 class WandbRun:
-    """A run of Weights & Biases, gone on with when the run is resumed."""
+    """A run of Weights & Biases, which a resumed run continues."""
 
-    def __init__(self, run_dir: Path, config: RunConfig) -> None:
-        """Start or go on; raises ConfigError if it cannot be."""
+    def __init__(self, run_dir: Path, project: str, settings: Settings) -> None:
+        """Start or continue the run; raises ConfigError if that fails."""
         self._package: Any = importlib.import_module("wandb")
         # The folder's name alone could be that of another run of the project.
         name = f"{run_dir.name}-{read_record(run_dir)['started']}"
         try:
             self._run = self._package.init(
-                project=config.run.wandb,
+                project=project,
                 name=run_dir.name,
                 id="".join(c if c.isalnum() or c in "-_" else "-" for c in name),
                 resume="allow",
                 dir=str(run_dir),
-                config=hyperparameters(config),
+                config=settings,
             )
-        except Exception as error:  # what it fails with depends on its version: no login, no network, a refused name
+        except Exception as error:  # its errors depend on its version: no login, no network, an invalid name
             raise ConfigError(
                 f"Weights & Biases could not be started ({' '.join(str(error).split())}); log in with 'wandb login', "
                 "set WANDB_MODE=offline, or leave run.wandb out."
@@ -125,11 +130,11 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers."""
+        """Log numbers by their tags."""
         self._run.log({**values, "step": step})
 
     def log_images(self, step: int, images: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Log pictures."""
+        """Log images by their tags."""
         self._run.log({**{tag: self._package.Image(image) for tag, image in images.items()}, "step": step})
 
     def finish(self) -> None:

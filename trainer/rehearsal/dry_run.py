@@ -24,8 +24,9 @@ from hydrazero.trainer.engine.losses import leave_out_unseen
 from hydrazero.trainer.engine.step_guard import NonFiniteLossError
 from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.zero_layout import full_size
+from hydrazero.trainer.evaluation.interval import Interval
 from hydrazero.trainer.evaluation.validation import next_on_any_rank
-from hydrazero.trainer.loop import Interval, Trainer
+from hydrazero.trainer.loop import Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.progress_line import wide_console
@@ -57,10 +58,10 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
         check_same_model(Path(config.run.out), engine.module.model.facts())
     memory = RunMemory(step=_step_bytes(config), states=_state_bytes(config, checked, engine), at_hand=at_hand)
     check_memory(memory, config.batch, config.model.cutoff, manifests)
-    log = SilentLog(config)
+    log = SilentLog()
     average = weight_average_of(engine, config.train.average)
     parts = run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log)
-    tried = _try(Trainer(config, parts), log)
+    tried = _try(Trainer(Path(config.run.out), config.train, parts), log)
     found = Findings(
         config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, tried=tried
     )

@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from hydrazero.shards.device import device_kind, has_gpu
 from hydrazero.shards.files import replacing
 from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.loop import Interval, Trainer
+from hydrazero.trainer.evaluation.interval import Interval
+from hydrazero.trainer.loop import Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.progress_line import wide_console
@@ -34,8 +35,9 @@ def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
     engine = engine_of(config, checked)
     # Its balance says whether gradients of the tasks are part of a step before that is compiled.
     average = weight_average_of(engine, config.train.average)
-    log = SilentLog(config)
-    trainer = Trainer(config, run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log))
+    parts = run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=SilentLog())
+    run_dir = Path(config.run.out)
+    trainer = Trainer(run_dir, config.train, parts)
     console = wide_console(stderr=True)
     if config.train.compile:
         sentence = compile_steps(engine)
@@ -49,7 +51,7 @@ def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
     with profile(activities=activities) as profiler:
         for _ in range(PROFILED):
             trainer.one_step(batches, interval)
-    path = _write_trace(profiler, Path(config.run.out) / FOLDER)
+    path = _write_trace(profiler, run_dir / FOLDER)
     distributed.wait_for_all()
     if distributed.rank() == 0:
         output = wide_console(stderr=False)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.trainer.config.run_file import load_run_config
+from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.ranks.launcher import handling
 from hydrazero.trainer.search.journal import Journal, begin_search
 from hydrazero.trainer.search.objective import trivial_errors
@@ -26,7 +28,9 @@ def begin(path: Path) -> Journal:
     require_optuna()
     checked = check_space(path)
     try:
-        trivial = trivial_errors(checked.base)
+        base = load_run_config(checked.space.search.run)
+        skip_damaged = base.data.on_bad_shard == "skip"
+        trivial = trivial_errors(base.tasks, task_manifests(base), base.loss, skip_damaged=skip_damaged)
     except HydrazeroError as error:
         raise ConfigError(f"{path}: search.run: {error}") from error
     return begin_search(checked.space, checked.text, trivial)

@@ -15,7 +15,7 @@ in the loss, tasks of weight 0, and structures with elements that the task's tra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -26,8 +26,10 @@ import numpy as np
 from hydrazero.models.task_facts import NONE
 from hydrazero.shards.convert.references import reference_table
 from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.stream.block_reader import BlockReader
-from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import LossSection, TaskSection
+from hydrazero.trainer.config.tasks import task_facts
 from hydrazero.trainer.evaluation.errors import Mean
 from hydrazero.trainer.records.run_files import read_metrics
 
@@ -74,18 +76,21 @@ def _log_ratio(error: float, trivial: float) -> float:
     return math.log(max(error, SMALLEST) / trivial) if math.isfinite(error) else math.nan
 
 
-def trivial_errors(config: RunConfig) -> Errors:
-    """Return the trivial predictor's errors of all that counts; raises ConfigError if nothing does, ShardError."""
-    from hydrazero.trainer.config.tasks import task_facts, task_manifest
+def trivial_errors(
+    tasks: Sequence[TaskSection], manifests: Sequence[Manifest], loss: LossSection, *, skip_damaged: bool
+) -> Errors:
+    """Return the trivial predictor's errors of everything that counts in the loss.
 
+    Raises ConfigError if nothing counts, and ShardError for a damaged shard unless these are skipped.
+    """
     found: Errors = {}
-    for task in config.tasks:
-        facts = task_facts(task, task_manifest(task, config))
+    for task, manifest in zip(tasks, manifests, strict=True):
+        facts = task_facts(task, manifest)
         wanted = {"energy": facts.has_energy, "forces": facts.has_forces and facts.forces != NONE}
-        counted = {q for q, held in wanted.items() if held and (config.loss.weight(q) or config.loss.final_weight(q))}
+        counted = {q for q, held in wanted.items() if held and (loss.weight(q) or loss.final_weight(q))}
         if not task.weight or not counted:
             continue
-        means = _trivial(BlockReader(task.shards, "val"), set(facts.elements), config.data.on_bad_shard == "skip")
+        means = _trivial(BlockReader(task.shards, "val"), set(facts.elements), skip_damaged)
         errors = {q: mean.values(1000.0)[1] for q, mean in means.items() if q in counted}
         found[task.name] = {q: error for q, error in errors.items() if error is not None}
         if not found[task.name]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError, did_you_mean
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
-from hydrazero.trainer.config.run_file import RunConfig, load_run_config
+from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.search.space import OF_THE_BATCH, WANTED_STRUCTURES, Choices, Range, SearchSpace, read_space
 from hydrazero.trainer.search.trial_settings import SET_BY_SEARCH, WARM_UP, trial_overrides
 
@@ -22,10 +22,8 @@ class CheckedSpace:
     """A space whose values are fit to be tried, and what was read on the way."""
 
     space: SearchSpace
-    base: RunConfig
-    """The run file that trials share."""
     text: str
-    """Its content."""
+    """Content of the run file that trials share."""
 
 
 def check_space(path: Path) -> CheckedSpace:
@@ -49,7 +47,7 @@ def check_space(path: Path) -> CheckedSpace:
             f'for how many structures, as "{WANTED_STRUCTURES}" = [16].'
         )
     _check_values(space)
-    return CheckedSpace(space=space, base=base, text=text)
+    return CheckedSpace(space=space, text=text)
 
 
 def _settings(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,8 +16,7 @@ from typing import Any
 
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
-from hydrazero.trainer.config.deepspeed_json import deepspeed_config
-from hydrazero.trainer.config.run_file import RunConfig, load_run_config
+from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.search.space import WANTED_STRUCTURES, Value
 
 ENDLESS = 1_000_000_000
@@ -78,10 +77,12 @@ def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, struc
     return propose(demand_of(reader), reader, structures)
 
 
-def search_overrides(config: RunConfig, out: Path, seconds: float) -> list[str]:
-    """Return what every trial is trained with beside its own values, up to a rung's seconds."""
-    scheduler = deepspeed_config(config.deepspeed, config.train.steps).get("scheduler", {}).get("params", {})
-    warm_up = int(scheduler.get("warmup_num_steps", 0))
+def search_overrides(ds_config: Mapping[str, Any], out: Path, seconds: float) -> list[str]:
+    """Return the overrides that all trials have in common, up to a rung at `seconds` of training.
+
+    `ds_config` is the DeepSpeed JSON of the search's run file, whose warm-up all trials have.
+    """
+    warm_up = int(ds_config.get("scheduler", {}).get("params", {}).get("warmup_num_steps", 0))
     fixed: dict[str, Any] = {
         "run.out": str(out),
         "train.steps": ENDLESS,

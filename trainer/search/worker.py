@@ -17,6 +17,7 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.launcher_variables import forget_launcher
 from hydrazero.shards.processes import end_with_parent
 from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.ranks.exit_status import FAILED, end_process_after
 from hydrazero.trainer.ranks.launcher import Ranks, train_command
@@ -97,10 +98,11 @@ def _options(journal: Journal, held: HeldTrial, seconds: float) -> list[str]:
     from hydrazero.trainer.setup import check_settings
 
     base = load_run_config(journal.run_file)
+    ds_config = deepspeed_config(base.deepspeed, base.train.steps)
     try:
         overrides = trial_overrides(journal.run_file, held.values)
         # The trial's own come last: they may hold a warm-up.
-        overrides = [*search_overrides(base, journal.run_dir(held.number), seconds), *overrides]
+        overrides = [*search_overrides(ds_config, journal.run_dir(held.number), seconds), *overrides]
         check_settings(load_run_config(journal.run_file, overrides))
     except HydrazeroError as error:
         raise TrialFailedError(str(error).rstrip(".")) from error

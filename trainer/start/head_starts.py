@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.atomistic import AtomisticModel, HeadSettings
 from hydrazero.models.task_facts import CONSERVATIVE, NONE, TargetFacts, TaskFacts, task_facts_from
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.trainer.config.finetune_section import HEADS, MEAN, NEAREST, NEW, OWN
-from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.finetune_section import HEADS, MEAN, NEAREST, NEW, OWN, FinetuneSection
 from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_run_json
 from hydrazero.trainer.start.head_errors import (
@@ -42,23 +41,26 @@ class HeadStart:
     """Sentences for the log."""
 
 
-def check_heads(config: RunConfig, start: AtomisticModel) -> None:
-    """Raise ConfigError for a head that the start does not have, or that would not fit the run's model."""
+def check_heads(tasks: Sequence[TaskSection], heads: HeadSettings, start: AtomisticModel, source: str) -> None:
+    """Raise ConfigError for a head that the model does not have, or that would not fit the heads of the run.
+
+    `source` is the place that the model `start` was read from, for the message.
+    """
     names = [task.name for task in start.tasks]
-    for task in config.tasks:
+    for task in tasks:
         if not task.init_head:
             continue
         wanted = task.name if task.init_head == OWN else task.init_head
         if wanted not in (*names, NEAREST, MEAN, NEW):
             raise ConfigError(
-                f"task '{task.name}': init_head = '{task.init_head}', but {config.run.start_from} has no head "
+                f"task '{task.name}': init_head = '{task.init_head}', but {source} has no head "
                 f"'{wanted}'{did_you_mean(wanted, names)}."
             )
         for key in ("head_features", "head_layers", "ensemble", "repulsion", "task_embedding"):
-            there, here = getattr(start.settings, key), getattr(config.model, key)
+            there, here = getattr(start.settings, key), getattr(heads, key)
             if there != here:
                 raise ConfigError(
-                    f"task '{task.name}': the heads of {config.run.start_from} have model.{key} = {there!r}, the run "
+                    f"task '{task.name}': the heads of {source} have model.{key} = {there!r}, the run "
                     f"file {here!r}; set the same."
                 )
 
@@ -81,21 +83,23 @@ def compare_heads(
     return sorted(found, key=lambda errors: errors.order)
 
 
-def head_starts(config: RunConfig, start: AtomisticModel, facts: Sequence[TaskFacts]) -> list[HeadStart]:
-    """Return what each task's head begins as, given the facts that the shards tell of it.
+def head_starts(
+    tasks: Sequence[TaskSection], facts: Sequence[TaskFacts], start: AtomisticModel, finetune: FinetuneSection
+) -> list[HeadStart]:
+    """Return how each task's head starts, given the facts that come from its shards.
 
-    Takes predictions of its training structures. Raises ConfigError for labels that seem to be in another unit, unless
-    `finetune.check_units` is off, ShardError for damaged shards.
+    The heads of `start` predict training structures of the task. Raises ConfigError for labels that seem to be in
+    another unit, unless `finetune.check_units` is off, and ShardError for damaged shards.
     """
-    return [_head_start(config, start, task, own) for task, own in zip(config.tasks, facts, strict=True)]
+    return [_head_start(task, own, start, finetune) for task, own in zip(tasks, facts, strict=True)]
 
 
-def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own: TaskFacts) -> HeadStart:
+def _head_start(task: TaskSection, own: TaskFacts, start: AtomisticModel, finetune: FinetuneSection) -> HeadStart:
     names = [each.name for each in start.tasks]
     same = (names.index(task.name),) if task.name in names else ()
     if not task.init_head:
         return HeadStart(rows=same, facts=own)
-    said = unseen_warning(config, start, own)
+    said = unseen_warning(start, own, finetune.method)
     if task.init_head == NEW:
         return HeadStart(rows=(), facts=own, said=tuple(said))
     if task.init_head == OWN:
@@ -108,19 +112,18 @@ def _head_start(config: RunConfig, start: AtomisticModel, task: TaskSection, own
     rows = (names.index(nearest.name),) if is_nearest else heads[0]
     if is_nearest:
         said.append(f"task '{task.name}': the nearest head is '{nearest.name}' ({shown_errors(nearest)}).")
-    check_units(config, task, compared)
+    if finetune.check_units:
+        check_units(task, compared)
     return HeadStart(rows=rows, facts=refit(start, task, own, rows), said=tuple(said))
 
 
-def check_units(config: RunConfig, task: TaskSection, heads: Sequence[HeadErrors]) -> None:
-    """Raise ConfigError if labels seem to be in another unit than what heads predict, unless that is not wanted.
+def check_units(task: TaskSection, heads: Sequence[HeadErrors]) -> None:
+    """Raise ConfigError if labels seem to be in another unit than the predictions of heads.
 
     The most alike head is asked, of all that were compared and know the elements: labels in another unit are near to
     none, and the nearest one is then any that predicts large numbers. Energies, few numbers that may all vary with one
     volume, are left to heads whose forces are alike, where there are forces.
     """
-    if not config.finetune.check_units:
-        return
     knowing = [head for head in heads if not head.lacks]
     alike = [head for head in knowing if head.forces is None or abs(head.forces.correlation) >= ALIKE["forces"]]
     for what, found in (
@@ -152,14 +155,11 @@ def refit(start: AtomisticModel, task: TaskSection, own: TaskFacts, rows: Sequen
     return replace(bare, reference_energies=references)
 
 
-def resumed_facts(config: RunConfig, facts: Sequence[TaskFacts]) -> list[TaskFacts]:
-    """Return facts with what tasks have taken over from their heads when the run was started."""
-    stored = {
-        table["name"]: task_facts_from(table)
-        for table in read_run_json(Path(config.run.out), MODEL_FACTS_NAME)["tasks"]
-    }
+def resumed_facts(tasks: Sequence[TaskSection], facts: Sequence[TaskFacts], run_dir: Path) -> list[TaskFacts]:
+    """Return facts of tasks with what they took over from other heads when the run in `run_dir` was started."""
+    stored = {table["name"]: task_facts_from(table) for table in read_run_json(run_dir, MODEL_FACTS_NAME)["tasks"]}
     resumed = []
-    for task, own in zip(config.tasks, facts, strict=True):
+    for task, own in zip(tasks, facts, strict=True):
         old = stored.get(task.name)
         if old is None or task.init_head in ("", NEW):
             resumed.append(own)
@@ -202,17 +202,19 @@ def _target(own: TargetFacts, name: str, heads: Sequence[TaskFacts]) -> TargetFa
     return _one(theirs, own) if theirs and theirs[0].form == own.form else own
 
 
-def started_from(config: RunConfig, start: AtomisticModel, rows: Mapping[int, Sequence[int]]) -> list[str]:
-    """Return sentences for the log on what a run starts with."""
+def started_from(
+    tasks: Sequence[TaskSection], start: AtomisticModel, rows: Mapping[int, Sequence[int]], source: str
+) -> list[str]:
+    """Return sentences for the log about the model that a run starts from, which was read from `source`."""
     names = [task.name for task in start.tasks]
     parts = []
-    for index, task in enumerate(config.tasks):
+    for index, task in enumerate(tasks):
         heads = [names[row] for row in rows.get(index, ())]
         if heads:
             shown = "the mean of all heads" if task.init_head == MEAN else f"head '{heads[0]}'"
             changed = "" if task.init_head in ("", OWN) else ", reference energies refitted"
             parts.append(f"task '{task.name}' as {shown}{changed}")
-    return [f"started from {config.run.start_from}: {'; '.join(parts) or 'no head of it'}."]
+    return [f"started from {source}: {'; '.join(parts) or 'no head of it'}."]
 
 
 def unseen_elements(start: AtomisticModel, facts: TaskFacts) -> list[str]:
@@ -221,15 +223,15 @@ def unseen_elements(start: AtomisticModel, facts: TaskFacts) -> list[str]:
     return sorted(set(facts.elements) - seen)
 
 
-def unseen_warning(config: RunConfig, start: AtomisticModel, facts: TaskFacts) -> list[str]:
-    """Say that elements of a task begin without anything that was learnt of them, if there are some."""
+def unseen_warning(start: AtomisticModel, facts: TaskFacts, method: str) -> list[str]:
+    """Return a warning about elements of a task that the model has not been trained on, if there are any."""
     unseen = unseen_elements(start, facts)
     if not unseen:
         return []
-    never = "" if config.finetune.method != HEADS else ", which finetune.method = 'heads' does not: choose another one"
+    never = "" if method != HEADS else ", which finetune.method = 'heads' does not do; choose another one"
     return [
-        f"warning: {config.run.start_from} was not trained on {', '.join(unseen)}, which task '{facts.name}' holds: "
-        f"what the encoder knows of it begins as random numbers and must be learnt from these structures{never}."
+        f"warning: run.start_from was not trained on {', '.join(unseen)}, which task '{facts.name}' holds: the weights "
+        f"of the encoder for it are random and must be learnt from these structures{never}."
     ]
 
 
