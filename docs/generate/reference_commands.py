@@ -10,8 +10,8 @@ import click
 from reference_keys import cell, prose
 
 NUMBERS = {
-    "integer": "integer",
-    "integer range": "integer",
+    "integer": "whole number",
+    "integer range": "whole number",
     "float": "number",
     "float range": "number",
 }

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin
 
 REQUIRED = "required"
-WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", dict: "table", Any: "any value"}
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table", Any: "any value"}
 BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -164,7 +164,8 @@ def type_words(kind: Any, inline: Mapping[type, str]) -> str:
     alternatives = parts(kind)
     if len(alternatives) > 1:
         return " or ".join(type_words(part, inline) for part in alternatives)
-    (kind,) = alternatives
+    if alternatives != (kind,):
+        return type_words(alternatives[0], inline)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in arguments)
@@ -180,7 +181,7 @@ def type_words(kind: Any, inline: Mapping[type, str]) -> str:
 
 
 def _plural(words: str) -> str:
-    return words + "s" if words in ("text", "integer", "number", "table") else words
+    return words + "s" if words in ("text", "whole number", "number", "table") else words
 
 
 def tables_of(
@@ -218,7 +219,7 @@ def default_of(cls: Any, name: str) -> Any:
 
 def _section_of(kind: Any, inline: Mapping[type, str]) -> tuple[type | None, str]:
     """Return the settings class behind a key, and whether the key holds one, a list or a dict of them."""
-    for part in parts(kind):
+    for part in (_without_limits(part)[0] for part in parts(kind)):
         if is_section(part) and part not in inline:
             return part, "one"
         origin, arguments = get_origin(part), get_args(part)

@@ -15,6 +15,7 @@ from reference_keys import markdown_of
 
 from hydrazero.launch.cli.main import main as command_line
 from hydrazero.launch.job.site_file import Measure, Site
+from hydrazero.models.screening.generated import GenerateSettings
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.trainer.config.precision import precision_of
 from hydrazero.trainer.config.run_file import RunConfig
@@ -30,6 +31,7 @@ ROOTS: dict[str, tuple[type, ...]] = {
     "conversion": (ConvertSettings,),
     "site-file": (Site,),
     "search-space": (SearchSection, Range),
+    "generated-structures": (GenerateSettings,),
     "deepspeed": tuple(SHAPES.values()),
 }
 """Page -> classes whose keys are on it."""
@@ -66,6 +68,7 @@ PLACES: dict[str, Callable[[], str]] = {
     "conversion": lambda: markdown_of(ConvertSettings),
     "site-file": lambda: markdown_of(Site, INLINE),
     "search-space": space_tables,
+    "generated-structures": lambda: markdown_of(GenerateSettings),
     "schedules": schedule_tables,
     "deepspeed": packaged_configurations,
     "commands": lambda: markdown_of_commands(command_line),

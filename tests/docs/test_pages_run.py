@@ -35,6 +35,7 @@ SHORTER = (
     (r"--trials \d+ --workers \d+", "--trials 1"),
     (r"\bseconds = \d+", "seconds = 0.5"),
     (r"rungs = \d+", "rungs = 1"),
+    (r"STRUCTURES = \d+", "STRUCTURES = 40"),
 )
 COUNTS = {"gfn2": 40, "emt": 60, "tersoff": 40}
 """Structures of the small demo."""
