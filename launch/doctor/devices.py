@@ -29,7 +29,7 @@ def device_probes() -> list[Probe]:
 def _device() -> Finding:
     """Return the GPUs that ranks would use, or the CPU."""
     code = (
-        "from hydrazero.trainer.ranks.device import device_kind, gpu_module\n"
+        "from hydrazero.shards.device import device_kind, gpu_module\n"
         "gpu = gpu_module()\n"
         "names = [] if gpu is None else [gpu.get_device_properties(n) for n in range(gpu.device_count())]\n"
         "print(device_kind())\n"

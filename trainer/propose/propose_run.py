@@ -11,6 +11,7 @@ from pathlib import Path
 from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.encoders.sizes import size_settings
+from hydrazero.shards.device import device_kind, gpu_module
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.trainer.config.run_file import load_run_config
@@ -18,7 +19,6 @@ from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
 from hydrazero.trainer.propose.propose_batch import propose_batch
 from hydrazero.trainer.propose.run_length import RunLength, run_length
 from hydrazero.trainer.propose.run_text import RunProposal, run_text, train_command
-from hydrazero.trainer.ranks.device import device_kind, gpu_module
 from hydrazero.trainer.ranks.launcher import train_ranks
 from hydrazero.trainer.records.run_files import RUN_NAME
 from hydrazero.trainer.rehearsal.measure_steps import StepTimes, read_step_times

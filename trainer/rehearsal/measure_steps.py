@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hydrazero.shards.files import read_json, write_json
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
-from hydrazero.trainer.records.run_files import read_json, write_json
 from hydrazero.trainer.records.run_log import SilentLog
 from hydrazero.trainer.rehearsal.dry_run import validation_seconds
 from hydrazero.trainer.setup import CheckedRun, compile_steps, engine_of, run_parts, weight_average_of
@@ -49,8 +49,8 @@ def measure_steps(config: RunConfig, checked: CheckedRun) -> None:
     """Measure eager steps and, if train.compile is set, compiled ones; the first rank writes RUN/step_times.json."""
     engine = engine_of(config, checked)
     average = weight_average_of(engine, config.train.average)
-    log = SilentLog(config)
-    trainer = Trainer(config, run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log))
+    parts = run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=SilentLog())
+    trainer = Trainer(Path(config.run.out), config.train, parts)
     counted: list[float] = []
     batches = _counting(iter(trainer.parts.stream), counted)
     engine.train()
