@@ -14,7 +14,7 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class StableDecay:
-    """A warm-up, a stable phase, and a linear decay at the end (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
+    """A warm-up, a stable phase, and a linear decay (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
 
     total_num_steps: int
     """Number of steps of the run; "auto" in the JSON stands for it."""
