@@ -33,9 +33,8 @@ def markdown_of_command(name: str, command: click.Command) -> str:
     """Return one command in Markdown: what it does, how it is called, its options."""
     context = click.Context(command, info_name=name, max_content_width=100)
     usage = " ".join(command.collect_usage_pieces(context))
-    anchor = name.partition(" ")[2].replace(" ", "-")
     text = prose(inspect.cleandoc(command.help or "").replace("\b", ""))
-    lines = [f"## {name} {{ #{anchor} }}", "", text, "", "```text", f"{name} {usage}", "```", ""]
+    lines = [f"## {name} {{ #{anchor_of(name)} }}", "", text, "", "```text", f"{name} {usage}", "```", ""]
     options = [item for item in command.get_params(context) if isinstance(item, click.Option) and not item.hidden]
     options = [item for item in options if "--help" not in item.opts]
     if options:
@@ -87,5 +86,17 @@ def _default(option: click.Option) -> str:
 
 
 def markdown_of_commands(group: click.Group, name: str = "hydrazero") -> str:
-    """Return all commands in Markdown."""
-    return "\n".join(markdown_of_command(*each) for each in commands_of(group, name))
+    """Return all commands in Markdown, after a table of them."""
+    commands = list(commands_of(group, name))
+    rows = [f"| [`{full}`](#{anchor_of(full)}) | {cell(_first_line(command))} |" for full, command in commands]
+    overview = "\n".join(["| command | what it does |", "|---|---|", *rows])
+    return "\n".join([overview, "", *(markdown_of_command(*each) for each in commands)])
+
+
+def anchor_of(name: str) -> str:
+    """Return the anchor of a command on its page: `convert` of 'hydrazero convert'."""
+    return name.partition(" ")[2].replace(" ", "-")
+
+
+def _first_line(command: click.Command) -> str:
+    return inspect.cleandoc(command.help or "").partition("\n\n")[0]

@@ -32,6 +32,8 @@ SHORTER = (
     (r"steps = \d+", "steps = 4"),
     (r"--steps \d+", "--steps 4"),
     (r"train\.steps=\d+", "train.steps=6"),
+    (r"(hydrazero train \S+\.toml)(?!.*train\.steps)", r"\1 --set train.steps=4"),
+    (r"--hours 0\.\d+", "--hours 0.002"),
     (r"--trials \d+ --workers \d+", "--trials 1"),
     (r"\bseconds = \d+", "seconds = 0.5"),
     (r"rungs = \d+", "rungs = 1"),

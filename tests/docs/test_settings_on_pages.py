@@ -20,8 +20,9 @@ from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.search.space import read_space
 
 DOCS = Path(__file__).parents[2] / "docs"
-# Those of the guides are tested in test_guides.py.
-PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "guide" not in path.parts]
+# Those of the guides are tested in test_guides.py; templates stand for the pages that are made of them.
+GENERATED = [DOCS / "reference" / path.name for path in (DOCS / "generate" / "templates").glob("*.md")]
+PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "guide" not in path.parts and path not in GENERATED]
 BLOCKS = [
     pytest.param(block.text, id=f"{path.relative_to(DOCS)}-{number}")
     for path in PAGES
@@ -44,7 +45,8 @@ def completed(table, whole):
 def as_run_file(table, path):
     tasks = [completed(task, RUN["tasks"][0]) for task in table.get("tasks", RUN["tasks"])]
     path.write_text(tomli_w.dumps({**completed(table, RUN), "tasks": tasks}))
-    deepspeed_config(load_run_config(path))
+    config = load_run_config(path)
+    deepspeed_config(config.deepspeed, config.train.steps)
 
 
 def as_conversion(table, path):

@@ -14,15 +14,18 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class StableDecay:
-    """Warm-up, a plateau, and a linear decay at the end (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
+    """A warm-up, a stable phase, and a linear decay (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
 
     total_num_steps: int
+    """Number of steps of the run; "auto" in the JSON stands for it."""
     warmup_num_steps: int = 100
+    """Number of steps in which the learning rate rises to its full value."""
     warmup_min_ratio: float = 0.01
+    """Learning rate before the first step, as a fraction of the full one."""
     decay_share: float = 0.2
-    """Of the steps, at the end."""
+    """Fraction of the steps in which the learning rate decays, at the end of the run."""
     min_ratio: float = 0.001
-    """Rate of the last step over the full one."""
+    """Learning rate of the last step, as a fraction of the full one."""
 
     def ratio(self, step: int, reductions: int) -> float:
         """Rate of a step, counted from 1, over the full one."""
@@ -35,14 +38,18 @@ class StableDecay:
 
 @dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """Warm-up, then a rate that is lowered whenever the validation loss has not fallen for some evaluations."""
+    """A warm-up, then a learning rate that is lowered whenever the validation loss has stopped falling."""
 
     warmup_num_steps: int = 100
+    """Number of steps in which the learning rate rises to its full value."""
     warmup_min_ratio: float = 0.01
+    """Learning rate before the first step, as a fraction of the full one."""
     factor: float = 0.5
+    """Factor by which the learning rate is lowered each time."""
     patience: int = 3
-    """Evaluations without a new lowest loss before the rate is lowered."""
+    """Number of evaluations without a new lowest validation loss before the learning rate is lowered."""
     min_ratio: float = 0.001
+    """Lowest learning rate, as a fraction of the full one."""
 
     def ratio(self, step: int, reductions: int) -> float:
         """Rate of a step, counted from 1, over the full one."""
