@@ -28,50 +28,9 @@ def test_the_readme_is_short():
     assert len(README.split()) < MOST_WORDS
 
 
-<<<<<<< Updated upstream
-def test_what_the_readme_says_of_models_and_targets_is_understood(tmp_path):
-    optimisation, models, targets = map(toml_with, ("[balance]", "[model]\nencoder", "[targets.band_gap]"))
-    (tmp_path / "run.toml").write_text('[run]\nout = "x"\n' + models)
-    config = load_run_config(tmp_path / "run.toml")
-    assert (config.model.encoder, config.model.features, config.tasks[0].forces) == ("mace", 32, "direct")
-    assert config.train.compile and config.loss.weight("band_gap") == 2.0
-    (tmp_path / "run.toml").write_text('[run]\nout = "x"\n[[tasks]]\nname = "a"\nshards = "b"\n' + optimisation)
-    config = load_run_config(tmp_path / "run.toml")
-    assert (config.balance.method, config.loss.final_weight("energy"), config.train.freeze) == (
-        "gradnorm",
-        10.0,
-        ("encoder.*", "embedding.*"),
-    )
-    assert deepspeed_config(config.deepspeed, config.train.steps)["scheduler"]["params"] == {
-        "warmup_num_steps": 500,
-        "decay_share": 0.2,
-        "total_num_steps": 20001,
-    }
-    (tmp_path / "targets.toml").write_text(targets)
-    assert set(load_convert_settings(tmp_path / "targets.toml").targets) == {"band_gap", "charges", "dipole"}
-
-
-def test_what_the_readme_says_of_generated_structures_is_understood(tmp_path):
-    (tmp_path / "spec.toml").write_text(toml_with("[[prototypes]]"))
-    assert GeneratedSource(tmp_path / "spec.toml").known_length() == 27
-
-
-@pytest.mark.parametrize("encoder", list(ENCODERS))
-def test_the_readme_counts_parameters(encoder):
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{encoder}` |")]
-    for size, shown in zip(SIZES, [cell.strip() for cell in row.split("|")][3:7], strict=True):
-        settings = size_settings(encoder, size)
-        heads = settings.pop("head_features")
-        model = AtomisticModel(
-            ModelSettings(encoder=EncoderSettings(encoder=encoder, **settings), head_features=heads), [facts("x")]
-        )
-        count = sum(parameter.numel() for parameter in model.parameters())
-        assert shown == (f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.0f} k")
-=======
 def test_links_of_the_readme_lead_somewhere():
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
->>>>>>> Stashed changes
 
 
 def test_the_readme_runs(tmp_path):
