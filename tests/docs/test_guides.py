@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from structures import facts
@@ -17,6 +16,7 @@ from hydrazero.models.encoders.sizes import SIZES, size_settings
 from hydrazero.models.screening.generated import GeneratedSource
 from hydrazero.shards.convert.presets import preset_names
 from hydrazero.shards.convert.settings import load_convert_settings
+from hydrazero.shards.files import toml_text
 from hydrazero.shards.readers import READERS
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config
@@ -41,12 +41,6 @@ def guide(name: str) -> str:
 
 def toml_blocks(name: str) -> list[str]:
     return re.findall(r"^```toml[^\n]*\n(.*?)^```", guide(name), flags=re.DOTALL | re.MULTILINE)
-
-
-def toml_text(table: dict[str, Any]) -> str:
-    from hydrazero.trainer.finetune.plan import toml_text
-
-    return toml_text(table)
 
 
 RUN_FILE_BLOCKS = [
