@@ -7,13 +7,14 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ase import Atoms
+from pydantic import BaseModel
 from sources import make_shards, metals
 
 from hydrazero.launch.postmortem import Verdict
@@ -38,6 +39,18 @@ WATER = Atoms("OHH", [[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0.
 
 def page(name: str) -> str:
     return (FORMATS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass or a pydantic model with their defaults, MISSING where there is none."""
+    if issubclass(kind, BaseModel):
+        of_model = kind.model_fields.items()
+        return {name: MISSING if field.is_required() else field.get_default() for name, field in of_model}
+    found = {each.name: each for each in fields(kind)}
+    return {
+        name: each.default if each.default_factory is MISSING else each.default_factory()
+        for name, each in found.items()
+    }
 
 
 def run_example(name: str, first_line: str) -> str:
@@ -92,7 +105,7 @@ def test_the_reader_of_models_computes_their_energies(tmp_path):
 )
 def test_every_field_is_on_the_page(name, kinds):
     for kind in kinds:
-        absent = [each.name for each in fields(kind) if f"`{each.name}`" not in page(name)]
+        absent = [field for field in defaults_of(kind) if f"`{field}`" not in page(name)]
         assert not absent, kind
 
 
@@ -102,18 +115,13 @@ def test_every_column_of_a_block_is_on_the_page():
         assert f"| `{name}` |" in page("shards"), name
 
 
-def default_of(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default
-
-
 @pytest.mark.parametrize("kind", [ModelSettings, EncoderSettings, TaskFacts])
 def test_defaults_of_the_description_are_on_the_page(kind):
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|", page("model-file"), flags=re.MULTILINE))
-    for field in fields(kind):
-        default = default_of(field)
-        if default is not MISSING and field.name != "encoder":
-            shown = rows[field.name].strip("` ")
-            assert json.loads(shown) == (list(default) if isinstance(default, tuple) else default), field.name
+    for name, default in defaults_of(kind).items():
+        if default is not MISSING and name != "encoder":
+            shown = rows[name].strip("` ")
+            assert json.loads(shown) == (list(default) if isinstance(default, tuple) else default), name
 
 
 def test_versions_are_those_of_the_code():
