@@ -16,7 +16,7 @@ from hydrazero.models.heads.task_linear import TaskRows
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.settings_parser import parse_settings
-from hydrazero.trainer.balance import METHODS, BalanceFacts, BalanceSection, Seen, make_balancer
+from hydrazero.trainer.balance import BALANCERS, BalanceFacts, BalanceSection, Observation, make_balancer
 from hydrazero.trainer.balance.base import bounded
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.sections import LossSection
@@ -119,7 +119,7 @@ def test_another_method_than_the_checkpoints_starts_afresh():
     before, static = balance("gradnorm"), balance("static")
     before.balancer.weights = torch.tensor([0.1, 0.2, 2.7], dtype=torch.float64)
     own = static.weights()
-    assert "was gradnorm and is static now" in static.load(before.state()) and static.weights() == own
+    assert "was gradnorm and is now static" in static.load(before.state()) and static.weights() == own
     same = balance("gradnorm")
     assert same.load(before.state()) is None and same.weights() == pytest.approx(
         {"task0": 0.1, "task1": 0.06, "task2": 5.4}
@@ -183,7 +183,7 @@ def run_method(method: str, losses: list[list[float]], **changes: float) -> torc
     section = BalanceSection(method=method, every=1, **changes)
     balancer = make_balancer(section, BalanceFacts(structures=(1000, 100, 10)))
     for step, row in enumerate(losses, start=1):
-        balancer.update(step, Seen(losses=torch.tensor(row, dtype=torch.float64)))
+        balancer.update(step, Observation(losses=torch.tensor(row, dtype=torch.float64)))
     return balancer.weights
 
 
@@ -205,7 +205,7 @@ def test_famo_turns_to_the_task_that_improves_least():
     section = BalanceSection(method="famo", every=1)
     balancer = make_balancer(section, BalanceFacts(structures=(10, 10, 10)))
     for step, row in enumerate(losses, start=1):
-        balancer.update(step, Seen(losses=torch.tensor(row, dtype=torch.float64)))
+        balancer.update(step, Observation(losses=torch.tensor(row, dtype=torch.float64)))
     shares = torch.softmax(balancer.logits, 0)
     assert shares[1] > 1.2 * shares[0] and shares[1] > 1.2 * shares[2]
 
@@ -216,7 +216,7 @@ def test_gradnorm_weighs_slow_tasks_by_alpha_and_leaves_unknown_ones_at_the_midd
     balancer = make_balancer(section, BalanceFacts(structures=(10, 10, 10)))
     gram = torch.tensor([[1.0, 0, UNKNOWN], [0, 1.0, UNKNOWN], [UNKNOWN] * 3], dtype=torch.float64)
     for losses in ([1.0, 1.0, UNKNOWN], [0.2, 0.8, UNKNOWN]):
-        balancer.update(1, Seen(losses=torch.tensor(losses, dtype=torch.float64), gram=gram))
+        balancer.update(1, Observation(losses=torch.tensor(losses, dtype=torch.float64), gram=gram))
     weights = balancer.weights
     assert float(weights[1] / weights[0]) == pytest.approx(4.0**alpha)
     assert float(weights[2]) == pytest.approx(float(weights[0] * weights[1]) ** 0.5, rel=1e-6)
@@ -228,7 +228,7 @@ def norms_seen(*rows: tuple[list[float], list[float]], **settings: float) -> tor
     balancer = make_balancer(section, BalanceFacts(structures=(10,) * len(rows[0][0])))
     for squares, losses in rows:
         gram = torch.tensor(squares, dtype=torch.float64).diag()
-        balancer.update(1, Seen(losses=torch.tensor(losses, dtype=torch.float64), gram=gram))
+        balancer.update(1, Observation(losses=torch.tensor(losses, dtype=torch.float64), gram=gram))
     return balancer.weights
 
 
@@ -266,13 +266,15 @@ def test_a_change_of_weights_alone_is_no_spike():
     assert not guard.is_spike(loss()) and guard.is_spike(2 * loss())
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", BALANCERS.names())
 def test_a_state_goes_on_where_it_was(method):
     section = BalanceSection(method=method, every=2)
     facts = BalanceFacts(structures=(1000, 100, 10))
     generator = torch.Generator().manual_seed(0)
     seen = [
-        Seen(losses=torch.rand(3, generator=generator, dtype=torch.float64), gram=torch.eye(3, dtype=torch.float64) * n)
+        Observation(
+            losses=torch.rand(3, generator=generator, dtype=torch.float64), gram=torch.eye(3, dtype=torch.float64) * n
+        )
         for n in range(1, 9)
     ]
     whole, part = make_balancer(section, facts), make_balancer(section, facts)
@@ -289,7 +291,7 @@ def test_a_state_goes_on_where_it_was(method):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "gradnrom"}, r"balance.method 'gradnrom' is not known .did you mean 'gradnorm'"),
+        ({"method": "gradnrom"}, r"unknown balance.method 'gradnrom' .did you mean 'gradnorm'"),
         ({"smallest": 2.0}, "balance.smallest"),
         ({"smoothing": 1.0}, "balance.smoothing"),
         ({"method": "gradnorm", "every": 0}, "balance.every"),

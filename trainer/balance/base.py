@@ -1,4 +1,4 @@
-"""What every way of balancing tasks shares: a weight per task, from what all ranks have seen, the same on each."""
+"""The interface of balancing methods: weights of the tasks, from observations that are the same on every rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
+from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.settings_parser import Section
 
 
@@ -17,7 +18,7 @@ class BalanceSection(Section):
     """How the losses of the tasks are weighted against each other; each task's own `weight` multiplies the result."""
 
     method: str = "gradnorm"
-    """Balancing method: 'uniform', 'static', 'uncertainty', 'famo' or 'gradnorm'."""
+    """Balancing method: 'uniform', 'static', 'uncertainty', 'famo' or 'gradnorm', or one that another package adds."""
     every: NonNegativeInt = 50
     """Number of steps between measurements of the tasks' gradients, and between changes of the weights by the methods
     'famo' and 'gradnorm'. At 0, gradients are not measured."""
@@ -46,61 +47,75 @@ class BalanceSection(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceFacts:
-    """What is known of T tasks before the first step."""
+    """Facts on the T tasks of a run that are known before the first step."""
 
     structures: tuple[int, ...]
-    """Training structures of each."""
+    """Number of training structures of each task."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a step has shown on all ranks together."""
+class Observation:
+    """Losses and gradients of a step, of all ranks together."""
 
     losses: Tensor
-    """[T] float64: each task's loss; NaN where the step held none of its labels."""
+    """Loss of each task without its weight, [T] float64; NaN for tasks that have no label in the step."""
     gram: Tensor | None = None
-    """[T, T] float64: products of the gradients of the tasks' losses, where they were measured; NaN as above."""
+    """Scalar products of the gradients of the tasks' losses, [T, T] float64, with NaN as in `losses`; None in steps in
+    which they were not measured."""
 
 
 @dataclass(kw_only=True)
 class Balancer:
-    """Weights of one by default; methods override what they change."""
+    """A balancing method. This one keeps all weights at 1; others override `start`, `update` and `check`."""
 
     settings: BalanceSection
     facts: BalanceFacts
     weights: Tensor = field(init=False)
-    """[T] float64, within the bounds, of mean 1."""
+    """Present weights, [T] float64, with mean 1 and within the bounds; replaced, never changed in place."""
 
     def __post_init__(self) -> None:
         self.weights = torch.ones(len(self.facts.structures), dtype=torch.float64)
         self.start()
 
     def start(self) -> None:
-        """Set what the method holds before the first step."""
+        """Set the attributes of the method before the first step."""
 
-    def update(self, step: int, seen: Seen) -> None:
-        """Change the weights after a step."""
+    @classmethod
+    def check(cls, settings: BalanceSection) -> None:
+        """Raise ConfigError for settings with which the method cannot work."""
+
+    def update(self, step: int, observed: Observation) -> None:
+        """Change the weights after a step; `step` counts from 1."""
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as plain types and tensors."""
-        kept = ("settings", "facts")
-        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in kept})
+        """Return all attributes but the settings and facts, for a checkpoint; they must be plain types and tensors."""
+        given = ("settings", "facts")
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in given})
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         vars(self).update(copy.deepcopy(state))
 
 
 def bounded(weights: Tensor, smallest: float, largest: float) -> Tensor:
-    """Scale positive weights [T] to mean 1 with all of them within the bounds (smallest <= 1 <= largest).
+    """Return positive weights [T] scaled to mean 1 and clipped to the bounds (smallest <= 1 <= largest).
 
-    Clipping and scaling undo each other, so the factor is looked for at which the clipped weights have the mean 1.
+    Clipping changes the mean and scaling the bounds, so the factor is found at which the clipped weights have mean 1.
     """
     low, high = smallest / float(weights.max()), largest / float(weights.min())
-    for _ in range(100):  # halving in logarithms: the mean grows with the factor
+    for _ in range(100):  # bisection in logarithms: the mean grows with the factor
         factor = (low * high) ** 0.5
         if float((weights * factor).clamp(smallest, largest).mean()) < 1.0:
             low = factor
         else:
             high = factor
     return (weights * high).clamp(smallest, largest)
+
+
+def check_measures(settings: BalanceSection) -> None:
+    """Raise ConfigError if a method that depends on `balance.every` is used with measurements turned off."""
+    if not settings.every:
+        raise ConfigError(
+            f"balance.every is {settings.every}; {settings.method} needs it to be at least 1 "
+            '(balance.method = "uniform" does not).'
+        )

@@ -1,4 +1,4 @@
-"""Weights that stay: equal ones, or by the sizes of the datasets."""
+"""Weights that do not change during training: equal ones, or by the sizes of the datasets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from hydrazero.trainer.balance.base import Balancer, bounded
 
 
 class Uniform(Balancer):
-    """Every task counts the same."""
+    """The weight 1 for every task."""
 
 
 class Static(Balancer):
-    """Weights in inverse proportion to the tasks' training structures."""
+    """Weights in inverse proportion to the tasks' numbers of training structures."""
 
     def start(self) -> None:
         """Set the weights once."""

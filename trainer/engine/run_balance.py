@@ -1,4 +1,4 @@
-"""A run's balancing of tasks: what each step shows goes to the method, its weights go into the next step's loss."""
+"""The balancing of a run's tasks: the method gets the observations of each step, and weights the next step's loss."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrazero.trainer.balance import BalanceFacts, BalanceSection, Seen, make_balancer
+from hydrazero.trainer.balance import BalanceFacts, BalanceSection, Observation, make_balancer
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.ranks.distributed import sum_over_ranks
 
 
 class RunBalance:
-    """The weights of a run's tasks, the same on every rank."""
+    """The weights of a run's tasks; the same on every rank."""
 
     def __init__(self, settings: BalanceSection, facts: BalanceFacts, trained: ModelWithLoss) -> None:
         self.trained = trained
@@ -22,10 +22,10 @@ class RunBalance:
         self.own_weights = trained.objective.task_weights.clone()
         self.method = settings.method
         self.balancer = make_balancer(settings, facts)
-        # One task has nothing to be balanced against.
+        # With one task there is nothing to balance.
         self.every = settings.every if len(self.names) > 1 else 0
         self.shift = 0.0
-        """What the last change of weights alone made of the logarithm of the loss."""
+        """Change of the logarithm of the loss that the last change of the weights alone has caused."""
         self._use()
 
     def _use(self) -> None:
@@ -33,39 +33,39 @@ class RunBalance:
         self.trained.objective.task_weights.copy_(weights)
 
     def due(self, step: int) -> bool:
-        """Whether the gradients of the tasks are measured in a step."""
+        """Return whether the gradients of the tasks are measured in a step."""
         return self.every > 0 and step % self.every == 0
 
     def prepare(self, step: int) -> None:
-        """Let a step be measured or not; called before it."""
+        """Turn the measurement of gradients on or off for a step; called before the step."""
         self.trained.forget_task_gradients()
         self.trained.measuring = self.due(step)
 
     def update(self, step: int, losses: Tensor) -> dict[str, Any] | None:
-        """Take in a step's losses [tasks] (NaN for tasks without labels in it); called on every rank after each step.
+        """Pass a step's losses [tasks], NaN for tasks without labels, to the method; called on every rank after a step.
 
-        Returns what was measured, for the log, if the step was due.
+        Return a row of measurements for the log, None if gradients were not measured in the step.
         """
         gram = None
         if self.due(step):
             gram = self._gram(~losses.isnan())
         before = self.balancer.weights
-        self.balancer.update(step, Seen(losses=losses, gram=gram))
+        self.balancer.update(step, Observation(losses=losses, gram=gram))
         self._use()
-        changed = self.balancer.weights is not before  # methods never write into weights
+        changed = self.balancer.weights is not before  # methods replace weights, and never change them in place
         self.shift = self._log_change(before, losses) if changed else 0.0
         return None if gram is None else self._row(step, gram)
 
     def _log_change(self, before: Tensor, losses: Tensor) -> float:
-        """Logarithm of the weighted mean of losses [tasks] over that by the weights before; 0 where there is none."""
+        """Return the change of the logarithm of the weighted mean of losses [tasks]; 0 if it is not defined."""
         own, known = self.own_weights.cpu(), losses.cpu().nan_to_num()
         old, new = (float((own * w * known).sum() / (own * w).sum()) for w in (before, self.balancer.weights))
         return math.log(new / old) if 0 < old < math.inf and 0 < new < math.inf else 0.0
 
     def _gram(self, present: Tensor) -> Tensor:
-        """Products of the gradients of the tasks' unweighted losses: [tasks, tasks] float64.
+        """Return the scalar products of the gradients of the tasks' unweighted losses, [tasks, tasks] float64.
 
-        Vectors are summed over ranks before anything is made of them: norms of parts are longer, by noise.
+        Gradients are summed over ranks first: the norms of the ranks' own parts are larger, by noise.
         """
         gradients = self.trained.take_task_gradients()
         if gradients is None:
@@ -87,23 +87,23 @@ class RunBalance:
         }
 
     def weights(self) -> dict[str, float]:
-        """Weight of each task's loss, its own and the method's together."""
+        """Return the weight of each task's loss: the product of its own and the method's."""
         return dict(zip(self.names, self.trained.objective.task_weights.tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Return everything that a resumed run needs."""
         return {"method": self.method, **self.balancer.state()}
 
     def load(self, state: dict[str, Any]) -> str | None:
-        """Go on from a state; one of another method is left alone, which the returned sentence tells."""
-        method, kept = state["method"], {name: value for name, value in state.items() if name != "method"}
+        """Continue from a state; return a sentence if the state is of another method, and so is not used."""
+        method, own = state["method"], {name: value for name, value in state.items() if name != "method"}
         if method != self.method:
-            return f"balance.method was {method} and is {self.method} now, which starts with what it knows of the data."
-        self.balancer.load(kept)
+            return f"balance.method was {method} and is now {self.method}, which starts as at the beginning of a run."
+        self.balancer.load(own)
         self._use()
         return None
 
 
 def _plain(values: Tensor) -> list[float | None]:
-    """Return numbers for JSON, None where they are not known."""
+    """Return numbers for JSON, with None in the place of NaN."""
     return [None if value != value else value for value in values.tolist()]
