@@ -88,8 +88,10 @@ def _formats_by_suffix() -> dict[str, str]:
 def expand_sources(paths: Sequence[Path], settings: ReadSettings) -> list[Path]:
     """Return all sources at the given paths; a folder stands for those of the format in it or below, sorted.
 
-    Raises SourceError for a path that does not exist, or a folder with no source in it.
+    Raises SourceError for an unknown format, a path that does not exist, or a folder with no source in it.
     """
+    if settings.format is not None:
+        READERS.check(settings.format)
     found: list[Path] = []
     for path in paths:
         if not path.exists():

@@ -1,0 +1,108 @@
+"""A package of somebody else, installed with pip, whose reader is found by name and by suffix."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from structures import rattled_molecule
+
+from hydrazero.shards.manifest import read_manifest
+
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "hydrazero-example"
+version = "1.2"
+
+[project.entry-points."hydrazero.readers"]
+lines = "hydrazero_example.reader:read_lines"
+
+[tool.setuptools]
+packages = ["hydrazero_example"]
+"""
+
+READER = '''
+"""Files with one JSON object on each line."""
+
+import json
+from functools import partial
+
+from hydrazero.shards.readers.frames import FrameMaker, RawFrame, UnreadFrame, reader
+
+
+@reader(suffixes=(".jsonl",))
+def read_lines(path, settings):
+    """Read objects with numbers, positions, energy and forces."""
+    maker, size = FrameMaker(settings), path.stat().st_size
+
+    def read(line, source_id):
+        entry = json.loads(line)
+        raw = RawFrame(**{"cell": [[0.0] * 3] * 3, "pbc": False, **entry})
+        return maker.make(raw, source_id, {})
+
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(file.readline, b"")):
+            source_id = f"{path.name}#{number}"
+            yield UnreadFrame(source_id=source_id, read=partial(read, line, source_id), fraction=file.tell() / size)
+'''
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """Return the folder into which the package is installed."""
+    root = tmp_path_factory.mktemp("example")
+    (root / "source/hydrazero_example").mkdir(parents=True)
+    (root / "source/pyproject.toml").write_text(PROJECT)
+    (root / "source/hydrazero_example/__init__.py").write_text("")
+    (root / "source/hydrazero_example/reader.py").write_text(READER)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*command, "--target", root / "site", root / "source"], check=True)
+    return root / "site"
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory) -> Path:
+    """Return a file of the format that the package reads."""
+    path = tmp_path_factory.mktemp("lines") / "water.jsonl"
+    entries = []
+    for seed in range(40):
+        atoms = rattled_molecule("H2O", seed)
+        forces = (-atoms.positions).tolist()
+        entry = {"numbers": atoms.numbers.tolist(), "positions": atoms.positions.tolist(), "forces": forces}
+        entries.append(json.dumps({**entry, "energy": -14.0 + 0.01 * seed}))
+    path.write_text("\n".join(entries) + "\n")
+    return path
+
+
+def command(*words: object, site: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run hydrazero, with the package installed in `site` or without it."""
+    paths = [os.environ.get("PYTHONPATH", ""), *([str(site)] if site else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    code = "from hydrazero.launch.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def test_sources_are_read_by_the_reader_of_a_package(installed, lines, tmp_path):
+    by_suffix = command("convert", lines.parent, "--task", "water", "--out", tmp_path / "a", site=installed)
+    assert by_suffix.returncode == 0, by_suffix.stderr
+    assert read_manifest(tmp_path / "a").structures() == 40
+    named = [tmp_path / "water.txt", "--task", "water", "--out", tmp_path / "b", "--workers", 2, "--format", "lines"]
+    (tmp_path / "water.txt").write_bytes(lines.read_bytes())
+    by_name = command("convert", *named, site=installed)
+    assert by_name.returncode == 0, by_name.stderr
+    assert read_manifest(tmp_path / "b").structures() == 40
+
+
+def test_without_the_package_its_format_is_unknown(lines, tmp_path):
+    result = command("convert", lines, "--task", "water", "--out", tmp_path / "out", "--format", "lines")
+    assert result.returncode == 1 and result.stderr.startswith("Error: unknown format 'lines' (known: alexandria, ")
