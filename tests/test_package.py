@@ -36,7 +36,7 @@ FLOORS = (
     ("trainer.start",),
     ("trainer.setup",),
     ("trainer.rehearsal", "trainer.search"),
-    ("trainer.train",),
+    ("trainer.train", "trainer.propose"),
     ("trainer.finetune", "trainer.report"),
     ("trainer.demo",),
     ("launch",),

@@ -145,6 +145,7 @@ def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
 @click.option("--dry-run", "rehearsal", flag_value="dry-run", help="Check everything and do two steps; write nothing.")
 @click.option("--profile", "rehearsal", flag_value="profile", help="Profile a few steps, without the run itself.")
+@click.option("--measure", "rehearsal", flag_value="measure", hidden=True)  # `hydrazero init` wants the time of steps
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # DeepSpeed's launcher passes it
 @click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero train`
 @click.option("--used-hours", default=0.0, hidden=True)  # by its tries before this one

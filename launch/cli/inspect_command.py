@@ -72,9 +72,9 @@ def inspect_command(
         return
     manifests = _checked_manifests(folders, verify)
     if propose_batch:
-        from hydrazero.trainer.cost.step_memory import proposal
+        from hydrazero.trainer.propose.propose_batch import BatchRequest, batch_text
 
-        click.echo(proposal(folders, **batch))
+        click.echo(batch_text(BatchRequest(folders=folders, **batch)))
         return
     _show(manifests, f"{batch['cutoff']:g}", as_json, page)
     if verify and not as_json:

@@ -11,6 +11,7 @@ from hydrazero.launch.cli.demo import demo_command
 from hydrazero.launch.cli.evaluate import evaluate_command
 from hydrazero.launch.cli.export import export_command, package_command
 from hydrazero.launch.cli.finetune import finetune_command
+from hydrazero.launch.cli.init import init_command
 from hydrazero.launch.cli.inspect_command import inspect_command
 from hydrazero.launch.cli.launch import launch_command, postmortem_command
 from hydrazero.launch.cli.plan import plan_command
@@ -22,7 +23,7 @@ from hydrazero.shards.errors import HydrazeroError
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Data": (convert_command, subset_command, inspect_command),
-    "Train": (train_command, finetune_command, search_command, evaluate_command, report_command),
+    "Train": (init_command, train_command, finetune_command, search_command, evaluate_command, report_command),
     "Use": (export_command, package_command, screen_command),
     "Cluster": (launch_command, plan_command, postmortem_command),
     "Help": (demo_command,),

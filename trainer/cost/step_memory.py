@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
-from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.task_facts import TaskFacts
-from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, collate, graph_sample
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
-from hydrazero.shards.stream.batch_proposal import demand_of, fill_of, propose, simulate
-from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 from hydrazero.shards.structure import Structure
-from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.ranks.device import gpu_module
 
 PEAK_OVER_KEPT = 1.6
@@ -93,51 +86,3 @@ def probe_batch(atoms: int, spare_rows: int, cutoff: float) -> GraphBatch:
     sample = graph_sample(structure, 0, cutoff)
     shape = BatchShape(structures=1, atoms=atoms, slots=(sample.rows + spare_rows) * ROW_SLOTS)
     return collate([sample], shape, torch.float32)
-
-
-def proposal(
-    folders: Sequence[Path],
-    cutoff: float,
-    structures: int,
-    temperature: float,
-    memory: float | None,
-    run_file: Path | None,
-) -> str:
-    """Return a `[batch]` table for a run file, with what it fills and takes as comments.
-
-    `memory` is that of a rank in GB. Raises ConfigError if it cannot hold the batch, ShardError for damaged shards.
-    """
-    settings = ModelSettings(encoder=EncoderSettings(cutoff=cutoff))
-    if run_file is not None:
-        settings = load_run_config(run_file).model.settings()
-        cutoff = settings.encoder.cutoff
-    if structures < 1:
-        raise ConfigError(f"--structures is {structures}; it must be at least 1.")
-    # The shape plays no part in reading samples.
-    stream = StreamSettings(
-        folders=tuple(str(folder) for folder in folders),
-        cutoff=cutoff,
-        shape=BatchShape(structures=1, atoms=1, slots=ROW_SLOTS),
-        temperature=temperature,
-    )
-    reader = SplitReader(stream, "train")
-    demand = demand_of(reader)
-    shape = propose(demand, reader, structures)
-    fill = fill_of(simulate(demand, shape, np.random.default_rng(0)), shape)
-    needed = StepMemory(settings).bytes_of(shape)
-    at_hand = SHARE * (memory_at_hand(1) if memory is None else memory * 1e9)
-    if needed > at_hand:
-        raise ConfigError(
-            f"a batch of about {structures} structures takes {needed / 1e9:.1f} GB in a training step, and "
-            f"{at_hand / 1e9:.1f} GB are there for it; ask for fewer --structures, or take a smaller model or cutoff."
-        )
-    most = int(structures * at_hand / needed)
-    model = f"{settings.encoder.encoder}, {settings.encoder.features} features, {settings.encoder.layers} layers"
-    return (
-        f"[batch]  # about {structures} structures; neighbours within {cutoff:g} Å\n"
-        f"structures = {shape.structures}\natoms = {shape.atoms}\nslots = {shape.slots}\nedges = {shape.edges}\n"
-        f"# fills {fill.atoms:.1%} of the atoms and {fill.slots:.1%} of the slots; fullest batch "
-        f"{fill.edges_spread:.3f} times the mean edges\n"
-        f"# a training step takes about {needed / 1e9:.2f} GB ({model}); {at_hand / 1e9:.1f} GB would do for about "
-        f"{most:,} structures"
-    )

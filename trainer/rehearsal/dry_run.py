@@ -111,7 +111,7 @@ def _try(trainer: Trainer, log: SilentLog) -> Tried:
         loss=interval.loss,
         step_seconds=distributed.max_over_ranks(seconds),
         wait_seconds=distributed.max_over_ranks(interval.waited),
-        validation_seconds=distributed.max_over_ranks(distributed.together(lambda: _validate(trainer))),
+        validation_seconds=distributed.max_over_ranks(distributed.together(lambda: validation_seconds(trainer))),
         structures=structures,
         atoms=atoms,
         slots=slots,
@@ -125,8 +125,8 @@ def _remembered(batches: Iterator[GraphBatch], seen: list[GraphBatch]) -> Iterat
         yield batch
 
 
-def _validate(trainer: Trainer) -> float:
-    """Predict one batch of the validation split; returns the seconds that it takes, 0 if there is none."""
+def validation_seconds(trainer: Trainer) -> float:
+    """Predict one batch of the validation split and return the seconds that it takes; 0 if there is none."""
     engine, settings = trainer.engine, trainer.parts.stream.settings
     reader = SplitReader(settings, "val")
     batch = next_on_any_rank(evaluation_batches(reader, distributed.rank(), distributed.ranks()), settings)

@@ -1,4 +1,4 @@
-"""A few steps of a run that start no run: --dry-run and --profile."""
+"""A few steps that do not start the run: dry runs, profiles, and the measurement of `hydrazero init`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.rehearsal.dry_run import dry_run
+from hydrazero.trainer.rehearsal.measure_steps import measure_steps
 from hydrazero.trainer.rehearsal.profile_steps import profile_steps
 from hydrazero.trainer.setup import CheckedRun, check_run, check_settings
 
-PROFILE = "profile"
+PROFILE, MEASURE = "profile", "measure"
 
 
 def check_rehearsal(
@@ -28,13 +29,15 @@ def check_rehearsal(
 
 
 def rehearse(kind: str, config: RunConfig, resume: bool) -> None:
-    """Do a 'dry-run' or a 'profile' on this rank; raises HydrazeroError on every rank that a fault concerns."""
+    """Do a 'dry-run', a 'profile' or a 'measure' on this rank; raise HydrazeroError on every rank concerned."""
 
     def job() -> None:
         manifests = distributed.from_first(lambda: task_manifests(config))
         checked = distributed.together(lambda: check_rehearsal(kind, config, resume, manifests))
         if kind == PROFILE:
             profile_steps(config, checked)
+        elif kind == MEASURE:
+            measure_steps(config, checked)
         else:
             dry_run(config, checked, resume)
 

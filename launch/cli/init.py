@@ -1,0 +1,39 @@
+"""The command `init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hydrazero.launch.cli.options import FOLDER
+
+
+@click.command("init")
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--out", required=True, metavar="RUN.toml", type=FOLDER, help="Run file to write; the run folder is named after it."
+)
+@click.option("--encoder", default="painn", show_default=True, metavar="NAME", help="Graph neural network.")
+@click.option(
+    "--size", default="small", show_default=True, metavar="NAME", help="Size of the model: tiny, small, base or large."
+)
+@click.option("--cutoff", default=5.0, show_default=True, metavar="Å", help="Cutoff radius of the neighbours.")
+@click.option("--hours", default=1.0, show_default=True, metavar="H", help="Time that the training may take.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of training processes.  [default: one per GPU, or one per CPU core, at most four]",
+)
+def init_command(folders: tuple[Path, ...], **options: Any) -> None:
+    """Write a commented run file for training on shard folders.
+
+    Each DIR holds the shards of one task, written by 'hydrazero convert'. The batch is chosen by the sizes of the
+    structures and the memory of this machine; the number of steps by the time of a few steps, which are measured here.
+    This takes from some seconds to a few minutes.
+    """
+    from hydrazero.trainer.propose.propose_run import InitRequest, write_run_file
+
+    write_run_file(InitRequest(folders=folders, **options), click.echo)

@@ -1,0 +1,103 @@
+"""`hydrazero init`: the run file that it writes trains unchanged, explains itself, and suits the time that there is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from sources import make_shards, metals, molecules
+
+from hydrazero.launch.cli.main import main
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.config.run_file import load_run_config
+from hydrazero.trainer.propose.run_length import COMPILE_FROM, MOST_EPOCHS, PATIENCE, RunLength, run_length
+from hydrazero.trainer.rehearsal.measure_steps import StepTimes
+
+TIMES = StepTimes(eager=0.5, compiled=0.1, compiling=100.0, validation=0.2, structures=16.0, parameters=1000)
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return make_shards(folder, "molecules", molecules(60)), make_shards(folder, "metals", metals(40))
+
+
+@pytest.mark.ranks
+def test_what_it_writes_trains_unchanged(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = command("init", *data, "--out", "first.toml", "--size", "tiny", "--hours", 0.05, "--ranks", 2)
+    assert made.exit_code == 0, made.output
+    assert made.output.endswith("train with: hydrazero train first.toml --ranks 2\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.toml"]
+    config, text = load_run_config("first.toml"), Path("first.toml").read_text()
+    assert [task.name for task in config.tasks] == ["molecules", "metals"] and config.run.out == "first"
+    assert config.train.steps > 10 and config.batch.edges > 0 and not config.train.compile
+    assert config.loss.stress_weight and "labels: energy, forces, stress." in text
+    lines = text.splitlines()
+    assert all(len(line) <= 100 for line in lines if not line.startswith("shards"))
+    trained = command("train", "first.toml", "--set", "train.steps=3")
+    assert trained.exit_code == 0 and "trained: first" in trained.output, trained.output
+    assert command("init", *data, "--out", "first.toml").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("{molecules}", "--out", "there.toml"), "there.toml exists"),
+        (("{molecules}", "--out", "run"), "must end with .toml"),
+        (("{molecules}", "--out", "absent/run.toml"), "there is no folder absent"),
+        (("{molecules}", "{molecules}", "--out", "run.toml"), "hold a task 'molecules'"),
+        ((".", "--out", "run.toml"), "manifest.json"),
+        (("{molecules}", "--out", "run.toml", "--hours", "0"), "--hours is 0"),
+        (("{molecules}", "--out", "run.toml", "--hours", "nan"), "--hours is nan"),
+        (("{molecules}", "--out", "run.toml", "--encoder", "pain"), "did you mean 'painn'"),
+        (("{molecules}", "--out", "run.toml", "--size", "huge"), "size 'huge'"),
+        (("{molecules}", "--out", "run.toml", "--cutoff", "7"), "degree_cutoffs = [7]"),
+        (("{molecules}", "--out", "run.toml", "--cutoff", "-1"), "--cutoff is -1"),
+    ],
+)
+def test_refusals(data, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("there.toml").write_text("")
+    result = command("init", *(word.format(molecules=data[0], metals=data[1]) for word in arguments))
+    assert result.exit_code == 1 and words in result.stderr and result.stderr.count("\n") == 1, result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["there.toml"]
+
+
+def length(hours: float = 1.0, train: int = 10_000, val: int = 100, times: StepTimes | None = TIMES) -> RunLength:
+    return run_length(hours=hours, ranks=2, train=train, val=val, times=times)
+
+
+def test_steps_fill_the_hours():
+    # 3600 s less 20 evaluations of 4 batches, less the compiler's time.
+    assert length().steps == int((3600 - 20 * 4 * 0.2 - 100) / 0.1) // 1000 * 1000 == 34_000
+    assert length().compile and length().every == 1700
+    slow = length(times=replace(TIMES, validation=600.0))  # a fifth of the time for evaluations, but at least one
+    assert slow.every == slow.steps
+
+
+def test_steps_are_compiled_where_that_pays():
+    assert not length(times=replace(TIMES, compiled=0.49)).compile
+    assert not length(times=replace(TIMES, compiled=None)).compile
+    brief = COMPILE_FROM / 3600 - 0.01
+    assert not length(hours=brief, times=None).compile and length(hours=1.0, times=None).compile
+
+
+def test_few_structures_are_not_trained_for_ever():
+    few = length(train=50, val=10)
+    assert few.steps == MOST_EPOCHS * 50 // 32 // 100 * 100 and few.patience == PATIENCE and few.keep_best
+    assert "more than are of use" in few.why_steps
+    none = length(train=50, val=0)
+    assert not none.keep_best and none.patience == 0 and "no validation structures" in none.why_best
+    assert length(val=100).patience == PATIENCE and length(train=10**6).patience == 0
+
+
+def test_hours_that_are_too_short():
+    with pytest.raises(ConfigError, match=r"one training step takes 0\.5 s here"):
+        length(hours=1e-5, times=replace(TIMES, compiled=None))

@@ -1,0 +1,179 @@
+"""What `hydrazero init` does: choose a batch, measure a few steps, and write a commented run file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydrazero.models.atomistic import ModelSettings
+from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.encoders.sizes import size_settings
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
+from hydrazero.trainer.config.run_file import load_run_config
+from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
+from hydrazero.trainer.propose.propose_batch import propose_batch
+from hydrazero.trainer.propose.run_length import RunLength, run_length
+from hydrazero.trainer.propose.run_text import RunProposal, run_text, train_command
+from hydrazero.trainer.ranks.device import device_kind, gpu_module
+from hydrazero.trainer.ranks.launcher import train_ranks
+from hydrazero.trainer.records.run_files import RUN_NAME
+from hydrazero.trainer.rehearsal.measure_steps import StepTimes, read_step_times
+from hydrazero.trainer.rehearsal.rehearse import MEASURE
+from hydrazero.trainer.setup import check_run
+
+RATES = {"tiny": 2e-3, "small": 2e-3, "base": 1e-3, "large": 5e-4}
+"""Learning rate for each size of a model: larger models diverge at rates that suit small ones."""
+MOST_CPU_RANKS = 4
+"""Maximum number of ranks by default on a machine without a GPU; each may use several cores."""
+PER_STEP = 32
+"""Structures in a step of all ranks together, if there are enough."""
+SEVERAL_TASKS = 2.0
+"""data.temperature for several tasks: small ones are drawn more often than in proportion to their size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitRequest:
+    """The options of `hydrazero init`."""
+
+    folders: tuple[Path, ...]
+    """Shard folders, one for each task."""
+    out: Path
+    """Run file to write; the run's folder gets its name, without the suffix."""
+    encoder: str
+    size: str
+    cutoff: float
+    """Å."""
+    hours: float
+    """Time that the run may take."""
+    ranks: int | None
+    """Number of training processes; None: chosen for this machine."""
+
+
+def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
+    """Write a run file for the shards, after measuring a few training steps in a temporary folder.
+
+    Raises ConfigError for options that cannot be used, ShardError for folders without complete shards, and SystemExit
+    if a rank fails, which then has printed the reason.
+    """
+    _check_request(request)
+    proposal = _proposal(request, _manifests(request))
+    say(f"measuring training steps with {train_command(request.out, proposal.ranks)} on {proposal.device} ...")
+    times = _measure(proposal)
+    proposal = replace(proposal, length=_length(request, proposal, times))
+    _write(proposal)
+    length = proposal.length
+    say(
+        f"{request.out}: {len(proposal.manifests)} task{'s' if len(proposal.manifests) > 1 else ''}, {request.encoder} "
+        f"{request.size} with {times.parameters:,} parameters, {length.steps:,} steps"
+    )
+    say(f"train with: {train_command(request.out, proposal.ranks)}")
+
+
+def _check_request(request: InitRequest) -> None:
+    if request.out.exists():
+        raise ConfigError(f"{request.out} exists; remove it or choose another name.")
+    if request.out.suffix != ".toml":
+        raise ConfigError(f"--out {request.out} must end with .toml; the run's folder is named after it.")
+    if not request.out.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {request.out.parent} for the run file; make it, or choose another.")
+    if not 0 < request.hours < float("inf"):
+        raise ConfigError(f"--hours is {request.hours:g}; it must be a number above 0.")
+    if not 0 < request.cutoff < float("inf"):
+        raise ConfigError(f"--cutoff is {request.cutoff:g}; it must be a distance in Å above 0.")
+    size_settings(request.encoder, request.size)  # raises for names that are not known
+
+
+def _manifests(request: InitRequest) -> tuple[Manifest, ...]:
+    """Return the folders' manifests; raise ConfigError or ShardError for folders that cannot be trained on."""
+    manifests = tuple(read_manifest(folder) for folder in request.folders)
+    names = [manifest.task for manifest in manifests]
+    for manifest, folder in zip(manifests, request.folders, strict=True):
+        if names.count(manifest.task) > 1:
+            raise ConfigError(
+                f"two of the folders hold a task '{manifest.task}' ({folder}); a run needs different names."
+            )
+        if not manifest.structures("train"):
+            raise ConfigError(f"{folder} holds no training structures; convert the data with some for training.")
+        check_shard_files(manifest, folder)
+    return manifests
+
+
+def _proposal(request: InitRequest, manifests: tuple[Manifest, ...]) -> RunProposal:
+    """Return everything but the length of the run, which is not measured yet."""
+    train = sum(manifest.structures("train") for manifest in manifests)
+    ranks = request.ranks or _default_ranks(train)
+    settings = size_settings(request.encoder, request.size)
+    heads = settings.pop("head_features")
+    encoder = EncoderSettings(encoder=request.encoder, cutoff=request.cutoff, **settings)
+    temperature = SEVERAL_TASKS if len(manifests) > 1 else 1.0
+    batch = propose_batch(
+        request.folders,
+        ModelSettings(encoder=encoder, head_features=heads),
+        max(min(PER_STEP, -(-train // 8)) // ranks, 1),
+        temperature=temperature,
+        available=SHARE * memory_at_hand(ranks),
+        smaller=True,
+    )
+    return RunProposal(
+        run_file=request.out,
+        run_dir=request.out.with_suffix(""),
+        folders=request.folders,
+        manifests=manifests,
+        encoder=request.encoder,
+        size=request.size,
+        cutoff=request.cutoff,
+        temperature=temperature,
+        batch=batch,
+        ranks=ranks,
+        device=_device(ranks),
+        rate=RATES[request.size],
+        length=run_length(hours=request.hours, ranks=ranks, train=train, val=0, times=None),
+    )
+
+
+def _default_ranks(train: int) -> int:
+    """Return a rank for each GPU, or for each core up to MOST_CPU_RANKS, and no more than the structures can fill."""
+    gpu = gpu_module()
+    devices = min(len(os.sched_getaffinity(0)), MOST_CPU_RANKS) if gpu is None else gpu.device_count()
+    return max(min(devices, train // 8), 1)
+
+
+def _device(ranks: int) -> str:
+    """Describe what `ranks` ranks compute on."""
+    gpu = gpu_module()
+    if gpu is None:
+        cores = len(os.sched_getaffinity(0))
+        return f"{cores} CPU core{'s' if cores > 1 else ''}"
+    return f"{ranks} GPU{'s' if ranks > 1 else ''} ({gpu.get_device_name(0)})"
+
+
+def _measure(proposal: RunProposal) -> StepTimes:
+    """Measure steps as `hydrazero train` does them, with as many ranks, in a folder that is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="hydrazero-init-") as folder:
+        run_file, run_dir = Path(folder) / "run.toml", Path(folder) / "run"
+        run_file.write_text(run_text(replace(proposal, run_dir=run_dir)), encoding="utf-8")
+        train_ranks(run_file, proposal.ranks, [f"--{MEASURE}"], run_dir / RUN_NAME)
+        return read_step_times(run_dir)
+
+
+def _length(request: InitRequest, proposal: RunProposal, times: StepTimes) -> RunLength:
+    train, val = (sum(one.structures(split) for one in proposal.manifests) for split in ("train", "val"))
+    return run_length(hours=request.hours, ranks=proposal.ranks, train=train, val=val, times=times)
+
+
+def _write(proposal: RunProposal) -> None:
+    """Write the run file to a temporary file, check it as `hydrazero train` does, and rename it."""
+    path = proposal.run_file
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(run_text(proposal), encoding="utf-8")
+        check_run(load_run_config(part), resume=False, has_gpu=device_kind() != "cpu")
+        os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}).") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,107 @@
+"""The time of training steps on this machine, measured without starting the run; `hydrazero init` uses it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hydrazero.shards.graphs.graph import GraphBatch
+from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.loop import Interval, Trainer
+from hydrazero.trainer.ranks import distributed
+from hydrazero.trainer.ranks.stop_signals import StopRequest
+from hydrazero.trainer.records.run_files import read_json, write_json
+from hydrazero.trainer.records.run_log import SilentLog
+from hydrazero.trainer.rehearsal.dry_run import validation_seconds
+from hydrazero.trainer.setup import CheckedRun, compile_steps, engine_of, run_parts, weight_average_of
+
+FILE_NAME = "step_times.json"
+"""Name of the file in the run folder to which the first rank writes the times."""
+WARM_UP = 3
+"""Number of steps that are not measured: they allocate memory and fill the queues of the data workers."""
+SECONDS = 4.0
+"""Approximate duration of a measurement."""
+FEWEST, MOST = 3, 100
+"""Minimum and maximum number of steps in a measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Times in seconds, those of the slowest rank."""
+
+    eager: float
+    """A training step that is not compiled."""
+    compiled: float | None
+    """A compiled training step; None if train.compile is not set, or if steps cannot be compiled."""
+    compiling: float
+    """The first compiled step, in which the compiler runs; 0 if steps are not compiled."""
+    validation: float
+    """One validation batch on each rank; 0 if there are no validation structures."""
+    structures: float
+    """Mean number of structures in a rank's batch."""
+    parameters: int
+    """Number of parameters of the model."""
+
+
+def measure_steps(config: RunConfig, checked: CheckedRun) -> None:
+    """Measure eager steps and, if train.compile is set, compiled ones; the first rank writes RUN/step_times.json."""
+    engine = engine_of(config, checked)
+    average = weight_average_of(engine, config.train.average)
+    log = SilentLog(config)
+    trainer = Trainer(config, run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log))
+    counted: list[float] = []
+    batches = _counting(iter(trainer.parts.stream), counted)
+    engine.train()
+    eager = _seconds_per_step(trainer, batches)
+    validation = distributed.max_over_ranks(distributed.together(lambda: validation_seconds(trainer)))
+    compiled, compiling = None, 0.0
+    if config.train.compile:
+        compile_steps(engine)
+        compiling = _timed_step(trainer, batches)
+        if not engine.module.not_compiled:
+            compiled = _seconds_per_step(trainer, batches)
+    times = StepTimes(
+        eager=eager,
+        compiled=compiled,
+        compiling=compiling,
+        validation=validation,
+        structures=sum(counted) / len(counted),
+        parameters=sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters()),
+    )
+    if distributed.rank() == 0:
+        folder = Path(config.run.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE_NAME, asdict(times))
+
+
+def read_step_times(run_dir: Path) -> StepTimes:
+    """Return the times that `measure_steps` has written."""
+    return StepTimes(**read_json(run_dir / FILE_NAME))
+
+
+def _counting(batches: Iterator[GraphBatch], counted: list[float]) -> Iterator[GraphBatch]:
+    """Yield batches and note their numbers of structures."""
+    for batch in batches:
+        counted.append(float(batch.structure_mask.sum()))
+        yield batch
+
+
+def _timed_step(trainer: Trainer, batches: Iterator[GraphBatch]) -> float:
+    """Return the seconds of one step on the slowest rank."""
+    began = time.monotonic()
+    trainer.one_step(batches, Interval())
+    return distributed.max_over_ranks(time.monotonic() - began)
+
+
+def _seconds_per_step(trainer: Trainer, batches: Iterator[GraphBatch]) -> float:
+    """Return the mean seconds of a step after a few that warm up; the same on every rank."""
+    last = 0.0
+    for _ in range(WARM_UP):
+        last = _timed_step(trainer, batches)
+    count = min(max(round(SECONDS / max(last, 1e-6)), FEWEST), MOST)
+    began = time.monotonic()
+    for _ in range(count):
+        trainer.one_step(batches, Interval())
+    return distributed.max_over_ranks(time.monotonic() - began) / count
