@@ -8,6 +8,7 @@ import click
 
 from hydrazero.launch.cli.convert import convert_command, subset_command
 from hydrazero.launch.cli.demo import demo_command
+from hydrazero.launch.cli.doctor import doctor_command
 from hydrazero.launch.cli.evaluate import evaluate_command
 from hydrazero.launch.cli.export import export_command, package_command
 from hydrazero.launch.cli.finetune import finetune_command
@@ -26,7 +27,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Train": (init_command, train_command, finetune_command, search_command, evaluate_command, report_command),
     "Use": (export_command, package_command, screen_command),
     "Cluster": (launch_command, plan_command, postmortem_command),
-    "Help": (demo_command,),
+    "Help": (demo_command, doctor_command),
 }
 """Heading on the help page -> its commands, in the order in which they are shown."""
 

@@ -1,0 +1,1 @@
+"""What `hydrazero doctor` reports about this machine and this installation."""
