@@ -12,13 +12,14 @@ from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import replacing
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
 from hydrazero.trainer.propose.propose_batch import propose_batch
 from hydrazero.trainer.propose.run_length import RunLength, run_length
 from hydrazero.trainer.propose.run_text import RunProposal, run_text, train_command
-from hydrazero.trainer.ranks.device import device_kind, gpu_module
+from hydrazero.trainer.ranks.device import gpu_module
 from hydrazero.trainer.ranks.launcher import train_ranks
 from hydrazero.trainer.records.run_files import RUN_NAME
 from hydrazero.trainer.rehearsal.measure_steps import StepTimes, read_step_times
@@ -168,12 +169,9 @@ def _length(request: InitRequest, proposal: RunProposal, times: StepTimes) -> Ru
 def _write(proposal: RunProposal) -> None:
     """Write the run file to a temporary file, check it as `hydrazero train` does, and rename it."""
     path = proposal.run_file
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(run_text(proposal), encoding="utf-8")
-        check_run(load_run_config(part), resume=False, has_gpu=device_kind() != "cpu")
-        os.replace(part, path)
+        with replacing(path, shared=True) as part:
+            part.write_text(run_text(proposal), encoding="utf-8")
+            check_run(load_run_config(part), resume=False)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        part.unlink(missing_ok=True)

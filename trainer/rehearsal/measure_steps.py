@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hydrazero.shards.files import read_json, write_json
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
-from hydrazero.trainer.records.run_files import read_json, write_json
 from hydrazero.trainer.records.run_log import SilentLog
 from hydrazero.trainer.rehearsal.dry_run import validation_seconds
 from hydrazero.trainer.setup import CheckedRun, compile_steps, engine_of, run_parts, weight_average_of
