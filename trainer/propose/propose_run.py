@@ -62,7 +62,7 @@ def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
     """
     _check_request(request)
     proposal = _proposal(request, _manifests(request))
-    say(f"measuring training steps with {train_command(request.out, proposal.ranks)} on {proposal.device} ...")
+    say(f"measuring training steps with {_ranks(proposal)} on {proposal.device}, which may take some minutes ...")
     times = _measure(proposal)
     proposal = replace(proposal, length=_length(request, proposal, times))
     _write(proposal)
@@ -72,6 +72,10 @@ def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
         f"{request.size} with {times.parameters:,} parameters, {length.steps:,} steps"
     )
     say(f"train with: {train_command(request.out, proposal.ranks)}")
+
+
+def _ranks(proposal: RunProposal) -> str:
+    return f"{proposal.ranks} rank{'s' if proposal.ranks > 1 else ''}"
 
 
 def _check_request(request: InitRequest) -> None:
