@@ -89,13 +89,12 @@ def convert_command(sources: tuple[Path, ...], tasks: tuple[str, ...], out: Path
 @click.option("--train", type=click.IntRange(1), metavar="N", help="Number of training structures.  [default: all]")
 @click.option("--val", type=click.IntRange(0), metavar="N", help="Number of validation structures.  [default: all]")
 @click.option("--test", type=click.IntRange(0), metavar="N", help="Number of test structures.  [default: all]")
-@click.option("--seed", default=0, show_default=True, help="Seed of the random selection.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of the random selection.")
 def subset_command(folder: Path, out: Path, train: int | None, val: int | None, test: int | None, seed: int) -> None:
     """Write the shards of a random subset of a task's structures.
 
-    This is useful for a learning curve, for example.
-
-    With the same seed, a smaller subset is always contained in a larger one.
+    This is useful for a learning curve, for example. With the same seed, a smaller subset is always contained in a
+    larger one.
     """
     from hydrazero.launch.cli.views.convert_progress import shown_splits
     from hydrazero.shards.convert.subset import write_subset

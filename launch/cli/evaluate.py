@@ -13,7 +13,9 @@ from hydrazero.shards.errors import ConfigError
 @click.command("evaluate")
 @click.argument("run_or_model", metavar="RUN|MODEL", type=FOLDER)
 @click.argument("folders", metavar="[DIR]...", nargs=-1, type=FOLDER)
-@click.option("--split", default="test", show_default=True, help="Split of the shards: train, val or test.")
+@click.option(
+    "--split", default="test", show_default=True, metavar="NAME", help="Split of the shards: train, val or test."
+)
 @click.option(
     "--out",
     metavar="DIR",

@@ -13,7 +13,9 @@ from hydrazero.launch.cli.options import FOLDER, task_list
 @click.argument("run_dir", metavar="RUN", type=FOLDER)
 @click.option("--out", required=True, metavar="MODEL.safetensors", type=FOLDER, help="File to write.")
 @click.option("--tasks", metavar="A,B", help="Heads to export.  [default: all]")
-@click.option("--dtype", default="float32", show_default=True, help="Number format: float32, bfloat16 or float64.")
+@click.option(
+    "--dtype", default="float32", show_default=True, metavar="NAME", help="Number format: float32, bfloat16 or float64."
+)
 @click.option(
     "--old-heads",
     is_flag=True,
@@ -22,8 +24,8 @@ from hydrazero.launch.cli.options import FOLDER, task_list
 def export_command(run_dir: Path, out: Path, tasks: str | None, dtype: str, old_heads: bool) -> None:
     """Write the best model of a run as one safetensors file.
 
-    The file contains a model card, which 'hydrazero inspect' shows. The card lists test errors if 'hydrazero evaluate'
-    has been run before.
+    The best model is that of the checkpoint with the lowest validation loss. The file contains a model card, which
+    'hydrazero inspect' shows. The card lists test errors if 'hydrazero evaluate' has been run before.
     """
     from hydrazero.trainer.evaluation.export import export_run
 

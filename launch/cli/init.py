@@ -15,7 +15,13 @@ from hydrazero.launch.cli.options import FOLDER
 @click.option(
     "--out", required=True, metavar="RUN.toml", type=FOLDER, help="Run file to write; the run folder is named after it."
 )
-@click.option("--encoder", default="painn", show_default=True, metavar="NAME", help="Graph neural network.")
+@click.option(
+    "--encoder",
+    default="painn",
+    show_default=True,
+    metavar="NAME",
+    help="Encoder of the model: painn, schnet, egnn, pna_eq, dimenetpp, mace, or one that an installed package adds.",
+)
 @click.option(
     "--size", default="small", show_default=True, metavar="NAME", help="Size of the model: tiny, small, base or large."
 )

@@ -61,7 +61,7 @@ def inspect_command(
 ) -> None:
     """Show what shard folders or an exported model contain.
 
-    One shard folder is described in detail; several are compared side by side. Of an exported model the model card is
+    One shard folder is described in detail; several are compared side by side. For an exported model, the model card is
     shown.
     """
     models = [path for path in folders if path.is_file() or path.suffix == ".safetensors"]

@@ -30,9 +30,9 @@ from hydrazero.shards.errors import ConfigError
 def search_command(space: Path, trials: int | None, workers: int, report: bool) -> None:
     """Search for good training settings with many short runs.
 
-    Only the better trials are continued. The same command continues a search that was interrupted. Started on several
-    machines, or in several Slurm jobs, with a shared folder, all of them work on the same search. Trials that fail are
-    recorded but do not count.
+    SPACE.toml lists the settings to vary. Each trial is a short run, and only the better ones are continued. The same
+    command continues a search that was interrupted. Started on several machines, or in several Slurm jobs, with a
+    shared folder, all of them work on the same search. Trials that fail are recorded but do not count.
     """
     from hydrazero.trainer.search.campaign import begin, check_ended, run_workers
     from hydrazero.trainer.search.journal import open_journal

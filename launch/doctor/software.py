@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydrazero
 from hydrazero.launch.doctor.findings import Finding, Probe, ProbeError, run_python
 
 if TYPE_CHECKING:
@@ -44,15 +43,10 @@ PURPOSES = {
 def version_probes() -> list[Probe]:
     """Return probes for the versions of hydrazero, Python and the packages that it needs."""
     return [
-        Probe(name="hydrazero", find=lambda: f"{version('hydrazero')} in {_folder()}"),
+        Probe(name="hydrazero", find=lambda: f"{version('hydrazero')} in {Path(__file__).parents[2]}"),
         Probe(name="Python", find=lambda: f"{platform.python_version()} ({sys.executable})"),
         *(Probe(name=name, find=lambda name=name: _version(name)) for name in PACKAGES),  # type: ignore[misc]
     ]
-
-
-def _folder() -> Path:
-    """Return where hydrazero's code is."""
-    return Path(next(iter(hydrazero.__path__)))
 
 
 def _version(package: str) -> Finding:

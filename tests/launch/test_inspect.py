@@ -54,6 +54,7 @@ def test_it_comes_at_once(shards, tmp_path):
     code = (
         "import sys\n"
         "from hydrazero.launch.cli.main import main\n"
+        "main(['--help'], standalone_mode=False)\n"
         "main(['inspect', sys.argv[1]], standalone_mode=False)\n"
         "main(['inspect', sys.argv[1], '--html', sys.argv[2]], standalone_mode=False)\n"
         "import hydrazero.trainer.report\n"

@@ -11,8 +11,9 @@ from pathlib import Path
 from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.encoders.sizes import size_settings
-from hydrazero.shards.device import device_kind, gpu_module
+from hydrazero.shards.device import gpu_module
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import replacing
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
@@ -61,7 +62,7 @@ def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
     """
     _check_request(request)
     proposal = _proposal(request, _manifests(request))
-    say(f"measuring training steps with {train_command(request.out, proposal.ranks)} on {proposal.device} ...")
+    say(f"measuring training steps with {_ranks(proposal)} on {proposal.device}, which may take some minutes ...")
     times = _measure(proposal)
     proposal = replace(proposal, length=_length(request, proposal, times))
     _write(proposal)
@@ -71,6 +72,10 @@ def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
         f"{request.size} with {times.parameters:,} parameters, {length.steps:,} steps"
     )
     say(f"train with: {train_command(request.out, proposal.ranks)}")
+
+
+def _ranks(proposal: RunProposal) -> str:
+    return f"{proposal.ranks} rank{'s' if proposal.ranks > 1 else ''}"
 
 
 def _check_request(request: InitRequest) -> None:
@@ -168,12 +173,9 @@ def _length(request: InitRequest, proposal: RunProposal, times: StepTimes) -> Ru
 def _write(proposal: RunProposal) -> None:
     """Write the run file to a temporary file, check it as `hydrazero train` does, and rename it."""
     path = proposal.run_file
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(run_text(proposal), encoding="utf-8")
-        check_run(load_run_config(part), resume=False, has_gpu=device_kind() != "cpu")
-        os.replace(part, path)
+        with replacing(path, shared=True) as part:
+            part.write_text(run_text(proposal), encoding="utf-8")
+            check_run(load_run_config(part), resume=False)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        part.unlink(missing_ok=True)

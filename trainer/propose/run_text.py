@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
+from hydrazero.shards.files import toml_text
 from hydrazero.shards.manifest import Manifest
 from hydrazero.trainer.propose.propose_batch import ProposedBatch
 from hydrazero.trainer.propose.run_length import RunLength
@@ -81,7 +80,7 @@ def _comment(text: str) -> str:
 
 def _section(heading: str, *entries: tuple[str, Any, str], before: str = "") -> str:
     """Return a section: its heading, and for each (key, value, explanation) a comment and the value."""
-    body = "".join(f"{_comment(why) if why else ''}{tomli_w.dumps({key: value})}" for key, value, why in entries)
+    body = "".join(f"{_comment(why) if why else ''}{toml_text({key: value})}" for key, value, why in entries)
     return f"{_comment(before) if before else ''}{heading}\n{body}"
 
 
