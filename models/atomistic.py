@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from hydrazero.models.embedding import AtomConditions, AtomEmbedding
-from hydrazero.models.encoders import encoder_class, make_encoder
+from hydrazero.models.encoders import ENCODERS, make_encoder
 from hydrazero.models.encoders.base import (
     SMALLEST_WIDTH,
     AtomInputs,
@@ -296,15 +296,20 @@ class AtomisticModel(nn.Module):
         return energies + torch.stack(references, dim=1).unsqueeze(2)
 
     def facts(self) -> dict[str, Any]:
-        """Return settings and task facts as plain types, from which `model_from_facts` builds the model again."""
-        return {"settings": self.settings.model_dump(), "tasks": [asdict(task) for task in self.tasks]}
+        """Return settings and task facts as plain types, from which `model_from_facts` builds the model again.
+
+        With the encoder of another package, the name of that package is among them.
+        """
+        facts: dict[str, Any] = {"settings": self.settings.model_dump(), "tasks": [asdict(task) for task in self.tasks]}
+        package = ENCODERS.package_of(self.settings.encoder.encoder)
+        return facts if package is None else {**facts, "encoder_package": package.name}
 
 
 def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
     """Raise ConfigError for an encoder that is not known, or for heads that it or a task cannot carry."""
     check_attention(targets_of(tasks), settings.attention_targets)
     encoder = settings.encoder.encoder
-    has_vectors = encoder_class(encoder).has_vectors
+    has_vectors = ENCODERS.get(encoder).has_vectors
     for task in tasks:
         if {task.forces, task.stress} == {CONSERVATIVE, DIRECT}:
             raise ConfigError(
@@ -331,12 +336,16 @@ def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
 
 
 def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
-    """Build an untrained model from what `AtomisticModel.facts` gave; raises ConfigError if a field is unknown."""
+    """Build an untrained model from what `AtomisticModel.facts` returned.
+
+    Raises ConfigError if a field is unknown, or if the encoder comes from a package that is not installed.
+    """
     try:
         encoder = facts["settings"]["encoder"]
         tasks = [task_facts_from(task) for task in facts["tasks"]]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"the model's description lacks or misuses a field ({error}).") from error
+    ENCODERS.check(str(encoder.get("encoder")), facts.get("encoder_package"))
     # A description without a width of norms is from before there was one to set.
     settings = {**facts["settings"], "encoder": {"norm_width": SMALLEST_WIDTH, **encoder}}
     return AtomisticModel(parse_settings(ModelSettings, settings, "the model's description: settings"), tasks)

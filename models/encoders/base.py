@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from hydrazero.models.encoders.radial import BASES, CUTOFFS
 from hydrazero.models.ops.slots import Slots
-from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.settings_parser import Section
 
+SIZES = ("tiny", "small", "base", "large")
+"""Names of the sizes of an encoder, by which `size` in a run file chooses."""
 MAX_DEGREE = 6
 SMALLEST_WIDTH = 1e-4
 """Smallest width of norms, with which their slope at zero is finite; models without a width of their own have it."""
@@ -93,11 +94,18 @@ class NodeFeatures:
     """[A, 3, F], where the encoder has them."""
 
 
-class Encoder(nn.Module):
-    """Base of all encoders: radial functions, the measuring of pairs, and how far an atom sees."""
+def size_table(**settings: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
+    """Return size -> settings, from the values of each setting in the order of `SIZES`."""
+    return {size: {name: values[place] for name, values in settings.items()} for place, size in enumerate(SIZES)}
 
-    has_vectors = False
+
+class Encoder(nn.Module):
+    """Base class of encoders: radial basis functions, geometry of pairs, and the receptive field."""
+
+    has_vectors: ClassVar[bool] = False
     """Whether the node features hold vectors."""
+    sizes: ClassVar[dict[str, dict[str, int]]] = size_table(features=(32, 64, 128, 256), layers=(2, 3, 3, 4))
+    """Settings that each of `SIZES` stands for; an encoder for which others are better has a table of its own."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -128,9 +136,3 @@ class Encoder(nn.Module):
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Encode atoms."""
         raise NotImplementedError
-
-
-def check_known(key: str, name: str, known: list[str]) -> None:
-    """Raise ConfigError, with what was probably meant, unless the name is known."""
-    if name not in known:
-        raise ConfigError(f"model.{key} '{name}' is not known{did_you_mean(name, known)}.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
 from hydrazero.models.encoders.harmonics import solid_harmonics
 from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
@@ -109,6 +109,8 @@ class DirectionalOutput(nn.Module):
 
 class DimeNetPlusPlus(Encoder):
     """DimeNet++ encoder: scalars that are sums over the outputs of all blocks."""
+
+    sizes = size_table(features=(32, 64, 128, 256), layers=(2, 2, 3, 4), max_degree=(2, 3, 4, 6))
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
 from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 
@@ -48,6 +48,7 @@ class EGNN(Encoder):
     """EGNN encoder: scalars, and vectors that are sums of pair directions."""
 
     has_vectors = True
+    sizes = size_table(features=(32, 64, 128, 256), layers=(2, 3, 4, 5))
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)

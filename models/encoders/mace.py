@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
 from hydrazero.models.encoders.harmonics import CARTESIAN, Constants, coupling, solid_harmonics, sphere_tables
 from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
@@ -136,6 +136,13 @@ class MACE(Encoder):
     """MACE encoder: scalars that are sums of readouts of all layers, vectors of the last."""
 
     has_vectors = True
+    sizes = size_table(
+        features=(16, 32, 64, 128),
+        layers=(2, 2, 2, 2),
+        max_degree=(2, 2, 3, 3),
+        node_degree=(1, 1, 1, 1),
+        correlation=(2, 3, 3, 3),
+    )
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)

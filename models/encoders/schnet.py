@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
 from hydrazero.models.ops.exact import ExactLinear
 
 
@@ -37,6 +37,8 @@ class SchNetInteraction(nn.Module):
 
 class SchNet(Encoder):
     """SchNet encoder: scalars alone."""
+
+    sizes = size_table(features=(32, 64, 128, 256), layers=(2, 3, 4, 6))
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__(settings)

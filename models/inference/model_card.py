@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.units import INTERNAL_UNITS
 
@@ -56,9 +57,11 @@ def model_card(model: AtomisticModel, dtype: str, origin: Origin) -> dict[str, A
 def model_facts(model: AtomisticModel, dtype: str, origin: Origin) -> dict[str, Any]:
     """Return what a card tells beside when it was written, and by what."""
     settings = model.settings
+    package = ENCODERS.package_of(settings.encoder.encoder)
     card: dict[str, Any] = {
         "run": origin.run,
         "encoder": settings.encoder.encoder,
+        **({} if package is None else {"encoder_package": f"{package.name} {package.version}"}),
         "cutoff": settings.encoder.cutoff,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": dtype,

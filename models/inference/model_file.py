@@ -17,9 +17,10 @@ import torch
 from ase.data import atomic_numbers
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.inference.model_card import Origin, model_card, sha256_of
 from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
-from hydrazero.shards.errors import HydrazeroError, ModelFileError, did_you_mean
+from hydrazero.shards.errors import ConfigError, HydrazeroError, ModelFileError, did_you_mean
 from hydrazero.shards.files import replacing
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
@@ -203,9 +204,20 @@ def _metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
+def _check_encoder(path: Path, facts: dict[str, Any]) -> None:
+    """Raise ModelFileError if the model's encoder is unknown here, naming the package that it came from."""
+    try:
+        ENCODERS.check(str(facts["settings"]["encoder"]["encoder"]), facts.get("encoder_package"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+    except ConfigError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
 def read_model(path: Path) -> AtomisticModel:
     """Load an exported model on the CPU, ready to predict; raises ModelFileError as `read_header` does."""
     facts, digest = read_header(path), _metadata(path).get("weights_sha256")
+    _check_encoder(path, facts)
     try:
         weights = safetensors.torch.load_file(str(path))
         if digest not in (None, sha256_of(weights)):  # files of earlier versions do not say it

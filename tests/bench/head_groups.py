@@ -28,8 +28,8 @@ sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "rank
 from structures import rattled_molecule, to_structure
 
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.encoders import size_settings
 from hydrazero.models.encoders.base import EncoderSettings
-from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.models.inference.model_file import STACKED, with_tasks
 from hydrazero.models.ops.compiled import use_kernels
 from hydrazero.models.task_facts import NONE, TaskFacts

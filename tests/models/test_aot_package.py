@@ -76,7 +76,7 @@ def compare(model: AtomisticModel, function) -> None:
             np.testing.assert_allclose(value.detach().numpy().reshape(np.shape(wanted)), wanted, atol=1e-9)
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_one_graph_serves_all_sizes(encoder):
     model = one_task(encoder)
     graph, _ = traced(model)

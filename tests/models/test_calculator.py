@@ -32,7 +32,7 @@ def steps_of(atoms: Atoms, steps: int = 12, seed: int = 0) -> list[Atoms]:
     return frames
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_neighbours_with_a_skin_change_nothing(encoder):
     potential = Potential(small_model(encoder))
     for start in (rattled_molecule(), rattled_crystal()):

@@ -67,13 +67,13 @@ def graphs(request, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_every_gradient_of_a_step_as_one_graph_equals_eager(encoder):
     compare_steps(encoder)
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_compiled_predictions_equal_eager(encoder):
     batch = labelled_batch()
     model = small_model(encoder, tasks=TASKS, max_degree=2)

@@ -14,7 +14,7 @@ from hydrazero.models.encoders import ENCODERS
 
 VARIANTS = [
     (encoder, cutoff, basis)
-    for encoder in ENCODERS
+    for encoder in ENCODERS.builtin
     for cutoff, basis in (("cosine", "sinc"), ("polynomial", "gaussian"))
 ]
 

@@ -22,7 +22,7 @@ def on_gpu(encoder: str, dtype: torch.dtype, compiled: bool) -> ModelWithLoss:
 
 @needs_gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_steps_are_the_same_to_the_bit(encoder, compiled):
     batch = labelled_batch(torch.float32).to("cuda")
     trained = on_gpu(encoder, torch.float32, compiled)
@@ -35,7 +35,7 @@ def test_steps_are_the_same_to_the_bit(encoder, compiled):
 
 @needs_gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_steps_are_those_of_the_cpu(encoder, compiled):
     batch = labelled_batch()
     loss, expected = gradients(trained_model(encoder), batch)

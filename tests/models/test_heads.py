@@ -12,7 +12,7 @@ from structures import CUTOFF, batch_of, facts, predict, rattled_crystal, rattle
 
 from hydrazero.models import Potential, load_model, save_model
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
-from hydrazero.models.encoders import ENCODERS, encoder_class
+from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference.model_file import with_tasks
 from hydrazero.models.ops.compiled import CompiledModel, use_kernels
@@ -50,7 +50,7 @@ def turned(atoms: Atoms, matrix: np.ndarray) -> Atoms:
     return out
 
 
-@pytest.mark.parametrize("encoder", [name for name in ENCODERS if encoder_class(name).has_vectors])
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS.builtin if ENCODERS.get(name).has_vectors])
 @pytest.mark.parametrize("reflect", [False, True])
 @pytest.mark.parametrize("atoms", [rattled_molecule(), rattled_crystal()], ids=["molecule", "crystal"])
 def test_direct_heads_and_targets_turn_with_the_structure(atoms, reflect, encoder):

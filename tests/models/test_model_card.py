@@ -20,8 +20,8 @@ from structures import facts, rattled_crystal, rattled_molecule, small_model
 from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, load_model, read_card, save_model
 from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.encoders import size_settings
 from hydrazero.models.encoders.base import EncoderSettings
-from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.models.inference.model_card import Origin
 from hydrazero.shards.errors import ModelFileError
 from hydrazero.shards.files import write_json
@@ -115,7 +115,7 @@ def test_files_of_version_2_load(tmp_path):
     assert all(a["energy"] == b["energy"] for a, b in zip(ours, theirs, strict=True))
     assert read_card(old) is None
     shown = run("inspect", old)
-    assert "of format version 2, which has no card" in shown and "task1" in shown
+    assert "the file has format version 2, which contains no card" in shown and "task1" in shown
 
 
 def large_facts(name: str):
@@ -180,7 +180,7 @@ def test_damaged_files_are_told_in_a_sentence(tmp_path):
     safetensors.torch.save_file(weights, str(bad))
     refused("not a model exported by hydrazero")
     assert "does not exist" in run("inspect", tmp_path / "none.safetensors", exit_code=1)
-    assert "is shown alone" in run("inspect", good, good, exit_code=1)
+    assert "inspect it alone" in run("inspect", good, good, exit_code=1)
 
 
 def test_smallest_distances_reach_the_model(tmp_path):

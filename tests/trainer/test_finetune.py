@@ -146,7 +146,7 @@ def test_low_rank_changes(teacher, data, tmp_path, monkeypatch, config, compiled
         assert torch.equal(value, whole[name]), name
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_low_rank_changes_of_every_encoder(encoder):
     model, plain = small_model(encoder), small_model(encoder)
     atoms = [rattled_molecule()]
@@ -162,7 +162,7 @@ def test_low_rank_changes_of_every_encoder(encoder):
     assert np.abs(ours["forces"] - Potential(small_model(encoder)).predict(atoms)[0]["forces"]).max() > 1e-6
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_rates_fall_from_the_heads_to_the_embedding(encoder):
     names = [name for name, _ in small_model(encoder).named_parameters()]
     factors = rate_factors(names, FinetuneSection(method="layerwise", layer_decay=0.5))

@@ -146,7 +146,7 @@ def test_the_rate_falls_when_the_loss_stays_and_goes_on_after_a_resume():
     assert other.param_groups[0]["lr"] == pytest.approx(0.1) and again.get_lr() == whole.get_lr()
 
 
-@pytest.mark.parametrize("encoder", list(ENCODERS))
+@pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_biases_and_embeddings_do_not_decay(encoder):
     model = small_model(encoder)
     decaying, staying = parameter_groups(model)

@@ -67,7 +67,7 @@ def heavy_model(encoder: str) -> AtomisticModel:
     ).to(torch.float32)
 
 
-@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+@pytest.mark.parametrize("encoder", sorted(ENCODERS.builtin))
 def test_only_the_products_of_features_are_rounded(encoder):
     """Energies on top of references of millions of eV, forces and geometry, with bf16 weights and under autocast."""
     model = rounded(heavy_model(encoder)).train()

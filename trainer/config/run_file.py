@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from hydrazero.models.encoders import size_settings
 from hydrazero.models.encoders.base import EncoderSettings
-from hydrazero.models.encoders.sizes import size_settings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_toml
 from hydrazero.shards.graphs.graph import BatchShape

@@ -38,6 +38,7 @@ def describe_model(path: Path) -> RenderableType:
         "exported": f"{card['created']} by hydrazero {card['hydrazero']}" if "created" in card else "",
         "from": card["run"],
         "encoder": f"{card['encoder']}, cutoff {card['cutoff']:g} Å",
+        **({"encoder from": f"package {card['encoder_package']}"} if "encoder_package" in card else {}),
         "parameters": f"{card['parameters']:,}, {card['dtype']}; {path.stat().st_size / 1e6:.2f} MB",
         "units": ", ".join(f"{name} {unit}" for name, unit in card["units"].items()),
     }
