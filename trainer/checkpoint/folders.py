@@ -151,7 +151,7 @@ class Retention:
     last: int
     """Number of the last checkpoints that are retention."""
     best: dict[str, float] | None
-    """Step and validation loss of the best checkpoint, which is kept too; None if only the last ones are retention."""
+    """Step and validation loss of the best checkpoint, which is kept too; None if only the last ones are kept."""
 
 
 def finish_checkpoint(part: Path, sums: dict[str, str], retention: Retention) -> None:
