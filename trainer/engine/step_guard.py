@@ -81,8 +81,9 @@ class StepGuard:
         where = f"; it came from a batch with the structures {shown}" if names else ""
         if self.in_a_row >= self.max_skipped:
             raise NonFiniteLossError(
-                f"{reason}{where}; {self.in_a_row} steps in a row have been skipped: check the labels of these structures, look "
-                "for atoms that nearly coincide, or lower the learning rate and resume from the last checkpoint."
+                f"{reason}{where}; {self.in_a_row} steps in a row have been skipped: check the labels of these "
+                "structures, look for atoms that nearly coincide, or lower the learning rate and resume from the last "
+                "checkpoint."
             )
         return f"warning: {reason}{where}; the step is skipped and changes no weight ({self.skipped} so far)."
 
