@@ -252,3 +252,13 @@ def test_the_wheel_works_without_deepspeed(wheel, tmp_path):
         "print(load_model('model.safetensors').tasks, importlib.util.find_spec('deepspeed'))"
     )
     assert output(str(python), "-c", code) == f"{load_model(tmp_path / 'model.safetensors').tasks} None\n"
+
+
+def test_what_deepspeed_does_not_document_is_known_in_two_files_alone():
+    """In memory `ZeroLayout`, on the disk `ZeroFiles`: a new version of DeepSpeed changes nothing else."""
+    private = re.compile(
+        r"fp32_groups|fp32_partitioned|bit16_groups|bf16_groups|fp16_groups|\bds_(id|numel|tensor|shape)\b|_hp_mapping"
+        r"|hp_param|mp_rank_|zero_pp_rank|averaged_gradients|checkpoint_engine|_copy_recovery|checkpoint_event"
+    )
+    using = {str(path.relative_to(ROOT)) for path in modules() if private.search(path.read_text(encoding="utf-8"))}
+    assert using == {"trainer/engine/zero_layout.py", "trainer/checkpoint/zero_files.py"}

@@ -16,7 +16,7 @@ import torch
 from hydrazero.shards.errors import CheckpointError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, TrainStream
-from hydrazero.trainer.checkpoint.folders import Retention, is_kept
+from hydrazero.trainer.checkpoint.folders import Retention, has_checkpoint
 from hydrazero.trainer.checkpoint.save_load import save_checkpoint
 from hydrazero.trainer.config.sections import TrainSection
 from hydrazero.trainer.cost.step_memory import peak_memory_mb
@@ -72,7 +72,7 @@ class Trainer:
         self.interval = interval_in(state["interval"])
         self.parts.stop.trained = state.get("trained_seconds", 0.0)  # not in checkpoints of earlier versions
         # The best checkpoint may have been damaged, or replaced by one of steps that are now done again.
-        is_there = self.best is not None and is_kept(self.run_dir, int(self.best["step"]))
+        is_there = self.best is not None and has_checkpoint(self.run_dir, int(self.best["step"]))
         self.best = self.best if gather_objects(is_there)[0] else None
         if (sentence := self.parts.balance.load(state["balance"])) is not None:
             self.parts.log.say(sentence)

@@ -122,7 +122,7 @@ def host_vanishes(network: Network, run_file: Path) -> None:
     if seconds > MINUTE:
         raise Failed("that is more than a minute")
     for pattern in (
-        r"Error: rank 0 has lost another rank, which does not answer; --resume goes on",
+        r"Error: rank 0 has lost another rank, which does not answer; --resume continues",
         r"rank 1 on beta was lost with its node",
     ):
         if not re.search(pattern, output):

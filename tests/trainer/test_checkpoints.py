@@ -155,6 +155,7 @@ def test_spikes_are_told_from_noise(seed, noise, size):
     other = StepGuard(3, 6.0)
     other.load(guard.state())
     assert other.is_spike(spike) and vars(other) == vars(guard)
-    assert "far above those before it" in other.skip(1, spike, ["a#1"]) and "a#1" in other.skip(2, spike, ["a#1"])
+    assert "far above that of the steps before" in other.skip(1, spike, ["a#1"])
+    assert "a#1" in other.skip(2, spike, ["a#1"])
     with pytest.raises(NonFiniteLossError, match="3 steps in a row"):
         other.skip(3, spike, [])

@@ -41,7 +41,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in found if re.fullmatch(r"step-\d{8}", p.name) and (p / CHECKSUMS_NAME).is_file())
 
 
-def is_kept(run_dir: Path, step: int) -> bool:
+def has_checkpoint(run_dir: Path, step: int) -> bool:
     """Return whether the complete checkpoint of a step exists."""
     return folder_of(run_dir, step) in checkpoints(run_dir)
 
@@ -63,7 +63,7 @@ def best_checkpoint(run_dir: Path) -> Path:
     if not pointer.is_file():
         return latest_checkpoint(run_dir)
     step = int(read_json(pointer)["step"])
-    if not is_kept(run_dir, step):
+    if not has_checkpoint(run_dir, step):
         raise ConfigError(f"{pointer} names step {step}, whose checkpoint does not exist; use the checkpoint 'last'.")
     return folder_of(run_dir, step)
 
@@ -151,7 +151,7 @@ class Retention:
     last: int
     """Number of the last checkpoints that are retention."""
     best: dict[str, float] | None
-    """Step and validation loss of the best checkpoint, which is kept too; None if only the last ones are retention."""
+    """Step and validation loss of the best checkpoint, which is kept too; None if only the last ones are kept."""
 
 
 def finish_checkpoint(part: Path, sums: dict[str, str], retention: Retention) -> None:

@@ -51,9 +51,8 @@ def save_checkpoint(
     if rank() == 0:
         remove_leftovers(run_dir)
         _attempt(lambda: part.mkdir(parents=True), failures)
-    met = [reason for reasons in gather_objects(failures) for reason in reasons]
-    if met:
-        return met[0]
+    if (reason := _first_failure(failures)) is not None:
+        return reason
     layout = layout_of(engine)
     state = {**state, "random": random_states(), "layout": layout.partition().document()}
     with layout.writing_with(lambda write: _attempt(write, failures)):
@@ -70,18 +69,21 @@ def save_checkpoint(
     _attempt(lambda: names.extend(from_first(lambda: _files(part))), failures)
     sums: dict[str, str] = {}
     _attempt(lambda: sums.update(_sums_of(part, names[rank() :: ranks()])), failures)
-    met = [reason for reasons in gather_objects(failures) for reason in reasons]
-    every: dict[str, str] = {}
-    for share in gather_objects(sums):
-        every.update(share)
-    late: list[str] = []
+    reason = _first_failure(failures)
+    all_sums = {name: value for each in gather_objects(sums) for name, value in each.items()}
+    last_failures: list[str] = []
     if rank() == 0:
-        if not met:
-            _attempt(lambda: finish_checkpoint(part, dict(sorted(every.items())), retention), late)
-        if met or late:
+        if reason is None:
+            _attempt(lambda: finish_checkpoint(part, dict(sorted(all_sums.items())), retention), last_failures)
+        if reason is not None or last_failures:
             shutil.rmtree(part, ignore_errors=True)
-    met += [reason for reasons in gather_objects(late) for reason in reasons]
-    return met[0] if met else None
+    last_reason = _first_failure(last_failures)  # every rank waits here until rank 0 has finished
+    return last_reason if reason is None else reason
+
+
+def _first_failure(failures: list[str]) -> str | None:
+    """Return the first failure of any rank, None if there is none; called on every rank."""
+    return next((failure for of_rank in gather_objects(failures) for failure in of_rank), None)
 
 
 def _attempt(write: Callable[[], object], failures: list[str]) -> None:

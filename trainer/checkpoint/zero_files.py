@@ -24,7 +24,7 @@ WEIGHT_KEYS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 
 
 class ZeroFiles:
-    """The optimizer's weights and state in a checkpoint's files, of which only what is asked for is read."""
+    """The optimizer's weights and state in a checkpoint's files, which are read only as far as they are needed."""
 
     def __init__(self, folder: Path, partition: Partition) -> None:
         self.folder, self.partition = folder, partition

@@ -1,4 +1,4 @@
-"""Per-task losses as sums and counts, so that they do not depend on how the work is split over ranks."""
+"""Losses of the tasks as sums and counts, which do not depend on how the work is divided among ranks."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.sections import LossSection
 
 SMALLEST_SPREAD = 1e-6
-"""In units of the task's scale, squared: keeps the likelihood of an ensemble whose members agree finite."""
+"""Added to variances, in squared units of the task's scale: keeps the likelihood finite if all members agree."""
 SMALLEST_LENGTH = 1e-12
-"""In units of the task's scale, squared: keeps the gradient of the length of an error of zero finite."""
+"""Added to squared lengths, in squared units of the task's scale: keeps the gradient finite for an error of zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Errors of one quantity in a batch: N structures or atoms with C components."""
+    """Errors of one quantity in a batch, for N structures or atoms."""
 
     loss: Tensor
-    """Of each item, summed over its components, with a graph: [N]; 0 where there is no label."""
+    """Loss summed over the components, with gradients, [N]; 0 where there is no label."""
     absolute: Tensor
     """Sum of absolute errors over the components, in the quantity's unit, [N]."""
     labelled: Tensor
-    """[N] bool."""
+    """Whether there is a label, [N] bool."""
     components: int
+    """Number of components of the quantity."""
     task: Tensor
-    """[N] int64."""
+    """Index of the task, [N] int64."""
 
 
 def pointwise_loss(error: Tensor, settings: LossSection) -> Tensor:
-    """Apply L1, L2 or Huber (slope 1 far out, as L1) to each error."""
+    """Return the L1, L2 or Huber loss of each error; the slope of Huber's is 1 for large errors, as that of L1."""
     if settings.kind == "l1":
         return error.abs()
     if settings.kind == "l2":
@@ -48,17 +49,17 @@ def pointwise_loss(error: Tensor, settings: LossSection) -> Tensor:
 
 
 def sum_by_task(values: Tensor, task: Tensor, tasks: int) -> Tensor:
-    """Sum values [N] by their tasks [N]: [tasks] float64."""
-    # A product with ones and zeros instead of a scatter: in a fixed order on every device.
+    """Return the sums of values [N] by their tasks [N], as [tasks] float64."""
+    # A product with ones and zeros instead of a scatter, so that the order of the sum is fixed on every device.
     member = functional.one_hot(task, tasks).to(torch.float64)
     return values.to(torch.float64) @ member
 
 
 def leave_out_unseen(batch: GraphBatch, model: AtomisticModel, known: Tensor) -> Tensor:
-    """Mask every label of structures with an element that their task has not been trained on.
+    """Mask all labels of structures that contain an element on which their task has not been trained.
 
-    `known` [tasks, 119] says which elements are; such a structure has no reference energy, so its error would be that
-    of a total energy. Returns how many they are by task, [tasks] float64.
+    `known` [tasks, 119] is true for the elements of each task. Without a reference energy, the error of such a
+    structure would be that of a total energy. Return the number of such structures by task, [tasks] float64.
     """
     strange = ~known[batch.task[batch.structure], batch.numbers] & batch.atom_mask
     member = functional.one_hot(batch.structure, len(batch.task)).to(torch.float32)
@@ -76,31 +77,31 @@ def leave_out_unseen(batch: GraphBatch, model: AtomisticModel, known: Tensor) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The loss of a run: weights of tasks and of their parts.
+    """The loss of a run: a weighted mean over tasks and quantities.
 
-    Its sums are a table [tasks, 3 * quantities + 1]: for each quantity the loss of scaled errors, how many components
-    are labelled, and the sum of absolute errors; at the end structures.
+    Its sums are a table [tasks, 3 * quantities + 1]. Each quantity has three columns: the loss of scaled errors, the
+    number of labelled components, and the sum of absolute errors. The last column counts structures.
     """
 
     settings: LossSection
     quantities: tuple[str, ...]
-    """'energy' (per atom), 'forces', 'stress', 'spread' of an ensemble, and targets."""
+    """Names of the quantities: 'energy' (per atom), 'forces', 'stress', 'spread' of an ensemble, and targets."""
     of_atoms: frozenset[str]
-    """Quantities that atoms have, not structures."""
+    """Names of the quantities that each atom has, rather than each structure."""
     task_weights: Tensor
-    """[tasks] float64."""
+    """Weights of the tasks, [tasks] float64."""
     weights: Tensor
-    """Of the quantities at the present step, [quantities] float64."""
+    """Weights of the quantities at the present step, [quantities] float64."""
     final_weights: Tensor
-    """Of the quantities at the end of the run, [quantities] float64."""
+    """Weights of the quantities at the end of the run, [quantities] float64."""
     scales: Tensor
     """Unit of the errors of each task's quantities, [tasks, quantities] float64: eV per atom, eV/Å, eV/Å³, ..."""
     predicted: Tensor
-    """Whether a task predicts the quantity, [tasks, quantities] bool; labels of what it does not are left aside."""
+    """Whether a task predicts a quantity, [tasks, quantities] bool; labels of the other quantities are ignored."""
 
     @property
     def columns(self) -> int:
-        """Columns of its sums."""
+        """Number of columns of the sums."""
         return 3 * len(self.quantities) + 1
 
     def errors(self, predictions: Predictions, batch: GraphBatch) -> list[Errors]:
@@ -110,7 +111,7 @@ class Objective:
     def _errors(self, index: int, name: str, predictions: Predictions, batch: GraphBatch) -> Errors:
         atom_task = batch.task[batch.structure]
         if name in ("energy", "spread"):
-            # References are subtracted in float64; what is left is small enough for the model's precision.
+            # References are subtracted in float64; the difference is small enough for the model's precision.
             target = (batch.energy - predictions.reference).to(predictions.interaction.dtype)
             atoms = batch.n_atoms.clamp(min=1)
             error, mask, task = (predictions.interaction - target) / atoms, batch.energy_mask, batch.task
@@ -140,9 +141,9 @@ class Objective:
     def _spread(self, error: Tensor, spread: Tensor, batch: GraphBatch, scales: Tensor) -> Errors:
         """Return minus the log-likelihood of errors per atom [S] under a normal distribution as wide as the spread.
 
-        As shallow ensembles are trained (Kellner, Ceriotti 2024, arXiv 2402.16621), for the spread alone, and times the
-        spread without its gradient (Seitzer et al. 2022, arXiv 2203.09168, beta = 1/2): otherwise gradients grow with
-        one over a small spread, and clipping takes away those of everything else.
+        This is the loss of shallow ensembles (Kellner, Ceriotti 2024, arXiv 2402.16621), here for the spread alone. It
+        is multiplied by the spread without its gradient (Seitzer et al. 2022, arXiv 2203.09168, beta = 1/2): otherwise
+        gradients grow as the inverse of a small spread, and clipping removes those of all other quantities.
         """
         scale, mask = scales.to(error.dtype)[batch.task], batch.energy_mask
         variance = (spread / scale) ** 2 + SMALLEST_SPREAD
@@ -156,7 +157,7 @@ class Objective:
         )
 
     def sums(self, predictions: Predictions, batch: GraphBatch) -> Tensor:
-        """Return the table of sums of a batch, float64, with a graph through the losses."""
+        """Return the table of sums of a batch, [tasks, columns] float64, with gradients of the losses."""
         tasks = len(self.task_weights)
         columns: list[Tensor] = []
         for errors in self.errors(predictions, batch):
@@ -170,7 +171,7 @@ class Objective:
         return torch.stack(columns, dim=1)
 
     def counts(self, batch: GraphBatch) -> Tensor:
-        """Return the labelled components of each quantity in a batch by task: [tasks, quantities] float64."""
+        """Return the numbers of labelled components in a batch, [tasks, quantities] float64."""
         tasks, atom_task = len(self.task_weights), batch.task[batch.structure]
         columns = []
         for index, name in enumerate(self.quantities):
@@ -184,17 +185,17 @@ class Objective:
         return torch.stack(columns, dim=1)
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return the weighted mean over tasks of sums over the given counts [tasks, quantities]: a scalar.
+        """Return the weighted mean over tasks of sums divided by counts [tasks, quantities]: a scalar.
 
-        With the counts of all ranks and micro-batches, the totals of all of them add up to the loss of the step.
+        With counts of all ranks and micro-batches together, the totals of all of them add up to the loss of the step.
         """
         return (self.task_weights * self.by_task(sums, counts)).sum() / self.task_weights.sum()
 
     def score(self, sums: Tensor, own_weights: Tensor) -> float:
         """Return the mean loss over tasks that have labels, weighted by weights [tasks]; NaN if none has.
 
-        As it is compared between evaluations: how tasks are balanced at the time plays no part, and quantities have
-        their final weights.
+        It can be compared between evaluations: it does not depend on the present balance of the tasks, and the
+        quantities have their final weights.
         """
         counts = sums[:, 1:-1:3]
         weights = own_weights * (counts.sum(1) > 0)
@@ -202,11 +203,11 @@ class Objective:
         return float((weights * losses).sum() / weights.sum())
 
     def by_task(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return each task's loss, its quantities weighted, of sums over the given counts: [tasks] float64."""
+        """Return the loss of each task, weighted over its quantities, from sums and counts: [tasks] float64."""
         return (_means(sums, counts) * self.weights).sum(1)
 
     def weigh(self, share: float) -> None:
-        """Give the quantities the weights that they have after a share of the run's steps."""
+        """Set the weights of the quantities to those after a share (0 to 1) of the run's steps."""
         first = self.weights.new_tensor([self.settings.weight(name) for name in self.quantities])
         self.weights.copy_(torch.lerp(first, self.final_weights, self.settings.change(share)))
 
@@ -217,7 +218,7 @@ def _means(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def make_objective(model: AtomisticModel, settings: LossSection, task_weights: Sequence[float]) -> Objective:
-    """Return the objective of what a model predicts and has labels for."""
+    """Return the objective for the quantities that a model predicts."""
     of_tasks = [_scales_of(task) for task in model.tasks]
     quantities = ["energy", "forces"]
     if settings.stress_weight > 0 and any("stress" in task for task in of_tasks):
@@ -256,7 +257,7 @@ def _scales_of(task: TaskFacts) -> dict[str, float]:
 
 
 def errors_by_task(sums: Tensor, names: list[str], objective: Objective) -> dict[str, dict[str, Any]]:
-    """Turn a table of sums over all ranks into mean absolute errors by task; None where a task has no such label."""
+    """Return mean absolute errors by task from a table of sums over all ranks; None where a task has no such label."""
     report: dict[str, dict[str, Any]] = {}
     for name, row in zip(names, sums.tolist(), strict=True):
         loss: dict[str, float | None] = {}

@@ -1,7 +1,7 @@
 """Low-rank changes of an encoder's linear maps (LoRA: Hu et al. 2021, arXiv 2106.09685, sec. 4.1): W + B A.
 
-Each map is reparametrised, so that encoders, compiled steps and ZeRO meet it as the weight that it always was. In
-checkpoints W, A and B stand apart; `merged` makes plain weights of them.
+Each map is reparametrised, so that encoders, compiled steps and ZeRO use it like any other weight. Checkpoints hold
+W, A and B separately; `merged` adds them up.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ from torch.nn.utils import parametrize
 from hydrazero.models.ops.exact import exact_matmul
 
 INSIDE, ORIGINAL, DOWN, UP = ".parametrizations.", ".original", ".0.down", ".0.up"
-"""What PyTorch puts into the names of reparametrised weights, and the names of A and B after it."""
+"""Parts of the names that PyTorch gives to W, A and B of a reparametrised weight."""
 
 
 class LowRankChange(nn.Module):
-    """W + B A for a matrix, or for each of a stack of them [..., O, I]; begins as W."""
+    """W + B A for a matrix, or for each matrix of a stack [..., O, I]; B is zero at first, so the sum is W."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
         *stack, outputs, inputs = weight.shape
         rank = min(rank, outputs, inputs)
-        # The paper's factor alpha / rank is 1: with Adam it does what the learning rate does.
+        # The paper's factor alpha / rank is 1: with Adam, it has the same effect as the learning rate.
         self.down = nn.Parameter(torch.randn(*stack, rank, inputs).to(weight) / inputs**0.5)
         self.up = nn.Parameter(torch.zeros(*stack, outputs, rank).to(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Weight [..., O, I] -> the same, changed."""
+        """Return the sum of a weight [..., O, I] and its change, in the weight's precision."""
         return (weight + exact_matmul(self.up, self.down)).to(weight.dtype)
 
 
 def add_low_rank_changes(encoder: nn.Module, rank: int) -> None:
-    """Hold an encoder's weights, and let those of linear maps that were to be trained have low-rank changes instead."""
+    """Freeze an encoder's weights, and give its linear maps low-rank changes, which are trained instead.
+
+    Maps that were frozen before get none.
+    """
     maps = [
         (module, name, parameter)
         for module in encoder.modules()
@@ -47,7 +50,7 @@ def add_low_rank_changes(encoder: nn.Module, rank: int) -> None:
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights by the names of a model without low-rank changes, which are added to what they change."""
+    """Return weights with low-rank changes added, by the names of a model without such changes."""
     plain = {}
     for name, value in weights.items():
         if INSIDE not in name:

@@ -1,4 +1,4 @@
-"""A schedule of the learning rate, applied to an optimizer; its shapes stand in `config/schedule_shapes.py`."""
+"""A schedule of the learning rate, applied to an optimizer; its shapes are defined in `config/schedule_shapes.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hydrazero.trainer.config.schedule_shapes import Plateau, StableDecay
 
 
 class Schedule:
-    """A shape applied to an optimizer; DeepSpeed steps it after each step of the optimizer, and saves its state."""
+    """A shape applied to an optimizer; DeepSpeed calls `step` after each step of the optimizer, and saves the state."""
 
     def __init__(self, optimizer: Optimizer, shape: StableDecay | Plateau) -> None:
         self.optimizer, self.shape = optimizer, shape
@@ -27,12 +27,12 @@ class Schedule:
             group["lr"] = full * ratio
 
     def step(self) -> None:
-        """Set the rate of the next step."""
+        """Set the learning rate of the next step."""
         self.taken += 1
         self._set()
 
     def report(self, loss: float) -> None:
-        """Take in a validation loss."""
+        """Add a validation loss, on which a plateau depends."""
         if not isinstance(self.shape, Plateau):
             return
         if self.best is None or loss < self.best:
@@ -44,18 +44,18 @@ class Schedule:
             self._set()
 
     def get_lr(self) -> list[float]:
-        """Return the rates of the next step."""
+        """Return the learning rates of the next step, one for each group of parameters."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_last_lr(self) -> list[float]:
-        """Return the same; DeepSpeed asks by this name too."""
+        """Return the same as `get_lr`; DeepSpeed calls this name too."""
         return self.get_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state of the schedule for a checkpoint."""
         return {name: getattr(self, name) for name in ("taken", "reductions", "best", "stale")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint kept."""
+        """Continue from the state in a checkpoint."""
         vars(self).update(state)
         self._set()

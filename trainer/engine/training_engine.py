@@ -1,4 +1,4 @@
-"""What is used of DeepSpeed's engine, as a type; DeepSpeed itself has no types."""
+"""A type for the part of DeepSpeed's engine that is used here; DeepSpeed itself is not typed."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def full_size(parameter: Tensor) -> int:
 
 
 class ZeroLayout:
-    """Weights of an engine without ZeRO: whole on every rank. The other layouts override what they do differently."""
+    """Weights of an engine without ZeRO: in full on every rank. The other layouts override this one."""
 
     def __init__(self, engine: TrainingEngine) -> None:
         self.engine, self.optimizer = engine, engine.optimizer

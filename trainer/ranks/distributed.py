@@ -1,4 +1,4 @@
-"""Ranks: finding out who they are, and sums over them."""
+"""The process group of a run's ranks: joining it, collective operations, and errors that concern all ranks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 
 def quiet_deepspeed() -> None:
-    """Import DeepSpeed without what it says of accelerators that are absent and schedules that have yet to start.
+    """Import DeepSpeed without its messages on missing accelerators and on schedules that have not started yet.
 
-    On CPUs it would also compile an all-reduce through shared memory at the first start (45 s, with a lock that a
-    killed build leaves behind), which serves its inference engine alone; it is told that this machine cannot have it.
+    On CPUs, DeepSpeed would also compile an all-reduce through shared memory at the first start, which only its
+    inference engine uses. That takes 45 s, and a killed build leaves a lock behind; here it is marked as unsupported.
     """
     os.environ.setdefault("DS_ACCELERATOR", device_kind())
     import deepspeed
@@ -42,36 +42,36 @@ def quiet_deepspeed() -> None:
 
 
 class LostContactError(HydrazeroError):
-    """Another rank, or a process that reads data, has ended or does not answer."""
+    """Another rank, or a data-loading worker, has ended or does not answer."""
 
     on_every_rank = False
     exit_status = MAY_PASS
 
 
 def lost_contact(error: Exception) -> LostContactError | None:
-    """Return what a user is told of an error if it means that another process is no more, None if it does not."""
+    """Return an error of one sentence if `error` means that another process has ended; None if it does not."""
     reason = " ".join(str(error).split())
-    if not isinstance(error, RuntimeError):  # gloo raises plain ones
+    if not isinstance(error, RuntimeError):  # gloo raises plain RuntimeErrors
         return None
     if reason.startswith("DataLoader worker"):
-        what = f"its worker that reads data ({reason.rstrip('.')})"
+        what = f"its data-loading worker ({reason.rstrip('.')})"
     elif isinstance(error, dist.DistError) or any(word in reason for word in ("gloo", "NCCL")):
         what = "another rank, which " + ("does not answer" if "imed out" in reason else "has ended")
     else:
         return None
-    return LostContactError(f"rank {rank()} has lost {what}; --resume goes on from the last checkpoint.")
+    return LostContactError(f"rank {rank()} has lost {what}; --resume continues from the last checkpoint.")
 
 
 def start_ranks(timeout_minutes: float = 10.0) -> None:
-    """Join the process group: of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one.
+    """Join the process group of the deepspeed launcher, of mpirun or srun (through mpi4py), or a group of one rank.
 
-    A rank that does not answer for `timeout_minutes` is given up. Raises ConfigError if mpi4py is needed and missing,
-    or if mpirun or srun have started more processes than would find each other: each would train a copy of the run.
+    A rank that does not answer for `timeout_minutes` counts as lost. Raises ConfigError if mpi4py is needed and
+    missing, or if mpirun or srun has started more processes than are in the group: each would train a copy of the run.
     """
     quiet_deepspeed()
     import deepspeed
 
-    # DeepSpeed calls collectives by names that torch has deprecated: nothing that a user of ours can act on.
+    # DeepSpeed calls collectives by names that torch has deprecated, which users cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     if not is_ready_for_torch() and is_under_mpi():
         _ask_mpi()
@@ -81,7 +81,7 @@ def start_ranks(timeout_minutes: float = 10.0) -> None:
     _check_started()
     backend = BACKENDS[device_kind()]
     timeout = timedelta(minutes=timeout_minutes)
-    # Groups that DeepSpeed makes take this value of the module, whatever the first group was given.
+    # Groups that DeepSpeed makes take the timeout from this module, whatever that of the first group is.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
@@ -100,7 +100,7 @@ def _ask_mpi() -> None:
 
 
 def _check_started() -> None:
-    """Raise ConfigError if more processes were started than find each other; more ranks than were told are fine."""
+    """Raise ConfigError if more processes were started than are in the group; fewer are no fault."""
     size = launcher_ranks()
     for name, started in mpi_sizes().items():
         if started > size:
@@ -113,7 +113,7 @@ def _check_started() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on."""
+    """Return a free TCP port of this machine."""
     import socket
 
     with socket.socket() as probe:
@@ -122,31 +122,31 @@ def free_port() -> int:
 
 
 def rank() -> int:
-    """Rank of this process; 0 outside a process group."""
+    """Return the rank of this process; 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks() -> int:
-    """Number of ranks; 1 outside a process group."""
+    """Return the number of ranks; 1 outside a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device() -> torch.device:
-    """Device that this rank computes on."""
+    """Return the device of this rank."""
     return device_of(local_rank())
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over all ranks, the same on each, where the tensor was."""
+    """Return the sum of a tensor over all ranks, on the tensor's device; called on every rank."""
     if ranks() == 1:
         return values
-    total = values.detach().to(device(), copy=True)  # NCCL sums on the device alone
+    total = values.detach().to(device(), copy=True)  # NCCL sums on the device only
     dist.all_reduce(total)
     return total.to(values.device)
 
 
 def max_over_ranks(value: float) -> float:
-    """Return the largest of all ranks' values, the same on each."""
+    """Return the largest of all ranks' values; called on every rank."""
     if ranks() == 1:
         return value
     largest = torch.tensor(value, dtype=torch.float64, device=device())
@@ -155,52 +155,55 @@ def max_over_ranks(value: float) -> float:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return everybody's value of plain Python types, in the order of ranks."""
+    """Return the values of all ranks (plain Python types) in the order of ranks; called on every rank."""
     if ranks() == 1:
         return [value]
-    everybody: list[Any] = [None] * ranks()
-    dist.all_gather_object(everybody, value)
-    return everybody
+    values: list[Any] = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather_to_first(value: Any) -> list[Any]:
-    """Return everybody's value on rank 0, in the order of ranks, and nothing elsewhere, where it would fill memory."""
+    """Return the values of all ranks on rank 0, and an empty list elsewhere, to save memory; called on every rank."""
     if ranks() == 1:
         return [value]
-    everybody: list[Any] | None = [None] * ranks() if rank() == 0 else None
-    dist.gather_object(value, everybody)
-    return everybody or []
+    values: list[Any] | None = [None] * ranks() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 def from_first(read: Callable[[], T]) -> T:
-    """Return what `read` gives on rank 0, on all ranks: one reads a file, and thousands do not ask the disk for it.
+    """Return the result of `read` on rank 0 to all ranks, so that one rank instead of thousands reads a file.
 
-    Raises on all what it raises there.
+    If it raises an error, that is raised on all ranks. Called on every rank.
     """
     if ranks() == 1:
         return read()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            told[0] = read()
-        except Exception as met:  # whatever it is: the others wait to be told
-            told[1] = met
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    result: T = told[0]
+            outcome[0] = read()
+        except Exception as error:  # of any type, since the other ranks wait for the outcome
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
     return result
 
 
 def fail_together(error: HydrazeroError | None) -> None:
-    """Raise the first error that any rank has met, on all of them, so that it is said once and nobody is waited for."""
-    met = [each for each in gather_objects(error) if each is not None]
-    if met:
-        raise met[0]
+    """Raise the first error of any rank on all ranks, so that none waits for another; called on every rank."""
+    errors = [each for each in gather_objects(error) if each is not None]
+    if errors:
+        raise errors[0]
 
 
 def together(check: Callable[[], T]) -> T:
-    """Return what `check` gives on this rank, once it has passed on all; raises on all what it raises on any."""
+    """Return the result of `check` on this rank; if it raises a HydrazeroError on any rank, raise that on all.
+
+    Called on every rank.
+    """
     error = None
     try:
         result = check()
@@ -211,7 +214,7 @@ def together(check: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Return when every rank has come here."""
+    """Wait until every rank has called this."""
     if ranks() > 1:
         dist.barrier()
 
@@ -221,20 +224,20 @@ def stop_ranks() -> None:
     if dist.is_initialized():
         import deepspeed
 
-        deepspeed.comm.destroy_process_group()  # torch's own would leave DeepSpeed groups that are no more
+        # After torch's own function, DeepSpeed would still refer to groups that no longer exist.
+        deepspeed.comm.destroy_process_group()
 
 
 def within_ranks(timeout_minutes: float, job: Callable[[], None]) -> None:
-    """Do a job on this rank within the group of all of them; raises what the job raises."""
-
+    """Do a job on this rank within the process group of all ranks; raises what the job raises."""
     start_ranks(timeout_minutes)
     try:
         job()
-        wait_for_all()  # a rank that left early would tear down connections that others still use
+        wait_for_all()  # a rank that leaves early would close connections that others still use
     except Exception as error:
         lost = lost_contact(error)
         if lost is None:
             stop_ranks()
             raise
-        raise lost from error  # the group is left as it is: to leave it properly takes the others too
+        raise lost from error  # without leaving the group, since that needs the other ranks
     stop_ranks()

@@ -1,4 +1,4 @@
-"""Several ranks on this machine: started, watched, and started again from the last checkpoint if one of them dies."""
+"""Starting several ranks on this machine, and starting them again from the last checkpoint if one of them ends."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from hydrazero.trainer.ranks.exit_status import MAY_PASS
 from hydrazero.trainer.ranks.stop_signals import SIGNALS
 
 GRACE = 20.0
-"""Seconds that ranks have to end by themselves once one has ended badly."""
+"""Seconds that the other ranks have to end by themselves after one has failed."""
 POLL = 0.1
+"""Seconds between looks at the ranks."""
 
 
 class RanksEndedError(HydrazeroError):
-    """Ranks have ended for a reason that may pass."""
+    """Ranks have ended for a reason that may not occur again."""
 
     exit_status = MAY_PASS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How ranks have ended."""
+    """The end of a group of ranks."""
 
     status: int
-    """0 if all went well, 1 for what would happen again and has been said; anything else may pass."""
+    """0 for success, 1 for an error of the user, which has been printed; other reasons may not occur again."""
     reason: str = ""
-    """Which rank has ended how."""
+    """The rank that caused the end, and how it ended, as part of a sentence."""
 
 
 def train_ranks(run_file: Path, ranks: int, options: Sequence[str], record: Path, retries: int = 0) -> None:
-    """Train with `ranks` processes; if some are killed or lost, resume from the last checkpoint, `retries` times.
+    """Train with `ranks` processes; if one is killed or lost, resume from the last checkpoint, at most `retries` times.
 
-    `record` is the file whose presence says that the run folder holds a run.
-
-    Raises RanksEndedError when that was not enough, SystemExit for errors of users, which the ranks have told.
+    `record` is the file that exists once the run folder holds a run. Raises RanksEndedError if the ranks have failed
+    after the last retry, and SystemExit for errors of users, which the ranks have printed.
     """
     began = time.monotonic()
     for retry in range(retries + 1):
-        used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours is of all tries together
-        # A first try that died before it had made its folder is simply made again.
+        used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours limits all attempts together
+        # A first attempt that ended before it had made its folder is repeated from the start.
         resume = ["--resume"] if retry and record.exists() and "--resume" not in options else []
         with Ranks([*train_command(run_file), *options, *resume, used], ranks) as running:
             outcome = running.wait()
@@ -62,25 +62,25 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], record: Path
             return
         if outcome.status == 1:
             raise SystemExit(1)
-        if running.interrupted:  # again, or before the first step
+        if running.interrupted:  # a second Ctrl-C, or one before the first step
             raise KeyboardInterrupt
         if running.asked_to_stop or retry == retries:
             break
-        again = f"the run starts again from its last checkpoint (retry {retry + 1} of {retries})."
+        again = f"the run is resumed from its last checkpoint (retry {retry + 1} of {retries})."
         click.echo(f"{outcome.reason}; {again}", err=True)
     raise RanksEndedError(
-        f"{outcome.reason}; --resume goes on from the last checkpoint, or from step 0 if there is none; --retries N "
-        "does so unasked."
+        f"{outcome.reason}; --resume continues from the last checkpoint, or from step 0 if there is none; --retries N "
+        "does so automatically."
     )
 
 
 def train_command(run_file: Path) -> list[str]:
-    """Return the command of a rank that this process watches."""
+    """Return the command for a rank of a training run that ends with this process."""
     return [sys.executable, "-m", "hydrazero.trainer.train", str(run_file), f"--launched-by={os.getpid()}"]
 
 
 class Ranks:
-    """Processes of one command on this machine, each told its rank; what they print may go into a file."""
+    """Processes of one command on this machine, as ranks of one group; their output goes to `output` if it is given."""
 
     def __init__(self, command: Sequence[str], ranks: int, output: BinaryIO | None = None) -> None:
         self.command = list(command)
@@ -105,7 +105,7 @@ class Ranks:
         self._exits.close()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Let the ranks stop with a checkpoint when this process is asked to."""
+        """Pass a signal on to the ranks, which stop with a checkpoint."""
         self.asked_to_stop, self.interrupted = True, self.interrupted or number == signal.SIGINT
         for process in self.processes:
             if process.poll() is None:
@@ -118,7 +118,7 @@ class Ranks:
             process.wait()
 
     def wait(self) -> Outcome:
-        """Return when all ranks have ended; those that outlive a bad end of another are killed."""
+        """Wait until all ranks have ended; those that still run some time after another has failed are killed."""
         until: float | None = None
         hung: set[int] = set()
         bad: list[int] = []
@@ -137,7 +137,7 @@ class Ranks:
 
 
 def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
-    """Judge the ranks that ended badly, as (rank, exit status), the first one first; `hung` had to be killed."""
+    """Return the outcome for the ranks that failed, as (rank, exit status) in their order; `hung` ranks were killed."""
     if not bad:
         return Outcome(status=0)
     if any(status == 1 for _, status in bad):
@@ -157,20 +157,22 @@ def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    """Return what tells ranks how many they are and where they meet; raises ConfigError if there are too few GPUs."""
+    """Return the environment variables that all ranks share; raises ConfigError if there are too few GPUs."""
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
     environment.setdefault("DS_ACCELERATOR", device_kind())
     if (gpu := gpu_module()) is not None and gpu.device_count() < ranks:
-        raise ConfigError(f"--ranks is {ranks}, but this machine has {gpu.device_count()} GPUs; use as many.")
+        raise ConfigError(
+            f"--ranks is {ranks}, but this machine has {gpu.device_count()} GPUs; use at most one rank for each."
+        )
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return {**environment, **meeting, "LOCAL_SIZE": str(ranks)}
 
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let a handler have the signals that ask to stop, for a while."""
+    """Use a handler for the signals that ask to stop, within a `with` block."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield

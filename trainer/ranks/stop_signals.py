@@ -1,4 +1,4 @@
-"""Requests to stop early: signals of schedulers, and the end of the time that a run may take."""
+"""Requests to stop early: signals of schedulers and users, and time limits of the run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What Slurm and launchers send before they kill (SIGUSR1 with `#SBATCH --signal=USR1@300`), and Ctrl-C."""
+"""Signals of Slurm and of launchers before they kill (SIGUSR1 with `#SBATCH --signal=USR1@300`), and of Ctrl-C."""
 ONE_PRESS = 1.0
-"""Seconds within which a Ctrl-C may arrive twice: from the terminal, and from the process that started the ranks."""
+"""Seconds within which one Ctrl-C may arrive twice: from the terminal, and from the process that started the ranks."""
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop; the ranks agree on it at the end of each step."""
+    """Request to stop, made to this rank; the ranks exchange their requests at the end of each step."""
 
     def __init__(self, max_hours: float, used_hours: float = 0.0, budget_seconds: float = 0.0) -> None:
-        """`used_hours` of the time are over already, by tries before this one; limits of 0 are none."""
+        """Set the limits; 0 stands for no limit. Earlier attempts have used up `used_hours` of `max_hours`."""
         self.reason = ""
+        """Signal or setting that has asked to stop; empty if none has."""
         self.trained = 0.0
-        """Seconds of steps so far, those before a resume among them."""
+        """Seconds spent in steps so far, including those before a resume."""
         self.at_the_end = False
-        """Whether the reason is that the run has had its seconds, and so is over."""
+        """Whether the run has used up `budget_seconds`, and so is complete."""
         self._budget = budget_seconds
         self._until = time.monotonic() + 3600 * (max_hours - used_hours) if max_hours else None
         self._max_hours = max_hours
@@ -45,12 +46,12 @@ class StopRequest:
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is not None and now - self._interrupted > ONE_PRESS:
-                raise KeyboardInterrupt  # who presses again does not want to wait for a checkpoint
+                raise KeyboardInterrupt  # a second Ctrl-C means that the user does not want to wait for a checkpoint
             self._interrupted = self._interrupted or now
         self.reason = signal.Signals(number).name
 
     def wanted(self) -> bool:
-        """Whether this rank wants to stop after the step that it is in."""
+        """Return whether this rank has been asked to stop after the present step."""
         if not self.reason and self._until is not None and time.monotonic() > self._until:
             self.reason = f"train.max_hours = {self._max_hours:g}"
         if not self.reason and self._budget and self.trained >= self._budget:

@@ -10,6 +10,7 @@ from pathlib import Path
 from hydrazero.shards.files import read_json, write_json
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.engine.zero_layout import full_size
 from hydrazero.trainer.loop import Interval, Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
@@ -68,7 +69,7 @@ def measure_steps(config: RunConfig, checked: CheckedRun) -> None:
         compiling=compiling,
         validation=validation,
         structures=sum(counted) / len(counted),
-        parameters=sum(getattr(one, "ds_numel", one.numel()) for one in engine.module.parameters()),
+        parameters=sum(full_size(one) for one in engine.module.parameters()),
     )
     if distributed.rank() == 0:
         folder = Path(config.run.out)
