@@ -18,9 +18,9 @@ from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, to_buffer
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
 from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
-from hydrazero.shards.stream.handover import HandedBatch, from_buffer, to_buffer
 from hydrazero.shards.stream.packing import Packer, pack
 from hydrazero.shards.stream.state import (
     LaneState,
@@ -124,14 +124,14 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
     def __init__(self, settings: StreamSettings, rank: int, ranks: int, start: StreamStart) -> None:
         self.settings, self.rank, self.ranks, self.start = settings, rank, ranks, start
 
-    def __iter__(self) -> Iterator[HandedBatch | HydrazeroError]:
+    def __iter__(self) -> Iterator[BatchBuffer | HydrazeroError]:
         # An error for the user is handed over as it is: raised here, it would arrive wrapped in a traceback's text.
         try:
             yield from self._batches()
         except HydrazeroError as error:
             yield error
 
-    def _batches(self) -> Iterator[HandedBatch]:
+    def _batches(self) -> Iterator[BatchBuffer]:
         info = torch.utils.data.get_worker_info()
         # The DataLoader asks its workers in turn from worker 0 on; after a resume that is the lane whose turn it is.
         worker = ((info.id if info else 0) + self.start.turns[self.rank]) % self.settings.lanes_per_rank
