@@ -1,7 +1,7 @@
-"""Up to 256 structures in columns: what one WebDataset sample holds.
+"""Blocks: up to 256 structures in columns, which one WebDataset sample holds.
 
-Columns are concatenated over structures; labels that a structure lacks are NaN, and a column that none has is absent.
-Energies and cells are always float64, positions, forces and stress float32 or float64 as the converter was told.
+Columns are concatenated over structures. Labels that a structure lacks are NaN; a column that every structure lacks is
+absent. Energies and cells are float64; positions, forces and stress have the precision of the conversion file.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ BLOCK_STRUCTURES = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StructureBlock:
-    """Structures in columns; S structures, A atoms in all."""
+    """S structures with A atoms altogether, in columns."""
 
     n_atoms: NDArray[np.int32]
-    """[S]."""
+    """Number of atoms of each structure, [S]."""
     numbers: NDArray[np.uint8]
-    """[A]."""
+    """Atomic numbers, [A]."""
     positions: NDArray[np.floating]
-    """Å, [A, 3]."""
+    """Positions in Å, [A, 3]."""
     cell: NDArray[np.float64]
-    """Å, [S, 3, 3]."""
+    """Lattice vectors as rows in Å, [S, 3, 3]; zeros for a molecule."""
     pbc: NDArray[np.bool_]
-    """[S, 3]."""
+    """Whether each structure is periodic along each lattice vector, [S, 3]."""
     energy: NDArray[np.float64]
-    """eV, [S]; NaN where absent."""
+    """Total energies in eV, [S]; NaN where absent."""
     charge: NDArray[np.int16]
-    """e, [S]."""
+    """Total charges in e, [S]."""
     multiplicity: NDArray[np.int16]
-    """2S+1, [S]; 0 where unknown."""
+    """Spin multiplicities 2S+1, [S]; 0 where unknown."""
     forces: NDArray[np.floating] | None = None
-    """eV/Å, [A, 3]; NaN where absent."""
+    """Forces in eV/Å, [A, 3]; NaN where absent."""
     stress: NDArray[np.floating] | None = None
-    """eV/Å³, [S, 3, 3]; NaN where absent."""
+    """Stresses in eV/Å³, [S, 3, 3]; NaN where absent."""
     source_ids: NDArray[np.uint8] | None = None
     """UTF-8 bytes of all source ids, joined by newlines."""
     targets: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Name -> other quantities of structures, [S] or [S, 3]; NaN where absent."""
+    """Name -> further quantities of structures, [S] or [S, 3]; NaN where absent."""
     atom_targets: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Name -> other quantities of atoms, [A] or [A, 3]; NaN where absent."""
+    """Name -> further quantities of atoms, [A] or [A, 3]; NaN where absent."""
 
     def __len__(self) -> int:
         return len(self.n_atoms)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the columns."""
+        """Number of bytes of all columns."""
         return sum(column.nbytes for column in columns_of(self).values())
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """First atom of each structure, and the number of atoms at the end: [S + 1]."""
+        """Index of the first atom of each structure, and the number of atoms at the end, [S + 1]."""
         return np.concatenate([[0], np.cumsum(self.n_atoms, dtype=np.int64)])
 
     @cached_property
@@ -74,7 +74,7 @@ class StructureBlock:
         return self.source_ids.tobytes().decode().split("\n")
 
     def structure(self, index: int) -> Structure:
-        """Copy one structure out of the columns."""
+        """Return a copy of one structure."""
         atoms = slice(int(self.starts[index]), int(self.starts[index + 1]))
         energy = float(self.energy[index])
         forces = None if self.forces is None else self.forces[atoms].astype(np.float64)
@@ -96,13 +96,13 @@ class StructureBlock:
 
 
 def _present(values: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
-    """Copy what is not NaN altogether."""
+    """Copy the values that are not NaN throughout."""
     arrays = {name: np.array(value, dtype=np.float64) for name, value in values.items()}
     return {name: array for name, array in arrays.items() if not np.isnan(array).all()}
 
 
 def block_from_structures(structures: Sequence[Structure], *, float_dtype: str = "float32") -> StructureBlock:
-    """Put structures into columns; `float_dtype` ('float32' or 'float64') holds positions, forces and stress."""
+    """Return a block of structures; `float_dtype` ('float32' or 'float64') is that of positions, forces and stress."""
     dtype = np.dtype(float_dtype)
     structures = structures if dtype == np.float64 else [_near_origin(s) for s in structures]
     nan_stress = np.full((3, 3), np.nan)
@@ -133,7 +133,7 @@ def block_from_structures(structures: Sequence[Structure], *, float_dtype: str =
 def _joined(
     targets: Sequence[dict[str, NDArray[np.float64]]], owners: Sequence[tuple[int, ...]]
 ) -> dict[str, NDArray[np.float64]]:
-    """Put targets of structures (owner ()) or atoms (owner (n,)) into columns, NaN where a structure lacks one."""
+    """Join targets of structures (owner ()) or of atoms (owner (n,)); a structure that lacks a target gets NaN."""
     joined = {}
     for name in sorted({name for own in targets for name in own}):
         example = next(own[name] for own in targets if name in own)
@@ -144,11 +144,11 @@ def _joined(
 
 
 FAR = 100.0
-"""Å; float32 holds coordinates beyond it to no more than 1e-5 Å."""
+"""Distance from the origin in Å, up to which float32 holds coordinates to 1e-5 Å."""
 
 
 def _near_origin(structure: Structure) -> Structure:
-    """Move a structure that is far out, as unwrapped trajectories are, by whole cells and, where open, to its mean."""
+    """Move a structure that is far from the origin by whole cells, and along open directions to its mean."""
     if np.abs(structure.positions).max(initial=0.0) <= FAR:
         return structure
     positions = structure.positions.copy()
@@ -165,7 +165,7 @@ def _near_origin(structure: Structure) -> Structure:
 
 
 def columns_of(block: StructureBlock) -> dict[str, NDArray[Any]]:
-    """Return the columns that a block has, by name."""
+    """Return the columns of a block by name, without those that are absent."""
     columns = {item.name: getattr(block, item.name) for item in fields(block) if not item.name.endswith("targets")}
     columns |= {STRUCTURE_PREFIX + name: value for name, value in block.targets.items()}
     columns |= {ATOM_PREFIX + name: value for name, value in block.atom_targets.items()}
@@ -173,7 +173,7 @@ def columns_of(block: StructureBlock) -> dict[str, NDArray[Any]]:
 
 
 def block_from(columns: dict[str, NDArray[Any]]) -> StructureBlock:
-    """Return the block of columns by name; raises TypeError if one is missing or unknown."""
+    """Return the block with the given columns; raise TypeError if one is missing or unknown."""
 
     def under(prefix: str) -> dict[str, NDArray[Any]]:
         return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
@@ -188,8 +188,8 @@ def encode_block(block: StructureBlock) -> bytes:
 
 
 def decode_block(data: bytes, where: str) -> StructureBlock:
-    """Read a block; raises ShardError, naming `where`, if the bytes are not one."""
+    """Return the block in `data`; raise ShardError, naming `where`, if the bytes are not a block."""
     try:
         return block_from(safetensors.numpy.load(data))
-    except Exception as error:  # safetensors raises its own type; missing columns a TypeError
+    except Exception as error:  # safetensors has errors of its own; missing columns raise TypeError
         raise ShardError(f"{where} is not a readable block of structures ({error}); convert the task again.") from error

@@ -1,4 +1,4 @@
-"""Errors that are meant for users: one sentence that says what is wrong, where, and what to do."""
+"""Errors for users: one sentence that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ class HydrazeroError(ValueError):
     """Base of every error that the command line prints as one sentence instead of a traceback."""
 
     on_every_rank = True
-    """Whether all ranks of a run raise it together; False for what one rank alone has met, in its data."""
+    """Whether all ranks of a run raise the error together; False if one rank alone meets it, such as in its data."""
     exit_status = 1
-    """Of a rank that ends with it; 1 stands for what would happen again."""
+    """Exit status of a rank that ends with the error; 1 means that another attempt would fail in the same way."""
 
 
 class StructureError(HydrazeroError):
-    """A structure that cannot be used; `reason` is a short stable word that bad frames are counted by."""
+    """A structure cannot be used; `reason` is a short fixed word by which bad frames are counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[StructureError], tuple[str, str]]:
-        """Let the error travel between processes with both of its arguments."""
+        """Keep both arguments when the error is passed between processes."""
         return type(self), (self.reason, str(self))
 
 
 class SourceError(HydrazeroError):
-    """A source file that cannot be read, or settings that do not fit it."""
+    """A source file cannot be read, or settings do not fit it."""
 
 
 class ShardError(HydrazeroError):
-    """A shard or manifest that is missing, damaged, of a newer format, or contradicts another."""
+    """A shard or manifest is missing, damaged, of a newer format, or contradicts another one."""
 
 
 class ConfigError(HydrazeroError):
-    """A run file, DeepSpeed JSON or command-line value that cannot be used."""
+    """A run file, a DeepSpeed JSON or a value on the command line cannot be used."""
 
 
 class CheckpointError(HydrazeroError):
-    """A run that ends without the checkpoint that it should have left."""
+    """A run has ended without the checkpoint that it should have written."""
 
 
 class ModelFileError(HydrazeroError):
-    """An exported model that cannot be read, or is asked for something that it does not hold."""
+    """An exported model cannot be read, or lacks what is requested of it."""
 
 
 def did_you_mean(wrong: str, known: list[str]) -> str:
-    """Return ' (did you mean X?)' for the closest known name, or the list of known names."""
+    """Return ' (did you mean X?)' with the closest known name, or a list of the known names if none is close."""
     from difflib import get_close_matches
 
     close = get_close_matches(wrong, known, n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Where shards lie: a local folder, a web address, or a command that prints a file (`pipe:`)."""
+"""Locations of shards: a local folder, a web address, or a command that prints a file (`pipe:`)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import BinaryIO, cast
 WEB = ("http://", "https://")
 PIPE = "pipe:"
 PLACE = "{}"
-"""Stands in a pipe's command for the name of the file."""
+"""Placeholder for the name of the file in the command of a pipe."""
 
 CHUNK = 1 << 20
 
 
 def is_remote(folder: str) -> bool:
-    """Whether shards are opened through webdataset, not through the file system."""
+    """Return whether shards are read through webdataset, not through the file system."""
     return folder.startswith((*WEB, PIPE))
 
 
 def address(folder: str, name: str) -> str:
-    """Return what webdataset opens for a file of a folder: a path, an URL, or a command with '{}' replaced."""
+    """Return what webdataset opens for a file of a folder: a path, a URL, or a command with '{}' replaced."""
     if folder.startswith(PIPE):
         return folder.replace(PLACE, shlex.quote(name))
     return f"{folder.rstrip('/')}/{name}"
@@ -29,16 +29,16 @@ def address(folder: str, name: str) -> str:
 
 @contextmanager
 def open_at(folder: str, name: str, begin: int, end: int) -> Iterator[BinaryIO]:
-    """Open a file of a folder at byte `begin`; what comes after `end` may be missing.
+    """Yield a file of a folder, opened at byte `begin`; bytes after `end` may be missing.
 
-    From a web server only that range is asked for; the output of a pipe is read from its start. Raises what
+    Only that range is requested from a web server; the output of a pipe is read from its start. Raises whatever
     webdataset's `gopen` raises.
     """
-    from webdataset.gopen import gopen, set_options  # it imports PyTorch, without which a local manifest is read
+    from webdataset.gopen import gopen, set_options  # imports PyTorch, which local manifests do not need
 
     url = address(folder, name)
     if folder.startswith(WEB):
-        # curl's own --fail turns a missing file into an error of the pipe, not into a page that is no tar.
+        # With --fail, a missing file is an error of the pipe, not a web page that is not a tar.
         command = f"pipe:curl --fail --silent --show-error --location --range {begin}-{end - 1} {shlex.quote(url)}"
         with gopen(command) as stream:
             set_options(stream, ignore_errors=True)
@@ -46,7 +46,7 @@ def open_at(folder: str, name: str, begin: int, end: int) -> Iterator[BinaryIO]:
         return
     with gopen(url) as stream:
         if folder.startswith(PIPE):
-            # The command is left before it has printed everything; what it printed is held to its checksum.
+            # The pipe is closed before the command has printed everything; checksums protect what it has printed.
             set_options(stream, ignore_errors=True)
             left = begin
             while left > 0 and (skipped := len(stream.read(min(left, CHUNK)))):
@@ -57,7 +57,7 @@ def open_at(folder: str, name: str, begin: int, end: int) -> Iterator[BinaryIO]:
 
 
 def read_whole(folder: str, name: str) -> bytes:
-    """Return a file of a remote folder; raises what webdataset's `gopen` raises."""
+    """Return the content of a file of a remote folder; raise whatever webdataset's `gopen` raises."""
     from webdataset.gopen import gopen
 
     url = address(folder, name)

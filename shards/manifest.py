@@ -1,4 +1,4 @@
-"""The manifest of a task's shards: `manifest.json` beside the tars, written last, so that its presence means done."""
+"""The manifest of a task: `manifest.json` beside the shards. It is written last: its presence means a complete task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.files import write_text
 from hydrazero.shards.location import address, is_remote, read_whole
-from hydrazero.shards.targets import TargetFacts
+from hydrazero.shards.targets import TargetStatistics
 from hydrazero.shards.units import INTERNAL_UNITS
 
 FORMAT = "hydrazero-shards"
@@ -29,22 +29,22 @@ class Shard:
     """One tar file and the blocks in it."""
 
     file: str
-    """Name beside the manifest."""
+    """Name of the file beside the manifest."""
     bytes: int
     sha256: str
     structures: int
     atoms: int
     block_offsets: list[int]
-    """Byte at which each block's tar member starts."""
+    """Byte offset of the tar member of each block."""
     block_structures: list[int]
-    """Structures in each block."""
+    """Number of structures in each block."""
     block_crc32: list[int]
-    """CRC-32 of each block's bytes, checked at every read."""
+    """CRC-32 of the bytes of each block, which is checked at every read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRange:
-    """Count and range of one label over the task; forces per component, energy per atom."""
+    """Statistics of one label over the training split: force components, or energies per atom."""
 
     count: int
     minimum: float
@@ -55,54 +55,55 @@ class LabelRange:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Values of a label in bins."""
+    """Histogram of a label."""
 
     edges: list[float]
-    """Of the bins, one more than there are; the outermost hold what is beyond them too."""
+    """Edges of the bins, one more than bins; the outermost bins also contain the values beyond them."""
     counts: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlier:
-    """A structure whose label stands out."""
+    """A structure with an extreme label."""
 
     source_id: str
     value: float
-    """eV per atom away from the mean after references, or the largest force norm, eV/Å."""
+    """Energy minus reference energies, relative to the mean, in eV/atom; or the largest force norm in eV/Å."""
 
 
 @dataclass(kw_only=True)
 class Degrees:
-    """Neighbours within one cutoff."""
+    """Numbers of neighbours within one cutoff."""
 
     histogram: dict[int, int] = field(default_factory=dict)
-    """Neighbours of an atom -> atoms."""
+    """Number of neighbours of an atom -> number of atoms."""
     most_edges: int = 0
-    """Neighbours of all atoms of the structure that has most."""
+    """Largest number of edges (neighbours of all atoms) of any structure."""
     most_edges_in: str = ""
-    """Its source id."""
+    """Source id of the structure with the most edges."""
     most_slots: int = 0
-    """Neighbour slots, in whole rows, of the structure that takes most."""
+    """Largest number of neighbour slots, in complete rows, of any structure."""
     most_slots_in: str = ""
+    """Source id of the structure with the most slots."""
 
     @property
     def edges(self) -> int:
-        """Neighbours of all atoms."""
+        """Number of neighbours of all atoms."""
         return sum(degree * atoms for degree, atoms in self.histogram.items())
 
     def slots(self, row: int) -> int:
-        """Slots of all atoms, in whole rows of `row`."""
+        """Return the number of slots of all atoms, in complete rows of `row` slots."""
         return sum(-(-degree // row) * row * atoms for degree, atoms in self.histogram.items())
 
     def add(self, degrees: NDArray[np.int64], source_id: str, row: int) -> None:
-        """Count one structure, given the neighbours of each of its atoms."""
+        """Add one structure, given the number of neighbours of each of its atoms, [atoms]."""
         counts = Counter(degrees.tolist())
         one = Degrees(histogram=dict(counts), most_edges=int(degrees.sum()), most_edges_in=source_id)
         one.most_slots, one.most_slots_in = one.slots(row), source_id
         self.merge(one)
 
     def merge(self, other: Degrees) -> None:
-        """Count what another has counted."""
+        """Add the numbers of other structures."""
         for degree, atoms in other.histogram.items():
             self.histogram[degree] = self.histogram.get(degree, 0) + atoms
         if other.most_edges > self.most_edges:
@@ -113,63 +114,66 @@ class Degrees:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that a reader of the shards needs to know without opening them."""
+    """Description of a task, which is known without opening its shards."""
 
     task: str
     splits: dict[str, list[Shard]]
     float_dtype: str
-    """Of positions, forces and stress in the blocks."""
+    """Precision of positions, forces and stress in the blocks: 'float32' or 'float64'."""
     elements: dict[str, int]
-    """Symbol -> atoms of it, in all splits."""
+    """Symbol -> number of atoms in all splits."""
     trained_elements: list[str]
-    """Elements of the training split; those that only the others hold have no reference energy."""
+    """Elements of the training split; elements that only other splits contain have no reference energy."""
     size_histogram: dict[int, int]
-    """Atoms per structure -> structures."""
+    """Number of atoms -> number of structures."""
     labels: dict[str, LabelRange]
-    """Of the training split: 'energy_per_atom', 'energy_residual_per_atom' (less references), 'forces', 'stress'."""
+    """Statistics of the training split: 'energy_per_atom', 'energy_residual_per_atom' (the energy minus reference
+    energies), 'forces' and 'stress'."""
     reference_energies: dict[str, float]
-    """eV per atom of each element: least squares on the training split."""
+    """Element -> energy per atom in eV, fitted by least squares to the training split."""
     required_labels: list[str]
     """Labels that every structure has."""
     periodic_structures: int
-    targets: dict[str, TargetFacts] = field(default_factory=dict)
-    """Other quantities that structures of the training split have."""
+    targets: dict[str, TargetStatistics] = field(default_factory=dict)
+    """Name -> statistics of a further quantity of the training split."""
     charged_structures: int = 0
-    """Structures with a charge, or a spin multiplicity other than 1."""
+    """Number of structures with a charge, or a spin multiplicity other than 1."""
     multiplicity_known: int = 0
-    """Structures that say their spin multiplicity."""
+    """Number of structures whose spin multiplicity is known."""
     degrees: dict[str, Degrees] = field(default_factory=dict)
-    """Cutoff in Å, as text -> neighbours within it, over all splits."""
+    """Cutoff in Å as text -> numbers of neighbours within it, over all splits."""
     closest: dict[str, float] = field(default_factory=dict)
-    """Two elements as 'Al-Cu', the lighter first -> smallest distance in the training split, Å, in hundredths."""
+    """Two elements as 'Al-Cu', the lighter one first -> smallest distance in the training split in Å, rounded down to
+    hundredths."""
     closest_within: float = 0.0
-    """Å: pairs of elements that `closest` lacks are nowhere closer than this; 0: nobody has looked."""
+    """Distance in Å up to which pairs were searched: pairs that `closest` lacks are farther apart. 0 if there was no
+    search."""
     distributions: dict[str, Histogram] = field(default_factory=dict)
-    """Of the training split: 'energy_residual_per_atom' eV/atom and 'force_norm' eV/Å."""
+    """Histograms of the training split: 'energy_residual_per_atom' in eV/atom and 'force_norm' in eV/Å."""
     outliers: dict[str, list[Outlier]] = field(default_factory=dict)
-    """The same labels -> structures of all splits that stand out most."""
+    """The same labels -> the most extreme structures of all splits."""
     duplicates: list[str] = field(default_factory=list)
-    """'source id = earlier source id', at most the first 1000."""
+    """Duplicates as 'source id = earlier source id', at most the first 1000."""
     duplicate_count: int = 0
     set_aside: dict[str, int] = field(default_factory=dict)
-    """Frames that were left out, by reason."""
+    """Reason -> number of frames that were left out."""
     source: dict[str, str] = field(default_factory=dict)
     """Free text: method, basis, code, citation, licence, files."""
     units: dict[str, str] = field(default_factory=lambda: dict(INTERNAL_UNITS))
 
     def structures(self, split: str | None = None) -> int:
-        """Structures in a split, or in all."""
+        """Return the number of structures in a split, or in all splits."""
         names = SPLITS if split is None else (split,)
         return sum(shard.structures for name in names for shard in self.splits.get(name, []))
 
     def atoms(self, split: str | None = None) -> int:
-        """Atoms in a split, or in all."""
+        """Return the number of atoms in a split, or in all splits."""
         names = SPLITS if split is None else (split,)
         return sum(shard.atoms for name in names for shard in self.splits.get(name, []))
 
     @property
     def max_atoms(self) -> int:
-        """Atoms of the largest structure."""
+        """Number of atoms of the largest structure."""
         return max(self.size_histogram)
 
 
@@ -180,28 +184,30 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """Read and check a manifest; raises ShardError if it is missing, not ours, newer, or incomplete."""
+    """Return the manifest of a folder; raise ShardError if it is missing, incomplete, or of another version."""
     path = address(str(folder), MANIFEST_NAME)
     try:
         document = json.loads(_manifest_bytes(str(folder)).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ShardError(f"{path} is not readable JSON ({error}); convert the task again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ShardError(f"{path} is not a manifest of hydrazero shards.")
+        raise ShardError(
+            f"{path} is not a manifest of hydrazero shards; name a folder that hydrazero convert has made."
+        )
     version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {version}, this hydrazero reads version {FORMAT_VERSION}; "
-            "use a matching hydrazero or convert the task again."
+            f"{path} has format version {version}, but this version of hydrazero reads format version "
+            f"{FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
         )
     try:
         return _manifest_from_document(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ShardError(f"{path} lacks or misuses a field ({error}); convert the task again.") from error
+        raise ShardError(f"{path} has a missing or wrong field ({error}); convert the task again.") from error
 
 
 def manifest_sha256(folder: Path | str) -> str:
-    """Return the SHA-256 of a manifest in hexadecimal, which stands for the shards, whose own are in it."""
+    """Return the SHA-256 of a manifest in hexadecimal; it identifies the shards too, since their own are in it."""
     return hashlib.sha256(_manifest_bytes(str(folder))).hexdigest()
 
 
@@ -209,11 +215,13 @@ def _manifest_bytes(folder: str) -> bytes:
     if is_remote(folder):
         try:
             return read_whole(folder, MANIFEST_NAME)
-        except Exception as error:  # what the command behind webdataset's gopen fails with
+        except Exception as error:  # whatever the command of webdataset's gopen raises
             raise ShardError(f"{address(folder, MANIFEST_NAME)} cannot be read ({error}).") from error
     path = Path(folder) / MANIFEST_NAME
     if not path.is_file():
-        raise ShardError(f"{folder} holds no {MANIFEST_NAME}: it is no finished conversion; run 'hydrazero convert'.")
+        raise ShardError(
+            f"{folder} holds no {MANIFEST_NAME}, so it is not a finished conversion; run 'hydrazero convert'."
+        )
     return path.read_bytes()
 
 
@@ -228,16 +236,16 @@ def _manifest_from_document(document: dict[str, Any]) -> Manifest:
     }
     values["distributions"] = {name: Histogram(**value) for name, value in document["distributions"].items()}
     values["outliers"] = {name: [Outlier(**one) for one in value] for name, value in document["outliers"].items()}
-    values["targets"] = {name: TargetFacts(**value) for name, value in document.get("targets", {}).items()}
+    values["targets"] = {name: TargetStatistics(**value) for name, value in document.get("targets", {}).items()}
     values["size_histogram"] = {int(size): count for size, count in document["size_histogram"].items()}
     return Manifest(**values)
 
 
 def check_shard_files(manifest: Manifest, folder: Path | str, *, checksums: bool = False) -> None:
-    """Raise ShardError if a shard is missing or has another size than the manifest says.
+    """Raise ShardError if a shard is missing or its size differs from that in the manifest.
 
-    With `checksums` every byte is read and the SHA-256 compared too; without, damage is found by the CRC-32 of each
-    block when it is read. Remote shards are not looked at before they are read.
+    With `checksums`, every byte is read and the SHA-256 is compared too; without it, damage is found by the CRC-32 of
+    each block when it is read. Remote shards are not checked before they are read.
     """
     if is_remote(str(folder)):
         return
@@ -249,12 +257,12 @@ def check_shard_files(manifest: Manifest, folder: Path | str, *, checksums: bool
             size = path.stat().st_size
             if size != shard.bytes:
                 raise ShardError(
-                    f"shard {path} has {size} bytes where the manifest says {shard.bytes}: it is truncated or changed; "
-                    "copy it again or convert the task again."
+                    f"shard {path} has {size} bytes, but {shard.bytes} according to the manifest: it is truncated or "
+                    "changed; copy it again or convert the task again."
                 )
             if checksums and file_sha256(path) != shard.sha256:
                 raise ShardError(
-                    f"shard {path} has another checksum than the manifest says; copy or convert the task again."
+                    f"shard {path} does not have the checksum of the manifest; copy it again or convert the task again."
                 )
 
 

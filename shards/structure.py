@@ -1,4 +1,4 @@
-"""One labelled structure, as every reader hands it over."""
+"""A labelled structure, which all readers yield, and its checks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hydrazero.shards.errors import StructureError
 
 MAX_ATOMIC_NUMBER = 118
 MIN_DISTANCE = 0.05
-"""Å; two atoms closer than this are at the same place for every practical purpose."""
+"""Distance in Å below which two atoms are taken to be at the same place."""
 
 MAX_MAGNITUDE = 1e10
-"""Å, eV/Å or eV/Å³; nothing physical is larger, float32 shards would hold infinity for what is far larger."""
+"""Largest accepted number in Å, eV/Å or eV/Å³; far larger ones would become infinite in float32."""
 
 FloatArray = NDArray[np.float64]
 
@@ -28,33 +28,33 @@ class Structure:
     numbers: NDArray[np.uint8]
     """Atomic numbers [atoms]."""
     positions: FloatArray
-    """Å, [atoms, 3]."""
+    """Positions in Å, [atoms, 3]."""
     cell: FloatArray
-    """Å, [3, 3], rows are lattice vectors; zeros for a molecule."""
+    """Lattice vectors as rows in Å, [3, 3]; zeros for a molecule."""
     pbc: NDArray[np.bool_]
-    """[3]."""
+    """Whether the structure is periodic along each lattice vector, [3]."""
     energy: float | None = None
-    """Total energy, eV."""
+    """Total energy in eV."""
     forces: FloatArray | None = None
-    """eV/Å, [atoms, 3]."""
+    """Forces in eV/Å, [atoms, 3]."""
     stress: FloatArray | None = None
-    """eV/Å³, [3, 3], symmetric, positive under tension (ASE sign)."""
+    """Stress in eV/Å³, [3, 3], symmetric, positive under tension as in ASE."""
     charge: int = 0
-    """Total charge, e."""
+    """Total charge in e."""
     multiplicity: int = 0
-    """Spin multiplicity 2S+1; 0 where the source does not say."""
+    """Spin multiplicity 2S+1; 0 if it is unknown."""
     targets: dict[str, FloatArray] = field(default_factory=dict)
-    """Other quantities of the whole, of shape () or (3,)."""
+    """Name -> further quantities of the structure, of shape () or (3,)."""
     atom_targets: dict[str, FloatArray] = field(default_factory=dict)
-    """Other quantities of atoms, [atoms] or [atoms, 3]; NaN where an atom lacks one."""
+    """Name -> further quantities of atoms, [atoms] or [atoms, 3]; NaN where an atom lacks one."""
     source_id: str = ""
-    """Where it came from: 'file#frame'."""
+    """Origin of the structure: 'file#frame'."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def geometry_hash(self) -> bytes:
-        """Return 16 bytes that are equal for structures with the same atoms, positions, cell, charge and spin.
+        """Return 16 bytes that are equal for structures with equal atoms, positions, cells, charges and multiplicities.
 
         Positions are rounded to 1e-6 Å, so that a change of text format does not hide a duplicate.
         """
@@ -70,7 +70,7 @@ class Structure:
 
 
 def check_structure(structure: Structure) -> None:
-    """Raise StructureError, naming the fault, if shapes, values, cell or distances cannot be right."""
+    """Raise StructureError for wrong shapes, non-finite or huge values, singular cells, or coincident atoms."""
     n = len(structure.numbers)
     if n == 0:
         raise StructureError("no_atoms", "the structure has no atoms")
@@ -81,7 +81,7 @@ def check_structure(structure: Structure) -> None:
     numbers = structure.numbers.astype(np.int64)
     if numbers.min() < 1 or numbers.max() > MAX_ATOMIC_NUMBER:
         bad = int(numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)][0])
-        raise StructureError("unknown_element", f"atomic number {bad} is no element (1 to {MAX_ATOMIC_NUMBER})")
+        raise StructureError("unknown_element", f"atomic number {bad} is not an element (1 to {MAX_ATOMIC_NUMBER})")
     if not _usable(structure.positions).all():
         raise StructureError("non_finite_positions", f"a position is NaN, infinite or above {MAX_MAGNITUDE:.0e} Å")
     _check_labels(structure, n)
@@ -90,7 +90,7 @@ def check_structure(structure: Structure) -> None:
 
 
 def _usable(values: FloatArray) -> NDArray[np.bool_]:
-    """Where values are numbers of a magnitude that shards can hold; NaN compares as False."""
+    """Return where values are numbers that shards can hold; False for NaN."""
     return np.abs(values) <= MAX_MAGNITUDE
 
 
@@ -123,14 +123,14 @@ def _check_cell(structure: Structure) -> None:
     lengths = np.linalg.norm(vectors, axis=1)
     if (lengths < 1e-3).any():
         raise StructureError("zero_cell", "pbc is set along a cell vector of length zero")
-    # Volume spanned by the periodic vectors relative to a right-angled cell: 0 when they are linearly dependent.
+    # Volume spanned by the periodic vectors relative to a right-angled cell; it is 0 if they are linearly dependent.
     unit = vectors / lengths[:, None]
     if np.sqrt(max(np.linalg.det(unit @ unit.T), 0.0)) < 1e-4:
         raise StructureError("singular_cell", "the periodic cell vectors are linearly dependent")
 
 
 def _check_distances(structure: Structure) -> None:
-    """Raise if two atoms coincide, across periodic boundaries too."""
+    """Raise StructureError if two atoms coincide, also across periodic boundaries."""
     positions = structure.positions
     if len(positions) == 1 and not structure.pbc.any():
         return

@@ -1,4 +1,4 @@
-"""Targets: quantities beside energy, forces and stress, of structures or atoms, any of which a structure may lack."""
+"""Targets: quantities of structures or atoms other than energy, forces and stress; a structure may lack any of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {"scalar": (), "vector": (3,)}
 RESERVED = ("energy", "free_energy", "energy_spread", "forces", "stress", "spread", "charge", "multiplicity")
 
 STRUCTURE_PREFIX, ATOM_PREFIX = "target.", "atom_target."
-"""Of the columns of a block that hold targets."""
+"""Prefixes of the names of columns of a block that hold targets."""
 
 
 class TargetSection(Section):
@@ -61,32 +61,32 @@ class TargetSection(Section):
 
     @property
     def column(self) -> str:
-        """Prefix of its column in a block."""
+        """Prefix of the name of its column in a block."""
         return ATOM_PREFIX if self.of == "atom" else STRUCTURE_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetFacts:
-    """What a manifest tells of a target; numbers are of the training split."""
+class TargetStatistics:
+    """Statistics of a target in a manifest; the numbers are those of the training split."""
 
     of: str
     kind: str
     unit: str
-    """The internal one."""
+    """Internal unit: eV, e, eÅ, µB, Å³, or empty."""
     extensive: bool
     count: int
-    """Values: components of structures or atoms that have it."""
+    """Number of values; each component of a vector counts."""
     minimum: float
     maximum: float
     mean: float
-    """Per atom if extensive; 0 for a vector."""
+    """Mean, per atom for an extensive target; 0 for a vector."""
     deviation: float
-    """Root mean square distance from the mean, per atom if extensive."""
+    """Standard deviation, per atom for an extensive target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetColumn:
-    """A target that batches of a stream shall hold."""
+    """A target that the batches of a stream contain."""
 
     name: str
     of: str
@@ -102,11 +102,11 @@ def check_target_name(name: str) -> str:
 
 
 def target_value(name: str, target: TargetSection, value: Any, atoms: int) -> NDArray[np.float64] | None:
-    """Convert one structure's value: shape (), (3,), [atoms] or [atoms, 3]; NaN where an atom lacks it; None if absent.
+    """Return a target of one structure in its internal unit, or None if the structure lacks it.
 
-    Axes of length one don't matter, and a vector of atoms may be one flat list, as tables have it; a vector of which a
-    component is NaN is absent. Raises StructureError for any other shape, and for a value that is infinite or too large
-    to be right.
+    The shape is (), (3,), [atoms] or [atoms, 3], with NaN for atoms that lack the target. Axes of length one in `value`
+    are ignored, and vectors of atoms may be a flat list. A vector with a component that is NaN counts as absent. Raises
+    StructureError for any other shape, and for values that are infinite or too large to be right.
     """
     if value is None:
         return None
@@ -115,7 +115,7 @@ def target_value(name: str, target: TargetSection, value: Any, atoms: int) -> ND
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
-    # Numbers alone don't do: [3, atoms] has as many as [atoms, 3].
+    # Counting numbers is not enough: [3, atoms] has as many as [atoms, 3].
     if _without_ones(array.shape) != _without_ones(shape) and array.shape != (math.prod(shape),):
         raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not {shape}")
     array = array.reshape(shape) * target_unit(target.unit)[0]

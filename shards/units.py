@@ -1,6 +1,6 @@
-"""Units of source files, converted once, at the door, into eV, Å, eV/Å and eV/Å³.
+"""Units of source files; readers convert values once, into eV, Å, eV/Å and eV/Å³.
 
-Values follow CODATA as carried by `ase.units`.
+Values are the CODATA values of `ase.units`.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ STRESS = {
 }
 
 
-# Of other quantities: unit -> internal unit and the factor to it.
+# Units of targets: unit -> internal unit and the factor to it.
 TARGETS = {
     "": ("", 1.0),
     **{name: ("eV", factor) for name, factor in ENERGY.items()},
@@ -54,7 +54,7 @@ TARGETS = {
 
 
 def target_unit(unit: str) -> tuple[float, str]:
-    """Return the factor to the internal unit of a quantity, and that unit; raises SourceError for an unknown unit."""
+    """Return the factor to the internal unit of a target, and that unit; raise SourceError if unknown."""
     if unit not in TARGETS:
         raise SourceError(f"unit '{unit}' of a target is not known{did_you_mean(unit, list(TARGETS))}.")
     internal, factor = TARGETS[unit]
@@ -68,17 +68,17 @@ def _lookup(kind: str, table: dict[str, float], unit: str) -> float:
 
 
 def energy_factor(unit: str) -> float:
-    """Return the factor from `unit` to eV; raises SourceError for an unknown unit."""
+    """Return the factor from `unit` to eV; raise SourceError for an unknown unit."""
     return _lookup("energy", ENERGY, unit)
 
 
 def length_factor(unit: str) -> float:
-    """Return the factor from `unit` to Å; raises SourceError for an unknown unit."""
+    """Return the factor from `unit` to Å; raise SourceError for an unknown unit."""
     return _lookup("length", LENGTH, unit)
 
 
 def force_factor(unit: str) -> float:
-    """Return the factor from 'energy/length' (for example 'kcal/mol/Angstrom') to eV/Å; raises SourceError."""
+    """Return the factor from 'energy/length' (such as 'kcal/mol/Angstrom') to eV/Å; raise SourceError if unknown."""
     energy, _, length = unit.rpartition("/")
     if energy not in ENERGY or length not in LENGTH:
         known = [f"{e}/{x}" for e in ENERGY for x in LENGTH]
@@ -87,12 +87,12 @@ def force_factor(unit: str) -> float:
 
 
 def stress_factor(unit: str) -> float:
-    """Return the signed factor from `unit` to eV/Å³ in ASE's sign (positive under tension); raises SourceError."""
+    """Return the signed factor from `unit` to eV/Å³, positive under tension; raise SourceError if unknown."""
     return _lookup("stress", STRESS, unit)
 
 
 def known_unit(factor: Callable[[str], float]) -> Callable[[str], str]:
-    """Return a function that returns a unit as it is, and raises SourceError where its factor is not known."""
+    """Return a check that returns a unit unchanged, and raises SourceError if `factor` does not know it."""
 
     def check(unit: str) -> str:
         factor(unit)

@@ -1,4 +1,4 @@
-"""A package of somebody else, installed with pip, whose reader is found by name and by suffix."""
+"""A package of somebody else, installed with pip: its reader is found by name and by suffix, its balancer by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from run_files import write_small_run
 from structures import rattled_molecule
 
 from hydrazero.shards.manifest import read_manifest
+from hydrazero.trainer.records.run_files import read_metrics
 
 PROJECT = """
 [build-system]
@@ -24,6 +26,9 @@ version = "1.2"
 
 [project.entry-points."hydrazero.readers"]
 lines = "hydrazero_example.reader:read_lines"
+
+[project.entry-points."hydrazero.balancers"]
+falling = "hydrazero_example.balancer:Falling"
 
 [tool.setuptools]
 packages = ["hydrazero_example"]
@@ -55,6 +60,24 @@ def read_lines(path, settings):
 '''
 
 
+BALANCER = '''
+"""Weights of the tasks in proportion to 1, 1/2, 1/3, ..."""
+
+import torch
+
+from hydrazero.trainer.balance.base import Balancer, bounded
+
+
+class Falling(Balancer):
+    """Fixed weights that fall with the number of the task."""
+
+    def start(self):
+        """Set the weights."""
+        numbers = torch.arange(1, len(self.weights) + 1, dtype=torch.float64)
+        self.weights = bounded(1.0 / numbers, self.settings.smallest, self.settings.largest)
+'''
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """Return the folder into which the package is installed."""
@@ -63,6 +86,7 @@ def installed(tmp_path_factory) -> Path:
     (root / "source/pyproject.toml").write_text(PROJECT)
     (root / "source/hydrazero_example/__init__.py").write_text("")
     (root / "source/hydrazero_example/reader.py").write_text(READER)
+    (root / "source/hydrazero_example/balancer.py").write_text(BALANCER)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--target", root / "site", root / "source"], check=True)
     return root / "site"
@@ -92,10 +116,18 @@ def command(*words: object, site: Path | None = None) -> subprocess.CompletedPro
     )
 
 
-def test_sources_are_read_by_the_reader_of_a_package(installed, lines, tmp_path):
-    by_suffix = command("convert", lines.parent, "--task", "water", "--out", tmp_path / "a", site=installed)
-    assert by_suffix.returncode == 0, by_suffix.stderr
-    assert read_manifest(tmp_path / "a").structures() == 40
+@pytest.fixture(scope="module")
+def data(installed, lines, tmp_path_factory) -> Path:
+    """Return a folder with the shards of two tasks, converted by the reader of the package."""
+    folder = tmp_path_factory.mktemp("data")
+    for task in ("water", "vapour"):
+        done = command("convert", lines.parent, "--task", task, "--out", folder / task, site=installed)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_sources_are_read_by_the_reader_of_a_package(installed, lines, data, tmp_path):
+    assert read_manifest(data / "water").structures() == 40
     named = [tmp_path / "water.txt", "--task", "water", "--out", tmp_path / "b", "--workers", 2, "--format", "lines"]
     (tmp_path / "water.txt").write_bytes(lines.read_bytes())
     by_name = command("convert", *named, site=installed)
@@ -105,4 +137,16 @@ def test_sources_are_read_by_the_reader_of_a_package(installed, lines, tmp_path)
 
 def test_without_the_package_its_format_is_unknown(lines, tmp_path):
     result = command("convert", lines, "--task", "water", "--out", tmp_path / "out", "--format", "lines")
-    assert result.returncode == 1 and result.stderr.startswith("Error: unknown format 'lines' (known: alexandria, ")
+    assert result.returncode == 1 and "Error: unknown format 'lines' (known: alexandria, " in result.stderr
+
+
+def test_a_run_uses_the_balancer_of_a_package(installed, data, tmp_path):
+    tasks = [{"name": name, "shards": str(data / name)} for name in ("water", "vapour")]
+    train = {"steps": 2, "evaluate_every": 2}
+    path = write_small_run(tmp_path, data, tasks=tasks, balance={"method": "falling"}, train=train)
+    without = command("train", path)
+    assert without.returncode == 1 and "unknown balance.method 'falling'" in without.stderr
+    done = command("train", path, site=installed)
+    assert done.returncode == 0, done.stderr
+    weights = [row["weights"] for row in read_metrics(tmp_path / "run") if "weights" in row]
+    assert weights and weights[-1]["water"] == pytest.approx(4 / 3)

@@ -23,7 +23,7 @@ from hydrazero.shards.errors import HydrazeroError, StructureError
 from hydrazero.shards.graphs.graph import BatchShape, GraphSample, collate, shape_holding
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.processes import end_with_creator
-from hydrazero.shards.stream.handover import HandedBatch, to_buffer
+from hydrazero.shards.stream.batch_buffer import BatchBuffer, to_buffer
 from hydrazero.shards.stream.packing import Packer, fits
 
 LOOKED_AT, SOURCES = 64, 64
@@ -36,7 +36,7 @@ PREFETCHED = 4
 class Screenful:
     """What a worker hands over: a batch or none, and news of its chunks."""
 
-    batch: HandedBatch | None = None
+    batch: BatchBuffer | None = None
     rows: Rows | None = None
     usual: bool = True
     """Whether the batch has the shape that most have."""

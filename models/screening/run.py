@@ -22,7 +22,7 @@ from hydrazero.models.screening.settings import CHUNK, ScreenSettings, check_set
 from hydrazero.models.screening.sources import Source
 from hydrazero.shards.errors import ConfigError, SourceError
 from hydrazero.shards.graphs.device_neighbours import find_neighbours, has_device_neighbours
-from hydrazero.shards.stream.handover import HandedBatch, from_buffer
+from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer
 
 ATOMS_ON_CPU, ATOMS_ON_GPU = 2048, 32_768
 COMPILE_AFTER = 20.0
@@ -207,7 +207,7 @@ class _Work:
         self._refuse(news.refused)
         self.writer.finished(news.finished)
 
-    def _predicted(self, handed: HandedBatch, *, usual: bool) -> Found:
+    def _predicted(self, handed: BatchBuffer, *, usual: bool) -> Found:
         """Bring a batch to the model's device, find its neighbours there if workers have not, and start the model."""
         batch = from_buffer(handed).to(self.potential.device, non_blocking=True)
         if self._on_device:

@@ -1,8 +1,8 @@
-"""The converter: source files in, shards and a manifest out, all of it or nothing.
+"""The converter: source files become a folder of shards with a manifest, which is complete or does not appear at all.
 
-Three parts, each shared out to workers: frames into chunks on the disk (`convert_frames`), an index that finds repeats
-and shuffles (`convert_index`), chunks into shards (`convert_shards`). What they make depends on the sources and
-settings alone, not on how many workers there are, and what is done when a conversion is killed is not done again.
+A conversion has three parts: workers read frames into chunks on the disk (`frames`), one process builds an index that
+finds duplicates and shuffles (`index`), and workers write the shards from the chunks (`shards`). The result depends on
+the sources and the settings alone, not on the number of workers. A conversion that is killed keeps its finished work.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from hydrazero.shards.convert.element_pairs import closest_pairs
-from hydrazero.shards.convert.folder import Job, distinct_names, working_folder
+from hydrazero.shards.convert.folder import Conversion, distinct_names, working_folder
 from hydrazero.shards.convert.frames import SLICED_BYTES, frames_path, read_part, status_path
 from hydrazero.shards.convert.index import Index, build_index
-from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_facts
+from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_statistics
 from hydrazero.shards.convert.references import reference_energies
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.convert.shards import ShardNote, make_shard, shard_calls
@@ -30,20 +30,20 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
 from hydrazero.shards.readers import expand_sources
-from hydrazero.shards.targets import TargetFacts
+from hydrazero.shards.targets import TargetStatistics
 from hydrazero.shards.units import target_unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a conversion is."""
+    """Progress of a conversion."""
 
     part: str
     """'reading', 'sorting', 'writing' or 'counting'."""
     frames: int
-    """Read so far by this start of it."""
+    """Number of frames read since the conversion was started or resumed."""
     fraction: float
-    """Of the part that is done, 0 to 1."""
+    """Finished fraction of the part, 0 to 1."""
 
 
 def convert(
@@ -57,20 +57,20 @@ def convert(
     trust_pickle: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Manifest:
-    """Convert source files into the shards of a task in the new folder `out`, shared out to workers (one if None).
+    """Convert source files into the shards of a task in the new folder `out`; return its manifest.
 
-    The folder appears when everything is in it. A conversion that is killed, or finds the disk full, goes on where it
-    was when it is started again with the same sources and settings. A bad frame ends it with a SourceError naming file
-    and frame; with `skip_bad` it is set aside, counted by reason and listed in set_aside.jsonl. `trust_pickle` lets
-    sources of pickles be read, which can run any code. Raises ConfigError for a task name that is no word, an `out`
-    that exists, or what the system refuses to write.
+    `workers` share the work; None stands for one worker in this process. The folder appears when it is complete. A
+    conversion that was killed, or that found the disk full, resumes when it is started again with the same sources and
+    settings. A bad frame raises SourceError with the file and frame; with `skip_bad` it is skipped, counted by reason
+    and listed in set_aside.jsonl. `trust_pickle` allows loading sources of pickles, which can run any code. Raises
+    ConfigError for an invalid task name, an `out` that exists, or files that cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", task):
-        raise ConfigError(f"task name '{task}' must be of letters, digits, '_' and '-'.")
+        raise ConfigError(f"task name '{task}' must consist of letters, digits, '_' and '-'.")
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
     files = expand_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
-    job = Job(
+    job = Conversion(
         task=task,
         sources=tuple(files),
         names=distinct_names(files),
@@ -89,14 +89,14 @@ def convert(
             raise
         except OSError as error:
             raise ConfigError(
-                f"{out} cannot be written ({error.strerror or error}); mend that and start again: what was done is "
-                f"kept in {job.folder} and not done twice."
+                f"{out} cannot be written ({error.strerror or error}); fix that and start the same command again: "
+                f"finished work is kept in {job.folder}."
             ) from error
         shutil.rmtree(job.folder, ignore_errors=True)
     return manifest
 
 
-def _convert(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> Manifest:
+def _convert(job: Conversion, workers: Workers, progress: Callable[[Progress], None]) -> Manifest:
     _read(job, workers, progress)
     progress(Progress(part="sorting", frames=0, fraction=0.0))
     index = build_index(job)
@@ -119,8 +119,8 @@ def _convert(job: Job, workers: Workers, progress: Callable[[Progress], None]) -
     return manifest
 
 
-def _read(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> None:
-    """Read all sources into chunks."""
+def _read(job: Conversion, workers: Workers, progress: Callable[[Progress], None]) -> None:
+    """Read all sources into chunks, except those that are complete already."""
     parts = workers.count
     wanted = [number for number in range(len(job.sources)) if not frames_path(job, number).exists()]
     sizes = [_bytes_of(source) for source in job.sources]
@@ -136,7 +136,7 @@ def _read(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> N
         for _, number, part, share in calls:
             path = status_path(job, number, part)
             words = path.read_text().split() if path.exists() else []
-            if len(words) == 2:  # else it is just being written
+            if len(words) == 2:  # otherwise the worker is just writing it
                 frames += int(words[0])
                 behind += float(words[1]) * sizes[number] / share
         progress(Progress(part="reading", frames=frames, fraction=behind / max(sum(sizes), 1)))
@@ -144,7 +144,7 @@ def _read(job: Job, workers: Workers, progress: Callable[[Progress], None]) -> N
     try:
         counts = workers.run_all(read_part, calls, watch)
     except BaseException:
-        job.stop.touch()  # or the others would go on to the ends of their sources
+        job.stop.touch()  # otherwise the other workers would read their sources to the end
         raise
     watch()
     for (_, number, _, _), frames in zip(calls, counts, strict=True):
@@ -157,15 +157,17 @@ def _bytes_of(source: Path) -> int:
     return source.stat().st_size if source.exists() else 0
 
 
-def _no_training_frames(job: Job, index: Index) -> str:
+def _no_training_frames(job: Conversion, index: Index) -> str:
     total = sum(len(order) for order in index.orders.values())
     if total == 0 and index.set_aside:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(index.set_aside.items()))
-        return f"task '{job.task}': every frame was set aside ({reasons}); mend the sources or the settings."
-    return f"task '{job.task}': none of {total} usable frames falls into the training split; add frames."
+        return f"task '{job.task}': every frame was skipped ({reasons}); fix the sources or the settings."
+    return f"task '{job.task}': none of the {total} usable frames is in the training split; add frames."
 
 
-def _manifest(job: Job, index: Index, splits: dict[str, list[Shard]], total: Statistics, workers: Workers) -> Manifest:
+def _manifest(
+    job: Conversion, index: Index, splits: dict[str, list[Shard]], total: Statistics, workers: Workers
+) -> Manifest:
     references = reference_energies(total.triangle)
     calls = [(job.shards, shard, references) for shards in splits.values() for shard in shards]
     residuals = workers.run_all(residuals_of, calls, lambda: None) if references else []
@@ -202,15 +204,15 @@ def _manifest(job: Job, index: Index, splits: dict[str, list[Shard]], total: Sta
     )
 
 
-def _target_facts(job: Job, name: str, total: Statistics) -> TargetFacts:
-    """Return what the manifest tells of a target; raises SourceError if no training structure has it."""
+def _target_facts(job: Conversion, name: str, total: Statistics) -> TargetStatistics:
+    """Return the statistics of a target for the manifest; raise SourceError if no training structure has the target."""
     target = job.settings.targets[name]
     moments = total.targets.get(name)
     if moments is None or not moments.count:
         raise SourceError(
-            f"task '{job.task}': no training structure has the target '{name}' (field '{target.field}'); name the "
-            "field that the sources have under [targets], leave it out, or say that it is optional."
+            f"task '{job.task}': no training structure has the target '{name}' (field '{target.field}'); under "
+            "[targets], name a field of the sources, remove the target, or set optional = true."
         )
-    return target_facts(
+    return target_statistics(
         moments, of=target.of, kind=target.kind, unit=target_unit(target.unit)[1], extensive=target.extensive
     )

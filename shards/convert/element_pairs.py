@@ -14,14 +14,14 @@ ELEMENTS = 119
 
 
 def pair_places(first: NDArray[np.integer], second: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Return the place of each pair of atomic numbers [P] in a flat table of pairs of elements [119 * 119]."""
+    """Return the index [P] of each pair of atomic numbers [P] in a flat table of pairs of elements [119 * 119]."""
     low, high = np.minimum(first, second).astype(np.int64), np.maximum(first, second).astype(np.int64)
     places: NDArray[np.int64] = ELEMENTS * low + high
     return places
 
 
 def closest_pairs(table: NDArray[np.floating]) -> dict[str, float]:
-    """Return 'Al-Cu' -> smallest distance, Å, rounded down to 0.01, of the pairs that a flat table [119 * 119] has."""
+    """Return 'Al-Cu' -> smallest distance in Å, rounded down to 0.01, for all finite entries of a table [119 * 119]."""
     found = np.flatnonzero(np.isfinite(table))
     return {
         f"{chemical_symbols[place // ELEMENTS]}-{chemical_symbols[place % ELEMENTS]}": float(
@@ -32,9 +32,10 @@ def closest_pairs(table: NDArray[np.floating]) -> dict[str, float]:
 
 
 def listed_pairs(pairs: dict[str, float]) -> dict[str, Any]:
-    """Return a table of `closest_pairs` without the names: all pairs of its elements in order, 0 where it has none.
+    """Return a compact form of a table of `closest_pairs`: the elements, and a number for every pair of them in order.
 
-    Names would be most of the text once it is compressed; `named_pairs` undoes it.
+    The numbers are in hundredths of an Å, 0 for pairs that the table lacks. Names of pairs would be most of the text
+    once it is compressed. `named_pairs` is the inverse.
     """
     elements = sorted({symbol for pair in pairs for symbol in pair.split("-")}, key=atomic_numbers.__getitem__)
     every = ("-".join(pair) for pair in combinations_with_replacement(elements, 2))
@@ -42,7 +43,7 @@ def listed_pairs(pairs: dict[str, float]) -> dict[str, Any]:
 
 
 def named_pairs(listed: dict[str, Any]) -> dict[str, float]:
-    """Return the table that `listed_pairs` was given."""
+    """Return the table of which `listed_pairs` has made a compact form."""
     every = combinations_with_replacement(listed["elements"], 2)
     numbers = zip(every, listed["hundredths"], strict=True)
     return {"-".join(pair): hundredths / 100.0 for pair, hundredths in numbers if hundredths}

@@ -1,4 +1,4 @@
-"""The folder that a conversion works in: what is done stays done when it is killed and started again."""
+"""The working folder of a conversion, which keeps finished work when the conversion is killed and started again."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from hydrazero.shards.manifest import FORMAT_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A conversion, as every worker gets to know it."""
+class Conversion:
+    """A conversion; every worker receives a copy of it."""
 
     task: str
     sources: tuple[Path, ...]
     names: tuple[str, ...]
-    """Of the sources, in source ids."""
+    """Distinct names of the sources, with which source ids begin."""
     settings: ConvertSettings
     skip_bad: bool
     trust_pickle: bool
     folder: Path
-    """That it works in, beside the one to be made."""
+    """Working folder, beside the folder that is to be made."""
 
     @property
     def frames(self) -> Path:
-        """Folder of what has been read."""
+        """Folder of the chunks of frames that have been read."""
         return self.folder / "frames"
 
     @property
     def shards(self) -> Path:
-        """Folder that becomes the task's."""
+        """Folder of the shards, which is renamed to the output folder at the end."""
         return self.folder / "shards"
 
     @property
     def notes(self) -> Path:
-        """Folder of what is known of the shards that are done."""
+        """Folder of the notes of finished shards."""
         return self.folder / "notes"
 
     @property
     def stop(self) -> Path:
-        """File whose presence tells workers to give up."""
+        """File whose presence asks the workers to stop."""
         return self.folder / "stop"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return all that the shards depend on; unfinished work of another fingerprint is of no use."""
+        """Return everything that the shards depend on; unfinished work with another fingerprint is discarded."""
         stats = [source.stat() for source in self.sources]
         files = [
             [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
@@ -69,10 +69,10 @@ class Job:
 
 
 @contextmanager
-def working_folder(job: Job) -> Iterator[None]:
-    """Set up the job's folder, keeping unfinished work of the same job; a lock keeps a second process out of it.
+def working_folder(job: Conversion) -> Iterator[None]:
+    """Set up and lock the working folder, and keep unfinished work of the same conversion in it.
 
-    Raises ConfigError if another process is at it, or the folder cannot be made.
+    Raises ConfigError if another process uses the folder, or if it cannot be made.
     """
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def working_folder(job: Job) -> Iterator[None]:
 
 
 def distinct_names(sources: Sequence[Path]) -> tuple[str, ...]:
-    """Name of each source for source ids: the file's, or its path below the common folder where names repeat."""
+    """Return a name for each source: that of the file, or its path below the common folder if two names are equal."""
     paths = [Path(os.path.abspath(source)) for source in sources]
     if len({path.name for path in paths}) == len(set(paths)):
         return tuple(path.name for path in paths)

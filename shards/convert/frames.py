@@ -1,4 +1,4 @@
-"""First part of a conversion: frames of the sources into chunks on the disk, each worker every so many chunks."""
+"""First part of a conversion: workers read the frames of the sources into chunks on the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
-from hydrazero.shards.convert.folder import Job
+from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.files import write_bytes
@@ -24,27 +24,27 @@ from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
 CHUNK_FRAMES = 1024
-"""Frames of a source that are read in one go: what is lost when a conversion is killed."""
+"""Number of frames in a chunk, which is also what is lost when a conversion is killed."""
 
 SLICED_BYTES = 2_000_000
-"""Sources smaller than this are read by one worker."""
+"""Sources smaller than this number of bytes are read by one worker each."""
 
 
 @dataclass(kw_only=True)
 class Chunk:
-    """CHUNK_FRAMES frames of a source, sorted out."""
+    """Up to CHUNK_FRAMES frames of a source: usable structures, and notes of the frames that are left out."""
 
     structures: list[Structure] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     splits: list[int] = field(default_factory=list)
     not_selected: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
-    """source_id, reason and message of frames that were set aside."""
+    """Source id, reason and message of each skipped bad frame."""
 
-    def add(self, frame: Frame, job: Job, source: Path) -> None:
-        """Sort a frame in; raises SourceError for a bad one unless they are to be set aside."""
+    def add(self, frame: Frame, job: Conversion, source: Path) -> None:
+        """Add a frame; raise SourceError for a bad one unless bad frames are skipped."""
         settings = job.settings
-        # A frame that could not even be parsed has no fields to be left out by: it is bad, not unwanted.
+        # A frame that could not be parsed has no fields to select by: it is bad, not unselected.
         parsed = frame.structure is not None or bool(frame.info)
         if parsed and any(str(frame.info.get(key)) not in map(str, wanted) for key, wanted in settings.select.items()):
             self.not_selected += 1
@@ -55,12 +55,12 @@ class Chunk:
             key = group_key(frame, frame.structure, settings.split.group)
             split = split_of_file(source, settings.split)
             if split is None and settings.split.train and is_isolated_atom(frame.structure):
-                split = "train"  # references that were fitted without it would be wrong for it by any amount
+                split = "train"  # reference energies that are fitted without it could be wrong by any amount
             split = split or split_of(key, settings.split)
         except StructureError as error:
             if not job.skip_bad:
                 number = frame.source_id.rpartition("#")[2]
-                hint = "mend it, or use --skip-bad to set bad frames aside"
+                hint = "fix it, or skip bad frames with --skip-bad"
                 raise SourceError(f"{source}, frame {number}: {error}; {hint}.") from error
             self.bad.append({"source_id": frame.source_id, "reason": error.reason, "message": str(error)})
             return
@@ -69,12 +69,12 @@ class Chunk:
         self.splits.append(SPLITS.index(split))
 
     def encode(self, float_dtype: str) -> bytes:
-        """Serialise as safetensors: a block's columns, hashes and splits, and what was left out as its metadata."""
+        """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
         about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
             columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
-            # Texts of one structure are wanted later without those of all others.
+            # With these, the text of one structure can be read without those of all others.
             lengths = [len(s.source_id.replace("\n", " ").encode()) + 1 for s in self.structures]
             columns["name_starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             columns["hashes"] = np.frombuffer(b"".join(self.hashes), dtype=np.uint8).reshape(-1, 16)
@@ -82,25 +82,25 @@ class Chunk:
         return safetensors.numpy.save(columns, metadata=about)
 
 
-def chunk_path(job: Job, source: int, chunk: int) -> Path:
-    """File of a chunk."""
+def chunk_path(job: Conversion, source: int, chunk: int) -> Path:
+    """Return the path of a chunk."""
     return job.frames / f"{source:06d}-{chunk:08d}.safetensors"
 
 
-def frames_path(job: Job, source: int) -> Path:
-    """File that says how many frames a source has, there once all of them are read."""
+def frames_path(job: Conversion, source: int) -> Path:
+    """Return the path of a file with the number of frames of a source; it exists once all of them have been read."""
     return job.frames / f"{source:06d}.json"
 
 
-def status_path(job: Job, source: int, part: int) -> Path:
-    """File in which a worker says how far it is: frames read by it, share of the source that is behind it."""
+def status_path(job: Conversion, source: int, part: int) -> Path:
+    """Return the path of a worker's progress file: number of frames it has read, and fraction of the source."""
     return job.frames / f"{source:06d}.{part}.status"
 
 
-def read_part(job: Job, source: int, part: int, parts: int) -> int:
-    """Read every `parts`-th chunk of a source, from chunk `part` on, and pass the others by; returns all frames in it.
+def read_part(job: Conversion, source: int, part: int, parts: int) -> int:
+    """Read every `parts`-th chunk of a source, from chunk `part` on; return the number of frames of the whole source.
 
-    Chunks that are there already are passed by as well. Raises SourceError for what is wrong in the source.
+    The other chunks, and those that exist already, are skipped. Raises SourceError for faults of the source.
     """
     settings = job.settings.read_settings(trust_pickle=job.trust_pickle)
     chunk, written, read = Chunk(), -1, 0
@@ -126,13 +126,13 @@ def read_part(job: Job, source: int, part: int, parts: int) -> int:
     return number + 1
 
 
-def _write(job: Job, source: int, number: int, chunk: Chunk) -> None:
+def _write(job: Conversion, source: int, number: int, chunk: Chunk) -> None:
     check_one_unit(chunk.structures, job.sources[source])
     write_bytes(chunk_path(job, source, number), chunk.encode(job.settings.float_dtype), durable=True)
 
 
 def _named(frame: Frame, file: str, name: str) -> Frame:
-    """Put the source's distinct name in the place of its file's name, with which source ids begin."""
+    """Replace the name of the file, with which source ids begin, by the distinct name of the source."""
     if file == name:
         return frame
     source_id = name + frame.source_id.removeprefix(file)
@@ -149,17 +149,17 @@ UNIT_RATIOS = {
     "Hartree and kJ/mol": 2625.499639,
     "eV and meV": 1000.0,
 }
-"""Of energies that only differ in their unit."""
+"""Ratios of two energies that differ only in their unit."""
 
 SAME_ENERGY = 0.005
-"""Relative difference of total energies of the same atoms that is no more than a change of geometry."""
+"""Relative difference between total energies of the same atoms that a change of geometry can explain."""
 
 
 def check_one_unit(structures: Sequence[Structure], source: Path) -> None:
     """Raise SourceError if structures of the same atoms have energies that differ by the ratio of two units.
 
-    Only where they fall into two groups, each of nearly one energy and of two structures or more: small energies, of
-    which geometry makes most, may differ by any factor.
+    The energies must fall into two groups of at least two structures, each of nearly equal energies: small energies,
+    which depend mostly on the geometry, may differ by any factor.
     """
     by_atoms: dict[bytes, list[Structure]] = {}
     for structure in structures:
@@ -176,13 +176,14 @@ def check_one_unit(structures: Sequence[Structure], source: Path) -> None:
             if abs(ratio / expected - 1) < SAME_ENERGY:
                 one, other = members[int(np.argmax(high))], members[int(np.argmin(high))]
                 raise SourceError(
-                    f"{source}: {one.source_id} and {other.source_id} hold the same atoms, with energies a "
-                    f"factor of {ratio:.5g} apart, that of {units}: part the source by units, convert each alone."
+                    f"{source}: {one.source_id} and {other.source_id} hold the same atoms, but their "
+                    f"energies differ by a factor of {ratio:.5g}, the ratio of {units}; split the source by units, and "
+                    "convert each part as a task of its own."
                 )
 
 
 class ChunkFile:
-    """A chunk on the disk, of which only what is asked for is read."""
+    """A chunk on the disk; only the requested parts of it are read."""
 
     def __init__(self, path: Path) -> None:
         self._file = safetensors.safe_open(str(path), framework="numpy")
@@ -192,34 +193,34 @@ class ChunkFile:
         self._names = set(self._file.keys())
 
     def column(self, name: str) -> NDArray[Any]:
-        """All of a column."""
+        """Return a complete column."""
         return self._file.get_tensor(name)
 
     def structures(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        """Yield (row, columns of that structure alone) for the rows."""
+        """Yield (row, columns of that one structure) for each of the given rows."""
         atoms, names = self.column("atom_starts"), self.column("name_starts")
         slices = {name: self._file.get_slice(name) for name in self._names if is_column(name)}
         for row in rows.tolist():
             ranges = {
                 "atoms": slice(int(atoms[row]), int(atoms[row + 1])),
                 "structure": slice(row, row + 1),
-                # Without the newline that parts it from the next.
+                # Without the newline that separates it from the next.
                 "text": slice(int(names[row]), int(names[row + 1]) - 1),
             }
             yield row, {name: column[ranges[length_of(name)]] for name, column in slices.items()}
 
 
 LENGTHS = {"numbers": "atoms", "positions": "atoms", "forces": "atoms", "source_ids": "text"}
-"""Columns that are not one row a structure."""
+"""Columns that do not have one row per structure."""
 
 COLUMNS = set(StructureBlock.__dataclass_fields__)
 
 
 def is_column(name: str) -> bool:
-    """Whether an array of a chunk is a column of a block."""
+    """Return whether an array of a chunk is a column of a block."""
     return name in COLUMNS or name.startswith((STRUCTURE_PREFIX, ATOM_PREFIX))
 
 
 def length_of(name: str) -> str:
-    """What a column has a row for: 'structure', 'atoms' or bytes of 'text'."""
+    """Return what the rows of a column stand for: a 'structure', 'atoms' or bytes of a 'text'."""
     return "atoms" if name.startswith(ATOM_PREFIX) else LENGTHS.get(name, "structure")

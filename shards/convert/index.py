@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.convert.folder import Job
+from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
 from hydrazero.shards.files import write_bytes
 from hydrazero.shards.manifest import SPLITS
@@ -36,23 +36,23 @@ ON later.hash = first.hash WHERE later.number > first.number ORDER BY later.numb
 
 @dataclass(kw_only=True)
 class Index:
-    """What the sources hold, and the order of structures in each split."""
+    """Order of the structures in each split, duplicates, and numbers of frames that are left out."""
 
     orders: dict[str, NDArray[np.int64]] = field(default_factory=dict)
-    """Split -> [structures, 3], source, chunk and row in the order of the shards; lies on the disk."""
+    """Split -> array [structures, 3] of source, chunk and row, in the order of the shards; mapped from the disk."""
     duplicates: list[str] = field(default_factory=list)
     duplicate_count: int = 0
     set_aside: Counter[str] = field(default_factory=Counter)
 
 
-def build_index(job: Job) -> Index:
-    """Go through all chunks, find repeated geometries, and put the structures of each split into a random order."""
+def build_index(job: Conversion) -> Index:
+    """Read all chunks, find duplicate geometries, and put the structures of each split into a random order."""
     path = job.folder / "index.sqlite"
     path.unlink(missing_ok=True)
     index = Index()
     database = sqlite3.connect(path)
     try:
-        # What is lost if the machine fails is made again; fsync after every page would cost more.
+        # The index is built again if the machine fails; an fsync after every page would cost more.
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.execute(TABLE)
@@ -62,14 +62,14 @@ def build_index(job: Job) -> Index:
         database.execute("CREATE INDEX by_key ON frames (split, key, number)")
         for number, split in enumerate(SPLITS):
             index.orders[split] = _order(database, job, number, split)
-    except sqlite3.OperationalError as error:  # its way to say that the disk is full or fails
+    except sqlite3.OperationalError as error:  # raised when the disk is full or fails
         raise OSError(str(error)) from error
     finally:
         database.close()
     return index
 
 
-def chunks_of(job: Job) -> Iterator[tuple[int, int]]:
+def chunks_of(job: Conversion) -> Iterator[tuple[int, int]]:
     """Yield (source, chunk) of all chunks, in order."""
     for source in range(len(job.sources)):
         frames = json.loads(frames_path(job, source).read_text())
@@ -77,8 +77,8 @@ def chunks_of(job: Job) -> Iterator[tuple[int, int]]:
             yield source, chunk
 
 
-def _rows(job: Job, index: Index) -> Iterator[tuple[int, bytes, int, int, int, int, int]]:
-    """Rows of the table; what was set aside is counted and listed on the way."""
+def _rows(job: Conversion, index: Index) -> Iterator[tuple[int, bytes, int, int, int, int, int]]:
+    """Yield the rows of the table; count and list the frames that are left out."""
     number = 0
     lines = bytearray()
     for source, chunk in chunks_of(job):
@@ -101,7 +101,7 @@ def _rows(job: Job, index: Index) -> Iterator[tuple[int, bytes, int, int, int, i
 
 
 def shuffling_keys(numbers: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Return a random 63-bit key for each frame's number: splitmix64 (Steele, Lea, Flood 2014), counted from a seed."""
+    """Return a random 63-bit key for each number of a frame: splitmix64 (Steele, Lea, Flood 2014) with a seed."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         x = (numbers.astype(np.uint64) + np.uint64(seed % 2**32) * np.uint64(2**32) + np.uint64(1)) * golden
@@ -111,8 +111,8 @@ def shuffling_keys(numbers: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return (x >> np.uint64(1)).astype(np.int64)
 
 
-def _mark_duplicates(database: sqlite3.Connection, job: Job, index: Index) -> None:
-    """Count geometries that have come before; if kept, they follow the first into its split, never into another."""
+def _mark_duplicates(database: sqlite3.Connection, job: Conversion, index: Index) -> None:
+    """Count duplicates of earlier geometries; those that are kept go into the split of the first one."""
     drop = job.settings.duplicates == "drop"
     database.execute("CREATE TABLE repeats (number INTEGER PRIMARY KEY, first INTEGER, split INTEGER)")
     database.execute(f"INSERT INTO repeats {REPEATS}")
@@ -128,7 +128,7 @@ def _mark_duplicates(database: sqlite3.Connection, job: Job, index: Index) -> No
         )
 
 
-def _name(database: sqlite3.Connection, job: Job, number: int) -> str:
+def _name(database: sqlite3.Connection, job: Conversion, number: int) -> str:
     query = "SELECT source, chunk, row FROM frames WHERE number = ?"
     source, chunk, row = database.execute(query, (number,)).fetchone()
     file = ChunkFile(chunk_path(job, source, chunk))
@@ -136,15 +136,15 @@ def _name(database: sqlite3.Connection, job: Job, number: int) -> str:
     return columns["source_ids"].tobytes().decode()
 
 
-def _order(database: sqlite3.Connection, job: Job, number: int, split: str) -> NDArray[np.int64]:
-    """Sort a split by its keys into an array on the disk: neighbouring frames of a source are alike."""
+def _order(database: sqlite3.Connection, job: Conversion, number: int, split: str) -> NDArray[np.int64]:
+    """Sort a split by its random keys into an array [structures, 3] on the disk."""
     (count,) = database.execute("SELECT COUNT(*) FROM frames WHERE split = ?", (number,)).fetchone()
     if count == 0:
         return np.zeros((0, 3), dtype=np.int64)
     path = job.folder / f"order-{split}.rows"
     query = "SELECT source, chunk, row FROM frames WHERE split = ? ORDER BY key, number"
     cursor = database.execute(query, (number,))
-    # Written as a file and mapped for reading alone: writing to a map of a full disk would end the process.
+    # Written as a file and mapped only for reading: writing to a map on a full disk would end the process.
     with open(path, "wb") as file:
         while rows := cursor.fetchmany(100_000):
             file.write(np.array(rows, dtype=np.int64).tobytes())

@@ -1,4 +1,4 @@
-"""What a manifest tells of labels: their ranges, how they are distributed, and which structures stand out."""
+"""Statistics of labels in a manifest: ranges, distributions and outliers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.convert.references import reference_table
 from hydrazero.shards.convert.task_statistics import (
     FORCE_EDGES,
-    Moments,
+    LabelSums,
     Statistics,
     compositions,
     histogram_of,
@@ -20,15 +20,15 @@ from hydrazero.shards.convert.task_statistics import (
 )
 from hydrazero.shards.convert.writer import read_blocks
 from hydrazero.shards.manifest import Histogram, LabelRange, Outlier, Shard
-from hydrazero.shards.targets import TargetFacts
+from hydrazero.shards.targets import TargetStatistics
 
 LABELS = ("energy_per_atom", "energy_residual_per_atom", "forces", "stress")
-"""In the order in which manifests have them."""
+"""Labels in the order of the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelStatistics:
-    """Of a task's labels; see the fields of the same names in `Manifest`."""
+    """Statistics of the labels of a task; see the fields of the same names in `Manifest`."""
 
     labels: dict[str, LabelRange]
     distributions: dict[str, Histogram]
@@ -37,16 +37,16 @@ class LabelStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Residuals:
-    """Energies less references of one shard."""
+    """Energies of one shard minus the reference energies of the atoms."""
 
     per_atom: NDArray[np.float64]
-    """eV/atom, [structures]; NaN where there is no energy or an element has no reference."""
-    moments: Moments
+    """eV/atom, [structures]; NaN where there is no energy or an element has no reference energy."""
+    moments: LabelSums
     names: list[str]
 
 
 def residuals_of(folder: Path, shard: Shard, references: dict[str, float]) -> Residuals:
-    """Return energies less references of the structures of a shard in a folder, per atom."""
+    """Return the energies per atom of a shard minus the reference energies; `references` in eV by element."""
     table = reference_table(references)
     parts, names = [], []
     for block in read_blocks(folder / shard.file, shard):
@@ -56,13 +56,13 @@ def residuals_of(folder: Path, shard: Shard, references: dict[str, float]) -> Re
         parts.append((block.energy - sums) / block.n_atoms)
         names += block.names
     per_atom = np.concatenate(parts)
-    moments = Moments()
+    moments = LabelSums()
     moments.add(per_atom)
     return Residuals(per_atom=per_atom, moments=moments, names=names)
 
 
 def energy_outliers(residuals: Residuals, mean: float) -> list[Outlier]:
-    """Structures whose residual is farthest from the mean, eV/atom from it."""
+    """Return the structures whose residual is farthest from `mean` (eV/atom), with the difference in eV/atom."""
     away = np.nan_to_num(np.abs(residuals.per_atom - mean), nan=-1.0)
     chosen = np.argsort(-away, kind="stable")[:10]
     return strongest(
@@ -71,14 +71,14 @@ def energy_outliers(residuals: Residuals, mean: float) -> list[Outlier]:
 
 
 def label_statistics(total: Statistics, residuals: Sequence[Residuals], training: int) -> LabelStatistics:
-    """Put together what was counted over all shards; the first `training` of the residuals are of the training split.
+    """Return the statistics of all shards; the first `training` of the residuals are those of the training split.
 
-    There are no residuals of a task without energies.
+    `residuals` is empty for a task without energies.
     """
     labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
     distributions, outliers = {}, {"force_norm": total.strongest}
     if residuals:
-        moments = Moments()
+        moments = LabelSums()
         for part in residuals[:training]:
             moments.merge(part.moments)
         mean = moments.total / moments.count
@@ -96,11 +96,11 @@ def label_statistics(total: Statistics, residuals: Sequence[Residuals], training
     )
 
 
-def target_facts(moments: Moments, *, of: str, kind: str, unit: str, extensive: bool) -> TargetFacts:
-    """Return what a manifest tells of a target whose labels were counted."""
-    # A mean of vectors would depend on how the frames are turned.
+def target_statistics(moments: LabelSums, *, of: str, kind: str, unit: str, extensive: bool) -> TargetStatistics:
+    """Return the statistics of a target from the sums over its values."""
+    # A mean of vectors would depend on the orientation of the structures.
     mean = 0.0 if kind == "vector" else moments.total / moments.count
-    return TargetFacts(
+    return TargetStatistics(
         of=of,
         kind=kind,
         unit=unit,

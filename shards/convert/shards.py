@@ -1,4 +1,4 @@
-"""Third part of a conversion: structures from the chunks into shards, each shard written and counted by one worker."""
+"""Third part of a conversion: one worker writes each shard from the structures in the chunks, and counts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from
-from hydrazero.shards.convert.folder import Job
+from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.frames import ChunkFile, chunk_path, length_of
 from hydrazero.shards.convert.task_statistics import Statistics
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
@@ -26,14 +26,18 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardNote:
-    """A shard that is done, and what was counted in it."""
+    """A finished shard, and the statistics of its structures."""
 
     shard: Shard
     statistics: Statistics
 
 
-def shard_calls(job: Job, orders: dict[str, NDArray[np.int64]]) -> list[tuple[Job, str, int, NDArray[np.int64]]]:
-    """Return the arguments of `make_shard` for each shard, in order; its part of the order with each."""
+ShardCall = tuple[Conversion, str, int, NDArray[np.int64]]
+"""Arguments of `make_shard`."""
+
+
+def shard_calls(job: Conversion, orders: dict[str, NDArray[np.int64]]) -> list[ShardCall]:
+    """Return the arguments of `make_shard` for each shard, given the order of the structures in each split."""
     return [
         (job, split, number, order[first : first + SHARD_STRUCTURES])
         for split, order in orders.items()
@@ -41,8 +45,11 @@ def shard_calls(job: Job, orders: dict[str, NDArray[np.int64]]) -> list[tuple[Jo
     ]
 
 
-def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> ShardNote:
-    """Write a shard of the structures at `places`, unless it is there and noted already."""
+def make_shard(job: Conversion, split: str, number: int, places: NDArray[np.int64]) -> ShardNote:
+    """Write a shard of the structures at `places` ([structures, 3]: source, chunk, row), and a note of it.
+
+    If the note exists already, the shard is complete, and only the note is read.
+    """
     name = f"{split}-{number:06d}"
     note_path = job.notes / f"{name}.pickle"
     if (noted := _read_note(note_path)) is not None:
@@ -63,21 +70,21 @@ def make_shard(job: Job, split: str, number: int, places: NDArray[np.int64]) -> 
 
 
 def _read_note(path: Path) -> ShardNote | None:
-    """Return the note of a finished shard, None if there is none.
+    """Return the note of a finished shard, or None if there is none.
 
-    A note of another version, whose classes have other names, counts as none: the shard is written again, the same.
+    A note of another version, in which classes have other names, is ignored: the same shard is then written again.
     """
     if not path.exists():
         return None
     try:
-        note: ShardNote = pickle.loads(path.read_bytes())  # our own, from the locked folder we work in
+        note: ShardNote = pickle.loads(path.read_bytes())  # written by this program, in a folder that is locked
     except (ImportError, AttributeError):
         return None
     return note
 
 
-def _gather(job: Job, places: NDArray[np.int64]) -> list[Columns]:
-    """Read structures at (source, chunk, row), in that order, opening each chunk once."""
+def _gather(job: Conversion, places: NDArray[np.int64]) -> list[Columns]:
+    """Read the structures at the given places, in their order, and open each chunk once."""
     found: list[Columns] = [{} for _ in places]
     by_chunk = np.lexsort((places[:, 2], places[:, 1], places[:, 0]))
     files = places[by_chunk][:, :2]
@@ -92,7 +99,7 @@ def _gather(job: Job, places: NDArray[np.int64]) -> list[Columns]:
 
 
 def block_from_columns(structures: Sequence[Columns]) -> StructureBlock:
-    """Join structures, each in columns of its own, into one block; labels that some lack are NaN there."""
+    """Join the columns of single structures into one block; labels that some structures lack are NaN."""
     names = set().union(*(columns.keys() for columns in structures))
     joined: Columns = {}
     for name in names - {"source_ids"}:

@@ -1,4 +1,4 @@
-"""Which split a frame belongs to: a hash of its group key, independent of order and of the other frames."""
+"""Assignment of frames to splits by a hash of their group, independent of the order and of the other frames."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hydrazero.shards.structure import Structure
 
 
 def group_key(frame: Frame, structure: Structure, group: str) -> bytes:
-    """Return the key that frames of one group share; raises StructureError if the frame lacks the field it is in."""
+    """Return the key of a frame's group; raise StructureError if the frame lacks the field that `group` names."""
     if group == "geometry":
         return structure.geometry_hash()
     if group == "composition":
@@ -24,12 +24,12 @@ def group_key(frame: Frame, structure: Structure, group: str) -> bytes:
         return frame.source_id.rpartition("#")[0].encode()
     name = group.removeprefix("info:")
     if name not in frame.info:
-        raise StructureError("no_group", f"the frame has no field '{name}', which split.group asks for")
+        raise StructureError("no_group", f"the frame has no field '{name}', which split.group names")
     return str(frame.info[name]).encode()
 
 
 def split_of_file(source: Path, settings: SplitSection) -> str | None:
-    """Return the split that the settings give to all frames of a source, if they do."""
+    """Return the split that the settings name for all frames of a source, or None."""
     for split, patterns in (("val", settings.val_files), ("test", settings.test_files)):
         if any(fnmatch(str(source), pattern) for pattern in patterns):
             return split
@@ -37,12 +37,12 @@ def split_of_file(source: Path, settings: SplitSection) -> str | None:
 
 
 def is_isolated_atom(structure: Structure) -> bool:
-    """Whether it is one atom alone: no sample of anything, but what tells reference energies."""
+    """Return whether a structure is a single atom, which matters for the reference energies only."""
     return len(structure) == 1 and not structure.pbc.any()
 
 
 def split_of(key: bytes, settings: SplitSection) -> str:
-    """Return 'train', 'val' or 'test' for a group key, with the shares that the settings give."""
+    """Return 'train', 'val' or 'test' for a group key, with the fractions of the settings as probabilities."""
     digest = hashlib.blake2b(key, digest_size=8, salt=str(settings.seed).encode()[:16]).digest()
     place = int.from_bytes(digest, "big") / 2**64
     if place < settings.train:

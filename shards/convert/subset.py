@@ -1,4 +1,4 @@
-"""Part of a task's shards as shards of their own, with a manifest of what they hold: for learning curves and trials."""
+"""Subsets of a task, written as shards with a manifest of their own, for learning curves and quick tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from_structures
 from hydrazero.shards.convert.element_pairs import closest_pairs
-from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_facts
+from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_statistics
 from hydrazero.shards.convert.references import reference_energies
 from hydrazero.shards.convert.task_statistics import Statistics
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
@@ -23,12 +23,12 @@ from hydrazero.shards.structure import Structure
 
 
 def write_subset(folder: Path | str, out: Path, counts: Mapping[str, int], seed: int = 0) -> Manifest:
-    """Write the first so many structures of a seeded shuffle of each split into the new folder `out`; all of splits
-    that `counts` do not name.
+    """Write a random subset of a task into the new folder `out`, and return its manifest.
 
-    A smaller subset of the same seed is part of a larger one. References and statistics are those of the subset.
-    Raises ConfigError for an `out` that exists, a split that is not known or counts that cannot be had, ShardError for
-    shards that cannot be read.
+    `counts` is split -> number of structures; splits that it does not name are taken over completely. With the same
+    seed, a smaller subset is part of a larger one. Reference energies and statistics are those of the subset. Raises
+    ConfigError for an `out` that exists, an unknown split or a count that is too large, ShardError for shards that
+    cannot be read.
     """
     manifest = read_manifest(folder)
     for split, count in counts.items():
@@ -72,7 +72,7 @@ def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[s
         reference_energies=references,
         periodic_structures=total.periodic,
         targets={
-            name: target_facts(moments, of=old.of, kind=old.kind, unit=old.unit, extensive=old.extensive)
+            name: target_statistics(moments, of=old.of, kind=old.kind, unit=old.unit, extensive=old.extensive)
             for name, old in manifest.targets.items()
             if (moments := total.targets.get(name)) is not None and moments.count
         },
@@ -93,13 +93,13 @@ def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[s
 
 
 def _chosen(reader: BlockReader, count: int | None, seed: int) -> list[Structure]:
-    """Read the first structures of a shuffle; all of them, in their order, if there is no count."""
+    """Read the first `count` structures of a shuffled split, or all of them in their order if `count` is None."""
     sizes = reader.block_sizes
     places = [(block, row) for block, size in enumerate(sizes) for row in range(int(size))]
     if count is None:
         order = list(range(len(places)))
     else:
-        # numpy promises never to change this generator's numbers.
+        # NumPy guarantees that this generator's numbers never change.
         order = np.random.RandomState(seed).permutation(len(places))[:count].tolist()
     found: dict[int, Structure] = {}
     read: tuple[int, StructureBlock] | None = None

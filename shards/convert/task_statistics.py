@@ -1,4 +1,4 @@
-"""Statistics of a task that are summed up shard by shard, in the order of the shards: the same however it was split."""
+"""Statistics of a task, summed shard by shard in the order of the shards, so that they do not depend on the workers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hydrazero.shards.manifest import Degrees, Histogram, LabelRange, Outlier
 NAMED_OUTLIERS = 10
 
 FORCE_EDGES = np.concatenate([[0.0], np.logspace(-4, 3, 57)])
-"""eV/Å; bins of force norms, eight a decade."""
+"""Edges of the bins of force norms in eV/Å, eight bins per decade."""
 
 
 @dataclass(kw_only=True)
-class Moments:
-    """Running count, range and sums of a label's values."""
+class LabelSums:
+    """Count, range and sums of the values of a label, updated as values are added."""
 
     count: int = 0
     minimum: float = np.inf
@@ -32,22 +32,22 @@ class Moments:
     squares: float = 0.0
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Count finite values; NaN stands for a label that is absent."""
+        """Add values of any shape; NaN stands for a label that is absent."""
         finite = values[~np.isnan(values)].astype(np.float64).reshape(-1)
         if finite.size:
             squares = float(np.dot(finite, finite))
             low, high = float(finite.min()), float(finite.max())
-            self.merge(Moments(count=finite.size, minimum=low, maximum=high, total=finite.sum(), squares=squares))
+            self.merge(LabelSums(count=finite.size, minimum=low, maximum=high, total=finite.sum(), squares=squares))
 
-    def merge(self, other: Moments) -> None:
-        """Count what another has counted."""
+    def merge(self, other: LabelSums) -> None:
+        """Add the sums of other values."""
         self.count += int(other.count)
         self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
         self.total += float(other.total)
         self.squares += other.squares
 
     def label_range(self) -> LabelRange:
-        """Count, range, mean and root mean square; there must be a value."""
+        """Return count, range, mean and root mean square of the values, of which there must be one."""
         return LabelRange(
             count=self.count,
             minimum=self.minimum,
@@ -59,37 +59,37 @@ class Moments:
 
 @dataclass(kw_only=True)
 class Statistics:
-    """What is counted over some blocks of a task."""
+    """Statistics of some blocks of a task."""
 
     elements: Counter[int] = field(default_factory=Counter)
-    """Atomic number -> atoms."""
+    """Atomic number -> number of atoms."""
     trained: set[int] = field(default_factory=set)
     """Atomic numbers in the training split."""
     sizes: Counter[int] = field(default_factory=Counter)
-    """Atoms per structure -> structures."""
+    """Atoms per structure -> number of structures."""
     periodic: int = 0
     charged: int = 0
-    """Structures with a charge, or a multiplicity other than 1."""
+    """Number of structures with a charge, or a multiplicity other than 1."""
     multiplicity_known: int = 0
-    """Structures that say their multiplicity."""
-    moments: dict[str, Moments] = field(default_factory=dict)
-    """Of the training split: 'energy_per_atom', 'forces', 'stress'."""
-    targets: dict[str, Moments] = field(default_factory=dict)
-    """Of the training split: targets, extensive ones per atom."""
+    """Number of structures whose multiplicity is known."""
+    moments: dict[str, LabelSums] = field(default_factory=dict)
+    """Sums over the training split of 'energy_per_atom', 'forces' and 'stress'."""
+    targets: dict[str, LabelSums] = field(default_factory=dict)
+    """Sums over the training split of the targets; extensive ones per atom."""
     triangle: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 120)))
-    """Triangular factor of the training split's rows (atoms of each element 0 to 118, energy): all that least squares
-    needs of them."""
+    """Triangular factor of the rows (atoms of each element 0 to 118, energy in eV) of the training split, which is all
+    that the least-squares fit of reference energies needs."""
     forces: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(FORCE_EDGES) - 1, dtype=np.int64))
-    """Atoms of the training split by the norm of their force, in the bins of FORCE_EDGES."""
+    """Number of atoms of the training split by the norm of the force, in the bins of FORCE_EDGES."""
     strongest: list[Outlier] = field(default_factory=list)
     """Structures with the largest forces, of all splits."""
     degrees: dict[float, Degrees] = field(default_factory=dict)
-    """Cutoff, Å -> neighbours within it."""
+    """Cutoff in Å -> numbers of neighbours within it."""
     closest: NDArray[np.float32] = field(default_factory=lambda: np.full(ELEMENTS**2, np.inf, dtype=np.float32))
-    """Å: smallest distance of two elements in the training split, at 119 times the lighter one plus the heavier."""
+    """Smallest distances of pairs of elements in the training split, Å, [119 * 119]; see `pair_places`."""
 
     def add(self, block: StructureBlock, split: str, cutoffs: Sequence[float], extensive: Collection[str] = ()) -> None:
-        """Count the structures of a block; `extensive` targets are divided by the number of atoms."""
+        """Add the structures of a block; targets named in `extensive` are divided by the number of atoms."""
         self.elements.update(Counter(block.numbers.tolist()))
         self.sizes.update(Counter(block.n_atoms.tolist()))
         self.periodic += int(block.pbc.any(axis=1).sum())
@@ -100,7 +100,7 @@ class Statistics:
             self._add_labels(block)
             for name, values in {**block.targets, **block.atom_targets}.items():
                 per = block.n_atoms if name in extensive else 1.0
-                self.targets.setdefault(name, Moments()).add(values / per)
+                self.targets.setdefault(name, LabelSums()).add(values / per)
         if block.forces is not None:
             norms = np.linalg.norm(block.forces.astype(np.float64), axis=1)
             if split == "train":
@@ -117,7 +117,7 @@ class Statistics:
         labels = {"energy_per_atom": block.energy / block.n_atoms, "forces": block.forces, "stress": block.stress}
         for name, values in labels.items():
             if values is not None:
-                self.moments.setdefault(name, Moments()).add(values)
+                self.moments.setdefault(name, LabelSums()).add(values)
         labelled = ~np.isnan(block.energy)
         rows = np.column_stack([compositions(block)[labelled], block.energy[labelled]])
         self._add_rows(rows)
@@ -143,7 +143,7 @@ class Statistics:
             np.minimum.at(self.closest, places, distances.astype(np.float32))
 
     def merge(self, other: Statistics) -> None:
-        """Count what another has counted."""
+        """Add the statistics of other blocks."""
         self.elements.update(other.elements)
         self.trained.update(other.trained)
         self.sizes.update(other.sizes)
@@ -151,9 +151,9 @@ class Statistics:
         self.charged += other.charged
         self.multiplicity_known += other.multiplicity_known
         for name, moments in other.moments.items():
-            self.moments.setdefault(name, Moments()).merge(moments)
+            self.moments.setdefault(name, LabelSums()).merge(moments)
         for name, moments in other.targets.items():
-            self.targets.setdefault(name, Moments()).merge(moments)
+            self.targets.setdefault(name, LabelSums()).merge(moments)
         self._add_rows(other.triangle)
         self.forces = self.forces + other.forces
         self.closest = np.minimum(self.closest, other.closest)
@@ -167,19 +167,19 @@ def _top(values: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def strongest(entries: Iterable[Outlier]) -> list[Outlier]:
-    """Return the entries of largest absolute value, first come first where they are equal."""
+    """Return the entries with the largest absolute values; entries of equal value stay in their order."""
     return sorted(entries, key=lambda entry: -abs(entry.value))[:NAMED_OUTLIERS]
 
 
 def compositions(block: StructureBlock) -> NDArray[np.float64]:
-    """Atoms of each element 0 to 118 in each structure, [S, 119]."""
+    """Return the number of atoms of each element 0 to 118 in each structure, [S, 119]."""
     owner = np.repeat(np.arange(len(block)), block.n_atoms)
     flat = np.bincount(owner * ELEMENTS + block.numbers, minlength=ELEMENTS * len(block))
     return flat.reshape(len(block), ELEMENTS).astype(np.float64)
 
 
-def histogram_of(values: Iterable[NDArray[np.float64]], moments: Moments, bins: int = 60) -> Histogram:
-    """Return a histogram of values given in parts, over their range or five root mean squares around their mean."""
+def histogram_of(values: Iterable[NDArray[np.float64]], moments: LabelSums, bins: int = 60) -> Histogram:
+    """Return a histogram of values given in parts, over their range within five standard deviations of the mean."""
     mean = moments.total / moments.count
     spread = 5 * np.sqrt(max(moments.squares / moments.count - mean**2, 0.0)) or 1e-3
     low, high = max(moments.minimum, mean - spread), min(moments.maximum, mean + spread)

@@ -18,7 +18,7 @@ POLL_SECONDS = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """Who does the work."""
+    """The workers of a conversion."""
 
     executor: Executor
     count: int
@@ -26,9 +26,9 @@ class Workers:
     def run_all(
         self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], watch: Callable[[], None]
     ) -> list[Any]:
-        """Return what the calls give, in their order; `watch` is called now and then.
+        """Return the results of all calls, in their order; `watch` is called from time to time.
 
-        The first call that raises ends it: calls that have not begun are given up, those under way are waited for.
+        If a call raises, calls that have not begun are cancelled, and the error is raised once the others have ended.
         """
         futures = [self.executor.submit(function, *call) for call in calls]
         waiting = set(futures)
@@ -47,16 +47,17 @@ class Workers:
 
 @contextmanager
 def one_worker() -> Iterator[Workers]:
-    """Give a worker in this process: a thread, so that the caller can watch it as it does several."""
+    """Yield one worker, a thread of this process, whose progress the caller can watch."""
     with ThreadPoolExecutor(1) as executor:
         yield Workers(executor=executor, count=1)
 
 
 @contextmanager
 def worker_processes(count: int) -> Iterator[Workers | None]:
-    """Give `count` processes; under mpirun or srun all ranks but the first, and None on those, which only serve.
+    """Yield `count` worker processes.
 
-    Raises ConfigError for a count below 1, or where there are MPI ranks but no mpi4py.
+    Under mpirun or srun, the ranks after the first are the workers; on these, None is yielded after the work is done.
+    Raises ConfigError for a count below 1, or if there are MPI ranks but no mpi4py.
     """
     if count < 1:
         raise ConfigError(f"--workers is {count}; it must be at least 1.")
@@ -67,14 +68,14 @@ def worker_processes(count: int) -> Iterator[Workers | None]:
         except ImportError as error:
             raise ConfigError(f"{ranks} MPI ranks need mpi4py, which cannot be loaded ({error}).") from error
         with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-            # Its stubs tell nothing of the executor that it gives to the first rank.
+            # Its type stubs do not describe the executor of the first rank.
             pool: Any = executor
             yield None if pool is None else Workers(executor=pool, count=pool.num_workers)
     elif count == 1:
         with one_worker() as worker:
             yield worker
     else:
-        # Not forked: the caller may have threads, of a progress bar for example.
+        # Not forked: the caller may have threads, for example that of a progress bar.
         context = get_context("forkserver")
         with ProcessPoolExecutor(count, mp_context=context, initializer=end_with_creator) as executor:
             yield Workers(executor=executor, count=count)

@@ -1,4 +1,4 @@
-"""Writing of shards: blocks of structures in WebDataset tars, the same bytes for the same structures."""
+"""Writing of shards: WebDataset tars of blocks; equal structures give equal bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEMBER = "block.safetensors"
 
 
 def write_shard(path: Path, blocks: Sequence[StructureBlock]) -> Shard:
-    """Write a tar of blocks, which has its name only when it is whole; returns what the manifest says of it."""
+    """Write a tar of blocks through a temporary file, and return its entry for the manifest."""
     checksums = []
     with replacing(path, durable=True) as part:
         # Fixed time and owner: equal content gives equal bytes.
@@ -46,7 +46,7 @@ def write_shard(path: Path, blocks: Sequence[StructureBlock]) -> Shard:
 
 
 def read_blocks(path: Path, shard: Shard) -> Iterator[StructureBlock]:
-    """Yield the blocks of a shard just written, in order."""
+    """Yield the blocks of a local shard, in order."""
     with tarfile.open(path) as tar:
         for number, member in enumerate(tar):
             file = tar.extractfile(member)

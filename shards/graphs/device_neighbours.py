@@ -1,4 +1,4 @@
-"""Neighbours of a whole batch, found and laid into slots on the device that holds it (extra `gpu`)."""
+"""Neighbour lists of complete batches, found and laid out in slots on the device of the batch (extra `gpu`)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 
 FAR = 1e3
-"""Å, side of the cell that stands for none."""
+"""Side length in Å of the cell of a structure that has none."""
 
 
 def has_device_neighbours() -> bool:
-    """Whether nvalchemi-toolkit-ops is installed."""
+    """Return whether nvalchemi-toolkit-ops is installed."""
     return importlib.util.find_spec("nvalchemiops") is not None
 
 
 def neighbour_engine() -> Any:
-    """Return nvalchemi-toolkit-ops' function of batched neighbour lists; raises ConfigError if it is not installed."""
+    """Return nvalchemi-toolkit-ops' function for batched neighbour lists; raise ConfigError if it is not installed."""
     try:
         return importlib.import_module("nvalchemiops.torch.neighbors").neighbor_list
     except ImportError as error:
         raise ConfigError(
-            f"neighbours on the device need nvalchemi-toolkit-ops ({error}); install hydrazero[gpu]."
+            f"neighbour lists on the device need nvalchemi-toolkit-ops ({error}): pip install 'hydrazero[gpu]'."
         ) from error
 
 
 def find_neighbours(batch: GraphBatch, rows: int, cutoff: float) -> bool:
-    """Give a batch its slots, within `cutoff` Å, on its device: `rows` of them, or as many as the pairs take.
+    """Add the neighbour slots within `cutoff` (Å) to a batch on its device; return whether `rows` rows were enough.
 
-    Atoms of a structure are in one piece, padding comes last; `batch.pbc` [S, 3] says where it is periodic. Returns
-    whether `rows` were enough.
+    There are `rows` rows of slots, or more if the pairs need them. The atoms of each structure must be adjacent, and
+    padding last; `batch.pbc` [S, 3] says along which lattice vectors structures are periodic.
     """
     count = int(batch.atom_mask.sum())
     pairs, shifts = _pairs(batch, count, cutoff)
@@ -61,18 +61,18 @@ def find_neighbours(batch: GraphBatch, rows: int, cutoff: float) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pairs:
-    """Directed pairs, sorted by receiver; the sender is whole cells away from where it is in the batch."""
+    """E directed pairs, sorted by receiver."""
 
     receiver: Tensor
-    """[E]."""
+    """Index of the receiving atom, [E]."""
     sender: Tensor
-    """[E]."""
+    """Index of the sending atom, [E]."""
     shifts: Tensor
-    """[E, 3] int64."""
+    """Number of cells by which the sender is shifted along each lattice vector, [E, 3] int64."""
 
 
 def _pairs(batch: GraphBatch, count: int, cutoff: float) -> tuple[Tensor, Tensor]:
-    """All directed pairs [2, E] of the atoms that are no padding, and whole cells between them [E, 3]."""
+    """Return all directed pairs [2, E] of the first `count` atoms, and the numbers of cells between them [E, 3]."""
     periodic = batch.pbc.any(1)
     box = torch.eye(3, dtype=batch.cell.dtype, device=batch.cell.device) * FAR
     cells = torch.where(periodic.view(-1, 1, 1), batch.cell, box)
@@ -87,7 +87,7 @@ def _pairs(batch: GraphBatch, count: int, cutoff: float) -> tuple[Tensor, Tensor
     positions, engine = batch.positions[:count].contiguous(), neighbour_engine()
     try:
         found = engine(positions, cutoff, **given)
-    except Exception as error:  # its own class, which it does not export
+    except Exception as error:  # its class is not exported
         if type(error).__name__ != "NeighborOverflowError":
             raise
         found = _with_more_room(partial(engine, positions, cutoff, **given))
@@ -95,7 +95,7 @@ def _pairs(batch: GraphBatch, count: int, cutoff: float) -> tuple[Tensor, Tensor
 
 
 def _with_more_room(search: Callable[..., Any]) -> Any:
-    """Search again with room for more neighbours: the engine's own guess is for a density of 0.2 atoms/Å³."""
+    """Search again with room for more neighbours: the engine itself assumes a density of 0.2 atoms/Å³."""
     for most in (256, 512, 1024, 2048, 4096):
         try:
             return search(max_neighbors=most, method="batch_cell_list")
@@ -106,13 +106,13 @@ def _with_more_room(search: Callable[..., Any]) -> Any:
 
 
 def _lay_out(batch: GraphBatch, row_atom: Tensor, slot: Tensor, pairs: _Pairs) -> None:
-    """Put pairs into their slots."""
+    """Write pairs into the slots of the batch."""
     rows, slots = (len(row_atom), ROW_SLOTS), len(row_atom) * ROW_SLOTS
     neighbours = row_atom.repeat_interleave(ROW_SLOTS)
     neighbours[slot] = pairs.sender
     mask = torch.zeros(slots, dtype=torch.bool, device=slot.device)
     mask[slot] = True
-    # The opposite of (i, j, cells) is (j, i, -cells): sorted by such keys, pairs and opposites stand in one order.
+    # The opposite of (i, j, cells) is (j, i, -cells): sorted by such keys, pairs and opposites have the same order.
     here = _keys(pairs.receiver, pairs.sender, pairs.shifts)
     there = _keys(pairs.sender, pairs.receiver, -pairs.shifts)
     reverse = torch.arange(slots, device=slot.device)
@@ -125,7 +125,7 @@ def _lay_out(batch: GraphBatch, row_atom: Tensor, slot: Tensor, pairs: _Pairs) -
 
 
 def _keys(first: Tensor, second: Tensor, shifts: Tensor) -> Tensor:
-    """A number for each pair, another one for every other pair [E]."""
+    """Return a number for each pair that no other pair has, [E]."""
     most = int(shifts.abs().max()) if len(shifts) else 0
     base, atoms = 2 * most + 1, int(torch.maximum(first, second).max()) + 1 if len(first) else 1
     x, y, z = (shifts + most).unbind(1)

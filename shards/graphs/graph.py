@@ -1,4 +1,4 @@
-"""GraphBatch: structures of any tasks in arrays of a fixed size, with neighbour slots and masks."""
+"""Batches of structures of any tasks in arrays of a fixed size, with neighbour slots and masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydrazero.shards.targets import KINDS, TargetColumn
 
 
 class BatchShape(Section):
-    """The fixed size of a batch; what structures do not fill is padding, so that every batch costs the same."""
+    """The fixed size of a batch; unused room is filled with padding, so that all batches cost the same."""
 
     structures: PositiveInt
     """Maximum number of structures in a batch."""
@@ -35,12 +35,12 @@ class BatchShape(Section):
 
     @property
     def most_edges(self) -> int:
-        """Neighbours at most, never 0."""
+        """Maximum number of edges, never 0."""
         return self.edges or self.slots
 
     @property
     def rows(self) -> int:
-        """Rows of slots."""
+        """Number of rows of slots."""
         return self.slots // ROW_SLOTS
 
 
@@ -52,15 +52,15 @@ class GraphSample:
     pairs: HalfPairs
     task: int
     rows: int
-    """Rows of neighbour slots that it takes."""
+    """Number of rows of neighbour slots that it takes."""
     edges: int
-    """Neighbours of all its atoms."""
+    """Number of neighbours of all its atoms."""
     origin: tuple[int, ...] = ()
-    """Where in the stream it came from."""
+    """Place (task, block, row) of the structure in the stream."""
 
 
 class GraphBatch(Data):
-    """A batch of S structures, A atoms, R rows of K neighbour slots, all padded to a fixed size.
+    """A batch of S structures with A atoms and R rows of K neighbour slots, all padded to a fixed size.
 
     numbers [A] int64 (0 where padded), positions [A, 3] Å around each structure's mean, row_atom [R] int64 (the atom
     whose neighbours a row holds), neighbours [R, K] int64 (an empty slot points at the row's own atom), shifts
@@ -73,19 +73,19 @@ class GraphBatch(Data):
     """
 
     def source_ids(self) -> list[str]:
-        """Names of the structures in the batch, without the padding."""
+        """Return the source ids of the structures in the batch, without the padding."""
         return list(self.names)
 
 
 def graph_sample(structure: Structure, task: int, cutoff: float, origin: tuple[int, ...] = ()) -> GraphSample:
-    """Find the neighbours of a structure within `cutoff` Å; raises StructureError if its cell cannot carry a list."""
+    """Return a structure with its neighbours within `cutoff` (Å); raise StructureError as `half_pairs` does."""
     pairs = half_pairs(structure.positions, structure.cell, structure.pbc, cutoff)
     edges = 2 * len(pairs.first)
     return GraphSample(structure=structure, pairs=pairs, task=task, rows=pairs.rows, edges=edges, origin=origin)
 
 
 def shape_holding(samples: Sequence[GraphSample]) -> BatchShape:
-    """Return the smallest shape of a batch that holds all the samples."""
+    """Return the smallest batch size that holds all samples."""
     return BatchShape(
         structures=max(len(samples), 1),
         atoms=max(sum(len(sample.structure) for sample in samples), 1),
@@ -96,14 +96,13 @@ def shape_holding(samples: Sequence[GraphSample]) -> BatchShape:
 def collate(
     samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype, targets: Sequence[TargetColumn] = ()
 ) -> GraphBatch:
-    """Lay samples out in one batch of the given shape, with the given targets.
+    """Return one batch of the given size with all samples, which must fit, and with the given targets.
 
-    `dtype` is that of positions, shifts, cells, forces, stress and targets; energies stay float64. The samples must
-    fit.
+    `dtype` is that of positions, shifts, cells, forces, stress and targets; energies are float64.
     """
     structures = [sample.structure for sample in samples]
     sizes = np.array([len(structure) for structure in structures], dtype=np.int64)
-    # torch fills and casts faster than numpy, and what it fills it can hand over without another copy.
+    # PyTorch fills and casts faster than NumPy, and its tensors need no further copy.
     tensors = {
         **_structure_columns(samples, structures, sizes, shape.structures, dtype),
         **_atom_columns(structures, sizes, shape, dtype),
@@ -117,7 +116,7 @@ def collate(
 
 
 def _padded(values: Any, size: int, dtype: torch.dtype, tail: tuple[int, ...] = ()) -> Tensor:
-    """Copy rows into zeros [size, *tail]."""
+    """Return values padded with zeros to [size, *tail]."""
     column = torch.zeros((size, *tail), dtype=dtype)
     if len(values):
         column[: len(values)] = torch.from_numpy(np.ascontiguousarray(values))
@@ -167,7 +166,7 @@ def _atom_columns(
     if n:
         numbers = np.concatenate([s.numbers for s in structures]).astype(np.int64)
         positions = np.concatenate([s.positions for s in structures])
-        # Only differences count; around the mean they keep their digits in float32, wherever the structure was.
+        # Only differences of positions matter; around the mean, float32 keeps their digits.
         starts = np.cumsum(sizes) - sizes
         positions = positions - (np.add.reduceat(positions, starts) / sizes[:, None])[owner]
     else:
@@ -177,7 +176,7 @@ def _atom_columns(
     forces = torch.zeros((count, 3), dtype=dtype)
     if labelled:
         forces[:n][torch.from_numpy(has_forces)] = torch.from_numpy(np.concatenate(labelled)).to(dtype)
-    # Padding belongs to the last structure, so that the atoms of each are in one piece.
+    # Padding belongs to the last structure, so that the atoms of each structure are adjacent.
     structure = torch.full((count,), shape.structures - 1, dtype=torch.int64)
     structure[:n] = torch.from_numpy(owner)
     return {
@@ -193,7 +192,7 @@ def _atom_columns(
 def _target_columns(
     target: TargetColumn, structures: Sequence[Structure], shape: BatchShape, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A target and where it is known."""
+    """Return the padded column of a target, and a mask of where it is known."""
     of_atoms, tail = target.of == "atom", KINDS[target.kind]
     parts = []
     for structure in structures:
@@ -210,7 +209,7 @@ def _target_columns(
 
 def _slot_columns(samples: Sequence[GraphSample], shape: BatchShape, dtype: torch.dtype) -> dict[str, Tensor]:
     layout = lay_out([sample.pairs for sample in samples])
-    # Rows of padding belong to the last atom, which is padding too unless the batch is full to the brim.
+    # Rows of padding belong to the last atom, which is padding too unless the batch is completely full.
     row_atom = torch.full((shape.rows,), shape.atoms - 1, dtype=torch.int64)
     row_atom[: len(layout.row_atom)] = torch.from_numpy(layout.row_atom)
     slot = torch.from_numpy(layout.slot)

@@ -1,7 +1,7 @@
-"""Neighbours within the cutoff: found per structure as a half list, laid out per batch in rows of slots.
+"""Neighbour lists: found for each structure as half lists, and laid out for each batch in rows of slots.
 
-A row belongs to one atom and holds ROW_SLOTS of its neighbours; an atom takes as many rows as it needs. Dense crystals
-and sparse molecules therefore share a batch of one fixed size with little padding.
+A row belongs to one atom and has slots for ROW_SLOTS of its neighbours; an atom takes as many rows as it needs. Dense
+crystals and sparse molecules can therefore share a batch of fixed size with little padding.
 """
 
 from __future__ import annotations
@@ -18,65 +18,67 @@ from vesin import NeighborList
 from hydrazero.shards.errors import StructureError
 
 ROW_SLOTS = 8
-"""Neighbours in a row. Fewer leave less padding (measured on sixteen datasets at 5 Å: 88% of the slots of eights are
-filled, 94% of fours, 82% of one row an atom with eight sizes of batches) and more rows to sum up."""
+"""Number of slots in a row. Shorter rows have less padding, but there are more of them to sum over (sixteen datasets at
+5 Å: 88% of the slots are used with rows of 8, 94% with rows of 4, 82% with one row per atom and eight batch sizes)."""
 
 
 NO_VECTORS = np.zeros((0, 3))
 MOST_CUTOFFS = 20_000
-"""That a structure may extend over; vesin stops the process where it is some 100,000."""
+"""Maximum extent of a structure in cutoffs; vesin ends the process at about 100,000."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HalfPairs:
-    """Each pair of a structure once; P pairs, A atoms."""
+    """Neighbour list of a structure of A atoms, in which each of P pairs occurs once."""
 
     first: NDArray[np.int64]
-    """[P]."""
+    """Index of the first atom of each pair, [P]."""
     second: NDArray[np.int64]
-    """[P]."""
+    """Index of the second atom of each pair, [P]."""
     shift: NDArray[np.float64] | None
-    """Å, [P, 3]; the vector from first to second is positions[second] + shift - positions[first]. None: no shifts."""
+    """Periodic shifts in Å, [P, 3]; None stands for zeros. The vector of a pair is positions[second] + shift -
+    positions[first]."""
     degrees: NDArray[np.int64]
-    """Neighbours of each atom, [A]."""
+    """Number of neighbours of each atom, [A]."""
 
     @property
     def rows(self) -> int:
-        """Rows of slots that the structure takes."""
+        """Number of rows of slots that the structure takes."""
         return int((-(-self.degrees // ROW_SLOTS)).sum())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SlotLayout:
-    """Directed pairs of a batch and where each is laid; E pairs, each present as i<-j and j<-i."""
+    """Slots of the E directed pairs of a batch; each pair is present as i<-j and as j<-i."""
 
     receiver: NDArray[np.int64]
-    """Atom i, [E]."""
+    """Index of the receiving atom i, [E]."""
     sender: NDArray[np.int64]
-    """Atom j, [E]."""
+    """Index of the sending atom j, [E]."""
     shift: NDArray[np.float64]
-    """Å, [E, 3]; the pair's vector is positions[sender] + shift - positions[receiver]."""
+    """Periodic shifts in Å, [E, 3]: the vector of a pair is positions[sender] + shift - positions[receiver]."""
     slot: NDArray[np.int64]
-    """Flat slot of the pair, row * ROW_SLOTS + place in the row, [E]."""
+    """Flat index of the slot of the pair, row * ROW_SLOTS + position in the row, [E]."""
     reverse: NDArray[np.int64]
-    """Flat slot of the opposite pair, [E]."""
+    """Flat index of the slot of the opposite pair, [E]."""
     row_atom: NDArray[np.int64]
-    """Atom of each row, [rows]."""
+    """Index of the atom of each row, [rows]."""
 
 
 @lru_cache(maxsize=8)
 def _engine(cutoff: float) -> NeighborList:
-    # A half list: the other half is its mirror, so the reverse of each pair comes without a search. One thread: the
-    # readers are many processes already.
+    # A half list: the other half is its mirror, so that opposite pairs need no search. One thread, because there are
+    # many reading processes already.
     return NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
 
 
 def half_pairs(
     positions: NDArray[np.floating], cell: NDArray[np.floating], pbc: NDArray[np.bool_], cutoff: float
 ) -> HalfPairs:
-    """Find all pairs within `cutoff` (Å) with vesin.
+    """Return all pairs within `cutoff` (Å), found by vesin.
 
-    `positions` Å [atoms, 3], `cell` Å [3, 3], `pbc` [3]. Raises StructureError if the cell cannot carry a list.
+    `positions` [atoms, 3] and `cell` [3, 3] are in Å, `pbc` has shape [3]. Raises StructureError if vesin cannot build
+    a list, or if the structure extends too far.
     """
     periodic = pbc.tolist()
     points = np.ascontiguousarray(positions, dtype=np.float64)
@@ -84,7 +86,7 @@ def half_pairs(
     anywhere = any(periodic)
     _check_extent(points, box[pbc] if anywhere else NO_VECTORS, cutoff)
     if anywhere and not all(periodic):
-        # vesin wants three independent vectors; those along open directions are never used as shifts.
+        # vesin needs three independent vectors; those along open directions are never used as shifts.
         box = complete_cell(np.where(np.array(periodic)[:, None], box, 0.0))
     try:
         found = _engine(cutoff).compute(
@@ -98,21 +100,22 @@ def half_pairs(
 
 
 def _check_extent(points: NDArray[np.float64], vectors: NDArray[np.float64], cutoff: float) -> None:
-    """Raise StructureError for what is too far spread for vesin, whose numbers of boxes overflow."""
+    """Raise StructureError if a structure extends so far that the number of vesin's boxes overflows."""
     if not len(points):
         return
     longest = np.abs(vectors).max() if len(vectors) else 0.0
-    if max(points.max() - points.min(), longest) <= MOST_CUTOFFS * cutoff:  # quick to see, and usual
+    if max(points.max() - points.min(), longest) <= MOST_CUTOFFS * cutoff:  # fast check, which usually suffices
         return
     extent = max(np.ptp(points, axis=0).max(), longest)
     if extent > MOST_CUTOFFS * cutoff:
         raise StructureError(
-            "far_apart", f"it extends over {extent:,.0f} Å, more than {MOST_CUTOFFS:,} times the cutoff of {cutoff:g} Å"
+            "far_apart",
+            f"the structure extends over {extent:,.0f} Å, over {MOST_CUTOFFS:,} times the cutoff of {cutoff:g} Å",
         )
 
 
 def lay_out(structures: Sequence[HalfPairs]) -> SlotLayout:
-    """Lay the pairs of structures that follow each other in a batch into rows, each atom's rows one after another."""
+    """Return the slots of the pairs of consecutive structures in a batch; the rows of each atom are adjacent."""
     degrees = np.concatenate([pairs.degrees for pairs in structures]) if structures else np.zeros(0, dtype=np.int64)
     counts = np.array([len(pairs.first) for pairs in structures], dtype=np.int64)
     atoms = np.array([len(pairs.degrees) for pairs in structures], dtype=np.int64)
@@ -129,10 +132,10 @@ def lay_out(structures: Sequence[HalfPairs]) -> SlotLayout:
         begin, start = end, start + size
     np.negative(shift[:half], out=shift[half:])
     sender = np.concatenate([receiver[half:], receiver[:half]])
-    # Radix sort needs small keys; batches of 65,536 atoms and more take the ordinary sort.
+    # Radix sort needs small keys; batches of 65,536 or more atoms use the ordinary sort.
     order = np.argsort(receiver.astype(np.uint16) if len(degrees) <= 0xFFFF else receiver, kind="stable")
     rows = -(-degrees // ROW_SLOTS)
-    # In order of receivers, pair number e goes to slot e plus what earlier atoms have left empty in their last rows.
+    # In order of receivers, pair e goes to slot e plus the number of empty slots in the last rows of earlier atoms.
     gap = np.cumsum(rows * ROW_SLOTS - degrees) - (rows * ROW_SLOTS - degrees)
     slot = np.empty(2 * half, dtype=np.int64)
     slot[order] = np.arange(2 * half) + np.repeat(gap, degrees)

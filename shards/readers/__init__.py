@@ -23,27 +23,27 @@ from hydrazero.shards.readers.frames import (
 )
 from hydrazero.shards.readers.opening import plain_suffix
 
-_PLACE = "hydrazero.shards.readers"
+_PACKAGE = "hydrazero.shards.readers"
 READERS: Registry[Reader | ReadFunction] = Registry(
     kind="format",
     group="hydrazero.readers",
     builtin={
-        "ase": f"{_PLACE}.ase_reader:read_ase",
-        "extxyz": f"{_PLACE}.ase_reader:read_extxyz",
-        "db": f"{_PLACE}.ase_reader:read_database",
-        "npz": f"{_PLACE}.npz_reader:read_npz",
-        "hdf5": f"{_PLACE}.hdf5_reader:read_hdf5",
-        "pymatgen": f"{_PLACE}.json_structures:read_pymatgen",
-        "jarvis": f"{_PLACE}.json_structures:read_jarvis",
-        "deepmd": f"{_PLACE}.dpdata_reader:read_deepmd",
-        "n2p2": f"{_PLACE}.n2p2_reader:read_n2p2",
-        "lmdb": f"{_PLACE}.lmdb_reader:read_lmdb",
-        "aselmdb": f"{_PLACE}.lmdb_reader:read_aselmdb",
-        "hdf5_groups": f"{_PLACE}.hdf5_groups:read_hdf5_groups",
-        "mptrj": f"{_PLACE}.json_datasets:read_mptrj",
-        "alexandria": f"{_PLACE}.json_datasets:read_alexandria",
-        "extxyz_tar": f"{_PLACE}.extxyz_tar:read_extxyz_tar",
-        "parquet": f"{_PLACE}.table_reader:read_parquet",
+        "ase": f"{_PACKAGE}.ase_reader:read_ase",
+        "extxyz": f"{_PACKAGE}.ase_reader:read_extxyz",
+        "db": f"{_PACKAGE}.ase_reader:read_database",
+        "npz": f"{_PACKAGE}.npz_reader:read_npz",
+        "hdf5": f"{_PACKAGE}.hdf5_reader:read_hdf5",
+        "pymatgen": f"{_PACKAGE}.json_structures:read_pymatgen",
+        "jarvis": f"{_PACKAGE}.json_structures:read_jarvis",
+        "deepmd": f"{_PACKAGE}.dpdata_reader:read_deepmd",
+        "n2p2": f"{_PACKAGE}.n2p2_reader:read_n2p2",
+        "lmdb": f"{_PACKAGE}.lmdb_reader:read_lmdb",
+        "aselmdb": f"{_PACKAGE}.lmdb_reader:read_aselmdb",
+        "hdf5_groups": f"{_PACKAGE}.hdf5_groups:read_hdf5_groups",
+        "mptrj": f"{_PACKAGE}.json_datasets:read_mptrj",
+        "alexandria": f"{_PACKAGE}.json_datasets:read_alexandria",
+        "extxyz_tar": f"{_PACKAGE}.extxyz_tar:read_extxyz_tar",
+        "parquet": f"{_PACKAGE}.table_reader:read_parquet",
     },
     error=SourceError,
 )

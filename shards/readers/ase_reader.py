@@ -1,4 +1,4 @@
-"""Everything that ASE reads: files of any of its formats, extended XYZ with any field names, databases."""
+"""Formats that ASE reads: its own file formats, extended XYZ with any field names, and databases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hydrazero.shards.readers.opening import READ_ERRORS, open_text
 
 @reader(suffixes=(".traj",))
 def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read any file that `ase.io.iread` reads; raises SourceError naming the frame where it breaks off."""
+    """Yield the frames of any file that `ase.io.iread` reads; raise SourceError with the frame that cannot be read."""
     maker = FrameMaker(settings)
     number = 0
     try:
@@ -29,18 +29,18 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         images: Iterator[Any] = ase.io.iread(str(path), index=":", parallel=False, do_not_split_by_at_sign=True)
         for atoms in images:
             source_id = f"{path.name}#{number}"
-            # ASE doesn't tell how far into the file it is.
+            # ASE does not say what fraction of the file has been read.
             yield UnreadFrame(
                 source_id=source_id, read=partial(frame_from_atoms, atoms, source_id, maker), fraction=0.0
             )
             number += 1
-    except Exception as error:  # ASE's readers raise whatever they stumble on
+    except Exception as error:  # ASE's readers raise errors of many kinds
         raise SourceError(f"{path}, frame {number}, cannot be read by ASE ({brief(error)}).") from error
 
 
 @reader(suffixes=(".xyz", ".extxyz"))
 def read_extxyz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read extended XYZ, compressed or not, each frame on its own, so that a bad one does not end the file."""
+    """Yield the frames of extended XYZ, compressed or not; each is parsed alone, so that bad ones can be skipped."""
     with open_text(path) as (file, fraction):
         yield from extxyz_frames(file, path.name, str(path), fraction, FrameMaker(settings))
 
@@ -48,7 +48,7 @@ def read_extxyz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 def extxyz_frames(
     file: TextIO, name: str, where: str, fraction: Callable[[], float], maker: FrameMaker
 ) -> Iterator[UnreadFrame]:
-    """Split text into frames 'NAME#0', ...; raises SourceError naming `where` if the text is cut off or no XYZ."""
+    """Yield the frames 'NAME#0', ... of a text; raise SourceError, naming `where`, if it is truncated or not XYZ."""
     try:
         for number, text in enumerate(_frame_texts(file, where)):
             source_id = f"{name}#{number}"
@@ -69,7 +69,7 @@ def _parse_extxyz(text: str, source_id: str, maker: FrameMaker) -> Frame:
 
 
 def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
-    """Split extended XYZ into frames; raises SourceError where a count is no number or lines are missing."""
+    """Yield the text of each frame; raise SourceError if a number of atoms is wrong, or lines are missing."""
     number = 0
     while line := file.readline():
         if not line.strip():
@@ -90,7 +90,7 @@ def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
 
 @reader(suffixes=(".db",))
 def read_database(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read an ASE database; labels from its calculator results, key-value pairs or data."""
+    """Yield the rows of an ASE database; labels are calculator results, key-value pairs or data."""
     maker = FrameMaker(settings)
     number = 0
     try:
@@ -101,15 +101,15 @@ def read_database(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
                 source_id = f"{path.name}#{row.id}"
                 read = partial(frame_from_row, row, source_id, maker)
                 yield UnreadFrame(source_id=source_id, read=read, fraction=number / rows)
-    except Exception as error:  # sqlite3.DatabaseError, json errors, KeyError, by the kind of damage
+    except Exception as error:  # depends on the damage: sqlite3.DatabaseError, json errors, KeyError
         raise SourceError(f"{path}, row {number}, cannot be read as an ASE database ({brief(error)}).") from error
 
 
 def frame_from_row(row: Any, source_id: str, maker: FrameMaker) -> Frame:
-    """Turn a row of an ASE database into a frame; its key-value pairs and data are the frame's fields."""
+    """Return the frame of a row of an ASE database; its key-value pairs and data become fields of the frame."""
     try:
         atoms = row.toatoms(add_additional_information=True)
-    except Exception as error:  # what a damaged row makes ASE raise
+    except Exception as error:  # ASE raises errors of many kinds for a damaged row
         return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
     extra = {**atoms.info.pop("key_value_pairs", {}), **atoms.info.pop("data", {})}
     atoms.info.update(extra)
@@ -117,8 +117,8 @@ def frame_from_row(row: Any, source_id: str, maker: FrameMaker) -> Frame:
 
 
 def frame_from_atoms(atoms: Atoms, source_id: str, maker: FrameMaker) -> Frame:
-    """Turn ASE atoms into a frame; labels come from the calculator's stored results, `info` or `arrays`."""
-    # Stored results are read as they are: get_forces() would zero the forces on fixed atoms.
+    """Return the frame of ASE atoms; labels come from stored results of the calculator, `info` or `arrays`."""
+    # Stored results are used directly, since get_forces() would set the forces on fixed atoms to zero.
     results = dict(atoms.calc.results) if atoms.calc is not None else {}
     names = maker.settings.fields
 

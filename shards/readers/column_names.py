@@ -1,4 +1,4 @@
-"""Where the parts of a structure are in a source of named columns or keys."""
+"""Names of the parts of a structure in a source of named columns or keys."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ LABELS = ("energy", "forces", "stress", "virial", "charge", "multiplicity")
 
 
 def column_names(settings: ReadSettings) -> dict[str, str]:
-    """Return part of a structure -> name in the source: the settings' columns, else their fields, else the part itself.
+    """Return part of a structure -> name in the source.
 
-    Labels that the settings leave nameless are not in it; fields of targets are.
+    The name is that of [columns], otherwise that of [fields], otherwise that of the part. Fields of targets are
+    included; labels whose name is empty in [fields] are not.
     """
     names = {target.field: target.field for target in settings.targets.values()}
     names |= {part: part for part in ("numbers", "positions", "cell", "pbc")}

@@ -1,4 +1,4 @@
-"""DeePMD folders, through dpdata."""
+"""DeePMD folders, read by dpdata."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.symbols import numbers_of
 
 MARKER = "type.raw"
-"""File by which a folder is known as a DeePMD system."""
+"""Name of a file that every DeePMD system holds."""
 
 
 @reader(marker=MARKER)
 def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read a DeePMD system: type.raw, type_map.raw and the arrays of set.*; one system at a time is held in memory.
+    """Yield the frames of a DeePMD system: type.raw, type_map.raw and the arrays of set.*; it must fit into memory.
 
-    Raises SourceError if dpdata cannot read it, or its types change from frame to frame (deepmd/npy/mixed).
+    Raises SourceError if dpdata cannot read the system, or if its types differ between frames (deepmd/npy/mixed).
     """
     dpdata = optional_module("dpdata", "dpdata", f"{path}: reading a DeePMD folder")
     if not (path / MARKER).is_file():
-        raise SourceError(f"{path} is no DeePMD system: there is no {MARKER} in it.")
+        raise SourceError(f"{path} is not a DeePMD system: it has no file {MARKER}.")
     if any(path.glob("set.*/real_atom_types.npy")):
-        raise SourceError(f"{path} is of mixed type; convert it with dpdata into plain deepmd/npy systems first.")
+        raise SourceError(f"{path} has mixed types; convert it with dpdata into plain deepmd/npy systems first.")
     try:
         system = dpdata.LabeledSystem(str(path), fmt="deepmd/npy")
-    except Exception as error:  # what dpdata and NumPy raise by the kind of damage
+    except Exception as error:  # dpdata and NumPy raise errors of many kinds
         raise SourceError(f"{path} cannot be read by dpdata ({brief(error)}).") from error
     data = system.data
     symbols = [data["atom_names"][kind] for kind in data["atom_types"]]

@@ -1,4 +1,4 @@
-"""What readers share: settings, the frame that they yield, and the way from raw labels to a checked Structure."""
+"""Parts that readers share: settings, frames, and the conversion of raw labels into a checked Structure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hydrazero.shards.targets import TargetSection, target_value
 from hydrazero.shards.units import energy_factor, force_factor, known_unit, length_factor, stress_factor
 
 MAX_WHOLE = 32767
-"""Largest charge and multiplicity; blocks hold them as int16."""
+"""Largest absolute charge and multiplicity, since blocks store them as int16."""
 
 ASE_STRESS_ORDER = "xx yy zz yz xz xy"
-"""In which ASE has the six numbers of a symmetric stress; VASP has xx yy zz xy yz xz."""
+"""Order of the six numbers of a symmetric stress in ASE; VASP writes xx yy zz xy yz xz."""
 
 
 class FieldNames(Section):
@@ -57,50 +57,50 @@ class SourceUnits(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadSettings:
-    """How to read a source file."""
+    """Settings of a reader."""
 
     format: str | None = None
-    """Name of a reader; guessed from the file's suffix if None."""
+    """Name of the format; guessed from the suffix of the file if it is None."""
     fields: FieldNames = field(default_factory=FieldNames)
     units: SourceUnits = field(default_factory=SourceUnits)
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Part of a structure -> where it is in the source: 'numbers', 'positions', 'cell', 'pbc', the labels, and for
-    ragged arrays 'ptr' or 'n_atoms'; any further name becomes a field of the frame."""
+    """Part of a structure -> its name in the source. Parts are 'numbers', 'positions', 'cell', 'pbc', the labels, and
+    'ptr' or 'n_atoms' for ragged arrays; any other part becomes a field of the frame."""
     require: tuple[str, ...] = ()
-    """Labels without which a frame is bad: of 'energy', 'forces', 'stress', 'charge', 'multiplicity'."""
+    """Labels that every frame must have: 'energy', 'forces', 'stress', 'charge', 'multiplicity', or targets."""
     absent_if_zero: tuple[str, ...] = ()
-    """Labels, of 'forces' and 'stress', that a source fills with zeros where it has none."""
+    """Labels, 'forces' or 'stress', that count as absent where all their numbers are zero."""
     energy_per_atom: bool = False
-    """Whether the source's energies are divided by the number of atoms."""
+    """Whether the energies of the source are divided by the number of atoms."""
     stress_order: str = ASE_STRESS_ORDER
-    """Order of six numbers of a stress or virial."""
+    """Order of the six numbers of a stress or virial."""
     targets: Mapping[str, TargetSection] = field(default_factory=dict)
-    """Further quantities, by the names that they get."""
+    """Name -> further quantity."""
     trust_pickle: bool = False
-    """Whether sources of pickles may be loaded, which can run any code."""
+    """Whether pickles may be loaded, which can run any code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One frame of a source: a structure, or the reason why there is none."""
+    """A frame of a source: a structure, or the error that makes it unusable."""
 
     source_id: str
     """'file#frame'."""
     structure: Structure | None = None
     error: StructureError | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
-    """The frame's other fields, for grouping and selection."""
+    """Other fields of the frame, for grouping and selection."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnreadFrame:
-    """A frame that a reader has come past but not read in full, so that several processes can share a source."""
+    """A frame that a reader has found but not read yet, so that several processes can share a source."""
 
     source_id: str
     read: Callable[[], Frame]
-    """Reads it; valid until the reader is asked for the next frame."""
+    """Function that reads the frame; it is valid until the reader is asked for the next frame."""
     fraction: float
-    """Of the source that ends with this frame, 0 to 1; for the time left."""
+    """Fraction of the source up to the end of this frame, 0 to 1, from which the remaining time is estimated."""
 
 
 ReadFunction = Callable[[Path, ReadSettings], Iterator[UnreadFrame]]
@@ -146,17 +146,17 @@ class RawFrame:
     energy: Any = None
     forces: Any = None
     stress: Any = None
-    """[3, 3], [9] or [6] in the order of the settings."""
+    """Stress of shape [3, 3], [9], or [6] in the order of the settings."""
     virial: Any = None
     charge: Any = None
-    """Counts as 0 where it is None, unless it is required; likewise the multiplicity."""
+    """Total charge; None counts as 0 unless the settings require it. The same holds for the multiplicity."""
     multiplicity: Any = None
     other: Mapping[str, Any] = field(default_factory=dict)
-    """What else the source has of the frame, by its names there; targets are looked for in it and in the info."""
+    """Further values of the frame by their names in the source; targets are looked up here, then in the info."""
 
 
 class FrameMaker:
-    """Turns raw frames into frames: units, required labels, checks."""
+    """Converts raw frames into frames: units, required labels, checks."""
 
     def __init__(self, settings: ReadSettings) -> None:
         self.settings = settings
@@ -166,7 +166,7 @@ class FrameMaker:
         self._places = stress_places(settings.stress_order)
 
     def make(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Frame:
-        """Convert and check; a fault becomes the frame's error."""
+        """Return a checked frame in eV and Å; a fault becomes the error of the frame."""
         try:
             structure = self._structure(raw, source_id, info)
             check_structure(structure)
@@ -224,7 +224,7 @@ class FrameMaker:
         return None if label in self.settings.absent_if_zero and not values.any() else values
 
     def _matrix(self, value: Any, name: str) -> np.ndarray:
-        """Symmetric 3 x 3 matrix from [3, 3], [9] or [6]."""
+        """Return a symmetric matrix [3, 3] from numbers of shape [3, 3], [9] or [6]."""
         array = _array(value, name)
         if array.size == 9:
             matrix = array.reshape(3, 3)
@@ -235,7 +235,7 @@ class FrameMaker:
 
     def _check_required(self, raw: RawFrame, structure: Structure) -> None:
         for label in self.settings.require:
-            # A structure has a charge and a multiplicity whether its source says them or not.
+            # A structure always has a charge and a multiplicity, even if the source does not.
             if label in self.settings.targets:
                 held = {**structure.targets, **structure.atom_targets}.get(label)
                 name = self.settings.targets[label].field
@@ -254,20 +254,22 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def _atomic_numbers(value: Any) -> np.ndarray:
-    """Atomic numbers as bytes; what is no whole number, or would not fit, is refused before the cast hides it."""
+    """Return atomic numbers as uint8; reject numbers that the cast would change."""
     numbers = _array(value, "atomic_numbers")
     if numbers.ndim != 1:
         raise StructureError("atomic_numbers_shape", f"the atomic numbers have shape {numbers.shape}, not (atoms,)")
     bad = numbers[(numbers < 0) | (numbers > 255) | (numbers != np.round(numbers))]
     if bad.size:
-        raise StructureError("unknown_element", f"atomic number {bad[0]:g} is no element (1 to {MAX_ATOMIC_NUMBER})")
+        raise StructureError(
+            "unknown_element", f"atomic number {bad[0]:g} is not an element (1 to {MAX_ATOMIC_NUMBER})"
+        )
     return numbers.astype(np.uint8)
 
 
 def _scalar(value: Any, name: str) -> float:
     array = _array(value, name).reshape(-1)
     if array.size != 1:
-        raise StructureError(f"{name}_shape", f"the {name} is not one number but {array.size}")
+        raise StructureError(f"{name}_shape", f"the {name} has {array.size} numbers, not one")
     return float(array[0])
 
 
@@ -281,7 +283,7 @@ def _whole(value: Any, name: str) -> int:
 
 
 def stress_places(order: str) -> np.ndarray:
-    """Return which of six numbers stands at each place of the 3 x 3 matrix; raises SourceError for another order."""
+    """Return the index [3, 3] of the number at each place of a stress matrix; raise SourceError for a wrong order."""
     words = order.split()
     names = [{word, word[::-1]} for word in words]
     places = [[[n for n, both in enumerate(names) if row + column in both] for column in "xyz"] for row in "xyz"]
@@ -293,6 +295,6 @@ def stress_places(order: str) -> np.ndarray:
 
 
 def brief(error: Exception) -> str:
-    """First line of an error's text, or its kind."""
+    """Return the first line of the text of an error, or the name of its class."""
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""HDF5 files with a group for each molecule, reaction or conformer: ANI-1x, QM7-X, Transition1x and their like."""
+"""HDF5 files with a group for each molecule, reaction or conformer, such as ANI-1x, QM7-X and Transition1x."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ PER_ATOM = ("positions", "forces")
 
 @reader(further_suffixes=(".h5", ".hdf5", ".xz"))  # QM7-X packs its files as '1000.xz'
 def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read every group that holds numbers [atoms] and positions, [atoms, 3] or [frames, atoms, 3], by the columns.
+    """Yield the frames of every group with numbers [atoms] and positions, [atoms, 3] or [frames, atoms, 3].
 
-    The names of the groups that a frame is in become its fields 'group0' (the outermost), 'group1', ...; a group that
-    links reach twice is read once. A label that is NaN counts as absent. A compressed file is unpacked to a temporary
-    one, since HDF5 needs to seek. Raises SourceError if the file is none, breaks off, or holds no such group.
+    The names of the groups around a frame become its fields 'group0' (the outermost), 'group1', ...; a group that
+    several links reach is read once. A label that is NaN counts as absent. A compressed file is unpacked into a
+    temporary one, since HDF5 needs to seek. Raises SourceError if the file is damaged, is not HDF5, or has no such
+    group.
     """
     h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
     maker, names = FrameMaker(settings), column_names(settings)
@@ -36,7 +37,7 @@ def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame
             file = h5py.File(plain, "r")
         except OSError as error:
             raise SourceError(
-                f"{path} is no readable HDF5 file ({brief(error)}); copy it again if it was one."
+                f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
             ) from error
         with file:
             for group, fraction in _groups(h5py, file, (names["numbers"], names["positions"])):
@@ -44,8 +45,8 @@ def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame
                 yield from _frames(group, path, fraction, names, maker)
     if not found:
         raise SourceError(
-            f"{path} has no group with '{names['numbers']}' and '{names['positions']}': it is laid out otherwise; name "
-            "the datasets under [columns]."
+            f"{path} has no group with '{names['numbers']}' and '{names['positions']}', so its layout is another one; "
+            "name the datasets under [columns]."
         )
 
 
@@ -65,7 +66,7 @@ def _unpacked(path: Path) -> Iterator[Path]:
 
 
 def _groups(h5py: Any, file: Any, wanted: tuple[str, str]) -> Iterator[tuple[Any, float]]:
-    """Yield groups that hold the wanted datasets, with the share of the outermost groups that is behind them."""
+    """Yield groups that have the wanted datasets, with the fraction of the outermost groups up to their end."""
     seen: set[Any] = set()
 
     def walk(group: Any) -> Iterator[Any]:
@@ -76,7 +77,7 @@ def _groups(h5py: Any, file: Any, wanted: tuple[str, str]) -> Iterator[tuple[Any
         if all(isinstance(group.get(name), h5py.Dataset) for name in wanted):
             yield group
         for name in group:
-            # A link to another file, or to nothing, is no group of this one.
+            # A link to another file, or to nothing, is not a group of this file.
             if isinstance(group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink):
                 inner = group.get(name)
                 if isinstance(inner, h5py.Group):
@@ -89,7 +90,7 @@ def _groups(h5py: Any, file: Any, wanted: tuple[str, str]) -> Iterator[tuple[Any
         inner = file.get(name)
         if not isinstance(inner, h5py.Group):
             continue
-        # Files with one or few outermost groups tell more by the groups below.
+        # With few outermost groups, the groups below give a better fraction.
         children = [key for key in inner if isinstance(inner.get(key), h5py.Group)] if len(top) < 8 else []
         if not children:
             for group in walk(inner):
@@ -134,7 +135,7 @@ def _frames(group: Any, path: Path, fraction: float, names: dict[str, str], make
 
 
 def _row(column: Any, part: str, number: int, frames: int | None) -> Any:
-    """What one frame has of a column: its own row where there is one for each."""
+    """Return the part of a column that belongs to one frame: its own row if there is one per frame."""
     if frames is not None and part != "numbers" and column.ndim and len(column) == frames:
         return column[number]
     if column.ndim == 2 and part not in PER_ATOM and len(column) == 1:

@@ -1,4 +1,4 @@
-"""HDF5 files of ragged arrays: the atoms of all structures one after the other, found by offsets or lengths."""
+"""HDF5 files of ragged arrays: the atoms of all structures in one array, with offsets or lengths."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.symbols import numbers_of
 
 BLOCK = 256
-"""Structures that are read in one go."""
+"""Number of structures that are read at once."""
 
 H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
-"""What h5py raises, by the kind of damage."""
+"""Errors that h5py raises for damaged files."""
 
 PER_ATOM = ("numbers", "positions", "forces")
 
 
 @reader(suffixes=(".h5", ".hdf5"))
 def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read ragged arrays by the settings' columns: numbers [all atoms] (or symbols), positions [all atoms, 3], ...
+    """Yield the structures of ragged arrays: numbers [all atoms] (or symbols), positions [all atoms, 3], ...
 
-    'ptr' [structures + 1] has the first atom of each structure, or 'n_atoms' [structures] its number of atoms. A cell
-    without a pbc is periodic along the vectors that are not zero. Raises SourceError if a dataset is missing, is of
-    another length, or cannot be read.
+    'ptr' [structures + 1] is the first atom of each structure, or 'n_atoms' [structures] its number of atoms. Without
+    a pbc, a structure is periodic along the cell vectors that are not zero. Raises SourceError if a dataset is
+    missing, has a wrong length, or cannot be read.
     """
     h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise SourceError(f"{path} is no readable HDF5 file ({brief(error)}); copy it again if it was one.") from error
+        raise SourceError(
+            f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
+        ) from error
     with file:
         try:
             source = RaggedArrays(path, file, settings, h5py.Dataset)
@@ -49,12 +51,12 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 
 
 class RaggedArrays:
-    """The arrays of one file, of HDF5 or npz."""
+    """The arrays of one HDF5 or npz file."""
 
     def __init__(self, path: Path, file: Any, settings: ReadSettings, dataset: type) -> None:
         self._path = path
         names = column_names(settings)
-        # What has a row for each atom, not for each structure.
+        # Parts with a row for each atom, not for each structure.
         self.per_atom = {*PER_ATOM, *(target.field for target in settings.targets.values() if target.of == "atom")}
         asked = {*settings.columns, "numbers", "positions"}
         known = {part: file[name] for part, name in names.items() if isinstance(file.get(name), dataset)}
@@ -86,7 +88,7 @@ class RaggedArrays:
             raise SourceError(f"{self._path}: '{names['cell']}' has shape {cell.shape}, not (structures, 3, 3).")
 
     def frames(self, maker: FrameMaker) -> Iterator[UnreadFrame]:
-        """Come past all structures, a block's arrays being read when the first of its frames is."""
+        """Yield all structures; the arrays of a block are read together with its first frame."""
         first_atom, atoms = 0, len(self._columns["positions"])
         for first in range(0, self._count, BLOCK):
             starts = self._starts(first, min(first + BLOCK, self._count), first_atom)
@@ -105,7 +107,7 @@ class RaggedArrays:
             raise SourceError(f"{self._path}: '{self._lengths}' ends at atom {first_atom} of {atoms}.")
 
     def _starts(self, first: int, last: int, first_atom: int) -> NDArray[np.int64]:
-        """First atom of each structure, and the one behind the last."""
+        """Return the first atom of each structure, and the atom after the last one."""
         if self._lengths == "ptr":
             return self.slice(self._sizes, first, last + 1).astype(np.int64)
         sizes = self.slice(self._sizes, first, last).astype(np.int64)
@@ -121,7 +123,7 @@ class RaggedArrays:
             ) from error
 
     def block(self, first: int, starts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """All columns of some structures."""
+        """Return all columns of some structures."""
         atoms, rows = (int(starts[0]), int(starts[-1])), (first, first + len(starts) - 1)
         return {
             part: self.slice(column, *(atoms if part in self.per_atom else rows))
@@ -130,14 +132,14 @@ class RaggedArrays:
 
 
 class _Block:
-    """Some structures in a row, read together when one of them is wanted."""
+    """Consecutive structures, which are read together as soon as one of them is needed."""
 
     def __init__(self, source: RaggedArrays, first: int, starts: NDArray[np.int64]) -> None:
         self._source, self._first, self._starts = source, first, starts
         self._columns: dict[str, NDArray[Any]] = {}
 
     def frame(self, row: int, source_id: str, maker: FrameMaker) -> Frame:
-        """Make a frame of a row."""
+        """Return the frame of a row."""
         self._columns = self._columns or self._source.block(self._first, self._starts)
         begin, end = self._starts[row : row + 2] - self._starts[0]
         parts: dict[str, Any] = {
@@ -158,7 +160,7 @@ class _Block:
 
 
 def _plain(value: Any) -> Any:
-    """Turn bytes into text and NumPy's single values into Python's."""
+    """Return bytes as a text, and single values of NumPy as those of Python."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return value.item() if isinstance(value, np.generic) else value

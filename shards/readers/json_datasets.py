@@ -1,4 +1,4 @@
-"""The JSON of two large collections of crystals, MPtrj and Alexandria, read as a stream."""
+"""JSON files of two large collections of crystals, MPtrj and Alexandria, read as a stream."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from hydrazero.shards.readers.json_structures import entry_frame, pymatgen_geome
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
 
 Entries = Iterator[tuple[str, Any]]
-"""(name in the file, entry with a 'structure')."""
+"""Pairs (name in the file, entry with a 'structure')."""
 
 
 @reader(further_suffixes=(".json",))
 def read_mptrj(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read MPtrj (Deng et al. 2023): material id -> frame id -> entry with a pymatgen structure.
+    """Yield the frames of MPtrj (Deng et al. 2023): material id -> frame id -> entry with a pymatgen structure.
 
-    The frame's field 'material_id' has the first of them. Raises SourceError if the file is laid out otherwise or
-    breaks off.
+    The material id becomes the field 'material_id'. Raises SourceError if the file has another layout or is truncated.
     """
     return _read(path, settings, _by_material)
 
 
 @reader(further_suffixes=(".json",))
 def read_alexandria(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read Alexandria (Schmidt et al. 2023): 'entries' of ComputedStructureEntry, or relaxation paths by material.
+    """Yield the frames of Alexandria (Schmidt et al. 2023): ComputedStructureEntry, or relaxation paths by material.
 
-    An entry's `data` are looked through as if they were its own, and its forces are those of the structure's sites; a
-    path is a list of calculations with 'steps', and its frames have the field 'material_id'. Raises SourceError as
-    `read_mptrj` does.
+    The `data` of an entry count as its own values, and its forces are those of the sites of the structure. A path is a
+    list of calculations with 'steps', and its frames have the field 'material_id'. Raises SourceError as `read_mptrj`
+    does.
     """
     return _read(path, settings, _alexandria)
 
@@ -49,12 +48,12 @@ def _read(path: Path, settings: ReadSettings, entries: Callable[[Any, Any, Path]
                 yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
         except (*READ_ERRORS, ijson.JSONError) as error:
             raise SourceError(
-                f"{path}, after {name}, is no JSON or breaks off ({_cause(error)}); copy it again if it was whole."
+                f"{path}, after {name}, is not valid JSON or is truncated ({_cause(error)}); copy it again."
             ) from error
 
 
 def _cause(error: Exception) -> str:
-    """First line of an error's text; the parser gives bytes, of the file too, where these are no text."""
+    """Return the first line of the text of an error, which the parser may give as bytes."""
     text = error.args[0] if error.args else ""
     return text.decode("ascii", "replace").splitlines()[0] if isinstance(text, bytes) and text else brief(error)
 
@@ -62,7 +61,9 @@ def _cause(error: Exception) -> str:
 def _by_material(ijson: Any, file: Any, path: Path) -> Entries:
     for material, frames in ijson.kvitems(file, "", use_float=True):
         if not isinstance(frames, Mapping):
-            raise SourceError(f"{path}: '{material}' is no object of frames: the file is not laid out as MPtrj is.")
+            raise SourceError(
+                f"{path}: '{material}' is not an object of frames, so the file does not have the layout of MPtrj."
+            )
         for frame, entry in frames.items():
             yield f"{material}/{frame}", _with_material(entry, material)
 
@@ -75,20 +76,22 @@ def _alexandria(ijson: Any, file: Any, path: Path) -> Entries:
         for place, calculation in enumerate(value if isinstance(value, list) else [value]):
             steps = calculation.get("steps") if isinstance(calculation, Mapping) else None
             if not isinstance(steps, list):
-                raise SourceError(f"{path}: '{key}' has no 'steps': the file is not laid out as Alexandria's are.")
+                raise SourceError(
+                    f"{path}: '{key}' has no 'steps', so the file does not have the layout of Alexandria."
+                )
             for step, entry in enumerate(steps):
                 yield f"{key}/{place}/{step}", _with_material(entry, key)
 
 
 def _relaxed(entry: Any) -> Any:
-    """A ComputedStructureEntry with its `data` as its own, and as 'forces' what the sites' properties have."""
+    """Return a ComputedStructureEntry with its `data` as own values, and 'forces' from the properties of the sites."""
     if not isinstance(entry, Mapping):
         return entry
     data, structure = entry.get("data"), entry.get("structure")
     sites = structure.get("sites") if isinstance(structure, Mapping) else None
     properties = [site.get("properties") for site in sites or () if isinstance(site, Mapping)]
     forces = [each.get("forces") if isinstance(each, Mapping) else None for each in properties]
-    # Where some sites have forces and others none, the list stays as it is: the frame is bad.
+    # If only some sites have forces, the list stays incomplete, and the frame is bad.
     labels = {"forces": forces} if any(force is not None for force in forces) else {}
     return {**labels, **(data if isinstance(data, Mapping) else {}), **entry}
 
@@ -100,7 +103,7 @@ def _with_material(entry: Any, material: str) -> Any:
 def _values(ijson: Any, file: Any) -> Iterator[tuple[str, int, Any]]:
     """Yield (key, 0, value) of the outermost object, and ('entries', n, item) for each item of its list `entries`.
 
-    A list of a million entries must not be built before the first is looked at, as reading by keys alone would do.
+    Reading by keys alone would build the list of a million entries before the first one is available.
     """
     key, number, depth, builder = "", 0, 0, None
     for prefix, event, value in ijson.parse(file, use_float=True):

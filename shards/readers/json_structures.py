@@ -1,4 +1,4 @@
-"""JSON lists of labelled structures: pymatgen's structure dicts and JARVIS's atoms dicts, read as a stream."""
+"""JSON lists of labelled structures, in the forms of pymatgen and JARVIS, read as a stream."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_
 from hydrazero.shards.readers.symbols import numbers_of
 
 Geometry = dict[str, Any]
-"""numbers, positions, cell and pbc of a RawFrame."""
+"""Values of numbers, positions, cell and pbc of a RawFrame."""
 
 
 @reader(further_suffixes=(".json",))
 def read_pymatgen(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read a list of objects with a pymatgen dict as 'structure'; labels by dotted paths such as 'outputs.energy'.
+    """Yield a list of objects with a pymatgen dict as 'structure'; labels have dotted paths such as 'outputs.energy'.
 
-    Raises SourceError if the file is no JSON list, or is cut off.
+    Raises SourceError if the file is not a JSON list, or is truncated.
     """
     return _read_list(path, settings, "structure", pymatgen_geometry)
 
 
 @reader(further_suffixes=(".json",))
 def read_jarvis(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read a list of objects with a JARVIS dict as 'atoms'; raises SourceError as `read_pymatgen` does."""
+    """Yield a list of objects with a JARVIS dict as 'atoms'; raise SourceError as `read_pymatgen` does."""
     return _read_list(path, settings, "atoms", jarvis_geometry)
 
 
@@ -41,7 +41,7 @@ def _read_list(
     number = -1
     with open_binary(path) as (file, fraction):
         try:
-            # Floats, not decimals: these have the digits that json.load gives.
+            # Floats instead of decimals give the same digits as json.load.
             entries = ijson.items(file, "item", use_float=True)
             for number, entry in enumerate(entries):
                 source_id = f"{path.name}#{number}"
@@ -49,18 +49,18 @@ def _read_list(
                 yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
         except (*READ_ERRORS, ijson.JSONError) as error:
             raise SourceError(
-                f"{path}, after frame {number}, is no whole JSON file ({brief(error)}); copy it again."
+                f"{path}, after frame {number}, is not a complete JSON file ({brief(error)}); copy it again."
             ) from error
     if number < 0:
-        raise SourceError(f"{path} is no JSON list of objects with '{key}', or an empty one.")
+        raise SourceError(f"{path} is not a JSON list of objects with '{key}', or is empty; check the format.")
 
 
 def entry_frame(
     entry: Any, key: str, geometry: Callable[[Mapping[str, Any]], Geometry], source_id: str, maker: FrameMaker
 ) -> Frame:
-    """Make a frame of an entry with a structure under `key`, which `geometry` takes apart; labels by dotted paths."""
+    """Return the frame of an entry whose structure is at `key` and parsed by `geometry`; labels have dotted paths."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get(key), Mapping):
-        fault = StructureError("unreadable", f"the entry is no object with an object '{key}'")
+        fault = StructureError("unreadable", f"the entry is not an object that contains an object '{key}'")
         return Frame(source_id=source_id, error=fault)
     info = dict(flattened({name: value for name, value in entry.items() if name != key}))
     try:
@@ -68,7 +68,7 @@ def entry_frame(
     except StructureError as error:
         return Frame(source_id=source_id, error=error, info=info)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        fault = StructureError("unreadable", f"'{key}' is not as it should be ({type(error).__name__}: {brief(error)})")
+        fault = StructureError("unreadable", f"'{key}' has an unknown layout ({type(error).__name__}: {brief(error)})")
         return Frame(source_id=source_id, error=fault, info=info)
     names = maker.settings.fields
     raw = RawFrame(
@@ -84,7 +84,7 @@ def entry_frame(
 
 
 def flattened(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) for what is in nested objects."""
+    """Yield (dotted path, value) for all values in nested objects."""
     for name, value in entry.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{name}.")
@@ -93,9 +93,9 @@ def flattened(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def pymatgen_geometry(structure: Mapping[str, Any]) -> Geometry:
-    """Take apart the dict of a pymatgen Structure or Molecule.
+    """Return the geometry in the dict of a pymatgen Structure or Molecule.
 
-    Raises StructureError for a site that several elements share, and KeyError, TypeError, ... for another dict.
+    Raises StructureError for a site with several elements, and KeyError, TypeError, ... for any other dict.
     """
     sites = structure["sites"]
     lattice = structure.get("lattice")
@@ -103,7 +103,7 @@ def pymatgen_geometry(structure: Mapping[str, Any]) -> Geometry:
     if lattice is None:
         positions = np.array([site["xyz"] for site in sites], dtype=np.float64)
     else:
-        # The fractions are what pymatgen itself goes by.
+        # pymatgen itself uses the fractional coordinates.
         positions = np.array([site["abc"] for site in sites], dtype=np.float64) @ cell
     pbc = lattice is not None if lattice is None or "pbc" not in lattice else lattice["pbc"]
     return {"numbers": numbers_of(map(_only_element, sites)), "positions": positions, "cell": cell, "pbc": pbc}
@@ -117,7 +117,7 @@ def _only_element(site: Mapping[str, Any]) -> str:
 
 
 def jarvis_geometry(atoms: Mapping[str, Any]) -> Geometry:
-    """Take apart the dict of JARVIS Atoms; raises as `pymatgen_geometry` does."""
+    """Return the geometry in the dict of JARVIS Atoms; raise as `pymatgen_geometry` does."""
     cell = np.asarray(atoms["lattice_mat"], dtype=np.float64)
     coordinates = np.asarray(atoms["coords"], dtype=np.float64)
     positions = coordinates if atoms["cartesian"] else coordinates @ cell

@@ -1,4 +1,4 @@
-"""LMDB files: ASE's, of JSON; and those of pickles, which are loaded only where the user trusts them."""
+"""LMDB files: those of ASE, and those of pickles, which are loaded only if the user trusts them."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSet
 from hydrazero.shards.readers.opening import optional_module
 
 NOT_FRAMES = (b"length",)
-"""Keys whose values are about the file."""
+"""Keys whose values describe the file."""
 
 
 @reader(suffixes=(".aselmdb",))
 def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read an ASE database in LMDB (ase-db-backends); key-value pairs and data become the frame's fields.
+    """Yield the rows of an ASE database in LMDB (ase-db-backends); key-value pairs and data become fields.
 
-    Raises SourceError if it is none, or is cut off; a damaged row is a bad frame.
+    Raises SourceError if the file is of another kind or truncated; a damaged row is a bad frame.
     """
     lmdb = optional_module("lmdb", "lmdb", f"{path}: reading an ASE LMDB")
     optional_module("ase_db_backends", "ase-db-backends", f"{path}: reading an ASE LMDB")
     maker = FrameMaker(settings)
     with _environment(lmdb, path):
-        pass  # refuses what would end the process once it is mapped
+        pass  # rejects files that would end the process once they are mapped
     try:
         database: Any = ase.db.connect(str(path), type="aselmdb", serial=True, readonly=True)
-    except Exception as error:  # lmdb.Error, zlib.error, json errors, KeyError, by the kind of damage
+    except Exception as error:  # depends on the damage: lmdb.Error, zlib.error, json errors, KeyError
         raise SourceError(f"{path} cannot be read as an ASE LMDB ({brief(error)}).") from error
 
     def read(number: int, source_id: str) -> Frame:
         try:
             row = database.get(id=number)
-        except Exception as error:  # what a damaged row makes zlib, json and ASE raise
+        except Exception as error:  # zlib, json and ASE raise errors of many kinds for a damaged row
             return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
         return frame_from_row(row, source_id, maker)
 
@@ -54,14 +54,14 @@ def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 
 @reader(suffixes=(".lmdb", ".mdb"))
 def read_lmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read pickled dicts (or objects with attributes) of arrays or tensors, by the settings' columns.
+    """Yield pickled dicts (or objects with attributes) of arrays or tensors, by the names in [columns].
 
-    Raises SourceError if the settings do not trust pickles: to load one can run any code.
+    Raises SourceError if the settings do not trust pickles, since loading one can run any code.
     """
     if not settings.trust_pickle:
         raise SourceError(
-            f"{path} holds pickles, and loading a pickle can run any code that its maker put in: "
-            "give --trust-pickle if you trust where it comes from."
+            f"{path} holds pickles, and loading a pickle can run any code that its author put in; "
+            "use --trust-pickle if you trust its origin."
         )
     lmdb = optional_module("lmdb", "lmdb", f"{path}: reading LMDB")
     maker, names = FrameMaker(settings), column_names(settings)
@@ -81,17 +81,17 @@ def read_lmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 
 @contextmanager
 def _environment(lmdb: Any, path: Path) -> Iterator[Any]:
-    """Open a file for reading; raises SourceError for what is no LMDB file, or a part of one."""
+    """Yield an LMDB file that is open for reading; raise SourceError if it is of another kind or truncated."""
     try:
         environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
     except (lmdb.Error, OSError) as error:
-        raise SourceError(f"{path} is no readable LMDB file ({brief(error)}).") from error
+        raise SourceError(f"{path} is not a readable LMDB file ({brief(error)}).") from error
     with environment:
-        # Pages are mapped, not read: a page that is not there ends the process.
+        # Pages are mapped, not read: a missing page would end the process.
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         size = path.stat().st_size
         if size < needed:
-            raise SourceError(f"{path} has {size:,} bytes of the {needed:,} that it speaks of; copy it again.")
+            raise SourceError(f"{path} has {size:,} bytes instead of {needed:,}, so it is truncated; copy it again.")
         yield environment
 
 
@@ -124,10 +124,10 @@ def _frame_from_pickle(value: bytes, names: Mapping[str, str], source_id: str, m
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:
-    """Fields of an object such as PyTorch Geometric's Data."""
+    """Return the fields of an object such as PyTorch Geometric's Data."""
     return value.to_dict() if hasattr(value, "to_dict") else vars(value)
 
 
 def _plain(value: Any) -> Any:
-    """Tensors as arrays; others as they are."""
+    """Return a tensor as an array, and any other value unchanged."""
     return value.detach().cpu().numpy() if hasattr(value, "detach") else value

@@ -1,4 +1,4 @@
-"""The input.data of n2p2 and RuNNer: frames of any size, parsed by ASE one by one."""
+"""The format input.data of n2p2 and RuNNer; ASE parses each frame on its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hydrazero.shards.readers.opening import READ_ERRORS, open_text, optional_mo
 
 @reader(further_suffixes=(".data",))
 def read_n2p2(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read the frames between 'begin' and 'end', in the units that the settings name; the charge is 'total_charge'.
+    """Yield the frames between 'begin' and 'end', in the units of the settings; the charge is 'total_charge'.
 
-    The format has no units of its own: Hartree and Bohr are usual. Raises SourceError if the file is cut off.
+    The format itself has no units; Hartree and Bohr are usual. Raises SourceError if the file is truncated.
     """
-    # An older ASE lacks it.
+    # Older versions of ASE lack it.
     units = optional_module("ase.io.runner.runneratoms", "ase>=3.29", f"{path}: reading the n2p2 format").Units
     maker = FrameMaker(settings)
     with open_text(path) as (file, fraction):
@@ -43,21 +43,21 @@ def _frame_texts(file: TextIO, path: Path) -> Iterator[str]:
         if word == "begin" and lines:
             break
         if word == "begin" or lines:
-            # ASE finds the first line of a frame by the small word at its very start.
+            # ASE looks for the word in small letters at the very start of a frame.
             lines.append("begin" + line.strip()[5:] + "\n" if word == "begin" else line)
         if word == "end" and lines:
             yield "".join(lines)
             number, lines = number + 1, []
     if lines:
         raise SourceError(
-            f"{path}, frame {number}: there is no 'end' to its 'begin'; the file is truncated or damaged."
+            f"{path}, frame {number}: there is no 'end' after its 'begin'; the file is truncated or damaged."
         )
 
 
 def _parse(text: str, source_id: str, maker: FrameMaker, no_conversion: Any) -> Frame:
     try:
-        # Told that the file is in ASE's units, ASE leaves all numbers as they are.
+        # With its own units as those of the file, ASE leaves all numbers unchanged.
         read: Any = ase.io.read(io.StringIO(text), format="runnerdata", parallel=False, input_units=no_conversion)
-    except Exception as error:  # KeyError, ValueError, IndexError, ... by the kind of damage
+    except Exception as error:  # depends on the damage: KeyError, ValueError, IndexError, ...
         return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
     return frame_from_atoms(cast(Atoms, read), source_id, maker)

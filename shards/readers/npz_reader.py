@@ -1,4 +1,4 @@
-"""NumPy archives of one molecule in many geometries: the sGDML and the rMD17 layouts."""
+"""NumPy archives of one molecule in many geometries, in the layouts of sGDML and rMD17."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LAYOUTS = (
 
 @reader(suffixes=(".npz",))
 def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read the frames of an archive, one molecule in many geometries, or ragged arrays if the settings have columns.
+    """Yield the frames of an archive: one molecule in many geometries, or ragged arrays if the settings have [columns].
 
-    Raises SourceError if its keys or shapes do not fit.
+    Raises SourceError if the keys or shapes do not fit.
     """
     maker = FrameMaker(settings)
     if settings.columns:
@@ -57,20 +57,22 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read all arrays; raises SourceError."""
+    """Return all arrays by name; raise SourceError if the archive cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except Exception as error:  # OSError, BadZipFile, zlib.error, ValueError, EOFError, ... by the kind of damage
-        raise SourceError(f"{path} is no readable npz archive ({error}).") from error
+    except Exception as error:  # depends on the damage: OSError, BadZipFile, zlib.error, ValueError, EOFError, ...
+        raise SourceError(
+            f"{path} is not a readable npz archive ({error}); copy it again if it should be one."
+        ) from error
 
 
 def _columns(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of either layout by the names that we use; raises SourceError."""
+    """Return the arrays by the parts of a structure; raise SourceError for another layout or wrong shapes."""
     layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(arrays)), None)
     if layout is None:
         raise SourceError(
-            f"{path} has the keys {', '.join(arrays)}: neither the sGDML nor rMD17 layout; name its arrays under "
+            f"{path} has the keys {', '.join(arrays)}, neither those of sGDML nor of rMD17; name its arrays under "
             "[columns]."
         )
     columns = {name: arrays[key] for name, key in layout.items() if key in arrays}

@@ -1,4 +1,4 @@
-"""Opening of source files, compressed or not, with the share of them that has been read."""
+"""Opening of source files, compressed or not, and the fraction of them that has been read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hydrazero.shards.errors import SourceError
 COMPRESSIONS: dict[str, Callable[[Any], Any]] = {".xz": lzma.open, ".bz2": bz2.open, ".gz": gzip.open}
 
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
-"""What reading a file that is damaged, cut short or not of its kind raises."""
+"""Errors that are raised when a file is damaged, truncated, or of another kind."""
 
 
 def optional_module(module: str, package: str, wanted_for: str, extra: str = "formats") -> Any:
-    """Import a module of an optional package; raises SourceError that says what to install if it is not there.
+    """Return an imported module of an optional package; raise SourceError with the command that installs it.
 
-    `wanted_for` begins the sentence: the file, or the format.
+    `wanted_for` begins that sentence, and names the file or the format.
     """
     try:
         return import_module(module)
@@ -33,16 +33,16 @@ def optional_module(module: str, package: str, wanted_for: str, extra: str = "fo
 
 
 def plain_suffix(path: Path) -> str:
-    """Suffix of a file in small letters, that of its compression left out: '.json' for 'a.json.bz2'."""
+    """Return the suffix of a file in small letters, without that of a compression: '.json' for 'a.json.bz2'."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return inner.suffix.lower()
 
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
-    """Open a file, decompressing it by its suffix; also gives a function that tells the share of it that is read.
+    """Yield an open file, decompressed by its suffix, and a function that returns the fraction that has been read.
 
-    Raises SourceError if it cannot be opened; damage shows itself, as one of READ_ERRORS, while it is read.
+    Raises SourceError if the file cannot be opened. Damage raises one of READ_ERRORS while the file is read.
     """
     try:
         raw = open(path, "rb")  # noqa: SIM115 (closed below)
@@ -57,6 +57,6 @@ def open_binary(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[tuple[TextIO, Callable[[], float]]]:
-    """Open a text file in UTF-8 as `open_binary` does."""
+    """Yield an open text file in UTF-8, otherwise as `open_binary` does."""
     with open_binary(path) as (file, fraction):
         yield io.TextIOWrapper(file, encoding="utf-8"), fraction

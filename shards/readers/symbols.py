@@ -1,4 +1,4 @@
-"""Atomic numbers from the symbols that text formats have."""
+"""Atomic numbers from chemical symbols."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hydrazero.shards.errors import StructureError
 
 
 def numbers_of(symbols: Iterable[Any]) -> NDArray[np.uint8]:
-    """Return atomic numbers [atoms] of chemical symbols; raises StructureError for what is no element."""
+    """Return the atomic numbers [atoms] of chemical symbols; raise StructureError for an unknown symbol."""
     names = [symbol.decode("ascii", "replace") if isinstance(symbol, bytes) else str(symbol) for symbol in symbols]
     for name in names:
         if atomic_numbers.get(name, 0) < 1:
-            raise StructureError("unknown_element", f"'{name}' is no chemical element")
+            raise StructureError("unknown_element", f"'{name}' is not a chemical element")
     return np.array([atomic_numbers[name] for name in names], dtype=np.uint8)

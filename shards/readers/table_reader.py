@@ -1,4 +1,4 @@
-"""Tables with a row for each structure: parquet, read a batch of rows at a time."""
+"""Parquet tables with a row for each structure, read in batches of rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ROWS = 256
 
 @reader(suffixes=(".parquet",))
 def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Read a parquet file by the settings' columns: numbers (list), positions and forces (nested or flat lists), ...
+    """Yield the rows of a parquet file by [columns]: numbers (list), positions and forces (nested or flat lists), ...
 
-    Other columns of texts and numbers become the frame's fields. Raises SourceError if a column is missing or the file
-    is damaged.
+    Other columns of texts and numbers become fields of the frame. Raises SourceError if a column is missing or the
+    file is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -47,11 +47,11 @@ def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
                         fraction=number / total,
                     )
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path} is no whole parquet file ({brief(error)}); copy it again.") from error
+        raise SourceError(f"{path} is not a complete parquet file ({brief(error)}); copy it again.") from error
 
 
 def frame_from_row(row: dict[str, Any], names: dict[str, str], source_id: str, maker: FrameMaker) -> Frame:
-    """Make a frame of a row, flat lists of three numbers an atom being folded."""
+    """Return the frame of a row; flat lists of three numbers per atom are reshaped."""
     parts = {part: row[key] for part, key in names.items() if row.get(key) is not None}
     for part in ("positions", "forces"):
         values = np.asarray(parts.get(part, ()), dtype=np.float64) if part in parts else None

@@ -1,4 +1,4 @@
-"""Which batch suits a number of tasks: from a sample of their structures, packed as the stream packs them."""
+"""Proposal of a batch size for some tasks, from samples of their structures that are packed as in training."""
 
 from __future__ import annotations
 
@@ -17,50 +17,51 @@ from hydrazero.shards.stream.packing import LOOK_AHEAD, choose
 from hydrazero.shards.stream.stream import SplitReader
 
 SAMPLED = 512
-"""Structures of each task that are looked at."""
+"""Number of structures of each task in the sample."""
 
 ROOM_ATOMS, ROOM_SLOTS = 1.02, 1.03
-"""Atoms and slots for each edge, over their means: with a little of both to spare, batches fill up evenly with edges
-(sixteen datasets, 48 structures a batch: 97% of the atoms, 86% of the slots, edges at most 1.01 times their mean)."""
+"""Room for atoms and slots relative to their means per edge. With a little of both to spare, all batches have nearly
+the same number of edges (sixteen datasets, 48 structures per batch: 97% of the atoms and 86% of the slots are used,
+and the number of edges is at most 1.01 times its mean)."""
 
 SIMULATED_BATCHES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fill:
-    """How full simulated batches are, as shares of what they hold."""
+    """Used fractions of simulated batches."""
 
     structures: float
     atoms: float
     slots: float
-    """Neighbours over slots."""
+    """Number of neighbours divided by the number of slots."""
     edges_spread: float
-    """Most edges of a batch over the mean."""
+    """Largest number of edges of a batch divided by the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What structures take of a batch, in the mixture that the stream delivers."""
+    """Sizes of structures in the mixture of tasks that the stream delivers."""
 
     tasks: tuple[NDArray[np.int64], ...]
-    """Of each task, a sample: rows (1, atoms, rows of slots, edges)."""
+    """Sample of each task, [structures, 4]: columns are 1, atoms, rows of slots, edges."""
     shares: NDArray[np.float64]
-    """Of each task among the structures delivered."""
+    """Share of each task among the structures that are delivered, [tasks]."""
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean (1, atoms, rows, edges) of a structure."""
+        """Means of 1, atoms, rows and edges per structure, [4]."""
         return sum(
             (share * task.mean(axis=0) for share, task in zip(self.shares, self.tasks, strict=True)), np.zeros(4)
         )
 
     @property
     def largest(self) -> NDArray[np.int64]:
-        """Most (1, atoms, rows, edges) of any structure in the samples."""
+        """Maxima of 1, atoms, rows and edges of the structures in the samples, [4]."""
         return np.max([task.max(axis=0) for task in self.tasks], axis=0)
 
     def draw(self, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
-        """Draw structures of the mixture: [count, 4]."""
+        """Return random structures of the mixture, [count, 4]."""
         chosen = generator.choice(len(self.tasks), size=count, p=self.shares)
         drawn = np.empty((count, 4), dtype=np.int64)
         for index, task in enumerate(self.tasks):
@@ -70,7 +71,7 @@ class Demand:
 
 
 def demand_of(reader: SplitReader) -> Demand:
-    """Look at a sample of each task's structures, spread over its blocks; raises ShardError for damaged shards."""
+    """Return the sizes of a sample of each task, spread over its blocks; raise ShardError for damaged shards."""
     samples, counts = [], []
     for task, blocks in enumerate(reader.readers):
         sizes = blocks.block_sizes
@@ -90,9 +91,9 @@ def demand_of(reader: SplitReader) -> Demand:
 
 
 def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
-    """Return a shape for about so many structures a batch, in which the largest structure of every task fits.
+    """Return a batch size for about the given number of structures, which can hold every structure of the tasks.
 
-    Raises ConfigError if the manifests have no counts of neighbours for the cutoff.
+    Raises ConfigError if a manifest has no numbers of neighbours within the cutoff.
     """
     atoms, edges = 0, 0
     slots = 0
@@ -106,7 +107,7 @@ def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
         atoms = max(atoms, blocks.manifest.max_atoms)
         slots, edges = max(slots, found[1].most_slots), max(edges, found[1].most_edges)
     _, mean_atoms, mean_rows, mean_edges = demand.mean.tolist()
-    # In proportion to each other, however large the largest structure makes the batch.
+    # Atoms, slots and edges keep their proportions, even if one large structure determines the size.
     scale = max(structures, atoms / mean_atoms, slots / (mean_rows * ROW_SLOTS), edges / max(mean_edges, 1e-9))
     return BatchShape(
         structures=int(np.ceil(2 * scale)),
@@ -119,7 +120,7 @@ def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
 def simulate(
     demand: Demand, shape: BatchShape, generator: np.random.Generator, batches: int = SIMULATED_BATCHES
 ) -> NDArray[np.int64]:
-    """Pack drawn structures as the stream does: sums of (1, atoms, rows, edges) in each batch, [batches, 4]."""
+    """Pack random structures as the stream does; return sums of 1, atoms, rows and edges per batch, [batches, 4]."""
     budget = np.array([shape.structures, shape.atoms, shape.rows, shape.most_edges], dtype=np.float64)
     pool = np.zeros((0, 4), dtype=np.int64)
     held = np.zeros((batches, 4), dtype=np.int64)
@@ -134,7 +135,7 @@ def simulate(
 
 
 def fill_of(held: Sequence[NDArray[np.int64]] | NDArray[np.int64], shape: BatchShape) -> Fill:
-    """Return how full batches are that hold (structures, atoms, rows, edges)."""
+    """Return the used fractions of batches with the given structures, atoms, rows and edges, [batches, 4]."""
     structures, atoms, _, edges = np.asarray(held, dtype=np.float64).T
     return Fill(
         structures=float(structures.mean() / shape.structures),

@@ -1,4 +1,4 @@
-"""Reading of single blocks out of WebDataset tars, wherever they lie, with retries, checksums and a bounded cache."""
+"""Reading of single blocks of local and remote shards, with retries, checksums and a bounded cache."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hydrazero.shards.location import open_at
 from hydrazero.shards.manifest import Manifest, Shard, read_manifest
 
 CACHE_BYTES = 96_000_000
-"""Of decoded blocks that a reader of several tasks keeps, about 300 blocks of molecules."""
+"""Maximum size of the cache of decoded blocks in bytes, about 300 blocks of molecules."""
 
 RETRY_AFTER = (0.2, 2.0)
-"""Seconds before a broken read is tried again; then it is taken for damage."""
+"""Seconds to wait before each further attempt at a failed read; after the last one, the block counts as damaged."""
 
 
 class BlockReader:
-    """Blocks of one split of one task, by number."""
+    """Reads the blocks of one split of one task by their numbers."""
 
     def __init__(self, folder: Path | str, split: str, manifest: Manifest | None = None) -> None:
-        """The manifest is read unless it is given; raises ShardError if it cannot be."""
+        """Read the manifest unless it is given; raise ShardError if it cannot be read."""
         self.folder, self.split = str(folder), split
         self.manifest = read_manifest(folder) if manifest is None else manifest
         self._blocks: list[tuple[Shard, int]] = [
@@ -42,14 +42,14 @@ class BlockReader:
 
     @property
     def block_sizes(self) -> NDArray[np.int64]:
-        """Structures in each block, [blocks]."""
+        """Number of structures in each block, [blocks]."""
         return np.array([shard.block_structures[index] for shard, index in self._blocks], dtype=np.int64)
 
     def read(self, number: int) -> StructureBlock:
-        """Read one block, trying again where a read breaks off.
+        """Return one block; a failed read is repeated.
 
-        Raises ShardError, naming the shard and block, if it stays missing or damaged, or if it holds another number of
-        structures than the manifest says.
+        Raises ShardError with the shard and the block if the block is still missing or damaged after the last attempt,
+        or if its number of structures is not that of the manifest.
         """
         if number in self._damaged:
             raise ShardError(self._damaged[number])
@@ -68,12 +68,14 @@ class BlockReader:
         where = f"shard {self.folder}/{shard.file}, block {index}"
         data = self._read_bytes(shard, index, where)
         if zlib.crc32(data) != shard.block_crc32[index]:
-            raise ShardError(f"{where} has another checksum than the manifest says: copy or convert the task again.")
+            raise ShardError(
+                f"{where} does not have the checksum of the manifest; copy it again or convert the task again."
+            )
         block = decode_block(data, where)
         if len(block) != shard.block_structures[index]:
             raise ShardError(
-                f"{where} holds {len(block)} structures where the manifest says {shard.block_structures[index]}: they "
-                "are not of one conversion; convert the task again."
+                f"{where} holds {len(block)} structures, but {shard.block_structures[index]} according to the "
+                "manifest: they come from different conversions; convert the task again."
             )
         return block
 
@@ -84,13 +86,15 @@ class BlockReader:
             with open_at(self.folder, shard.file, begin, end) as stream:
                 for member in tar_file_iterator(stream):
                     return member["data"]
-        except Exception as error:  # OSError, tarfile.ReadError and EOFError, by where the damage is
-            raise ShardError(f"{where} cannot be read ({error}); copy or convert the task again.") from error
-        raise ShardError(f"{where} is not where the manifest says; copy or convert the task again.")
+        except Exception as error:  # OSError, tarfile.ReadError or EOFError, depending on the damage
+            raise ShardError(f"{where} cannot be read ({error}); copy it again or convert the task again.") from error
+        raise ShardError(
+            f"{where} is not at the place that the manifest gives; copy it again or convert the task again."
+        )
 
 
 class BlockCache:
-    """Decoded blocks of several readers, the longest unused given up when they take too much memory."""
+    """Cache of decoded blocks of several readers, which drops the longest unused ones if it becomes too large."""
 
     def __init__(self, readers: list[BlockReader], most_bytes: int = CACHE_BYTES) -> None:
         self.readers, self.most_bytes = readers, most_bytes
@@ -98,7 +102,7 @@ class BlockCache:
         self._bytes = 0
 
     def block(self, task: int, number: int) -> StructureBlock:
-        """Return a block of a reader, from the cache where it is there; raises ShardError as `BlockReader.read`."""
+        """Return a block of a task, from the cache if possible; raise ShardError as `BlockReader.read` does."""
         key = (task, number)
         if key not in self._blocks:
             block = self.readers[task].read(number)

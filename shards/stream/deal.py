@@ -1,9 +1,9 @@
-"""Who reads what, when: a deterministic deal of every task's blocks to lanes, from the manifests alone.
+"""Deterministic distribution of the blocks of all tasks to the workers of all ranks, from the manifests alone.
 
-A lane is one worker of one rank. A piece is a part of a block: the whole block where a task has many, a fraction of it
-where it has few, so that small tasks are dealt fairly too. In each pass over a task its pieces are permuted anew and
-dealt to the lanes in turn: each structure is delivered exactly once a pass, whatever the number of lanes. When the
-number of lanes changes, what was left of the epoch is dealt anew as its rest.
+A lane is one worker of one rank. A piece is a complete block of a task with many blocks, or a part of a block of a task
+with few, so that small tasks are distributed evenly too. In each pass over a task, its pieces are permuted and dealt to
+the lanes in turn like cards: every structure is delivered exactly once per pass, for any number of lanes. If the number
+of lanes changes, the rest of the epoch is dealt again.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from numpy.typing import NDArray
 from hydrazero.shards.errors import ConfigError
 
 PIECES_PER_LANE = 8
-"""A task is cut until each lane has at least this many pieces, if it has the structures for it."""
+"""Number of pieces that each lane gets at least, if the task has enough structures."""
 
 Pieces = NDArray[np.int64]
-"""[pieces, 4]: number of the pass, block, and start and stride in the block's order of that pass."""
+"""Array [pieces, 4]: number of the pass, block, and start and stride in the order of the block in that pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPlan:
-    """What the deal needs to know of one task."""
+    """Facts on one task for the deal."""
 
     name: str
     block_sizes: NDArray[np.int64]
-    """Structures in each block of the split."""
+    """Number of structures in each block of the split, [blocks]."""
     repeats: float = 1.0
-    """Passes over the task in one epoch; other than 1 where a mixture temperature is set."""
+    """Number of passes over the task in one epoch; it differs from 1 if a temperature or shares are set."""
 
     @property
     def structures(self) -> int:
-        """Structures in one pass."""
+        """Number of structures in one pass."""
         return int(self.block_sizes.sum())
 
 
 @dataclass(kw_only=True)
 class LanePlace:
-    """Where a lane is: the epoch, and how many structures of each task it has drawn in it."""
+    """Position of a lane: the epoch, and the number of structures of each task that it has drawn in it."""
 
     epoch: int = 0
     delivered: list[int] = field(default_factory=list)
@@ -50,25 +50,28 @@ class LanePlace:
 
 @dataclass(frozen=True, kw_only=True)
 class Rest:
-    """What was left of an epoch when the number of lanes changed."""
+    """Rest of an epoch at the time when the number of lanes changed."""
 
     epoch: int
     pieces: tuple[Pieces, ...]
-    """Of each task."""
+    """Remaining pieces of each task."""
 
 
 EPOCH_STRUCTURES = 65_536
-"""An epoch with fixed shares need not be longer; every pass over a small task in it is planned at its start."""
+"""Number of structures beyond which an epoch with fixed shares is not extended, since all its passes are planned at its
+start."""
 
 
 def mixture_repeats(structures: Sequence[int], temperature: float, shares: Sequence[float | None] = ()) -> list[float]:
-    """Return passes per epoch for each task when tasks are sampled in proportion to structures ** (1 / temperature).
+    """Return the number of passes per epoch for each task, sampled in proportion to structures ** (1 / temperature).
 
-    Temperature 1 is one pass over each; a higher one repeats small tasks and thins large ones, while the number of
-    structures in an epoch stays the same (temperature sampling as in multilingual models, Arivazhagan et al. 2019).
+    Temperature 1 is one pass over each task. A higher temperature repeats small tasks and skips a part of large ones,
+    while the number of structures per epoch stays the same (temperature sampling as in multilingual models,
+    Arivazhagan et al. 2019).
 
-    `shares` are those of tasks that have a fixed one of all structures, None for the others, which divide the rest. An
-    epoch is then at least one pass over the others, and longer where that lets each task with a share be passed once.
+    `shares` are fixed shares of all structures for some tasks, and None for the others, which divide the rest. An epoch
+    is then at least one pass over the others, and longer if each task with a share is thereby passed once. Raises
+    ConfigError for a temperature below 1.
     """
     if not temperature >= 1.0:
         raise ConfigError(f"mixture.temperature is {temperature}; it must be at least 1.")
@@ -86,17 +89,17 @@ def mixture_repeats(structures: Sequence[int], temperature: float, shares: Seque
 
 
 def lane_number(rank: int, worker: int, ranks: int) -> int:
-    """Return the lane of a rank's worker: neighbouring lanes are other ranks, so that what is over goes to many."""
+    """Return the lane of a worker; neighbouring lanes are of different ranks, so that remainders are shared evenly."""
     return worker * ranks + rank
 
 
 class Deal:
-    """Which pieces each of a number of lanes delivers in each epoch, and in which order."""
+    """Distribution of pieces to lanes: the pieces that each lane delivers in each epoch, in order."""
 
     def __init__(self, tasks: Sequence[TaskPlan], *, lanes: int, seed: int, rest: Rest | None = None) -> None:
         self.tasks, self.lanes, self.seed = list(tasks), lanes, seed
         self.parts = [self._cuts(len(task.block_sizes), int(task.block_sizes.max())) for task in self.tasks]
-        """Of each task: parts that its blocks are cut into."""
+        """Number of parts into which the blocks of each task are cut."""
         counts = [
             max(1, round(task.repeats * len(task.block_sizes) * parts))
             for task, parts in zip(self.tasks, self.parts, strict=True)
@@ -106,14 +109,14 @@ class Deal:
         self._rest = () if rest is None else tuple(self._shuffled_rest(i, rest) for i in range(len(self.tasks)))
 
     def _cuts(self, pieces: int, largest: int) -> int:
-        """Parts that each piece must be cut into for every lane to get enough of them; `largest` is the most."""
+        """Return into how many parts pieces are cut, so that every lane gets enough; about `largest` at most."""
         parts = 1
         while pieces * parts < PIECES_PER_LANE * self.lanes and parts < largest:
             parts *= 2
         return parts
 
     def _generator(self, *key: int) -> np.random.RandomState:
-        # numpy promises never to change this generator's numbers: a run can be resumed with a newer numpy.
+        # NumPy guarantees that this generator's numbers never change: a run can be resumed with a newer NumPy.
         return np.random.RandomState([self.seed & 0xFFFFFFFF, *(k & 0xFFFFFFFF for k in key)])
 
     def _shuffled_rest(self, index: int, rest: Rest) -> Pieces:
@@ -127,21 +130,22 @@ class Deal:
         return pieces[self._generator(3, index, rest.epoch, self.lanes).permutation(len(pieces))]
 
     def _count(self, index: int, epoch: int) -> int:
-        """Pieces of a task in an epoch."""
+        """Return the number of pieces of a task in an epoch."""
         return len(self._rest[index]) if epoch == self._rest_epoch else self._per_epoch[index]
 
     def _first_lane(self, index: int, epoch: int) -> int:
-        """Lane that gets the first piece; each task, and each epoch, goes on where the one before stopped."""
+        """Return the lane that gets the first piece; each task and epoch continues after the lane of the last piece."""
         before = sum(self._count(i, epoch) for i in range(index))
         return (epoch * sum(self._per_epoch) + before) % self.lanes
 
     def _pieces_at(self, index: int, epoch: int, turns: NDArray[np.int64]) -> Pieces:
-        """Pieces that are dealt at the given turns of an epoch."""
+        """Return the pieces that are dealt at the given turns of an epoch."""
         if epoch == self._rest_epoch:
             return self._rest[index][turns]
         parts = self.parts[index]
         per_pass = len(self.tasks[index].block_sizes) * parts
-        # Epochs follow each other in the endless series of passes, so a thinned task is covered over several epochs.
+        # Epochs follow each other in an endless series of passes: a task with less than one pass per epoch is covered
+        # by several epochs.
         places = turns + epoch * self._per_epoch[index]
         pieces = np.empty((len(turns), 4), dtype=np.int64)
         for number in np.unique(places // per_pass):
@@ -153,23 +157,23 @@ class Deal:
         return pieces
 
     def lane_pieces(self, index: int, epoch: int, lane: int) -> Pieces:
-        """Pieces of a task that a lane delivers in an epoch, in order."""
+        """Return the pieces of a task that a lane delivers in an epoch, in order."""
         first = (lane - self._first_lane(index, epoch)) % self.lanes
         return self._pieces_at(index, epoch, np.arange(first, self._count(index, epoch), self.lanes))
 
     def piece_sizes(self, index: int, pieces: Pieces) -> NDArray[np.int64]:
-        """Structures in each of the pieces."""
+        """Return the number of structures in each piece, [pieces]."""
         left = self.tasks[index].block_sizes[pieces[:, 1]] - pieces[:, 2]
         return np.maximum(-(-left // pieces[:, 3]), 0)
 
     def piece_rows(self, index: int, piece: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of the block that belong to a piece, in the order of their delivery."""
+        """Return the rows of the block that belong to a piece, in the order of delivery."""
         number, block, start, stride = (int(value) for value in piece)
         order = self._generator(2, index, number, block).permutation(int(self.tasks[index].block_sizes[block]))
         return order[start::stride]
 
     def _deliveries(self, index: int, pieces: Pieces, skip: int) -> Iterator[tuple[int, int]]:
-        """Blocks and rows of pieces, the first `skip` left out without walking through them."""
+        """Yield the blocks and rows of pieces; the first `skip` rows are skipped without a walk through them."""
         ends = np.cumsum(self.piece_sizes(index, pieces))
         first = int(np.searchsorted(ends, skip, side="right"))
         skip -= int(ends[first - 1]) if first else 0
@@ -179,9 +183,9 @@ class Deal:
             skip = 0
 
     def walk(self, lane: int, place: LanePlace, *, epochs: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """Yield a lane's (task, block, row) from `place` on, which is moved along; without end unless `epochs` are set.
+        """Yield (task, block, row) for a lane from `place` on, which is updated; without end unless `epochs` is set.
 
-        Tasks are interleaved so that each has delivered the same fraction of its epoch at any time.
+        Tasks are interleaved so that at any time each has delivered the same fraction of its epoch.
         """
         last = None if epochs is None else place.epoch + epochs
         everyone = range(len(self.tasks))
@@ -203,7 +207,7 @@ class Deal:
             place.delivered = []
 
     def rest(self, places: Sequence[LanePlace]) -> Rest:
-        """Return what the lanes, each at its place, have not drawn up to the end of the epoch of the foremost."""
+        """Return what lanes at the given places have not drawn up to the end of the latest epoch among them."""
         last = max(place.epoch for place in places)
         at = np.array([place.epoch for place in places])
         pieces = []
@@ -214,7 +218,7 @@ class Deal:
         return Rest(epoch=last, pieces=tuple(pieces))
 
     def _left(self, index: int, epoch: int, at: NDArray[np.int64], drawn: NDArray[np.int64]) -> Pieces:
-        """Pieces of an epoch, or what is left of them, that lanes in epochs `at` have not drawn."""
+        """Return the rest of the pieces of an epoch that lanes in epochs `at` have not drawn."""
         turns = np.arange(self._count(index, epoch))
         lanes = (turns + self._first_lane(index, epoch)) % self.lanes
         order = np.argsort(lanes, kind="stable")
@@ -222,7 +226,7 @@ class Deal:
         sizes = self.piece_sizes(index, pieces)
         ends = np.cumsum(sizes)
         totals = np.bincount(lanes, weights=sizes, minlength=self.lanes).astype(np.int64)
-        ends -= (np.cumsum(totals) - totals)[lanes]  # counted from each lane's own first piece
+        ends -= (np.cumsum(totals) - totals)[lanes]  # counted from the first piece of each lane
         done = np.where(at > epoch, totals, np.where(at == epoch, drawn, 0))[lanes]
         left = np.clip(ends - done, 0, sizes)
         pieces[:, 2] += pieces[:, 3] * (sizes - left)

@@ -1,4 +1,4 @@
-"""The place in the stream as part of a checkpoint: every lane's place, and how lanes were dealt before they changed."""
+"""The position in the stream as part of a checkpoint: that of every lane, and those before the lanes changed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number
 
 @dataclass(frozen=True, kw_only=True)
 class LaneState:
-    """A lane's place after its last batch."""
+    """Position of a lane after its last batch."""
 
     epoch: int = 0
     delivered: tuple[int, ...] = ()
-    """Structures of each task drawn in the epoch; empty at its start."""
+    """Number of structures of each task that have been drawn in the epoch; empty at its start."""
     pending: tuple[tuple[int, int, int], ...] = ()
-    """(task, block, row) of structures that are drawn and wait for a batch."""
+    """Places (task, block, row) of structures that have been drawn and wait for a batch."""
 
     @property
     def place(self) -> LanePlace:
-        """Where the lane's walk goes on."""
+        """Place from which the lane continues."""
         return LanePlace(epoch=self.epoch, delivered=list(self.delivered))
 
 
@@ -33,22 +33,22 @@ Lanes = tuple[LaneState, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class StreamStart:
-    """Where the streams of all ranks start."""
+    """Start of the streams of all ranks."""
 
     deal: Deal
     lanes: Lanes
     turns: tuple[int, ...]
-    """Of each rank: the worker whose batch is next."""
+    """Worker of each rank whose batch comes next."""
     past: tuple[Lanes, ...]
-    """Where all lanes of each earlier deal were when it ended, the oldest first; empty once its epoch is over."""
+    """States of all lanes at the end of each earlier deal, the oldest first; empty once their epoch is over."""
 
 
 def start_of_stream(
     tasks: Sequence[TaskPlan], seed: int, ranks: int, workers: int, saved: dict[str, Any] | None
 ) -> StreamStart:
-    """Return where streams of `ranks` times `workers` lanes go on from what `saved_state` made, or start.
+    """Return the start of streams with `ranks` times `workers` lanes, from a result of `saved_state` or from scratch.
 
-    On another number of lanes, what was left of the epoch is dealt anew: each structure of it to one of the new lanes.
+    If the number of lanes has changed, the rest of the epoch is dealt again: each structure goes to one new lane.
     """
     lanes, turns, past = _parsed(saved)
     if saved and (len(lanes), len(turns)) != (ranks * workers, ranks):
@@ -91,15 +91,16 @@ def _lanes(documents: Sequence[dict[str, Any]]) -> Lanes:
 
 
 def rank_state(lanes: Sequence[LaneState], turn: int) -> bytes:
-    """Return one rank's part of `saved_state`, pickled plain types.
+    """Return the state of one rank for `saved_state`, as a pickle of plain types.
 
-    In bytes 16,384 of them travel and are saved in a second or two; torch takes a minute over millions of numbers.
+    As bytes, 16,384 of them are gathered and saved in a second or two; `torch.save` takes a minute for the millions of
+    numbers in them.
     """
     return pickle.dumps({"turn": turn, "lanes": [asdict(lane) for lane in lanes]}, protocol=4)
 
 
 def saved_state(fingerprint: str, past: tuple[Lanes, ...], of_ranks: Sequence[bytes]) -> dict[str, Any]:
-    """Return what a checkpoint keeps of the stream: what all ranks share once, and each rank's `rank_state`."""
+    """Return the state of the stream for a checkpoint: what all ranks share, and the `rank_state` of each rank."""
     return {
         "fingerprint": fingerprint,
         "past": [[asdict(lane) for lane in lanes] for lanes in past],
@@ -108,9 +109,9 @@ def saved_state(fingerprint: str, past: tuple[Lanes, ...], of_ranks: Sequence[by
 
 
 def check_fingerprint(saved: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise ConfigError if a saved place belongs to other data, another seed or another mixture."""
+    """Raise ConfigError if a saved position belongs to other data, another seed or another mixture."""
     if saved and saved["fingerprint"] != fingerprint:
         raise ConfigError(
-            "the checkpoint's place in the data belongs to other shards, another run.seed or another "
+            "the checkpoint's position in the data belongs to other shards, another run.seed or another "
             "data.temperature; resume with the same ones, or start a new run."
         )

@@ -1,4 +1,4 @@
-"""The stream: from shards to batches of a fixed size, deterministic, with its place as part of every batch."""
+"""The stream: a deterministic series of batches of a fixed size from shards; every batch knows its position in it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, to_buffer
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
 from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
-from hydrazero.shards.stream.handover import HandedBatch, from_buffer, to_buffer
 from hydrazero.shards.stream.packing import Packer, pack
 from hydrazero.shards.stream.state import (
     LaneState,
@@ -33,42 +33,42 @@ from hydrazero.shards.stream.state import (
 from hydrazero.shards.targets import TargetColumn
 
 PREFETCHED_BATCHES = 4
-"""Batches that each worker process may be ahead."""
+"""Number of batches that each worker process prepares in advance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """What to stream and in which form."""
+    """Settings of a stream."""
 
     folders: tuple[str, ...]
-    """Where each task's shards lie, in the order of the task ids: folders, web addresses, or pipes with '{}'."""
+    """Location of the shards of each task, in the order of task ids: a folder, a web address, or a pipe with '{}'."""
     cutoff: float
-    """Å."""
+    """Distance in Å within which atoms are neighbours."""
     shape: BatchShape
     dtype: torch.dtype = torch.float32
-    """Of positions, shifts, forces and stress."""
+    """Data type of positions, shifts, forces and stress."""
     seed: int = 0
     temperature: float = 1.0
-    """Of the mixture, see `mixture_repeats`."""
+    """Temperature of the mixture; see `mixture_repeats`."""
     shares: tuple[float | None, ...] = ()
-    """Fixed shares of tasks, None for those without; empty if no task has one."""
+    """Fixed share of each task in the batches, or None; empty if no task has one."""
     targets: tuple[TargetColumn, ...] = ()
-    """Quantities beside energy, forces and stress that batches shall hold."""
+    """Quantities in the batches besides energy, forces and stress."""
     workers: int = 1
-    """Worker processes per rank; 0 reads in the training process."""
+    """Number of worker processes per rank; with 0, the training process reads."""
     manifests: tuple[Manifest, ...] = ()
-    """Of the folders, where somebody has read them already; thousands of ranks do not each read them again."""
+    """Manifests of the folders if they have been read already, so that thousands of ranks need not read them again."""
     on_bad_shard: str = "stop"
-    """'stop' raises where a block cannot be read; 'skip' leaves its structures out and counts them."""
+    """With 'stop', a block that cannot be read is an error; with 'skip', its structures are skipped and counted."""
 
     @property
     def lanes_per_rank(self) -> int:
-        """Lanes of each rank: its workers, or the training process itself."""
+        """Number of lanes of each rank: one per worker, or one for the training process."""
         return max(self.workers, 1)
 
 
 class SplitReader:
-    """The blocks of one split of all tasks, and structures out of them."""
+    """Reads structures from the blocks of one split of all tasks."""
 
     def __init__(self, settings: StreamSettings, split: str) -> None:
         self.settings = settings
@@ -78,10 +78,10 @@ class SplitReader:
         ]
         self._cache = BlockCache(self.readers)
         self.skipped: Counter[str] = Counter()
-        """Structures left out, by what was wrong with their block."""
+        """Number of skipped structures by the fault of their block."""
 
     def plans(self) -> list[TaskPlan]:
-        """Plans of the tasks; raises ShardError if one is empty."""
+        """Return the facts on all tasks for the deal; raise ShardError if one is empty."""
         sizes = [reader.block_sizes for reader in self.readers]
         for reader, size in zip(self.readers, sizes, strict=True):
             if not len(size):
@@ -94,7 +94,7 @@ class SplitReader:
         ]
 
     def fingerprint(self) -> str:
-        """Return what a place in the stream depends on, as a digest: the tasks, their blocks, seed and mixture."""
+        """Return a digest of what positions in the stream depend on: tasks, their blocks, the seed and the mixture."""
         digest = hashlib.blake2b(digest_size=16)
         for reader in self.readers:
             digest.update(reader.manifest.task.encode() + b"\0" + reader.block_sizes.tobytes() + b"\0")
@@ -103,12 +103,12 @@ class SplitReader:
         return digest.hexdigest()
 
     def sample(self, task: int, block: int, row: int) -> GraphSample:
-        """Read one structure and find its neighbours; raises ShardError where its block cannot be read."""
+        """Return one structure with its neighbours; raise ShardError if its block cannot be read."""
         structure = self._cache.block(task, block).structure(row)
         return graph_sample(structure, task, self.settings.cutoff, origin=(task, block, row))
 
     def samples(self, places: Iterator[tuple[int, int, int]]) -> Iterator[GraphSample]:
-        """Read the structures at (task, block, row); those in damaged blocks are skipped if the settings say so."""
+        """Yield the structures at places (task, block, row); the settings say whether damaged blocks are skipped."""
         for place in places:
             try:
                 yield self.sample(*place)
@@ -119,21 +119,21 @@ class SplitReader:
 
 
 class _LaneStream(IterableDataset):  # type: ignore[type-arg]
-    """Endless batches of the lanes of one rank; each worker of a DataLoader takes one lane."""
+    """Endless batches of the lanes of one rank, of which each worker of a DataLoader takes one."""
 
     def __init__(self, settings: StreamSettings, rank: int, ranks: int, start: StreamStart) -> None:
         self.settings, self.rank, self.ranks, self.start = settings, rank, ranks, start
 
-    def __iter__(self) -> Iterator[HandedBatch | HydrazeroError]:
-        # An error for the user is handed over as it is: raised here, it would arrive wrapped in a traceback's text.
+    def __iter__(self) -> Iterator[BatchBuffer | HydrazeroError]:
+        # An error for the user is passed as an item: raised here, it would arrive as the text of a traceback.
         try:
             yield from self._batches()
         except HydrazeroError as error:
             yield error
 
-    def _batches(self) -> Iterator[HandedBatch]:
+    def _batches(self) -> Iterator[BatchBuffer]:
         info = torch.utils.data.get_worker_info()
-        # The DataLoader asks its workers in turn from worker 0 on; after a resume that is the lane whose turn it is.
+        # The DataLoader starts with worker 0, which therefore takes the lane whose turn it is after a resume.
         worker = ((info.id if info else 0) + self.start.turns[self.rank]) % self.settings.lanes_per_rank
         lane = lane_number(self.rank, worker, self.ranks)
         reader = SplitReader(self.settings, "train")
@@ -143,7 +143,7 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
 
 
 def _outlive_requests_to_stop(worker: int) -> None:
-    """Let a worker ignore what schedulers send to every process: its rank stops it, after the step and a checkpoint."""
+    """Ignore the signals that schedulers send to every process: the rank stops its workers, after a checkpoint."""
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -151,14 +151,14 @@ def _outlive_requests_to_stop(worker: int) -> None:
 
 
 def _end_when_the_rank_says_so() -> None:
-    """End this process at a SIGTERM of its parent, by which Python ends the workers of a process that is to end."""
+    """End this process at a SIGTERM of its parent, which Python sends when the parent ends."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -> Iterator[GraphBatch]:
-    """Yield a lane's batches without end; `batch.place` tells where the lane is after it, for a checkpoint."""
+    """Yield the batches of a lane without end; `batch.place` is the state of the lane after the batch."""
     settings = reader.settings
     place = LanePlace(epoch=state.epoch, delivered=list(state.delivered))
     packer = Packer(settings.shape)
@@ -176,14 +176,14 @@ def lane_batches(reader: SplitReader, deal: Deal, lane: int, state: LaneState) -
 
 
 class TrainStream:
-    """A rank's endless training batches, with a place that can be saved and gone back to."""
+    """Endless training batches of a rank, whose position can be saved and resumed."""
 
     def __init__(self, settings: StreamSettings, rank: int, ranks: int, saved: dict[str, Any] | None = None) -> None:
-        """`saved` is what `saved_state` made of all ranks' `state`.
+        """Start a stream, or resume it from `saved`, a result of `saved_state`.
 
-        On the same number of ranks and workers the stream goes on with the very next batch; on another, what is left
-        of the epoch is dealt anew. Raises ConfigError if tasks, seed or temperature are not those of the saved state,
-        ShardError if a manifest cannot be read.
+        With the same number of ranks and workers, the stream continues with exactly the next batch; with another
+        number, the rest of the epoch is dealt again. Raises ConfigError if tasks, seed or temperature differ from those
+        of the saved state, ShardError if a manifest cannot be read.
         """
         self.settings, self.rank, self.ranks = settings, rank, ranks
         reader = SplitReader(settings, "train")
@@ -219,28 +219,28 @@ class TrainStream:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the lane that is furthest behind."""
+        """Epoch of the slowest lane."""
         return min(lane.epoch for lane in self._lanes)
 
     @property
     def skipped(self) -> Counter[str]:
-        """Structures left out so far on this rank, by what was wrong with their blocks."""
+        """Number of structures that this rank has skipped, by the fault of their blocks."""
         total: Counter[str] = Counter()
         for counts in self._skipped.values():
             total.update(counts)
         return total
 
     def state(self) -> bytes:
-        """Return this rank's place after the last batch that was handed out."""
+        """Return the state of this rank after the last batch that was yielded."""
         return rank_state(self._lanes, self._turn)
 
     def saved_state(self, of_ranks: Sequence[bytes]) -> dict[str, Any]:
-        """Return what a checkpoint keeps, from the `state` of every rank."""
+        """Return the state of the stream for a checkpoint, from the `state` of every rank."""
         return saved_state(self._fingerprint, self._start.past, of_ranks)
 
 
 def split_places(reader: SplitReader, rank: int = 0, ranks: int = 1) -> Iterator[tuple[int, int, int]]:
-    """Yield a rank's share of one pass over a split, (task, block, row), each structure once."""
+    """Yield places (task, block, row) of a rank's part of one pass over a split; each structure appears once."""
     number = 0
     for task, blocks in enumerate(reader.readers):
         for block, size in enumerate(blocks.block_sizes):
@@ -253,21 +253,21 @@ def split_places(reader: SplitReader, rank: int = 0, ranks: int = 1) -> Iterator
 def split_samples(
     reader: SplitReader, task_ids: Sequence[int] | None = None, rank: int = 0, ranks: int = 1
 ) -> Iterator[GraphSample]:
-    """Yield a rank's share of one pass over a split, each structure once.
+    """Yield a rank's part of one pass over a split; each structure appears once.
 
-    `task_ids` are the model's ids of the reader's tasks, where they are not simply 0, 1, 2, ...
+    `task_ids` are the ids in the model of the reader's tasks, if they are not 0, 1, 2, ...
     """
     for sample in reader.samples(split_places(reader, rank, ranks)):
         yield sample if task_ids is None else replace(sample, task=task_ids[sample.task])
 
 
 def evaluation_batches(reader: SplitReader, rank: int, ranks: int) -> Iterator[GraphBatch]:
-    """Yield batches of a rank's share of one pass over a reader's split, in this process."""
+    """Yield the batches of a rank's part of one pass over a split, read in this process."""
     settings = reader.settings
     for packed in pack(split_samples(reader, rank=rank, ranks=ranks), settings.shape):
         yield collate(packed, settings.shape, settings.dtype, settings.targets)
 
 
 def empty_batch(settings: StreamSettings) -> GraphBatch:
-    """Return a batch of padding only, for a rank that has nothing left while others have."""
+    """Return a batch of padding only, for a rank without structures while others still have some."""
     return collate([], settings.shape, settings.dtype, settings.targets)

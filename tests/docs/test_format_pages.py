@@ -98,7 +98,7 @@ def test_the_reader_of_models_computes_their_energies(tmp_path):
     ("name", "kinds"),
     [
         ("manifest", [manifest.Manifest, manifest.Shard, manifest.LabelRange, manifest.Histogram]),
-        ("manifest", [manifest.Outlier, manifest.Degrees, manifest.TargetFacts]),
+        ("manifest", [manifest.Outlier, manifest.Degrees, manifest.TargetStatistics]),
         ("model-file", [ModelSettings, EncoderSettings, TaskFacts, TargetFacts]),
         ("run-folder", [Verdict]),
     ],

@@ -105,7 +105,7 @@ def test_a_damaged_count_of_atoms(tmp_path, count):
 
 def test_settings_that_leave_nothing(tmp_path):
     source = write_extxyz(tmp_path / "t.xyz", molecules(8))
-    refused(source, tmp_path / "out", config='[select]\nconfig_type = ["MD"]\n', words=("set aside", "not_selected: 8"))
+    refused(source, tmp_path / "out", config='[select]\nconfig_type = ["MD"]\n', words=("skipped", "not_selected: 8"))
     refused(source, tmp_path / "out", config="[split]\nseed = -1\n", words=("split.seed is -1",))
 
 

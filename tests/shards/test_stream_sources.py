@@ -120,7 +120,7 @@ def damage(shards: Path, folder: Path, block: int = 1) -> Path:
 def test_a_damaged_block_stops_the_run_or_is_skipped_and_counted(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(block_reader, "RETRY_AFTER", (0.0, 0.0))
     folder = str(damage(shards, tmp_path / "molecules"))
-    with pytest.raises(ShardError, match=r"train-000000.tar, block 1 has another checksum"):
+    with pytest.raises(ShardError, match=r"train-000000.tar, block 1 does not have the checksum"):
         list(islice(TrainStream(settings_for(folder), 0, 1), 200))
     stream = TrainStream(settings_for(folder, on_bad_shard="skip"), 0, 1)
     seen: Counter[str] = Counter()
@@ -131,7 +131,7 @@ def test_a_damaged_block_stops_the_run_or_is_skipped_and_counted(shards, tmp_pat
     shard = read_manifest(folder).splits["train"][0]
     lost = BlockReader(shards, "train").read(1).names
     ((reason, count),) = stream.skipped.items()
-    assert count == len(lost) == shard.block_structures[1] and "block 1 has another checksum" in reason
+    assert count == len(lost) == shard.block_structures[1] and "block 1 does not have the checksum" in reason
     assert not set(seen) & set(lost) and max(seen.values()) == 1
 
 
@@ -142,7 +142,9 @@ def test_shards_of_another_conversion_are_noticed(shards, tmp_path, monkeypatch)
     mixed = tmp_path / "mixed"
     shutil.copytree(shards, mixed)
     shutil.copy(other / name, mixed / name)
-    with pytest.raises(ShardError, match=r"mixed/train-000000.tar, block 0 (has another checksum|is not where)"):
+    with pytest.raises(
+        ShardError, match=r"mixed/train-000000.tar, block 0 (does not have the check|is not at the place)"
+    ):
         BlockReader(mixed, "train").read(0)
 
 

@@ -208,7 +208,7 @@ def test_an_optional_target_may_be_in_no_source(tmp_path):
     manifest = convert([source], "a", tmp_path / "out", settings)
     assert set(manifest.targets) == set(NAMES.values())
     strict = load_convert_settings(settings_file(tmp_path, spin.replace("true", "false")))
-    with pytest.raises(SourceError, match=r"no training structure has the target 'spin' .*or say that it is optional"):
+    with pytest.raises(SourceError, match=r"no training structure has the target 'spin' .*or set optional = true"):
         convert([source], "a", tmp_path / "other", strict)
 
 

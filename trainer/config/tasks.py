@@ -11,7 +11,7 @@ from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
 from hydrazero.shards.stream.budget import check_budget, may_exceed
-from hydrazero.shards.targets import TargetFacts as LabelFacts
+from hydrazero.shards.targets import TargetStatistics
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.sections import LOSS_PARTS, DataSection, LossSection, TaskSection
 
@@ -141,7 +141,7 @@ def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
     }
 
 
-def _target_scale(held: LabelFacts) -> float:
+def _target_scale(held: TargetStatistics) -> float:
     """Return the deviation of a target's labels, or 1 if that is only what rounding makes of a constant."""
     largest = max(abs(held.mean), abs(held.minimum), abs(held.maximum))
     return held.deviation if held.deviation > CONSTANT * largest else 1.0
