@@ -24,7 +24,7 @@ WARM_UP = 3
 """Number of steps that are not measured: they allocate memory and fill the queues of the data workers."""
 SECONDS = 4.0
 """Approximate duration of a measurement."""
-FEWEST, MOST = 3, 100
+FEWEST, MOST = 3, 30
 """Minimum and maximum number of steps in a measurement."""
 
 
@@ -33,11 +33,11 @@ class StepTimes:
     """Times in seconds, those of the slowest rank."""
 
     eager: float
-    """A training step that is not compiled."""
+    """A training step that is not compiled, on average: some steps also measure the gradients of the tasks."""
     compiled: float | None
-    """A compiled training step; None if train.compile is not set, or if steps cannot be compiled."""
+    """A compiled training step, on average; None if train.compile is not set, or if steps cannot be compiled."""
     compiling: float
-    """The first compiled step, in which the compiler runs; 0 if steps are not compiled."""
+    """First compiled steps, in which the compiler runs; 0 if steps are not compiled."""
     validation: float
     """One validation batch on each rank; 0 if there are no validation structures."""
     structures: float
@@ -55,16 +55,18 @@ def measure_steps(config: RunConfig, checked: CheckedRun) -> None:
     counted: list[float] = []
     batches = _counting(iter(trainer.parts.stream), counted)
     engine.train()
-    eager = _seconds_per_step(trainer, batches)
+    plain = _seconds_per_step(trainer, batches)
+    extra = _balance_factor(trainer, batches, plain)
     validation = distributed.max_over_ranks(distributed.together(lambda: validation_seconds(trainer)))
     compiled, compiling = None, 0.0
     if config.train.compile:
         compile_steps(engine)
-        compiling = _timed_step(trainer, batches)
+        # Steps that measure gradients are another graph, which takes about as long to compile.
+        compiling = _timed_step(trainer, batches) * (1 if extra == 1.0 else 2)
         if not engine.module.not_compiled:
-            compiled = _seconds_per_step(trainer, batches)
+            compiled = extra * _seconds_per_step(trainer, batches)
     times = StepTimes(
-        eager=eager,
+        eager=extra * plain,
         compiled=compiled,
         compiling=compiling,
         validation=validation,
@@ -94,6 +96,22 @@ def _timed_step(trainer: Trainer, batches: Iterator[GraphBatch]) -> float:
     began = time.monotonic()
     trainer.one_step(batches, Interval())
     return distributed.max_over_ranks(time.monotonic() - began)
+
+
+def _balance_factor(trainer: Trainer, batches: Iterator[GraphBatch], plain: float) -> float:
+    """Return the mean time of a step over that of one that does not measure the gradients of the tasks.
+
+    The steps of the run start at 1 again afterwards, so that none of the next ones measures gradients.
+    """
+    every = trainer.parts.balance.every
+    if every < 1:
+        return 1.0
+    seconds = plain
+    for _ in range(2):  # the first one warms up
+        trainer.step = every - 1
+        seconds = _timed_step(trainer, batches)
+    trainer.step = 0
+    return (every - 1 + max(seconds / plain, 1.0)) / every
 
 
 def _seconds_per_step(trainer: Trainer, batches: Iterator[GraphBatch]) -> float:

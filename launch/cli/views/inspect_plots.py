@@ -67,7 +67,7 @@ def elements_of_tasks(manifests: Sequence[Manifest]) -> Figure:
     image = ax.imshow(shares, aspect="auto", cmap="YlGnBu", norm=LogNorm(vmin=1e-4, vmax=1))
     ax.set_xticks(range(len(symbols)), symbols, fontsize=8, rotation=90 if len(symbols) > 30 else 0)
     ax.set_yticks(range(len(manifests)), [manifest.task for manifest in manifests], fontsize=8)
-    figure.colorbar(image, ax=ax, label="fraction of the task's atoms")
+    figure.colorbar(image, ax=ax, label="fraction of atoms")
     return figure
 
 
@@ -91,10 +91,10 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
             _ridge(axes[3], Histogram(edges=edges.tolist(), counts=counts), row, colour)
     axes[0].set(title="atoms per structure", xlabel="atoms", xscale="log")
     axes[1].set(title="energy minus reference energies (training)", xlabel="eV/atom")
-    axes[1].set_xscale("symlog", linthresh=0.1)
+    _symlog(axes[1], 0.1)
     axes[2].set(title="force norm (training)", xlabel="eV/Å", xscale="log")
     axes[3].set(title=f"neighbours within {cutoff} Å", xlabel="neighbours")
-    axes[3].set_xscale("symlog", linthresh=50)
+    _symlog(axes[3], 50.0)
     for place, ax in enumerate(axes):
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.grid(axis="x", alpha=0.25, linewidth=0.5)
@@ -103,6 +103,12 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
         ax.tick_params(axis="y", length=0)
         ax.set_ylim(-0.1, len(manifests))
     return figure
+
+
+def _symlog(ax: Axes, linear: float) -> None:
+    """Make an axis logarithmic beyond `linear`; one that ends before stays linear, with round ticks."""
+    if max(map(abs, ax.get_xlim())) > linear:
+        ax.set_xscale("symlog", linthresh=linear)
 
 
 def _ridge(ax: Axes, histogram: Histogram | None, row: int, colour: str) -> None:

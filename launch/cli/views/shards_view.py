@@ -21,7 +21,7 @@ HISTOGRAM_BINS = 12
 BAR_WIDTH = 40
 SHOWN_OUTLIERS = 5
 OUTLIER_UNITS = {
-    "energy_residual_per_atom": "eV/atom from the mean, without reference energies",
+    "energy_residual_per_atom": "eV/atom, deviation of energy - references",
     "force_norm": "eV/Å, largest force",
 }
 LABEL_HEADINGS = {
