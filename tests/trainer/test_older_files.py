@@ -1,4 +1,4 @@
-"""Files that an earlier hydrazero has written still load, resume, evaluate and screen, with the numbers of then.
+"""Files written by an earlier version still load, resume, evaluate and screen, and give the same numbers as then.
 
 tests/data/older_files/README.md says how they were made.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,22 @@ from hydrazero.trainer.search.trial_rows import trial_rows
 
 FILES = TESTS / "data" / "older_files"
 PLACE = "FOLDER"
-"""Stands in the files for the folder that they were made in."""
+"""Placeholder in the files for the path of the folder that they were made in."""
 CHANGED_NS = 1_700_000_000 * 10**9
-"""Time of the last change of sources that unfinished work is of."""
+"""Modification time of the sources of the unfinished conversion and screen, in nanoseconds since 1970."""
 MODELS = {"painn": "zero1", "egnn": "zero3", "mace": "bf16", "lora": "lora"}
-"""Exported model -> run that it is of."""
+"""Exported model -> the run that it was exported from."""
 DIGITS = 1e-4
-"""Of numbers that a run has logged: those that it prints, since processors differ in the ones behind."""
-OF_BF16 = 2e-3
+"""Relative tolerance of logged numbers: the digits that a run prints; processors differ in those behind."""
+BF16_DIGITS = 2e-3
+"""The same for a run in bfloat16."""
 TASKS = ("qm", "metals", "water")
 SCREENED = ("sources/probes.extxyz", "shards/metals", "--generate", "screens/alloys.toml")
 
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files, which is the current folder."""
+    """Copy the files, make the copy the current folder, and return it."""
     root = tmp_path / "files"
     shutil.copytree(FILES, root)
     for name in ("sources/probes.extxyz", "sources/qm.extxyz"):
@@ -63,7 +64,7 @@ def hydrazero(*words: object, status: int = 0) -> Result:
 
 
 def same(now: Any, before: Any, rel: float, where: str = "") -> None:
-    """Fail unless numbers agree and all else is equal; what is new now does not count."""
+    """Fail unless numbers agree and everything else is equal; keys that are new are ignored."""
     if isinstance(before, dict):
         for key, value in before.items():
             same(now[key], value, rel, f"{where}.{key}")
@@ -99,7 +100,7 @@ def check_predictions(file: Path, name: str) -> None:
         for key in wanted.keys() - {"structure", "task", "targets"}:
             if wanted[key] is None:
                 assert found[key] is None, key
-            else:  # forces of float32, sums of which cancel
+            else:  # forces are float32 sums whose terms cancel
                 what = f"{row['task']} {key}"
                 np.testing.assert_allclose(found[key], wanted[key], rtol=1e-6, atol=2e-6, err_msg=what)
 
@@ -135,8 +136,8 @@ def test_settings_mean_what_they_did():
     """Files that set every key, most of them to another value than the default."""
     expected = read_json(Path("expected/settings.json"))
     found = {
-        "runs/every_key.toml": asdict(load_run_config("runs/every_key.toml")),
-        "sources/every_key.toml": asdict(load_convert_settings(Path("sources/every_key.toml"))),
+        "runs/every_key.toml": load_run_config("runs/every_key.toml").model_dump(),
+        "sources/every_key.toml": load_convert_settings(Path("sources/every_key.toml")).model_dump(),
         "search/space.toml": begin(Path("search/space.toml")).space.document(),
     }
     for name, settings in expected.items():
@@ -145,7 +146,7 @@ def test_settings_mean_what_they_did():
 
 def test_a_run_records_its_settings_as_it_did():
     for run, file in (("zero1", "zero1.toml"), ("zero3", "zero3.toml"), ("lora", "lora/run.toml")):
-        now = json.loads(json.dumps(asdict(load_run_config(f"runs/{file}"))))
+        now = json.loads(json.dumps(load_run_config(f"runs/{file}").model_dump()))
         record = read_json(Path("runs") / run / "run.json")
         assert set(now) - set(record) == set()
         same(now, {key: value for key, value in record.items() if key in now and key != "deepspeed"}, 0.0, run)
@@ -171,15 +172,14 @@ def test_a_killed_run_resumes_on_another_number_of_ranks_with_another_stage():
 
 
 def check_resumed(run: str, name: str) -> None:
-    """Compare all that is logged after the checkpoint with what the earlier hydrazero logged when it resumed."""
+    """Compare everything logged after the checkpoint with what the earlier version logged when it resumed the run."""
     expected = read_lines(f"expected/{name}.jsonl")
     (resume,) = read_json(Path("runs") / run / "run.json")["resumes"]
     rows = read_metrics(Path("runs") / run)
     before = read_metrics(FILES / "runs" / run)
-    assert [row for row in rows if row["step"] <= resume["step"]] == [
-        row for row in before if row["step"] <= resume["step"]
-    ]
-    same([row for row in rows if row["step"] > resume["step"]], expected, OF_BF16 if run == "bf16" else DIGITS, name)
+    step = resume["step"]
+    assert [row for row in rows if row["step"] <= step] == [row for row in before if row["step"] <= step]
+    same([row for row in rows if row["step"] > step], expected, BF16_DIGITS if run == "bf16" else DIGITS, name)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -211,17 +211,17 @@ def test_models_screen_as_they_did():
 
 
 def test_an_unfinished_screen_is_finished():
-    """Its first 1,024 structures are there."""
+    """Of its 1,236 structures the first 1,024 are done."""
     (part,) = Path("screens/.unfinished.parquet.parts").glob("part-*.parquet")
     options = ("--out", "screens/unfinished.parquet", "--tasks", "metals")
     shown = hydrazero("screen", "models/painn.safetensors", *SCREENED, *options).output
-    assert "212 in " in shown, shown
+    assert re.search(r"^212\b.* in ", shown, flags=re.MULTILINE), shown
     same_table("screens/unfinished.parquet", "expected/finished.parquet")
     assert not part.exists()
 
 
 def same_table(now: Path | str, before: Path | str) -> None:
-    """Fail unless two parquet files hold the same; forces are sums that cancel, known to the precision of float32."""
+    """Fail unless two parquet files hold the same rows; numbers agree within the rounding errors of float32."""
     one, other = pq.read_table(now), pq.read_table(before)
     assert one.column_names == other.column_names and one.schema.types == other.schema.types
     for name in other.column_names:
@@ -234,7 +234,7 @@ def same_table(now: Path | str, before: Path | str) -> None:
 
 def test_a_search_goes_on_and_is_reported():
     pytest.importorskip("optuna")
-    rows = trial_rows(begin(Path("search/space.toml")))  # refused if the space, the run file or the data were others
+    rows = trial_rows(begin(Path("search/space.toml")))  # raises if the space, the run file or the data seem changed
     assert [(row.number, row.state, len(row.results)) for row in rows] == [
         (0, "finished", 2),
         (1, "finished", 2),
