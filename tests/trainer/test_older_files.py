@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +134,8 @@ def test_settings_mean_what_they_did():
     """Files that set every key, most of them to another value than the default."""
     expected = read_json(Path("expected/settings.json"))
     found = {
-        "runs/every_key.toml": asdict(load_run_config("runs/every_key.toml")),
-        "sources/every_key.toml": asdict(load_convert_settings(Path("sources/every_key.toml"))),
+        "runs/every_key.toml": load_run_config("runs/every_key.toml").model_dump(),
+        "sources/every_key.toml": load_convert_settings(Path("sources/every_key.toml")).model_dump(),
         "search/space.toml": begin(Path("search/space.toml")).space.document(),
     }
     for name, settings in expected.items():
@@ -145,7 +144,7 @@ def test_settings_mean_what_they_did():
 
 def test_a_run_records_its_settings_as_it_did():
     for run, file in (("zero1", "zero1.toml"), ("zero3", "zero3.toml"), ("lora", "lora/run.toml")):
-        now = json.loads(json.dumps(asdict(load_run_config(f"runs/{file}"))))
+        now = json.loads(json.dumps(load_run_config(f"runs/{file}").model_dump()))
         record = read_json(Path("runs") / run / "run.json")
         assert set(now) - set(record) == set()
         same(now, {key: value for key, value in record.items() if key in now and key != "deepspeed"}, 0.0, run)
