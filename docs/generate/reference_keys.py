@@ -162,6 +162,8 @@ def type_words(kind: Any, inline: Mapping[type, str]) -> str:
     if limits:
         return f"{type_words(kind, inline)}, {limits}"
     alternatives = parts(kind)
+    if len(alternatives) == 1 and alternatives[0] is not kind:  # the rest of a union with None
+        return type_words(alternatives[0], inline)
     if len(alternatives) > 1:
         return " or ".join(type_words(part, inline) for part in alternatives)
     if alternatives != (kind,):
