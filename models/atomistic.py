@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from hydrazero.models.embedding import AtomConditions, AtomEmbedding
@@ -15,50 +14,20 @@ from hydrazero.models.encoders import ENCODERS, make_encoder
 from hydrazero.models.encoders.base import (
     SMALLEST_WIDTH,
     AtomInputs,
-    EncoderSettings,
     NodeFeatures,
     PairGeometry,
 )
-from hydrazero.models.heads.heads import HeadSize, ScalarHead, VectorHead, VirialHead
-from hydrazero.models.heads.target_heads import TargetHeads, check_attention
+from hydrazero.models.heads.heads import ScalarHead, VectorHead, VirialHead
+from hydrazero.models.heads.target_heads import TargetHeads
 from hydrazero.models.heads.task_linear import TaskRows, probed
+from hydrazero.models.model_settings import ModelSettings, check_model
 from hydrazero.models.ops.exact import exact_matmul
 from hydrazero.models.ops.slots import Segments, slots_of
 from hydrazero.models.repulsion import ZieglerBiersackLittmark
-from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, targets_of, task_facts_from
+from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, reference_table, task_facts_from
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import GraphBatch
-from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
-
-
-class HeadSettings(Section):
-    """The heads of the model, and what belongs to the whole of it."""
-
-    head_features: PositiveInt = 64
-    """Width of the hidden layers of each head."""
-    head_layers: PositiveInt = 1
-    """Number of hidden layers of each head."""
-    ensemble: PositiveInt = 1
-    """Number of energies that each head predicts. With more than one, their mean is the prediction and their spread is
-    its uncertainty."""
-    repulsion: Literal["none", "zbl"] = "none"
-    """'zbl' adds the screened repulsion of nuclei at short range (Ziegler, Biersack, Littmark) to every energy; 'none'
-    does not."""
-    task_embedding: bool = False
-    """Whether the task is an input of the encoder's first layer, not of the heads alone."""
-    attention_targets: ListOf[str] = ()
-    """Names of intensive targets whose mean over atoms is weighted by attention."""
-
-
-class ModelSettings(HeadSettings):
-    """Everything that is needed to build a model, except for its tasks."""
-
-    encoder: EncoderSettings = EncoderSettings()
-
-    def head_size(self, tasks: int) -> HeadSize:
-        """Return the size of the heads of a number of tasks."""
-        features = self.encoder.features
-        return HeadSize(tasks=tasks, features=features, hidden=self.head_features, layers=self.head_layers)
+from hydrazero.shards.settings_parser import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,36 +272,6 @@ class AtomisticModel(nn.Module):
         facts: dict[str, Any] = {"settings": self.settings.model_dump(), "tasks": [asdict(task) for task in self.tasks]}
         package = ENCODERS.package_of(self.settings.encoder.encoder)
         return facts if package is None else {**facts, "encoder_package": package.name}
-
-
-def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
-    """Raise ConfigError for an encoder that is not known, or for heads that it or a task cannot carry."""
-    check_attention(targets_of(tasks), settings.attention_targets)
-    encoder = settings.encoder.encoder
-    has_vectors = ENCODERS.get(encoder).has_vectors
-    for task in tasks:
-        if {task.forces, task.stress} == {CONSERVATIVE, DIRECT}:
-            raise ConfigError(
-                f"task '{task.name}' mixes {task.forces} forces with {task.stress} stress, of which one would not "
-                "belong to the energy of the other; choose one way for both."
-            )
-        if CONSERVATIVE in (task.forces, task.stress) and not task.has_energy:
-            raise ConfigError(
-                f"task '{task.name}' has no energies, so its forces cannot be their gradient; set forces = 'direct' "
-                "or 'none' for it."
-            )
-        wants = [way for way in ("forces", "stress") if getattr(task, way) == DIRECT]
-        wants += [name for name, facts in task.targets.items() if facts.kind == "vector"]
-        if wants and not has_vectors:
-            raise ConfigError(
-                f"task '{task.name}' needs vectors for {', '.join(wants)}, and encoder '{encoder}' has none; choose "
-                "painn, egnn, pna_eq or mace."
-            )
-        if settings.repulsion != "none" and DIRECT in (task.forces, task.stress):
-            raise ConfigError(
-                f"task '{task.name}' has direct forces, which model.repulsion = '{settings.repulsion}' cannot reach; "
-                "make them conservative, or leave the repulsion out."
-            )
 
 
 def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hydrazero.models.atomistic import AtomisticModel, check_model, model_from_facts
+from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.models.model_settings import check_model
 from hydrazero.models.task_facts import TaskFacts, targets_of
 from hydrazero.shards.device import device_kind
 from hydrazero.shards.errors import ConfigError

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "ranks", "support"))
 from structures import rattled_molecule, to_structure
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import size_settings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference.model_file import STACKED, with_tasks
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.ops.compiled import use_kernels
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding

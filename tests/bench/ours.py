@@ -10,9 +10,10 @@ from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, SYSTEMS, THREADS
 from timing import hand_over, peak_megabytes, step_seconds
 from torch import Tensor
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference.potential import structure_from_atoms
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.ops.compiled import CompiledModel
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding

@@ -19,10 +19,11 @@ from sources import make_shards, metals
 
 from hydrazero.launch.postmortem import Verdict
 from hydrazero.models import load_model
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference import model_file
 from hydrazero.models.inference.model_card import Origin, model_card
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.screening.settings import ScreenSettings, schema_of
 from hydrazero.models.task_facts import TargetFacts, TaskFacts
 from hydrazero.shards import manifest

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from structures import facts
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS, SIZES, size_settings
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.screening.generated import GeneratedSource
 from hydrazero.shards.convert.presets import preset_names
 from hydrazero.shards.convert.settings import load_convert_settings

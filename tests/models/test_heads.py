@@ -11,10 +11,11 @@ from scipy.spatial.transform import Rotation
 from structures import CUTOFF, batch_of, facts, predict, rattled_crystal, rattled_molecule, to_structure
 
 from hydrazero.models import Potential, load_model, save_model
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference.model_file import with_tasks
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.ops.compiled import CompiledModel, use_kernels
 from hydrazero.models.task_facts import TargetFacts
 from hydrazero.shards.errors import ConfigError, StructureError

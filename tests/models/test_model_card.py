@@ -19,10 +19,11 @@ from structures import facts, rattled_crystal, rattled_molecule, small_model
 
 from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, load_model, read_card, save_model
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import size_settings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference.model_card import Origin
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.errors import ModelFileError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import manifest_sha256, read_manifest

@@ -14,8 +14,9 @@ from ase.optimize import FIRE
 from structures import CUTOFF, facts, rattled_crystal, small_model
 
 from hydrazero.models import Potential
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.errors import ModelFileError, StructureError
 
 ts = pytest.importorskip("torch_sim")

@@ -14,8 +14,9 @@ from bench.timing import status
 from collective_count import Collectives
 from structures import batch_of, facts, rattled_molecule, to_structure
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import precision_of

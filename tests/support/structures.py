@@ -7,8 +7,9 @@ import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings, Predictions
+from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, collate, graph_sample, shape_holding
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS

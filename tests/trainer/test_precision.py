@@ -17,9 +17,10 @@ from test_balance import labelled_batch, measured, trained_model
 from torch.nn import functional
 
 from hydrazero.launch.cli.main import main
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.ops import exact
 from hydrazero.models.ops.exact import ExactLinear, exact_linear, exact_matmul
 from hydrazero.shards.errors import ConfigError

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from hydrazero.models.atomistic import HeadSettings, ModelSettings
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import HeadSettings, ModelSettings
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.settings_parser import ListOf, Section
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydrazero.models.atomistic import ModelSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS

@@ -9,9 +9,10 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.heads.heads import ScalarHead
 from hydrazero.models.heads.task_linear import TaskRows
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.trainer.cost.step_memory import StepMemory, probe_batch, probe_tasks
 from hydrazero.trainer.engine.parameter_groups import parameter_groups

@@ -8,7 +8,8 @@ import resource
 import numpy as np
 import torch
 
-from hydrazero.models.atomistic import AtomisticModel, ModelSettings
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.device import gpu_module
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, collate, graph_sample

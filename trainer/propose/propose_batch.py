@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydrazero.models.atomistic import ModelSettings
 from hydrazero.models.encoders import size_settings
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.device import gpu_module
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import replacing

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from hydrazero.models.atomistic import AtomisticModel, HeadSettings
+from hydrazero.models.atomistic import AtomisticModel
+from hydrazero.models.model_settings import HeadSettings
 from hydrazero.models.task_facts import CONSERVATIVE, NONE, TargetFacts, TaskFacts, task_facts_from
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, NEAREST, NEW, OWN, FinetuneSection
