@@ -107,9 +107,13 @@ def _sources_in(folder: Path, name: str | None) -> list[Path]:
         missing = f"folder with a file {reader.marker}"
     else:
         suffixes = set(_formats_by_suffix()) if reader is None else {*reader.suffixes, *reader.further_suffixes}
+        if not suffixes:
+            raise SourceError(
+                f"format '{name}' has no suffix to look for in the folder {folder}; name the files themselves."
+            )
         files = (path for path in folder.rglob("*") if path.is_file())
         found = [path for path in files if {plain_suffix(path), path.suffix.lower()} & suffixes]
-        missing = f"file with the suffix {' or '.join(sorted(suffixes))}" if suffixes else f"known suffix of '{name}'"
+        missing = f"file with the suffix {' or '.join(sorted(suffixes))}"
     if not found:
         raise SourceError(f"folder {folder} holds no {missing}; name the files themselves.")
     return sorted(found)
