@@ -38,7 +38,7 @@ def init_command(folders: tuple[Path, ...], **options: Any) -> None:
 
     Each DIR holds the shards of one task, written by 'hydrazero convert'. The batch is chosen by the sizes of the
     structures and the memory of this machine; the number of steps by the time of a few steps, which are measured here.
-    This takes from some seconds to a few minutes.
+    This takes from some seconds to a few minutes, in which nothing else should run.
     """
     from hydrazero.trainer.propose.propose_run import InitRequest, write_run_file
 

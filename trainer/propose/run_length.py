@@ -125,8 +125,13 @@ def _limited(steps: int, hours: float, ranks: int, train: int, times: StepTimes,
         f"machine and uses about {per_step:.0f} structures, so that each training structure is used about {shown}."
     )
     if chosen < _rounded(steps):
-        return chosen, f"{why} {hours:g} hours would allow {_rounded(steps):,} steps, more than are of use."
-    return chosen, f"{why} The run takes about {hours:g} hours, including evaluations."
+        limit = f"the run is limited to {MOST_EPOCHS:,} uses of each structure"
+        return chosen, f"{why} {_time(hours)} would allow {_rounded(steps):,} steps; {limit}."
+    return chosen, f"{why} The run takes about {_time(hours)}, including evaluations."
+
+
+def _time(hours: float) -> str:
+    return f"{hours:g} hour{'' if hours == 1 else 's'}" if hours >= 1 else f"{60 * hours:.3g} minutes"
 
 
 def _rounded(steps: int) -> int:
