@@ -1,4 +1,4 @@
-"""The parts of a run, checked and put together; training, dry runs, profiles and searches use them alike."""
+"""Check a run and put its parts together; training, dry runs, profiles and searches all use this."""
 
 from __future__ import annotations
 
@@ -55,22 +55,23 @@ from hydrazero.trainer.start.methods import prepare, rate_factors
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedRun:
-    """What the checks before a run have read."""
+    """What the checks before a run have found out."""
 
     ds_config: dict[str, Any]
-    """DeepSpeed JSON."""
+    """Complete DeepSpeed configuration, with the overrides of the run file."""
     facts: list[TaskFacts]
+    """What the model has to know about each task."""
     manifests: tuple[Manifest, ...]
-    """Of each task."""
+    """The manifest of each task's shards."""
     warnings: list[str]
-    """Sentences for the start of the run."""
+    """Warnings that are logged at the start of the run."""
     start: AtomisticModel | None
-    """Model whose weights the run starts with."""
+    """Model whose weights the run starts with; None for random weights."""
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """Of each task, heads of the start whose mean its own begins as."""
+    """For each task, by its index: the heads of `start` whose mean its own head starts as."""
 
     def structures(self) -> tuple[int, ...]:
-        """Training structures of each task."""
+        """Return the number of training structures of each task."""
         return tuple(manifest.structures("train") for manifest in self.manifests)
 
 
@@ -79,19 +80,20 @@ def check_run(
 ) -> CheckedRun:
     """Check everything that can be checked before training; raises HydrazeroError.
 
-    `has_gpu` says so of where the run will be, if that is not here; manifests are read unless they are given.
+    `has_gpu` says whether the machine of the run has a GPU, if that is another machine; manifests are read unless they
+    are given.
     """
     checked = check_settings(config, has_gpu=has_gpu, manifests=manifests)
     run_dir = Path(config.run.out)
     if resume:
         if not (run_dir / RUN_NAME).exists():
-            raise ConfigError(f"run folder {run_dir} holds no run to go on with; leave out --resume, or set run.out.")
+            raise ConfigError(f"run folder {run_dir} holds no run to resume; leave out --resume, or set run.out.")
         read_record(run_dir)
     elif (run_dir / RUN_NAME).exists():
         raise ConfigError(
-            f"run folder {run_dir} holds a run already; use --resume to go on with it, remove it, or set run.out."
+            f"run folder {run_dir} holds a run already; use --resume to continue it, remove the folder, or set run.out."
         )
-    # A run that was resumed before it had a checkpoint starts as it did at first.
+    # A run that is resumed before its first checkpoint starts again from the same model.
     if config.run.start_from and not checkpoints(run_dir):
         start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
         check_heads(config.tasks, config.model, start, config.run.start_from)
@@ -100,9 +102,9 @@ def check_run(
 
 
 def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[CheckedRun, list[str]]:
-    """Let tasks take over what their heads begin as, the same on every rank; returns sentences on it too.
+    """Return the checked run with the heads that tasks start from, and sentences about them for the log.
 
-    A run that is resumed has the facts that it was started with. Called on every rank.
+    A resumed run keeps the facts that it was started with. Called on every rank, with the same result.
     """
     if not any(task.init_head for task in config.tasks):
         return checked, []
@@ -122,7 +124,7 @@ def with_heads(config: RunConfig, checked: CheckedRun, resume: bool) -> tuple[Ch
 def check_settings(
     config: RunConfig, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
 ) -> CheckedRun:
-    """Check the run file against the shards, whatever the run's folder holds; raises HydrazeroError."""
+    """Check the run file against the shards, whatever the run folder contains; raises HydrazeroError."""
     check_wandb(config.run.wandb)
     ds_config = deepspeed_config(config.deepspeed, config.train.steps)
     check_device(precision_of(ds_config), has_gpu=device_kind() != "cpu" if has_gpu is None else has_gpu)
@@ -154,7 +156,7 @@ def check_settings(
 
 
 def engine_of(config: RunConfig, checked: CheckedRun) -> TrainingEngine:
-    """Return the engine around the model that a run starts with."""
+    """Return the DeepSpeed engine around the model, with the weights that the run starts with."""
     torch.manual_seed(config.run.seed)
     weights = precision_of(checked.ds_config).weights
     model = AtomisticModel(config.model.settings(), checked.facts).to(distributed.device(), weights)
@@ -168,7 +170,7 @@ def engine_of(config: RunConfig, checked: CheckedRun) -> TrainingEngine:
 
 
 def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
-    """Return what a run's stream of batches is made with."""
+    """Return the settings of a run's stream of batches."""
     return StreamSettings(
         folders=tuple(config.data.folder(task) for task in config.tasks),
         manifests=checked.manifests,
@@ -187,20 +189,20 @@ def stream_settings(config: RunConfig, checked: CheckedRun) -> StreamSettings:
 
 
 def compile_steps(engine: TrainingEngine) -> str:
-    """Let the engine's steps be compiled where that is possible; returns a sentence on it for the log."""
+    """Compile the engine's steps where that is possible; return a sentence about it for the log."""
     if engine.zero_optimization_stage() == 3:
-        return "compile: not under ZeRO stage 3, which takes parameters away between layers; steps run eagerly."
+        return "compile: not possible with ZeRO stage 3, which partitions parameters between layers; steps run eagerly."
     if engine.fp16_enabled():
-        return "compile: not in fp16, where the loss is scaled before it is differentiated; steps run eagerly."
+        return "compile: not possible in fp16, where the loss is scaled before it is differentiated; steps run eagerly."
     reason = engine.module.compile_steps()
     if reason is None:
-        return "compile: each step is one graph, compiled when its first batch comes, which takes about a minute."
+        return "compile: each step is one graph, compiled at its first batch, which takes about a minute."
     return f"compile: each step is one graph, but without the CPU kernels: {reason}."
 
 
 def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
     """Raise ConfigError unless the run file still describes the model and tasks that the run was started with."""
-    known = model_from_facts(read_run_json(run_dir, MODEL_FACTS_NAME)).facts()  # an older run says less
+    known = model_from_facts(read_run_json(run_dir, MODEL_FACTS_NAME)).facts()  # that of an older run has fewer fields
     if json.loads(json.dumps(known)) != json.loads(json.dumps(described)):
         width, own = (facts["settings"]["encoder"]["norm_width"] for facts in (known, described))
         if width != own:
@@ -226,7 +228,7 @@ def run_parts(
     log: RunLog,
     stream_state: Any = None,
 ) -> RunParts:
-    """Return the parts that the training loop works with; `stream_state` is where a resumed run's stream stands."""
+    """Return the parts of the training loop; `stream_state` is the position of a resumed run in its data."""
     return RunParts(
         engine=engine,
         stream=TrainStream(stream_settings(config, checked), distributed.rank(), distributed.ranks(), stream_state),

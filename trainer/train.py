@@ -47,14 +47,17 @@ class TrainOptions:
     """How a run is started on this machine."""
 
     ranks: int
+    """Number of ranks."""
     words: Sequence[str] = ()
-    """Options that each rank is given."""
+    """Options that are passed to each rank."""
     resume: bool = False
+    """Whether the run continues from its last checkpoint."""
     retries: int = 0
+    """Number of further attempts after ranks have failed."""
 
 
 def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
-    """Train a run file on this machine, in this process where one rank is enough; returns a sentence on how it went."""
+    """Train a run on this machine, in this process if it has one rank; return a sentence about the result."""
     check_run(config, options.resume)
     run_dir = Path(config.run.out)
     if options.ranks == 1 and not options.retries:
@@ -69,11 +72,11 @@ def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
 def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
     """Train on this rank; raises HydrazeroError on every rank that a fault concerns.
 
-    Of `train.max_hours` some may be over, by tries before this one.
+    `used_hours` of `train.max_hours` have been used by earlier attempts.
     """
 
     def job() -> None:
-        # Nobody goes on before all have checked: rank 0 would make the folder that the others want to see absent.
+        # All ranks check before any continues: rank 0 would create the folder that must not exist for the others.
         manifests = distributed.from_first(lambda: task_manifests(config))
         checked = distributed.together(lambda: check_run(config, resume, manifests=manifests))
         _train(config, resume, checked, used_hours)
@@ -113,13 +116,13 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             write_json(run_dir / MODEL_FACTS_NAME, described)
             write_json(run_dir / RUN_NAME, run_record(config.model_dump(), checked.ds_config, distributed.ranks()))
 
-    # Only now that nothing has refused to start is it a run, or one resume more.
+    # Only now, after everything has started, does the run folder record a run or a further resume.
     distributed.together(lambda: writing(run_dir, note_start) if distributed.rank() == 0 else None)
     with log, stop:
         for sentence in [*said, *checked.warnings]:
             log.say(sentence)
         if resume and state["step"] == 0:
-            log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
+            log.say(f"{run_dir} holds no checkpoint: the run starts again at step 0.")
         if config.train.compile:
             log.say(compile_steps(engine))
         trainer = Trainer(run_dir, config.train, parts)
@@ -129,9 +132,9 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
 
 
 def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the last whole checkpoint, None if there is none yet, and sentences on damaged ones; the same everywhere.
+    """Return the last complete checkpoint, or None if there is none, and sentences about damaged ones.
 
-    Only rank 0 looks: it renames what is damaged.
+    Only rank 0 reads checkpoints, since it renames damaged ones; the result is the same on every rank.
     """
     found: tuple[Path | None, list[str]] = distributed.together(
         lambda: usable_checkpoint(run_dir) if distributed.rank() == 0 else (None, [])
@@ -145,13 +148,15 @@ def _checkpoint_to_resume(run_dir: Path) -> tuple[Path | None, list[str]]:
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a value of the run file."
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the run.")
-@click.option("--dry-run", "rehearsal", flag_value="dry-run", help="Check everything and do two steps; write nothing.")
-@click.option("--profile", "rehearsal", flag_value="profile", help="Profile a few steps, without the run itself.")
+@click.option("--resume", is_flag=True, help="Continue from the last checkpoint of the run.")
+@click.option(
+    "--dry-run", "rehearsal", flag_value="dry-run", help="Check everything and do two steps without writing anything."
+)
+@click.option("--profile", "rehearsal", flag_value="profile", help="Profile a few steps without starting the run.")
 @click.option("--measure", "rehearsal", flag_value="measure", hidden=True)  # `hydrazero init` wants the time of steps
 @click.option("--local_rank", "--local-rank", default=None, type=int, hidden=True)  # DeepSpeed's launcher passes it
 @click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero train`
-@click.option("--used-hours", default=0.0, hidden=True)  # by its tries before this one
+@click.option("--used-hours", default=0.0, hidden=True)  # by earlier attempts
 def main(
     run_file: Path,
     overrides: Sequence[str],

@@ -95,7 +95,7 @@ BAD = {
     "no hostfile": (["--site", "local", "--hostfile", "absent"], r"hostfile absent cannot be read"),
     "value": (["--site", "slurm", "--set", "data.workers=-1"], r"data.workers is -1"),
     "budget": (["--site", "slurm", "--set", "batch.atoms=2"], r"batch"),
-    "resume": (["--site", "slurm", "--resume"], r"holds no run to go on with; leave out --resume"),
+    "resume": (["--site", "slurm", "--resume"], r"holds no run to resume; leave out --resume"),
 }
 
 

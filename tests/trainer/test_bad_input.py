@@ -252,7 +252,7 @@ def test_bad_run_files(shards, tmp_path):
     refused(run(), "holds a run already", "--resume")
     refused(run("", "--resume"), "run.json", "does not say how many ranks")
     shutil.rmtree(tmp_path / "run")
-    refused(run("", "--resume"), "holds no run to go on with")
+    refused(run("", "--resume"), "holds no run to resume")
 
 
 BAD_ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -1,6 +1,7 @@
-"""What a die holds in a training step, part by part, under each ZeRO stage and precision.
+"""The memory of a device in a training step, part by part, for each ZeRO stage and precision.
 
-What DeepSpeed keeps was read off its buffers, and is held to the peak of real ranks (`tests/ranks/test_plan_ranks.py`).
+The formulas follow DeepSpeed's buffers; a test compares them with the peak memory of real ranks
+(`tests/ranks/test_plan_ranks.py`).
 """
 
 from __future__ import annotations
@@ -10,44 +11,45 @@ from dataclasses import dataclass
 from hydrazero.trainer.cost.traffic import Run
 
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "lamb": 2, "lion": 1, "adagrad": 1, "sgd": 1}
-"""Numbers that an optimizer keeps of each parameter."""
+"""Number of values that an optimizer keeps for each parameter."""
 STREAM = 100e6
-"""Bytes of a worker of the stream: decoded blocks that it keeps (shards/stream/block_reader.py) and batches ahead."""
+"""Bytes of a data-loading process: the decoded blocks that it keeps, and the batches that it has ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DieMemory:
-    """Bytes on a die."""
+    """Memory of a device in bytes."""
 
     weights: float
-    """That the model computes with, and the optimizer's own where it has them."""
+    """Weights with which the model computes, and the master weights of the optimizer if there are any."""
     gradients: float
+    """Gradients of the weights, and their sums."""
     optimizer: float
-    """States of the optimizer."""
+    """Optimizer states."""
     average: float
     """Moving average of the weights."""
     buffers: float
-    """In which weights are gathered and gradients are put together to be sent."""
+    """Buffers in which weights are gathered and gradients are collected for sending."""
     activations: float
-    """Of a step with a full batch."""
+    """Activations of a step with a full batch."""
     stream: float
-    """Of the workers that read; in the host's memory where the die is a GPU."""
+    """Data-loading processes; they are in the host's memory if the device is a GPU."""
     host: float
-    """Of the above, what is moved to the host by offloading or lies there anyway."""
+    """Part of the above that is in the host's memory, because of offloading or in any case."""
 
     @property
     def states(self) -> float:
-        """Of it, what the model takes whatever the batch."""
+        """Memory that does not depend on the batch."""
         return self.weights + self.gradients + self.optimizer + self.average + self.buffers
 
     @property
     def total(self) -> float:
-        """On the die itself."""
+        """Memory on the device itself."""
         return self.states + self.activations + self.stream - self.host
 
 
 def die_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: int) -> DieMemory:
-    """Return what each of `ranks` ranks holds."""
+    """Return the memory of each of `ranks` ranks."""
     count, stage, share = run.size.parameters, run.stage, 1 / ranks
     low, high = run.weight_bytes, run.master_bytes
     whole = count * low * (1 if stage < 3 else share)
@@ -70,10 +72,10 @@ def die_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: 
 
 
 def _buffers(run: Run, gpu: bool) -> float:
-    """Buckets of gradients and gathered weights.
+    """Return the memory of the buckets of gradients and of gathered weights, in bytes.
 
-    Under ZeRO gradients go into the bucket one by one, and each is let go of: on a CPU what is touched of the bucket is
-    no more than they have taken. On a GPU the whole bucket takes memory.
+    With ZeRO, gradients are copied into the bucket one by one and then freed: on a CPU, only the used part of the
+    bucket takes memory beyond that of the gradients. On a GPU, the complete bucket takes memory.
     """
     count = run.size.parameters
     if run.stage == 0:

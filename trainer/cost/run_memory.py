@@ -1,4 +1,4 @@
-"""Memory that a run will take on each rank, before its first step, against what is there."""
+"""Estimate the memory that a run takes on each rank, and compare it with the memory that is free."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from hydrazero.trainer.ranks.distributed import gather_objects
 
 @dataclass(frozen=True, kw_only=True)
 class RunMemory:
-    """Bytes on each rank."""
+    """Memory of each rank in bytes."""
 
     step: float
-    """Of a training step with a full batch, at its peak."""
+    """Peak memory of a training step with a full batch."""
     states: float
-    """Of weights, gradients, optimizer and average."""
+    """Memory of weights, gradients, optimizer states and the moving average."""
     at_hand: float
-    """What the rank that has least can have."""
+    """Free memory of the rank that has least."""
 
     @property
     def needed(self) -> float:
-        """All that the run is known to take."""
+        """Sum of what the run takes."""
         return self.step + self.states
 
 
 def megabytes(count: float) -> str:
-    """Show bytes."""
+    """Return a number of bytes as text in MB."""
     return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
 
 
 def memory_of_ranks() -> int:
-    """Bytes that the rank has that has least; every rank must ask."""
+    """Return the free memory of the rank that has least, in bytes; called on every rank."""
     hosts = gather_objects(socket.gethostname())
     return min(gather_objects(memory_at_hand(hosts.count(socket.gethostname()))))
 
 
 def check_memory(memory: RunMemory, shape: BatchShape, cutoff: float, manifests: Sequence[Manifest]) -> None:
-    """Raise ConfigError, saying what would fit, if a run takes more memory than there is."""
+    """Raise ConfigError, with a batch that would fit, if a run takes more memory than is free."""
     if memory.needed <= memory.at_hand:
         return
-    taken = f"the run takes about {megabytes(memory.needed)} on each rank, and {megabytes(memory.at_hand)} are there"
+    taken = f"the run takes about {megabytes(memory.needed)} on each rank, and {megabytes(memory.at_hand)} are free"
     room = (memory.at_hand - memory.states) / memory.step
     fitting = scaled(shape, room)
     if room <= 0 or not holds_all(fitting, cutoff, manifests):
@@ -63,7 +63,7 @@ def check_memory(memory: RunMemory, shape: BatchShape, cutoff: float, manifests:
 
 
 def scaled(shape: BatchShape, room: float) -> BatchShape:
-    """Return a batch that takes `room` of the memory of another."""
+    """Return a batch that takes the fraction `room` of the memory of another."""
     changes = {
         "structures": max(int(shape.structures * room), 1),
         "atoms": int(shape.atoms * room),
@@ -74,7 +74,7 @@ def scaled(shape: BatchShape, room: float) -> BatchShape:
 
 
 def holds_all(shape: BatchShape, cutoff: float, manifests: Sequence[Manifest]) -> bool:
-    """Whether the largest structures fit a batch, as far as the manifests know."""
+    """Return whether a batch holds the largest structures, as far as the manifests know."""
     for manifest in manifests:
         found = degrees_within(manifest, cutoff)
         if manifest.max_atoms > shape.atoms:
@@ -85,5 +85,5 @@ def holds_all(shape: BatchShape, cutoff: float, manifests: Sequence[Manifest]) -
 
 
 def step_bytes(settings: ModelSettings, shape: BatchShape) -> float:
-    """Bytes of a training step at its peak."""
+    """Return the peak memory of a training step in bytes."""
     return StepMemory(settings).bytes_of(shape)

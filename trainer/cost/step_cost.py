@@ -1,4 +1,4 @@
-"""What a model is made of and what a training step of it costs, without training: parameters, operations, memory."""
+"""The size of a model and the cost of a training step, without training: parameters, operations, memory."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from hydrazero.trainer.cost.step_memory import StepMemory, probe_batch, probe_ta
 from hydrazero.trainer.engine.parameter_groups import parameter_groups
 
 HEADS = ("energy_head.", "forces_head.", "stress_head.", "targets.")
-"""Beginnings of the names of parameters that each task has its own of."""
+"""Prefixes of the names of parameters that each task has for itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """Numbers in a model's parameters."""
+    """Numbers of parameters of a model."""
 
     encoder_groups: tuple[int, ...]
-    """In what all tasks share, of each group of the optimizer."""
+    """Parameters that all tasks share, by parameter group of the optimizer."""
     head_groups: tuple[int, ...]
-    """In what each task has its own of, all tasks together, of each group of the optimizer."""
+    """Parameters of the heads of all tasks, by parameter group of the optimizer."""
 
     @property
     def encoder(self) -> int:
-        """In what all tasks share."""
+        """Number of parameters that all tasks share."""
         return sum(self.encoder_groups)
 
     @property
     def heads(self) -> int:
-        """In what each task has its own of."""
+        """Number of parameters of the heads of all tasks."""
         return sum(self.head_groups)
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """In each group of the optimizer."""
+        """Number of parameters in each parameter group of the optimizer."""
         return tuple(map(sum, zip(self.encoder_groups, self.head_groups, strict=True)))
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Number of all parameters."""
         return self.encoder + self.heads
 
 
 def model_size(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> ModelSize:
-    """Count the parameters of a model that is not made."""
+    """Count the parameters of a model without allocating them."""
     with torch.device("meta"):
         model = AtomisticModel(settings, tasks)
     of_heads = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(HEADS)}
@@ -75,19 +75,21 @@ def planned_size(settings: ModelSettings, charge_spin: Sequence[bool]) -> ModelS
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Of a training step with forces, as linear functions of the atoms and the slots of its batch."""
+    """Cost of a training step with forces, as linear functions of the numbers of atoms and slots of its batch."""
 
     flops_per_atom: float
-    """Floating-point operations of matrix products."""
+    """Floating-point operations of matrix products for each atom."""
     flops_per_slot: float
+    """Floating-point operations of matrix products for each neighbour slot."""
     bytes_per_atom: float
-    """Kept for the backward passes."""
+    """Bytes for each atom that are kept for the backward passes."""
     bytes_per_slot: float
+    """Bytes for each neighbour slot that are kept for the backward passes."""
 
 
 @cache
 def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
-    """Count on small batches; rows of several tasks go through heads in blocks of one, padding among them."""
+    """Return the cost of a step, counted on small batches; heads process atoms in padded blocks of one task."""
     model = AtomisticModel(settings.model_copy(update={"attention_targets": ()}), probe_tasks(1)).train()
     small, wide, more = (_flops(model, atoms, spare) for atoms, spare in ((32, 0), (32, 64), (64, 0)))
     per_slot = (wide[0] - small[0]) / (wide[2] - small[2])
@@ -102,11 +104,11 @@ def step_cost(settings: ModelSettings, tasks: int) -> StepCost:
 
 
 def _head_flops(settings: ModelSettings, tasks: int) -> float:
-    """Operations of a step's matrix products in the energy head per atom, 64 of each task."""
+    """Return the operations of a step's matrix products in the energy head per atom, with 64 atoms of each task."""
     head = ScalarHead(settings.head_size(tasks), settings.ensemble)
     task = torch.arange(tasks).repeat_interleave(64)
     scalars = torch.zeros(len(task), settings.encoder.features, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:  # which cannot follow a leaf into a module
+    with FlopCounterMode(display=False) as counter:  # the counter cannot follow a leaf tensor into a module
         energy = head(scalars.clone(), TaskRows(task=task, count=tasks)).sum()
         (slope,) = torch.autograd.grad(energy, scalars, create_graph=True)
         (energy.square() + slope.square().sum()).backward()
@@ -114,7 +116,7 @@ def _head_flops(settings: ModelSettings, tasks: int) -> float:
 
 
 def _flops(model: AtomisticModel, atoms: int, spare_rows: int) -> tuple[int, int, int]:
-    """Operations of a step's matrix products, atoms and slots of the batch."""
+    """Return the operations of a step's matrix products, and the batch's numbers of atoms and slots."""
     batch = probe_batch(atoms, spare_rows, model.settings.encoder.cutoff)
     with FlopCounterMode(display=False) as counter:
         predictions = model(batch)

@@ -1,4 +1,4 @@
-"""Memory that a training step takes, measured on small batches of the model and scaled to the size of a batch."""
+"""Estimate the memory of a training step from small batches, scaled to the size of a full batch."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ PEAK_OVER_KEPT = 1.6
 CONTRIBUTING.md)."""
 
 SHARE = 0.6
-"""Of the memory at hand that a batch may take; parameters, optimizer, gather buffers and the stream need the rest."""
+"""Fraction of the free memory that a batch may take; parameters, optimizer, buffers and the stream need the rest."""
 
 
 def memory_at_hand(ranks: int) -> int:
-    """Bytes that each of `ranks` ranks on this machine can have: of the GPU, or its part of what is free here."""
+    """Return the bytes that each of `ranks` ranks of this machine can use, on its GPU or of the host's memory."""
     if (gpu := gpu_module()) is not None:
         return int(gpu.mem_get_info()[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(ranks, 1)
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this rank so far in MB: what was allocated on its GPU, or the process's resident memory."""
+    """Return the peak memory of this rank so far in MB: that allocated on its GPU, or the process's resident memory."""
     if (gpu := gpu_module()) is not None:
         return float(gpu.max_memory_allocated() / 1e6)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
 
 
 class StepMemory:
-    """Bytes of a training step with forces as a linear function of atoms and slots."""
+    """Memory of a training step with forces, as a linear function of the numbers of atoms and neighbour slots."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        # Targets are heads on top; what they take is nothing beside the encoder. An atom goes through one task's head.
+        # The heads of targets take little memory beside the encoder. An atom passes the head of one task.
         self._model = AtomisticModel(settings.model_copy(update={"attention_targets": ()}), probe_tasks(1)).train()
         small, wide = (self._kept(atoms, spare) for atoms, spare in ((32, 0), (32, 64)))
         more = self._kept(64, 0)
@@ -50,7 +50,7 @@ class StepMemory:
         self.per_atom = (more[0] - small[0] - self.per_slot * (more[2] - small[2])) / (more[1] - small[1])
 
     def _kept(self, atoms: int, spare_rows: int) -> tuple[int, int, int]:
-        """Bytes that autograd keeps for the backward pass of energies and forces, atoms and slots of the batch."""
+        """Return the bytes kept for the backward pass, and the batch's numbers of atoms and slots."""
         batch = probe_batch(atoms, spare_rows, self._model.settings.encoder.cutoff)
         storages: dict[int, int] = {}
 
@@ -65,17 +65,17 @@ class StepMemory:
         return sum(storages.values()), len(batch.numbers), batch.slot_mask.numel()
 
     def bytes_of(self, shape: BatchShape) -> float:
-        """Peak bytes of a step with a batch of this shape."""
+        """Return the peak memory in bytes of a step with a batch of this shape."""
         return PEAK_OVER_KEPT * (self.per_atom * shape.atoms + self.per_slot * shape.rows * ROW_SLOTS)
 
 
 def probe_tasks(count: int) -> list[TaskFacts]:
-    """Return facts of tasks of which nothing is known."""
+    """Return facts of a number of tasks about which nothing is known."""
     return [TaskFacts(name=f"probe{n}", reference_energies={}, scale=1.0, elements=["C"]) for n in range(count)]
 
 
 def probe_batch(atoms: int, spare_rows: int, cutoff: float) -> GraphBatch:
-    """A batch of one line of carbon atoms, with rows of padding to spare."""
+    """Return a batch with a line of carbon atoms and additional rows of empty neighbour slots."""
     positions = np.zeros((atoms, 3))
     positions[:, 0] = 1.4 * np.arange(atoms)
     structure = Structure(

@@ -1,7 +1,7 @@
-"""What a training step sends: its collectives by ZeRO stage and precision, as DeepSpeed and this package call them.
+"""The collective operations of a training step, by ZeRO stage and precision.
 
-Measured by wrapping torch.distributed on real ranks (`tests/ranks/collective_count.py`), stage by stage. ZeRO 1 and 2
-sum whole gradients by an all-reduce, not by a reduce-scatter; ZeRO 1 does so once a step, ZeRO 2 for every micro-batch.
+They were recorded on real ranks by wrapping torch.distributed (`tests/ranks/collective_count.py`). ZeRO 1 and 2 sum
+complete gradients with an all-reduce, not with a reduce-scatter: ZeRO 1 once per step, ZeRO 2 for every micro-batch.
 """
 
 from __future__ import annotations
@@ -14,101 +14,102 @@ from hydrazero.trainer.cost.step_cost import ModelSize
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all_reduce", "all_gather", "reduce_scatter"
 TABLE = 8
-"""Bytes of a number in what this package sums over ranks."""
+"""Bytes of a number in the tables that this package sums over ranks."""
 DEFAULT_BUCKET = 500_000_000
-"""Elements that DeepSpeed sends at once unless it is told."""
+"""Default number of gradient elements that DeepSpeed sends at once."""
 
 PACKAGED_BUCKET = 50_000_000
-"""The same in the packaged configurations of ZeRO 1 to 3."""
+"""Number of gradient elements that the packaged configurations of ZeRO 1 to 3 send at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Collectives of one kind and size in a step."""
+    """Collective operations of one kind and size in a step."""
 
     kind: str
+    """'all_reduce', 'all_gather' or 'reduce_scatter'."""
     of: str
     """What is sent."""
     bytes: float
-    """Of one: the whole tensor, as it is after a gather or before a scatter."""
+    """Bytes of one operation: those of the complete tensor, after a gather or before a scatter."""
     count: float
-    """Of them in a step; below 1 for what not every step does."""
+    """Number of operations in a step; below 1 if not every step has one."""
     ranks: int = 0
-    """That take part; 0: all."""
+    """Number of ranks that take part; 0 for all ranks."""
 
     @property
     def total(self) -> float:
-        """Bytes of all of them in a step."""
+        """Bytes of all of these operations in a step."""
         return self.bytes * self.count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the traffic and the memory of a run depend on."""
+    """The properties of a run on which its traffic and its memory depend."""
 
     size: ModelSize
     ds_config: dict[str, Any]
     """DeepSpeed JSON."""
     tasks: int
     quantities: int
-    """Kinds of labels in the loss: energy, forces, stress, targets."""
+    """Number of kinds of labels in the loss: energy, forces, stress, targets."""
     features: int
     balance_every: int
-    """Steps between measurements of the tasks' gradients; 0: never."""
+    """Number of steps between measurements of the tasks' gradients; 0 for never."""
     average: bool
     """Whether a moving average of the weights is kept."""
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """ZeRO stage."""
         return int(self.ds_config.get("zero_optimization", {}).get("stage", 0))
 
     @property
     def precision(self) -> Precision:
-        """How it computes."""
+        """Precision of the run."""
         return precision_of(self.ds_config)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight that the model computes with."""
+        """Bytes of a weight with which the model computes."""
         return {"fp64": 8, "bf16": 2, "fp16": 2}.get(self.precision.key, 4)
 
     @property
     def master_bytes(self) -> int:
-        """Bytes of a weight that the optimizer steps, of its states, and of sums of gradients."""
+        """Bytes of a master weight, of an optimizer state, and of a sum of gradients."""
         return max(self.weight_bytes, 4)
 
     @property
     def micro_batches(self) -> int:
-        """Batches of a rank in a step."""
+        """Number of batches of a rank in a step."""
         return int(self.ds_config.get("gradient_accumulation_steps", 1))
 
     @property
     def bucket(self) -> int:
-        """Elements of gradients that are sent at once."""
+        """Number of gradient elements that are sent at once."""
         return int(float(self.ds_config.get("zero_optimization", {}).get("reduce_bucket_size", DEFAULT_BUCKET)))
 
     def with_stage(self, stage: int) -> Run:
-        """Return the same run under another ZeRO stage."""
+        """Return the same run with another ZeRO stage."""
         own = self.ds_config.get("zero_optimization", {})
-        # The packaged configurations' bucket, where this one has none since its stage does without.
+        # A configuration whose stage has no bucket gets that of the packaged configurations.
         zero = {"reduce_bucket_size": PACKAGED_BUCKET, **own, "stage": stage} if stage != self.stage else own
         return replace(self, ds_config={**self.ds_config, "zero_optimization": zero})
 
     def with_micro_batches(self, count: int) -> Run:
-        """Return the same run with so many batches of a rank in a step."""
+        """Return the same run with another number of batches of a rank in a step."""
         return replace(self, ds_config={**self.ds_config, "gradient_accumulation_steps": count})
 
 
 def step_messages(run: Run, ranks: int) -> list[Message]:
-    """Return what a step sends; nothing on one rank."""
+    """Return the collective operations of a step; there are none on one rank."""
     if ranks == 1:
         return []
     return [message for message in [*_parameters(run, ranks), *_own(run), *_checks(run)] if message.count]
 
 
 def _parameters(run: Run, ranks: int) -> list[Message]:
-    """Gradients and weights."""
+    """Return the operations for gradients and weights."""
     count, stage, micro = run.size.parameters, run.stage, run.micro_batches
     buckets = -(-count // run.bucket)
     gradients = count * run.master_bytes / buckets
@@ -130,12 +131,12 @@ def _parameters(run: Run, ranks: int) -> list[Message]:
 
 
 def padded(count: int, multiple: int) -> int:
-    """Numbers with padding, so that each rank has as many."""
+    """Return a count rounded up to a multiple, so that each rank has equally many."""
     return -(-count // multiple) * multiple
 
 
 def _own(run: Run) -> list[Message]:
-    """Counts of labels, sums of losses, the tasks' gradients."""
+    """Return the operations for counts of labels, sums of losses, and the tasks' gradients."""
     measured = run.tasks * run.features**2 * TABLE
     return [
         Message(kind=ALL_REDUCE, of="counts of labels", bytes=run.tasks * run.quantities * TABLE, count=1),
@@ -152,5 +153,5 @@ def _own(run: Run) -> list[Message]:
 
 
 def _checks(run: Run) -> list[Message]:
-    """Norm and overflow of the gradients."""
+    """Return the operations for the norm and the overflow of the gradients."""
     return [Message(kind=ALL_REDUCE, of="norm, overflow", bytes=4, count=1 if run.stage == 0 else 2)]

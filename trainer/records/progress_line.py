@@ -1,4 +1,4 @@
-"""One line of progress: drawn anew on a terminal, and into a file a line every so often."""
+"""The progress of a run: one line that is updated on a terminal, or a new line from time to time in a file."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rich.table import Column
 from rich.text import Text
 
 EVERY = 30.0
-"""Seconds between lines where there is no terminal: a job's log of a day is some 3,000 lines."""
+"""Seconds between lines where there is no terminal; the log of a day then has some 3,000 lines."""
 FILE_WIDTH = 160
-"""Characters of a line where there is no terminal, so that tables are not cut."""
+"""Width in characters where there is no terminal, so that tables are not cut off."""
 
 
 def wide_console(*, stderr: bool) -> Console:
-    """Return a console, as wide as tables need it to be where it is no terminal."""
+    """Return a console that is wide enough for tables even if it is not a terminal."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=FILE_WIDTH)
 
 
 def duration(seconds: float | None) -> str:
-    """Show a time as h:mm:ss; dashes where it is not known."""
+    """Return a time as h:mm:ss, or dashes if it is not known."""
     if seconds is None:
         return "-:--:--"
     whole = int(seconds)
@@ -30,7 +30,7 @@ def duration(seconds: float | None) -> str:
 
 
 class _Left(ProgressColumn):
-    """Time left."""
+    """Column that shows the remaining time."""
 
     def __init__(self, line: ProgressLine) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -41,14 +41,14 @@ class _Left(ProgressColumn):
 
 
 class ProgressLine:
-    """Progress of a run from step `start` on: rate, share of waiting, loss, time left."""
+    """Progress of a run from step `start`: rate, fraction of the time spent waiting for data, loss, remaining time."""
 
     def __init__(self, console: Console, start: int, total: int) -> None:
         self.console = console
         self.step, self.total = start, total
         self.loss = self.rate = ""
         self._first: tuple[int, float] | None = None
-        """The first step that was done, and when."""
+        """Number of the first step that was done, and the clock at its end."""
         self._shown = time.monotonic() - EVERY
         self._progress: Progress | None = None
         if self.console.is_terminal:
@@ -65,9 +65,9 @@ class ProgressLine:
             self._progress.start()
 
     def left(self) -> float | None:
-        """Seconds to the last step, by the pace since the first one, which may compile; None before there is a pace.
+        """Return the remaining seconds, estimated from the steps after the first one, which may compile.
 
-        Evaluations and checkpoints are part of it.
+        Evaluations and checkpoints count. Return None before the second step.
         """
         if self.step == self.total:
             return 0.0
@@ -77,18 +77,18 @@ class ProgressLine:
         return (self.total - self.step) * (time.monotonic() - since) / (self.step - step)
 
     def say(self, sentence: str) -> None:
-        """Show one line."""
+        """Print one line."""
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def advance(self, step: int, loss: float) -> None:
-        """Move on to a step."""
+        """Show that a step is done."""
         self.step, self.loss = step, f"loss {loss:.4g}"
         self._first = self._first or (step, time.monotonic())
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, loss=self.loss)
 
     def interval(self, structures_per_s: float, data_wait_share: float) -> None:
-        """Take in how fast it is; into a file, a line is written where the last one is old enough."""
+        """Show the rate of the last interval; in a file, print a line if the last line is old enough."""
         self.rate = f"{structures_per_s:.0f} structures/s, waits {100 * data_wait_share:.0f}%, "
         if self._progress is not None:
             self._progress.update(self._bar, rate=self.rate)
@@ -97,6 +97,6 @@ class ProgressLine:
             self.say(f"step {self.step:,}/{self.total:,}: {self.rate}{self.loss}, {duration(self.left())} left")
 
     def stop(self) -> None:
-        """Leave the line as it is."""
+        """Stop updating the line."""
         if self._progress is not None:
             self._progress.stop()

@@ -1,4 +1,4 @@
-"""Files of a run folder: their names, and reading and writing of them."""
+"""The files of a run folder: their names, and how they are read and written."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, write_text
 
 RUN_NAME = "run.json"
-"""Resolved configuration, versions, command, start."""
+"""File with the settings, versions, command and start of the run."""
 MODEL_FACTS_NAME = "model.json"
-"""Settings of the model and facts of its tasks."""
+"""File with the settings of the model and the facts of its tasks."""
 METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
 PREDICTIONS = "predictions"
-"""Folder of TASK.parquet, a row per structure of the evaluated split."""
+"""Folder of files TASK.parquet with one row for each structure of the evaluated split."""
 REPORT_NAME = "report.html"
 
 
 def writing(run_dir: Path, write: Callable[[], None]) -> None:
-    """Write to a run's folder; raises ConfigError where that is not possible."""
+    """Call a function that writes to a run folder; raise ConfigError if it cannot write."""
     try:
         write()
     except OSError as error:
         raise ConfigError(
-            f"run folder {run_dir} cannot be written ({error.strerror}); make room there, or set run.out."
+            f"run folder {run_dir} cannot be written ({error.strerror}); free some space there, or set run.out."
         ) from error
 
 
@@ -39,17 +39,17 @@ def read_run_json(run_dir: Path, name: str) -> Any:
 
 
 class MetricsWriter:
-    """Adds lines to metrics.jsonl, and keeps those for which the disk has no room until it has."""
+    """Writer of metrics.jsonl, which keeps lines in memory while the disk is full."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_NAME
         self._waiting: list[bytes] = []
 
     def append(self, row: dict[str, Any]) -> str | None:
-        """Add a row; returns why it, or one before it, could not be written yet, None if all are."""
+        """Add a row; return why it or an earlier row could not be written yet, or None if all have been."""
         self._waiting.append((json.dumps(row) + "\n").encode())
         try:
-            # Unbuffered: what a buffer could not write it would try again when the file is closed.
+            # Unbuffered: a buffer would try to write again when the file is closed.
             with open(self.path, "ab", buffering=0) as file:
                 while self._waiting:
                     end = file.tell()
@@ -63,7 +63,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; raises ConfigError naming a damaged line, except a last one cut short by a kill."""
+    """Return the rows of metrics.jsonl; raise ConfigError for a damaged line, unless it is an incomplete last one."""
     path = run_dir / METRICS_NAME
     if not path.is_file():
         return []
@@ -82,6 +82,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(run_dir: Path, step: int) -> None:
-    """Leave out what was logged after `step`: a resumed run does those steps again."""
+    """Remove the rows after `step`, since a resumed run does those steps again."""
     kept = [json.dumps(row) + "\n" for row in read_metrics(run_dir) if row["step"] <= step]
     write_text(run_dir / METRICS_NAME, "".join(kept))

@@ -1,4 +1,4 @@
-"""What a run tells: on the console, in metrics.jsonl, and in TensorBoard."""
+"""The log of a run: on the console, in metrics.jsonl, and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ TRAIN_SCALARS = (
     "memory_mb",
     "skipped_steps",
 )
-"""Of rows of training, those in TensorBoard that are of no task."""
+"""Metrics of training that belong to no single task and are logged to TensorBoard."""
 ROOM = 1_000_000
-"""Bytes that a disk must have for TensorBoard, which writes in a thread that would die with a traceback."""
+"""Bytes that must be free for TensorBoard, whose writing thread would otherwise fail with a traceback."""
 
 
 def shown(value: float | None, digits: int = 1) -> str:
-    """Format a number for a table; a dash where there is none."""
+    """Return a number as text for a table, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def left_out(tasks: dict[str, dict[str, Any]]) -> list[str]:
-    """Say of each task how many structures an evaluation has left out, if any."""
+    """Return a sentence for each task of which an evaluation has left out structures."""
     return [
         f"{name}: {row['unseen']} structures left out, with elements that no training structure of the task holds"
         for name, row in tasks.items()
@@ -51,7 +51,7 @@ def left_out(tasks: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int], None]]:
-    """Return a progress bar on stderr (a context manager) and the function that moves it."""
+    """Return a progress bar on stderr, which is a context manager, and the function that advances it."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True))
     bar = progress.add_task("", total=total)
@@ -59,7 +59,7 @@ def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int
 
 
 class RunLog:
-    """Log of a run; every rank has one, only rank 0's writes, and only while it is entered."""
+    """The log of a run. Every rank has one, but only that of rank 0 writes, and only inside its `with` block."""
 
     def __init__(self, run_dir: Path, steps: int, *, start: int = 0, settings: Settings | None = None) -> None:
         """Take the run folder, the number of steps, the step to start from, and the run's settings as one flat table.
@@ -72,9 +72,9 @@ class RunLog:
         self._full = False
 
     def __enter__(self) -> RunLog:
-        from hydrazero.trainer.ranks.distributed import rank, together  # it imports PyTorch, which reports do without
+        from hydrazero.trainer.ranks.distributed import rank, together  # it imports PyTorch, which reports do not need
 
-        # All ranks learn of it if rank 0 cannot open it.
+        # An error on rank 0 is raised on all ranks.
         together(lambda: self._open() if rank() == 0 else None)
         return self
 
@@ -93,29 +93,29 @@ class RunLog:
             self._line = None
 
     def say(self, sentence: str) -> None:
-        """Show one line above the progress."""
+        """Print one line above the progress."""
         if self._line is not None:
             self._line.say(sentence)
 
     def advance(self, step: int, loss: float) -> None:
-        """Move the progress on."""
+        """Advance the progress to a step."""
         if self._line is not None:
             self._line.advance(step, loss)
 
     def _row(self, row: dict[str, Any]) -> bool:
-        """Write a row to metrics.jsonl; returns whether there is room for TensorBoard too. A full disk is said once."""
+        """Write a row to metrics.jsonl, report a full disk once; return whether there is space for TensorBoard."""
         reason = self._metrics.append(row)
         if reason is not None and not self._full:
-            self.say(f"warning: metrics.jsonl cannot be written ({reason}); its lines wait until it can.")
+            self.say(f"warning: metrics.jsonl cannot be written ({reason}); its lines are kept in memory until it can.")
         self._full = reason is not None
         return self._there_is_room()
 
     def _there_is_room(self) -> bool:
-        """Whether there is room for TensorBoard."""
+        """Return whether there is space for TensorBoard."""
         return not self._full and shutil.disk_usage(self.run_dir).free > ROOM
 
     def train_row(self, row: dict[str, Any]) -> None:
-        """Log an interval of training."""
+        """Log a row about an interval of training."""
         if self._line is None:
             return
         there_is_room = self._row({"kind": "train", **row})
@@ -129,7 +129,7 @@ class RunLog:
         self._scalars.flush()
 
     def balance_row(self, row: dict[str, Any]) -> None:
-        """Log what was measured of the tasks' gradients."""
+        """Log a row about the gradients of the tasks."""
         if self._line is None:
             return
         if not self._row({"kind": "balance", **row}):
@@ -143,13 +143,13 @@ class RunLog:
         self._scalars.add(row["step"], {**norms, **cosines})
 
     def pictures(self, step: int, figures: Callable[[], dict[str, Figure]]) -> None:
-        """Log figures, which are made where they are logged alone."""
+        """Log figures by their tags; they are drawn only on the rank that logs them."""
         if self._line is not None and self._there_is_room():
             self._scalars.add_pictures(step, figures())
             self._scalars.flush()
 
     def evaluation_row(self, row: dict[str, Any]) -> None:
-        """Log an evaluation, with the loss by which evaluations are compared, and show its errors as a table."""
+        """Log a row about an evaluation, and print its errors as a table."""
         if self._line is None:
             return
         step, split, tasks = row["step"], row["split"], row["tasks"]
@@ -173,7 +173,7 @@ class RunLog:
 
 
 class SilentLog(RunLog):
-    """A log that is never entered, and so writes nothing; its sentences are kept."""
+    """A log that writes nothing and keeps its sentences."""
 
     def __init__(self) -> None:
         super().__init__(Path(), 0)
@@ -185,7 +185,7 @@ class SilentLog(RunLog):
 
 
 def by_task(prefix: str, tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Return the losses and errors of tasks by the tags of TensorBoard: 'val/energy_loss/TASK'."""
+    """Return the losses and errors of tasks by their tags in TensorBoard, such as 'val/energy_loss/TASK'."""
     values = {}
     for name, row in tasks.items():
         targets = {f"{target}_mae": value for target, value in row["target_mae"].items()}

@@ -1,4 +1,4 @@
-"""`run.json`: what a run was started with, and every time that it was resumed."""
+"""The file `run.json`: the settings and the environment of a run, and every time that it was resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
 OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
-"""Options that no user writes."""
+"""Options that launchers add to the command; users do not write them."""
 
 
 def run_record(run_file: Mapping[str, Any], ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def run_record(run_file: Mapping[str, Any], ds_config: dict[str, Any], ranks: in
 
 
 def _start(ranks: int) -> dict[str, Any]:
-    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # alone, the rank is the command itself
+    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # one rank is the command itself
     command = [] if words[:1] == ["finetune"] else ["train"]
     return {
         "command": " ".join(["hydrazero", *command, *(word for word in words if not word.startswith(OF_LAUNCHERS))]),
@@ -60,7 +60,7 @@ def git_commit() -> dict[str, Any] | None:
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """Read `run.json`; raises ConfigError if it is missing, damaged, or not what a run writes."""
+    """Return the content of `run.json`; raise ConfigError if it is missing, damaged, or not written by a run."""
     record = read_run_json(run_dir, RUN_NAME)
     if not isinstance(record, dict) or not isinstance(record.get("ranks"), int):
         raise ConfigError(f"{run_dir / RUN_NAME} does not say how many ranks the run has; start a new run.")

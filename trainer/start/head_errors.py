@@ -1,4 +1,4 @@
-"""How well the heads of a model already predict structures that none of them was trained on."""
+"""Errors of a model's heads on the structures of a task that none of them was trained on."""
 
 from __future__ import annotations
 
@@ -21,35 +21,40 @@ from hydrazero.trainer.start.initial_weights import start_from
 from hydrazero.trainer.start.unit_check import Likeness, energy_likeness, likeness
 
 COMPARED = 100
-"""Training structures by which heads are compared."""
+"""Number of training structures on which heads are compared."""
 FITTED = 20_000
-"""Training structures that reference energies are fitted to at most."""
+"""Maximum number of training structures to which reference energies are fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadErrors:
-    """What a head makes of a sample of a task's training structures."""
+    """Errors of a head on a sample of a task's training structures."""
 
     name: str
+    """Name of the head; 'mean' for the mean of several."""
     fidelity: str
+    """Level of theory of the task that the head was trained on."""
     force_mae: float | None
-    """eV/Å by component; None if there are no forces, or the head has none."""
+    """Mean absolute error of force components, eV/Å; None if there are no forces or the head predicts none."""
     energy_mae: float | None
-    """eV per atom, with reference energies fitted to the sample; None if there are no energies."""
+    """Mean absolute error of the energy per atom, eV, after reference energies are fitted to the sample; None without
+    energies."""
     lacks: tuple[str, ...]
     """Elements of the task that the head was not trained on."""
     forces: Likeness | None
+    """Comparison of the sizes of force components."""
     energies: Likeness | None
+    """Comparison of the sizes of energies without references."""
 
     @property
     def order(self) -> tuple[bool, float]:
-        """What the nearest head has least of: its error of forces, or of energies where there are no forces."""
+        """Key by which heads are sorted, nearest first: the error of forces, or of energies if there are no forces."""
         errors = [error for error in (self.force_mae, self.energy_mae) if error is not None]
         return self.force_mae is None, errors[0] if errors else float("inf")
 
 
 def head_model(start: AtomisticModel, facts: TaskFacts, rows: Sequence[int]) -> AtomisticModel:
-    """Return the model with one head, of a task that may be new to it: the mean of the heads at `rows`."""
+    """Return the model with a single head for a task that may be new to it: the mean of the heads at `rows`."""
     attention = tuple(name for name in start.settings.attention_targets if name in facts.targets)
     model = AtomisticModel(start.settings.model_copy(update={"attention_targets": attention}), [facts]).to(start.dtype)
     start_from(model, start, {0: rows})
@@ -57,7 +62,7 @@ def head_model(start: AtomisticModel, facts: TaskFacts, rows: Sequence[int]) -> 
 
 
 def spread_samples(shards: str, cutoff: float, most: int) -> list[GraphSample]:
-    """Read training structures, evenly spread over the shards, `most` of them at most; raises ShardError."""
+    """Return at most `most` training structures that are spread evenly over the shards; raise ShardError."""
     reader = SplitReader(StreamSettings(folders=(shards,), cutoff=cutoff, shape=DEFAULT_SHAPE), "train")
     total = reader.readers[0].manifest.structures("train")
     places = islice(split_places(reader), 0, None, max(-(-total // most), 1))
@@ -65,7 +70,7 @@ def spread_samples(shards: str, cutoff: float, most: int) -> list[GraphSample]:
 
 
 def compositions_of(samples: Sequence[GraphSample]) -> NDArray[np.float64]:
-    """Atoms of each element 0 to 118 in each structure, [S, 119]."""
+    """Return the number of atoms of each element, 0 to 118, in each structure, [S, 119]."""
     rows = [np.bincount(sample.structure.numbers, minlength=119) for sample in samples]
     return np.array(rows, dtype=np.float64).reshape(-1, 119)
 
@@ -75,8 +80,8 @@ def refitted(
 ) -> dict[str, float]:
     """Fit reference energies, eV, to energies without interactions, eV [S], of compositions [S, 119].
 
-    What compositions leave open stays as it was `before`, where that knows all of the elements; see
-    `reference_energies` for where it does not.
+    Differences that the compositions do not determine stay as they were `before`, if that has all elements; otherwise
+    they are as in `reference_energies`.
     """
     elements = np.flatnonzero(counts.sum(axis=0))
     known = np.zeros(119)
@@ -91,7 +96,7 @@ def refitted(
 
 
 def interactions(model: AtomisticModel, samples: Sequence[GraphSample]) -> NDArray[np.float64]:
-    """Energies by the only head of a model that has no reference energies, eV [S], in the order of the samples."""
+    """Return the energies that the only head of a model predicts, without references, eV [S], in the samples' order."""
     potential, found = Potential(model), np.empty(len(samples))
     numbered = [replace(sample, origin=(number,)) for number, sample in enumerate(samples)]
     for packed, batch in potential.batches(numbered, shape_for(numbered)):
@@ -102,14 +107,14 @@ def interactions(model: AtomisticModel, samples: Sequence[GraphSample]) -> NDArr
 
 @dataclass(kw_only=True)
 class _Compared:
-    """Labels and predictions, structure by structure."""
+    """Labels and predictions of structures."""
 
     samples: list[GraphSample] = field(default_factory=list)
-    """Those with energies."""
+    """Structures that have energies."""
     energies: list[tuple[float, float]] = field(default_factory=list)
-    """eV, the predicted ones without references."""
+    """Label and prediction of the energy of each of them in eV; predictions have no reference energies."""
     forces: list[NDArray[np.float64]] = field(default_factory=list)
-    """eV/Å, [2, 3 N]."""
+    """Labels and predictions of the forces of each structure with N atoms, eV/Å, [2, 3 N]."""
 
 
 def _compared(model: AtomisticModel, samples: Sequence[GraphSample]) -> _Compared:
@@ -128,7 +133,7 @@ def _compared(model: AtomisticModel, samples: Sequence[GraphSample]) -> _Compare
 def head_errors(
     start: AtomisticModel, facts: TaskFacts, rows: Sequence[int], samples: Sequence[GraphSample]
 ) -> HeadErrors:
-    """Return the errors on some structures of the heads at `rows`, for a task of these facts."""
+    """Return the errors of the mean of the heads at `rows` on some structures of a task with these facts."""
     old = [start.tasks[row] for row in rows]
     name, fidelity = (old[0].name, old[0].fidelity) if len(old) == 1 else ("mean", "")
     seen = {symbol for task in old for symbol in task.elements}

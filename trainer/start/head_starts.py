@@ -1,4 +1,4 @@
-"""What the heads of a run begin as: the heads of the model that it starts from, with reference energies fitted anew."""
+"""How the heads of a run start: from heads of the model `run.start_from`, with reference energies fitted again."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStart:
-    """What the head of a task begins as."""
+    """How the head of a task starts."""
 
     rows: tuple[int, ...]
-    """Heads of the start whose mean it is; none for first weights."""
+    """Heads of the starting model whose mean it is; empty for random weights."""
     facts: TaskFacts
-    """Of the task, with what it takes over from them."""
+    """Facts of the task, with those that it takes over from these heads."""
     said: tuple[str, ...] = ()
     """Sentences for the log."""
 
@@ -67,7 +67,7 @@ def check_heads(tasks: Sequence[TaskSection], heads: HeadSettings, start: Atomis
 
 
 def rows_of(init_head: str, start: AtomisticModel) -> tuple[int, ...]:
-    """Return the heads of a model whose mean is the one called 'mean', or by its name."""
+    """Return the index of the head of a name; for 'mean', those of all heads."""
     names = [task.name for task in start.tasks]
     return tuple(range(len(names))) if init_head == MEAN and MEAN not in names else (names.index(init_head),)
 
@@ -75,7 +75,7 @@ def rows_of(init_head: str, start: AtomisticModel) -> tuple[int, ...]:
 def compare_heads(
     start: AtomisticModel, task: TaskSection, facts: TaskFacts, heads: Sequence[tuple[int, ...]]
 ) -> list[HeadErrors]:
-    """Return the errors of heads, or of means of some, on a sample of a task's training structures, nearest first."""
+    """Return the errors of heads, or of means of heads, on a sample of a task's structures, nearest first."""
     samples = spread_samples(task.shards, start.settings.encoder.cutoff, COMPARED)
     found = []
     for rows in heads:
@@ -104,7 +104,7 @@ def _head_start(task: TaskSection, own: TaskFacts, start: AtomisticModel, finetu
     if task.init_head == NEW:
         return HeadStart(rows=(), facts=own, said=tuple(said))
     if task.init_head == OWN:
-        # Whatever the structures at hand hold of it: a part of its data must not make it forget elements.
+        # All facts are kept, whatever these structures hold: a part of the data must not remove elements.
         return HeadStart(rows=same, facts=start.tasks[names.index(task.name)])
     is_nearest = task.init_head == NEAREST and NEAREST not in names
     heads = [(row,) for row in range(len(names))] if is_nearest else [rows_of(task.init_head, start)]
@@ -121,9 +121,10 @@ def _head_start(task: TaskSection, own: TaskFacts, start: AtomisticModel, finetu
 def check_units(task: TaskSection, heads: Sequence[HeadErrors]) -> None:
     """Raise ConfigError if labels seem to be in another unit than the predictions of heads.
 
-    The most alike head is asked, of all that were compared and know the elements: labels in another unit are near to
-    none, and the nearest one is then any that predicts large numbers. Energies, few numbers that may all vary with one
-    volume, are left to heads whose forces are alike, where there are forces.
+    Of all heads that were compared and know the elements, the one decides whose predictions correlate best with the
+    labels: labels in another unit are near to no head, and the nearest one is then whichever predicts large numbers.
+    Energies are few numbers, which may all vary with the volume alone; if there are forces, only heads whose forces
+    correlate are asked for energies.
     """
     knowing = [head for head in heads if not head.lacks]
     alike = [head for head in knowing if head.forces is None or abs(head.forces.correlation) >= ALIKE["forces"]]
@@ -140,11 +141,11 @@ def check_units(task: TaskSection, heads: Sequence[HeadErrors]) -> None:
 
 
 def refit(start: AtomisticModel, task: TaskSection, own: TaskFacts, rows: Sequence[int]) -> TaskFacts:
-    """Return the facts of a task that begins as the heads at `rows`, reference energies fitted to its structures."""
+    """Return the facts of a task that starts as the mean of heads, with reference energies fitted again."""
     old = [start.tasks[row] for row in rows]
     bare = taken_over(task, own, old, {})
     before = old[0].reference_energies if len(old) == 1 else {}
-    # An element that no structure of the fit holds keeps the energy that the head has for it, or the shards.
+    # An element that does not occur in the fit keeps its energy from the head, or else from the shards.
     references = {symbol: before.get(symbol, energy) for symbol, energy in own.reference_energies.items()}
     if own.has_energy:
         samples = spread_samples(task.shards, start.settings.encoder.cutoff, FITTED)
@@ -172,9 +173,9 @@ def resumed_facts(tasks: Sequence[TaskSection], facts: Sequence[TaskFacts], run_
 def taken_over(
     task: TaskSection, own: TaskFacts, heads: Sequence[TaskFacts], references: dict[str, float]
 ) -> TaskFacts:
-    """Return the facts of a task whose head is the mean of others: their unit, their way to forces, and the like.
+    """Return the facts of a task whose head is the mean of others, such as their scale and how they predict forces.
 
-    Told of charge and spin is what the heads were told of; what the run file sets for the task itself stays.
+    Charge and spin are inputs if they were inputs of the heads. What the run file sets for the task takes precedence.
     """
     forces, stress = _one([(head.forces, head.stress) for head in heads], (own.forces, own.stress))
     cannot = forces == NONE or (CONSERVATIVE in (forces, stress) and not own.has_energy)
@@ -193,12 +194,12 @@ def taken_over(
 
 
 def _one(values: Sequence[T], otherwise: T) -> T:
-    """Return what all values are, or something else where they differ."""
+    """Return the value that all values have, or `otherwise` if they differ."""
     return values[0] if all(value == values[0] for value in values) else otherwise
 
 
 def _target(own: TargetFacts, name: str, heads: Sequence[TaskFacts]) -> TargetFacts:
-    """Return a target's facts with mean and scale of the heads' own, where that is the same quantity in all of them."""
+    """Return a target's facts with the mean and scale of the heads, if it is the same quantity in all of them."""
     theirs = [head.targets[name] for head in heads if name in head.targets]
     return _one(theirs, own) if theirs and theirs[0].form == own.form else own
 
@@ -219,7 +220,7 @@ def started_from(
 
 
 def unseen_elements(start: AtomisticModel, facts: TaskFacts) -> list[str]:
-    """Return the elements of a task that no structure of the start's training has held."""
+    """Return the elements of a task that the starting model has not been trained on."""
     seen = {symbol for task in start.tasks for symbol in task.elements}
     return sorted(set(facts.elements) - seen)
 
@@ -237,10 +238,10 @@ def unseen_warning(start: AtomisticModel, facts: TaskFacts, method: str) -> list
 
 
 def shown_errors(errors: HeadErrors) -> str:
-    """Return a head's errors for a sentence."""
+    """Return a head's errors as a part of a sentence."""
     parts = []
     if errors.force_mae is not None:
         parts.append(f"forces {1000 * errors.force_mae:.1f} meV/Å")
     if errors.energy_mae is not None:
-        parts.append(f"energies, references refitted, {1000 * errors.energy_mae:.2f} meV/atom")
+        parts.append(f"energies, with refitted references, {1000 * errors.energy_mae:.2f} meV/atom")
     return "mean absolute errors: " + ", ".join(parts) if parts else "no labels to compare"

@@ -1,4 +1,4 @@
-"""Which weights each way of fine-tuning trains, and how fast."""
+"""The weights that each method of fine-tuning trains, and their learning rates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ENCODER = "encoder."
 
 
 def prepare(model: AtomisticModel, settings: FinetuneSection) -> None:
-    """Let a model that has its first weights train what the method does.
+    """Set which parameters of a model are trained, once it has the weights that it starts with.
 
-    With low-rank changes the embedding is trained too: only the rows of elements that structures hold ever move.
+    With low-rank changes the embedding is trained too; only the rows of elements that occur in structures change.
     """
     if settings.method == HEADS:
         for name, parameter in model.named_parameters():
@@ -27,10 +27,10 @@ def prepare(model: AtomisticModel, settings: FinetuneSection) -> None:
 
 
 def rate_factors(names: Iterable[str], settings: FinetuneSection) -> dict[str, float]:
-    """Return the learning rate of each parameter of a model over the full one, which heads have.
+    """Return the learning rate of each parameter of a model divided by that of the heads, by name.
 
-    As discriminative fine-tuning (Howard, Ruder 2018, arXiv 1801.06146, sec. 3.2): each layer of the encoder has
-    `layer_decay` times the rate of the next, the embedding that of a layer before the first.
+    The method 'layerwise' is discriminative fine-tuning (Howard, Ruder 2018, arXiv 1801.06146, sec. 3.2): each layer of
+    the encoder has `layer_decay` times the rate of the next one, and the embedding counts as a layer before the first.
     """
     names = list(names)
     if settings.method != LAYERWISE:
@@ -48,5 +48,5 @@ def rate_factors(names: Iterable[str], settings: FinetuneSection) -> dict[str, f
 
 
 def _layer(name: str) -> int:
-    """Number of the layer that a parameter of an encoder belongs to: what is in no list comes before the first."""
+    """Return the number of the encoder layer of a parameter; parameters outside the list of layers count as layer 0."""
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)

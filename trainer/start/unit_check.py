@@ -1,4 +1,4 @@
-"""Labels in another unit than they were read in: as alike to what a head predicts as they should be, times a factor."""
+"""Find labels that are in another unit than assumed: they correlate with predictions, but differ by a factor."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ INTERNAL = {
     "forces": ("eV/Å", {unit: force_factor(unit) for unit in FORCE_UNITS}),
     "energies": ("eV", {unit: energy_factor(unit) for unit in ENERGY_UNITS}),
 }
-"""Unit that labels are read into, and factors to it from the others."""
+"""Internal unit of the labels, and factors of other units to it."""
 ALIKE = {"forces": 0.8, "energies": 0.95}
-"""Correlation above which a factor between labels and predictions means something; energies are few numbers."""
+"""Correlation above which a factor between labels and predictions is meaningful; energies are few numbers."""
 NEAR = 0.25
-"""Of the logarithm of a factor; one that is farther from that of every unit is the head's own fault."""
+"""Largest distance between logarithms at which a factor is attributed to a unit, and not to the head's errors."""
 FEWEST = 10
-"""Structures beyond those that the reference energies take, below which energies tell nothing."""
+"""Smallest number of structures beyond the number of reference energies at which energies are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness:
-    """How labels compare with predictions."""
+    """A comparison of labels with predictions."""
 
     ratio: float
     """Size (root mean square) of the labels over that of the predictions."""
     correlation: float
+    """Uncentred correlation of the labels with the predictions, -1 to 1."""
 
 
 def likeness(labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Likeness | None:
-    """Compare labels and predictions that should vary around zero; None if one of them does not vary."""
+    """Compare labels and predictions that vary around zero; return None if one of them does not vary."""
     sizes = float(np.linalg.norm(labels)), float(np.linalg.norm(predicted))
     if min(sizes) <= 1e-12 or not np.isfinite(sizes).all():
         return None
@@ -56,7 +57,7 @@ def likeness(labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Lik
 def energy_likeness(
     counts: NDArray[np.float64], labels: NDArray[np.float64], predicted: NDArray[np.float64]
 ) -> Likeness | None:
-    """Compare energies, eV [S], less what reference energies could make of compositions [S, 119]; None for too few."""
+    """Compare energies, eV [S], after a fit to compositions [S, 119] is subtracted; return None for too few."""
     atoms = counts.sum(axis=1, keepdims=True)
     design = counts / atoms
     if len(labels) - np.linalg.matrix_rank(design) < FEWEST:
@@ -68,9 +69,9 @@ def energy_likeness(
 
 
 def suspicion(what: str, found: Likeness) -> str | None:
-    """Say in which unit the 'forces' or 'energies' of a task seem to be, in words that follow its name.
+    """Return in which unit the 'forces' or 'energies' of a task seem to be, in words that follow the task's name.
 
-    None if nothing is odd. Factors of less than seven, by which a poor head may be off, belong to no unit.
+    Return None if nothing is suspicious. A poor head may be wrong by a factor below seven, which belongs to no unit.
     """
     internal, units = INTERNAL[what]
     if abs(found.correlation) < ALIKE[what]:
@@ -81,7 +82,7 @@ def suspicion(what: str, found: Likeness) -> str | None:
             "gradients are, or energies of binding"
         )
     size = f"has {what} {found.ratio:.3g} times those that the head predicts (correlation {found.correlation:.2f}): "
-    # Numbers in a unit are one over its factor times those in eV; those in eV, read as in it, its factor times.
+    # Numbers in a unit are those in eV divided by its factor; numbers in eV that were read as that unit are multiplied.
     not_told = _nearest(found.ratio, {unit: 1 / factor for unit, factor in units.items()})
     told_wrongly = _nearest(found.ratio, units)
     guesses = [] if not_told is None else [f"in {not_told}, read as {internal}"]
@@ -90,6 +91,6 @@ def suspicion(what: str, found: Likeness) -> str | None:
 
 
 def _nearest(ratio: float, factors: Mapping[str, float]) -> str | None:
-    """Return the unit whose factor is nearest to a ratio, None if none is near."""
+    """Return the unit whose factor is nearest to a ratio, or None if none is near enough."""
     distance, unit = min((abs(math.log(ratio / factor)), unit) for unit, factor in factors.items())
     return unit if distance < NEAR else None
