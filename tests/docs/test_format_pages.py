@@ -134,7 +134,7 @@ def test_versions_are_those_of_the_code():
 def test_every_key_of_a_card_is_on_the_page():
     task = TaskFacts(name="a", reference_energies={"H": 0.0}, scale=1.0, elements=["H"])
     card = model_card(AtomisticModel(ModelSettings(), [task]), "float32", Origin())
-    for key in [*card, *card["tasks"]["a"]]:
+    for key in [*card, *card["tasks"]["a"], "encoder_package"]:
         assert f"`{key}`" in page("model-file"), key
 
 
