@@ -1,4 +1,4 @@
-"""Encoders, heads, exported models and what they are used for."""
+"""Encoders, heads, exported models, and the interfaces through which models are used."""
 
 from hydrazero.models.inference.model_file import read_card, save_model
 from hydrazero.models.inference.potential import Potential, load_model

@@ -1,4 +1,4 @@
-"""First node features: what is known of an atom before any message."""
+"""Initial node features of the atoms, before any message is passed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 @dataclass(frozen=True, kw_only=True)
 class AtomConditions:
-    """What conditions each of A atoms, apart from its element."""
+    """Properties of each of A atoms that condition its features, apart from its element."""
 
     rows: TaskRows
-    """Task of each atom."""
+    """Index of the task of each atom, [A]."""
     charge: Tensor
-    """Total charge of its structure, e, [A]."""
+    """Total charge of the atom's structure in e, [A]."""
     multiplicity: Tensor
-    """2S+1 of its structure, 0 where unknown, [A]."""
+    """Spin multiplicity 2S + 1 of the atom's structure, 0 where it is unknown, [A]."""
 
 
 class AtomEmbedding(nn.Module):
-    """A learned vector per element; where asked for, another one of total charge and spin, and one of the task."""
+    """A learned vector per element, plus vectors of charge, spin and task where they are switched on."""
 
     charged: Tensor
-    """1 for tasks whose atoms are told charge and spin, [T]."""
+    """1 for tasks whose atoms depend on charge and spin, 0 for the others, [T]."""
 
     def __init__(self, features: int, charged: list[bool], *, of_tasks: bool) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ class AtomEmbedding(nn.Module):
             self.charge_spin = nn.Sequential(ExactLinear(3, features), nn.SiLU(), ExactLinear(features, features))
         self.tasks = nn.Parameter(0.1 * torch.randn(len(charged), features)) if of_tasks else None
         self.by_task = of_tasks or len(set(charged)) > 1
-        """Whether one structure gets other features for another task."""
+        """Whether the features of a structure depend on its task."""
 
     def forward(self, numbers: Tensor, conditions: AtomConditions) -> Tensor:
-        """Atomic numbers [A] -> first node scalars [A, F]."""
-        # A product with ones and zeros, whose derivative needs no scatter; padding, number 0, gets zeros.
+        """Return the initial node scalars [A, F] of atoms with atomic numbers [A]."""
+        # A product with a one-hot matrix needs no scatter in its derivative; padding, with number 0, becomes zeros.
         member = functional.one_hot(numbers, MAX_ATOMIC_NUMBER + 1)[:, 1:].to(self.elements.dtype)
         embedded = exact_matmul(member, self.elements)
         if self.charge_spin is not None:

@@ -1,4 +1,4 @@
-"""Short-range repulsion of nuclei, so that atoms that a model has never seen so close do not fall into each other."""
+"""Repulsion of nuclei at short range, which keeps atoms apart at distances that are absent from the training data."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hydrazero.models.ops.slots import Slots
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 SCREENING = ((0.18175, 3.19980), (0.50986, 0.94229), (0.28022, 0.40290), (0.02817, 0.20162))
-"""Factors and exponents of the universal screening function."""
+"""Factors and exponents of the universal screening function phi."""
 COULOMB = Hartree * Bohr
-"""e² / (4 pi epsilon_0), eV Å."""
+"""The Coulomb constant e² / (4 pi epsilon_0) in eV Å."""
 
 
 class ZieglerBiersackLittmark(nn.Module):
-    """Screened nuclear repulsion (Ziegler, Biersack, Littmark 1985), which ends where covalent radii touch.
+    """Screened nuclear repulsion (Ziegler, Biersack, Littmark 1985), zero beyond the sum of the covalent radii.
 
     A pair's energy is COULOMB Z_i Z_j / r * phi(r / a), a = 0.8854 Bohr / (Z_i^0.23 + Z_j^0.23), times a polynomial
     that is 1 at 0 and has value, slope and curvature 0 at the sum of the covalent radii (Gasteiger et al. 2020,
@@ -27,17 +27,17 @@ class ZieglerBiersackLittmark(nn.Module):
     """
 
     radii: Tensor
-    """Å, [119]."""
+    """Covalent radii in Å by atomic number, [119]."""
 
     def __init__(self, cutoff: float) -> None:
         super().__init__()
         self.cutoff = cutoff
-        # Not persistent: constants of nature need no place in files.
+        # Not persistent: constants of nature need not be stored in files.
         radii = torch.from_numpy(np.array(covalent_radii[: MAX_ATOMIC_NUMBER + 1], dtype=np.float64))
         self.register_buffer("radii", radii, persistent=False)
 
     def forward(self, numbers: Tensor, pairs: PairGeometry) -> Tensor:
-        """Atomic numbers [A] -> energy of each atom, half of its pairs': eV, [A]."""
+        """Return the energy of each atom in eV, [A], which is half of the energy of its pairs."""
         slots: Slots = pairs.slots
         distance = pairs.distances
         charge = numbers.to(distance.dtype)

@@ -1,4 +1,4 @@
-"""What every encoder shares: settings, what it is told of atoms and pairs, and the features that it gives."""
+"""Base class of encoders, with their settings, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -61,41 +61,41 @@ class EncoderSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AtomInputs:
-    """What an encoder is told of A atoms."""
+    """Inputs of an encoder for A atoms."""
 
     numbers: Tensor
-    """[A] int64; 0 where padded."""
+    """Atomic numbers, [A] int64; 0 for padding."""
     scalars: Tensor
-    """First node features, [A, F]: embeddings of the element and of whatever else conditions the atom."""
+    """Initial node features, [A, F]: embeddings of the element and of the other properties that condition the atom."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairGeometry:
-    """Slots of a batch (R rows of K), and what is measured in them."""
+    """Slots of a batch (R rows of K slots), and the geometry of the pairs in them."""
 
     slots: Slots
     distances: Tensor
-    """Å, [R, K]; the cutoff in empty slots, so that nothing divides by zero."""
+    """Distances in Å, [R, K]; the cutoff in empty slots, which avoids divisions by zero."""
     directions: Tensor
     """Unit vectors from the row's atom to the neighbour, [R, K, 3]; zero in empty slots."""
     inside: Tensor
-    """Cutoff function, [R, K, 1]: 0 at the cutoff and in empty slots. Whatever is summed over slots must carry it."""
+    """Cutoff function, [R, K, 1]; 0 at the cutoff and in empty slots. Every sum over slots contains it as a factor."""
     radial: Tensor
-    """Radial functions times the cutoff function, and then the cutoff function itself, [R, K, N + 1]."""
+    """N radial functions times the cutoff function, followed by the cutoff function itself, [R, K, N + 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFeatures:
-    """What an encoder gives for each of A atoms."""
+    """Outputs of an encoder for A atoms."""
 
     scalars: Tensor
-    """[A, F]."""
+    """Scalar features, [A, F]."""
     vectors: Tensor | None = None
-    """[A, 3, F], where the encoder has them."""
+    """Vector features, [A, 3, F]; None if the encoder has none."""
 
 
 def size_table(**settings: tuple[int, int, int, int]) -> dict[str, dict[str, int]]:
-    """Return size -> settings, from the values of each setting in the order of `SIZES`."""
+    """Return a table size -> settings, from the values of each setting in the order of `SIZES`."""
     return {size: {name: values[place] for name, values in settings.items()} for place, size in enumerate(SIZES)}
 
 
@@ -115,13 +115,13 @@ class Encoder(nn.Module):
 
     @property
     def receptive_radius(self) -> float:
-        """Å; atoms farther away than this have no influence on a node's features."""
+        """Distance in Å beyond which atoms have no influence on the features of a node."""
         return self.settings.cutoff * self.settings.layers
 
     def measure(self, slots: Slots, vectors: Tensor) -> PairGeometry:
-        """Measure pair vectors [R, K, 3] in Å, from each row's atom to its neighbours."""
+        """Return the geometry of pairs with vectors [R, K, 3] in Å, from each row's atom to its neighbours."""
         cutoff, mask = self.settings.cutoff, slots.mask.unsqueeze(-1)
-        # An empty slot gets a vector of the cutoff's length: no root of zero, and the cutoff function makes it 0.
+        # In an empty slot a vector of the length of the cutoff avoids the root of zero; the cutoff function is 0 there.
         safe = torch.where(mask, vectors, vectors.new_tensor([cutoff, 0.0, 0.0]))
         distances = torch.sqrt((safe * safe).sum(-1))
         inside = self.cutoff_function(distances, cutoff).unsqueeze(-1) * mask
@@ -134,5 +134,5 @@ class Encoder(nn.Module):
         )
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         raise NotImplementedError

@@ -1,6 +1,6 @@
 """DimeNet++: directional messages (Gasteiger et al. 2020, arXiv 2003.03123 and 2011.14115), without lists of triplets.
 
-A message from j to i takes in those from k to j, weighted by the distance r_kj and the angle between j-k and j-i.
+A message from j to i depends on those from k to j, weighted by the distance r_kj and the angle between j-k and j-i.
 With the addition theorem, P_l(cos) = sum_m Y_lm(j-k) Y_lm(j-i), so that the sum over k of a weight g_l(r_kj) P_l(cos)
 x_kj is a density B_lm = sum_k Y_lm g_l x_kj around j, evaluated in the direction of i: exact, and linear in the
 number of pairs. The term k = i, which the papers leave out, has cos = 1 and is subtracted. The radial functions are
@@ -18,13 +18,13 @@ from hydrazero.models.encoders.harmonics import solid_harmonics
 from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 RADIAL_GAIN = 3.0
-"""Brings weights of radial functions, which are far below one, to about one at the length of a bond."""
+"""Initial gain of weights of radial functions, which brings them to about one at the length of a bond."""
 OUTPUT_GAIN = 0.3
-"""Keeps the sums over neighbours that leave a block below the first node scalars."""
+"""Initial gain of a block's output, which keeps sums over neighbours below the initial node scalars."""
 
 
 def dense(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
-    """Linear layer that keeps the size of what it is given; PyTorch's own would all but hide the angles at first."""
+    """Linear layer whose first weights keep the size of its input; with those of PyTorch, angles hardly contribute."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.xavier_normal_(layer.weight)
     if bias:
@@ -33,26 +33,26 @@ def dense(inputs: int, outputs: int, *, bias: bool = True) -> nn.Linear:
 
 
 def radial_weights(radial_functions: int, outputs: int, gain: float = RADIAL_GAIN) -> ExactLinear:
-    """Weights that depend on the distance alone, zero where the cutoff function is."""
+    """Weights that depend on the distance alone and vanish with the cutoff function."""
     layer = ExactLinear(radial_functions + 1, outputs, bias=False)
     nn.init.normal_(layer.weight, std=gain / (radial_functions + 1) ** 0.5)
     return layer
 
 
 class Residual(nn.Module):
-    """x + silu(W silu(V x))."""
+    """Residual layer x + silu(W silu(V x))."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.first, self.second = dense(features, features), dense(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
+        """Return [..., F] for inputs [..., F]."""
         return x + functional.silu(self.second(functional.silu(self.first(x))))
 
 
 class DirectionalInteraction(nn.Module):
-    """Messages take in those that end where they begin (2011.14115, fig. 1)."""
+    """Interaction block: each message is updated by those that end where it begins (2011.14115, fig. 1)."""
 
     def __init__(self, features: int, radial_functions: int, degree: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class DirectionalInteraction(nn.Module):
         self.after = nn.ModuleList(Residual(features) for _ in range(2))
 
     def forward(self, messages: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
-        """Messages [R, K, F] in the slots of where they end, harmonics [R, K, (L + 1)^2] -> new messages."""
+        """Return new messages from messages [R, K, F] in the slots of the atoms where they end, and harmonics."""
         incoming = functional.silu(self.incoming(messages)) * self.distance(pairs.radial)
         incoming = functional.silu(self.down(incoming))
         found = self.up(pairs.slots.opposite(self.around(incoming, harmonics, pairs)))
@@ -79,10 +79,10 @@ class DirectionalInteraction(nn.Module):
         return messages
 
     def around(self, incoming: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
-        """Sum, for each slot of j, over the other slots k: sum_l g_l(r_jk) P_l(cos) x_k, x [R, K, I] -> [R, K, I]."""
+        """Return for each slot of atom j the sum over its other slots k of sum_l g_l(r_jk) P_l(cos) x_k, [R, K, I]."""
         slots = pairs.slots
         weights = self.angular(pairs.radial).unflatten(-1, (self.degree + 1, self.inner))
-        # Split, not sliced: the derivative of a slice fills a tensor with zeros.
+        # Split instead of sliced, since the derivative of a slice fills a tensor with zeros.
         parts = harmonics.split([2 * l + 1 for l in range(self.degree + 1)], dim=-1)  # noqa: E741
         densities = [
             exact_matmul(part.transpose(1, 2), weight * incoming)
@@ -93,7 +93,7 @@ class DirectionalInteraction(nn.Module):
 
 
 class DirectionalOutput(nn.Module):
-    """Messages that end at an atom, weighted by distance, to node scalars."""
+    """Output block: node scalars from the messages that end at an atom, weighted by distance."""
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
@@ -101,14 +101,14 @@ class DirectionalOutput(nn.Module):
         self.first, self.second = nn.Linear(features, features), nn.Linear(features, features)
 
     def forward(self, messages: Tensor, pairs: PairGeometry) -> Tensor:
-        """Messages [R, K, F] -> [A, F]."""
+        """Return node scalars [A, F] from messages [R, K, F]."""
         summed = pairs.slots.sum_rows((messages * self.distance(pairs.radial)).sum(1))
         out: Tensor = self.second(functional.silu(self.first(summed)))
         return out
 
 
 class DimeNetPlusPlus(Encoder):
-    """DimeNet++ encoder: scalars that are sums over the outputs of all blocks."""
+    """DimeNet++ encoder; its node scalars are sums over the outputs of all blocks."""
 
     sizes = size_table(features=(32, 64, 128, 256), layers=(2, 2, 3, 4), max_degree=(2, 3, 4, 6))
 
@@ -125,14 +125,14 @@ class DimeNetPlusPlus(Encoder):
 
     @property
     def receptive_radius(self) -> float:
-        """Å; a message begins one neighbour farther away than it has been passed on."""
+        """Distance in Å beyond which atoms have no influence; messages begin one neighbour farther away than nodes."""
         return self.settings.cutoff * (self.settings.layers + 1)
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         slots = pairs.slots
         harmonics = solid_harmonics(pairs.directions, self.settings.max_degree)
-        # The embedding of both atoms and the distance, taken apart: what belongs to an atom is computed for the atom.
+        # The embedding of both atoms and the distance is split, so that the parts of the atoms are computed per atom.
         messages = slots.gather(self.other(atoms.scalars)) + slots.spread(self.own(atoms.scalars)).unsqueeze(1)
         messages = functional.silu(messages + self.third(functional.silu(self.distance(pairs.radial))))
         scalars = atoms.scalars + self.outputs[0](messages, pairs)

@@ -1,7 +1,7 @@
 """EGNN: equivariant graph network (Satorras, Hoogeboom, Welling 2021, arXiv 2102.09844).
 
-The paper moves coordinates from layer to layer; here the atoms stay where they are, as forces and periodic cells want
-it, and what would have moved them is kept as vector features, whose lengths enter the next layer in place of new
+The paper changes coordinates from layer to layer. Here the atoms keep their positions, as forces and periodic cells
+require, and the displacements are kept as vector features, whose lengths enter the next layer in place of new
 distances.
 """
 
@@ -16,23 +16,23 @@ from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 
 class EGNNLayer(nn.Module):
-    """Messages of pairs, and what they change in scalars and vectors (paper, eqs. 3 to 6)."""
+    """Messages of pairs, and the updates of scalars and vectors that they make (paper, eqs. 3 to 6)."""
 
     def __init__(self, features: int, radial_functions: int, norm_width: float) -> None:
         super().__init__()
         self.norm_width = norm_width
-        # phi_e of the concatenated inputs, taken apart: what belongs to an atom is computed for the atom.
+        # phi_e of the concatenated inputs is split, so that the parts of the atoms are computed per atom.
         self.own = nn.Linear(features, features)
         self.other = nn.Linear(features, features, bias=False)
         self.distance = ExactLinear(radial_functions + 1, features, bias=False)
         self.message = nn.Linear(features, features)
-        # phi_x, linear: it commutes with the sum over neighbours.
+        # phi_x is linear here, so it commutes with the sum over neighbours.
         self.turn = nn.Linear(features, features, bias=False)
         self.update_in = nn.Linear(3 * features, features)
         self.update_out = nn.Linear(features, features)
 
     def forward(self, scalars: Tensor, vectors: Tensor | None, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
-        """Scalars [A, F], vectors [A, 3, F] (None: zero) -> new ones of the same shapes."""
+        """Return new scalars and vectors from scalars [A, F] and vectors [A, 3, F] (None means zero)."""
         slots = pairs.slots
         inner = slots.gather(self.other(scalars)) + slots.spread(self.own(scalars)).unsqueeze(1)
         inner = functional.silu(inner + self.distance(pairs.radial))
@@ -45,7 +45,7 @@ class EGNNLayer(nn.Module):
 
 
 class EGNN(Encoder):
-    """EGNN encoder: scalars, and vectors that are sums of pair directions."""
+    """EGNN encoder with scalars, and with vectors that are sums of pair directions."""
 
     has_vectors = True
     sizes = size_table(features=(32, 64, 128, 256), layers=(2, 3, 4, 5))
@@ -57,7 +57,7 @@ class EGNN(Encoder):
         )
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         scalars, vectors = atoms.scalars, None
         for layer in self.layers:
             scalars, vectors = layer(scalars, vectors, pairs)

@@ -15,19 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CARTESIAN = (2, 0, 1)
-"""Places of x, y, z among the three harmonics of degree 1."""
+"""Positions of x, y, z among the three harmonics of degree 1."""
 
 
 def degree_slice(degree: int) -> slice:
-    """Places of the harmonics of a degree."""
+    """Return the positions of the harmonics of a degree."""
     return slice(degree * degree, (degree + 1) * (degree + 1))
 
 
 def solid_harmonics(vectors: Tensor, degree: int) -> Tensor:
     """Return r^l Y_lm of vectors [..., 3] for all l up to a degree: [..., (degree + 1)^2].
 
-    Polynomials: smooth everywhere, and zero, but for l = 0, at the origin. By the recursion of the associated Legendre
-    functions in l, and that of the powers of x + i y in m (Helgaker, Jørgensen, Olsen 2000, sec. 6.4).
+    They are polynomials, so they are smooth everywhere, and zero at the origin except for l = 0. They are computed by
+    the recursion of the associated Legendre functions in l and of the powers of x + i y in m (Helgaker, Jørgensen,
+    Olsen 2000, sec. 6.4).
     """
     x, y, z = vectors.unbind(-1)
     square = x * x + y * y + z * z
@@ -54,7 +55,7 @@ def solid_harmonics(vectors: Tensor, degree: int) -> Tensor:
 def sphere_points(exact: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return points [P, 3] and weights [P] that average polynomials up to the degree `exact` over the sphere exactly.
 
-    Gauss-Legendre points along z times evenly spaced angles around it.
+    They are the products of Gauss-Legendre points along z and evenly spaced angles around z.
     """
     heights, weights = np.polynomial.legendre.leggauss(exact // 2 + 1)
     angles = 2.0 * np.pi * np.arange(exact + 1) / (exact + 1)
@@ -101,7 +102,7 @@ def coupling(first: int, second: int, out: int) -> NDArray[np.float64]:
 
 
 class Constants:
-    """Exact numpy arrays as tensors of whatever precision and device is asked for, made once for each."""
+    """Exact numpy arrays, as tensors of any precision on any device, each of which is made once."""
 
     def __init__(self, **arrays: NDArray[np.float64]) -> None:
         self._arrays = arrays
@@ -113,6 +114,6 @@ class Constants:
         if key in self._made:
             return self._made[key]
         made = torch.tensor(self._arrays[name].tolist(), dtype=like.dtype, device=like.device)
-        if type(made) is Tensor:  # and not one that only stands for a tensor while a graph is traced
+        if type(made) is Tensor:  # not the placeholder of a tensor while a graph is traced
             self._made[key] = made
         return made

@@ -18,30 +18,30 @@ from hydrazero.models.encoders.harmonics import CARTESIAN, Constants, coupling, 
 from hydrazero.models.ops.exact import ExactLinear, exact_matmul
 
 TYPICAL_NEIGHBOURS = 10.0
-"""Densities are divided by it; a constant keeps them smooth and the energy extensive."""
+"""Constant by which densities are divided; a constant keeps them smooth and the energy extensive."""
 RADIAL_HIDDEN = 64
 RADIAL_GAIN = 4.0
-"""Brings radial functions, which are far below one, to about one at the length of a bond."""
+"""Initial gain of radial functions, which brings them to about one at the length of a bond."""
 SILU_GAIN = 1.7
-"""Brings silu of a normal variable back to unit size."""
+"""Gain that brings silu of a normal variable back to unit variance."""
 
 
 def by_degree(x: Tensor, degree: int, dim: int) -> tuple[Tensor, ...]:
-    """Split what is in the order of harmonics into degrees 0 to l; the derivative of slices would fill in zeros."""
+    """Split an axis in the order of harmonics into degrees 0 to `degree`; slices would fill tensors with zeros."""
     return x.split([2 * l + 1 for l in range(degree + 1)], dim=dim)  # noqa: E741
 
 
 def radial_layer(layer: nn.Linear, gain: float) -> nn.Linear:
-    """Begin a layer, which has no bias, so that it keeps zero at the cutoff.
+    """Initialise a layer without a bias, which therefore keeps zero at the cutoff.
 
-    PyTorch's own would make densities of a thousandth, whose products play no part for a long time.
+    The initialisation of PyTorch would make densities of about 0.001, whose products do not contribute for long.
     """
     nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
     return layer
 
 
 class DegreeLinear(nn.Module):
-    """Mix channels, each degree with a matrix of its own."""
+    """Mix channels, with a separate matrix for each degree."""
 
     def __init__(self, degree: int, features: int) -> None:
         super().__init__()
@@ -49,13 +49,13 @@ class DegreeLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(degree + 1, features, features) / features**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[A, (l + 1)^2, F] -> the same."""
+        """Return [A, (l + 1)^2, F] for inputs of the same shape."""
         parts = zip(by_degree(x, self.degree, 1), self.weight.unbind(0), strict=True)
         return torch.cat([part @ weight for part, weight in parts], dim=1)
 
 
 class NeighbourDensity(nn.Module):
-    """Neighbours' features times harmonics of their direction and functions of their distance (eq. 8)."""
+    """Densities: neighbours' features times harmonics of their direction and functions of their distance (eq. 8)."""
 
     def __init__(self, settings: EncoderSettings, node_degree: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class NeighbourDensity(nn.Module):
         self.down = DegreeLinear(self.degree, settings.features)
 
     def forward(self, nodes: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
-        """Nodes [A, (l + 1)^2, F], harmonics of pairs [R, K, (L + 1)^2] -> densities [A, (L + 1)^2, F]."""
+        """Return densities [A, (L + 1)^2, F] from nodes [A, (l + 1)^2, F] and harmonics of pairs [R, K, (L + 1)^2]."""
         rows, slots = harmonics.shape[:2]
         gathered = by_degree(pairs.slots.gather(self.up(nodes)), self.up.degree, 2)
         directions = by_degree(harmonics, self.degree, 2)
@@ -89,7 +89,7 @@ class NeighbourDensity(nn.Module):
         parts: list[list[Tensor]] = [[] for _ in range(self.degree + 1)]
         for (pair, node, out), weight in zip(self.paths, weights, strict=True):
             constants = self.couplings.get(f"{pair} {node} {out}", harmonics)
-            # [R, K, a] times [a, b, c], to [R, c, K, b].
+            # Product of [R, K, a] and [a, b, c], as [R, c, K, b].
             mix = exact_matmul(directions[pair], constants.flatten(1)).unflatten(-1, constants.shape[1:])
             mix = mix.permute(0, 3, 1, 2)
             messages = gathered[node] * weight.unsqueeze(2)
@@ -101,7 +101,7 @@ class NeighbourDensity(nn.Module):
 
 
 class DensityProducts(nn.Module):
-    """Products of 1 ... `correlation` densities, weighted by the kind of atom (eqs. 10 and 11)."""
+    """Products of 1 to `correlation` densities, weighted by the initial features of the atom (eqs. 10 and 11)."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
@@ -113,14 +113,14 @@ class DensityProducts(nn.Module):
         self.out = DegreeLinear(self.out_degree, self.features)
 
     def forward(self, densities: Tensor, kinds: Tensor) -> Tensor:
-        """Densities [A, (L + 1)^2, F], kinds of atoms [A, F] -> [A, (l + 1)^2, F]."""
+        """Return [A, (l + 1)^2, F] from densities [A, (L + 1)^2, F] and initial features of the atoms [A, F]."""
         atoms = densities.shape[0]
         evaluate, expand = self.tables.get("evaluate", kinds), self.tables.get("expand", kinds)
         weights = self.weights(kinds).view(atoms, self.order, self.out_degree + 1, self.features)
         total: Tensor | None = None
         product: Tensor | None = None
         for order, factor in enumerate(self.factors):
-            # [P, L] times [A, L, F]: values of the functions on the points, [A, P, F].
+            # Product of [P, L] and [A, L, F]: values of the functions on the points, [A, P, F].
             values = exact_matmul(evaluate.t(), factor(densities))
             product = values if product is None else product * values
             expanded = exact_matmul(expand.t(), product)
@@ -133,7 +133,7 @@ class DensityProducts(nn.Module):
 
 
 class MACE(Encoder):
-    """MACE encoder: scalars that are sums of readouts of all layers, vectors of the last."""
+    """MACE encoder; its scalars are sums of readouts of all layers, its vectors those of the last layer."""
 
     has_vectors = True
     sizes = size_table(
@@ -154,7 +154,7 @@ class MACE(Encoder):
         self.readouts = nn.ModuleList(nn.Linear(f, f) for _ in degrees)
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         harmonics = solid_harmonics(pairs.directions, self.settings.max_degree)
         nodes, scalars = atoms.scalars.unsqueeze(1), torch.zeros_like(atoms.scalars)
         parts = zip(self.densities, self.products, self.skips, self.skip_gates, self.readouts, strict=True)

@@ -13,24 +13,24 @@ from hydrazero.models.ops.pair_sums import pair_sum
 
 
 class PaiNNMessage(nn.Module):
-    """Message block: neighbours' scalars and vectors, filtered by distance (paper, eqs. 7 and 8)."""
+    """Message block: sums of neighbours' scalars and vectors, filtered by distance (paper, eqs. 7 and 8)."""
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
         self.features = features
         self.context_in = nn.Linear(features, features)
         self.context_out = nn.Linear(features, 3 * features)
-        # One more row than radial functions: the cutoff function itself, which carries the bias of the filter.
+        # The row after the radial functions belongs to the cutoff function and is the bias of the filter.
         self.filter = nn.Parameter(torch.empty(radial_functions + 1, 3 * features))
         nn.init.uniform_(self.filter, -1.0 / math.sqrt(radial_functions + 1), 1.0 / math.sqrt(radial_functions + 1))
 
     def forward(self, scalars: Tensor, vectors: Tensor | None, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
-        """Scalars [A, F], vectors [A, 3, F] (None: zero) -> their changes, of the same shapes."""
+        """Return the changes of scalars [A, F] and vectors [A, 3, F] (None means zero)."""
         f, weight, bias = self.features, self.context_out.weight, self.context_out.bias
         hidden = functional.silu(self.context_in(scalars))
         gated = None
         if vectors is not None:
-            # A neighbour's gates and vectors are its own: multiplied before they are gathered.
+            # Gates and vectors both belong to the neighbour, so they are multiplied before they are gathered.
             gated = functional.linear(hidden, weight[2 * f :], bias[2 * f :]).unsqueeze(1) * vectors
         from_scalars, from_directions = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
         return pair_sum(
@@ -39,7 +39,7 @@ class PaiNNMessage(nn.Module):
 
 
 class PaiNNUpdate(nn.Module):
-    """Update block: scalars and vectors of one atom exchange information (paper, eqs. 9 and 10)."""
+    """Update block, in which scalars and vectors of an atom exchange information (paper, eqs. 9 and 10)."""
 
     def __init__(self, features: int, norm_width: float) -> None:
         super().__init__()
@@ -49,19 +49,19 @@ class PaiNNUpdate(nn.Module):
         self.gates_out = nn.Linear(features, 3 * features)
 
     def forward(self, scalars: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Scalars [A, F], vectors [A, 3, F] -> their changes, of the same shapes."""
+        """Return the changes of scalars [A, F] and vectors [A, 3, F]."""
         f, weight, bias = self.features, self.gates_out.weight, self.gates_out.bias
         u, v = self.mix(vectors).split(f, dim=-1)
         norm = torch.sqrt((v * v).sum(1) + self.norm_width**2)
         hidden = functional.silu(self.gates_in(torch.cat([scalars, norm], dim=-1)))
         for_product, for_scalars = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
-        # A product of its own, which a compiled step leaves out where nobody asks for the last vectors.
+        # A separate product, which a compiled step leaves out where nobody uses the last vectors.
         for_vectors = functional.linear(hidden, weight[2 * f :], bias[2 * f :])
         return for_scalars + for_product * (u * v).sum(1), for_vectors.unsqueeze(1) * u
 
 
 class PaiNN(Encoder):
-    """PaiNN encoder: L blocks of message and update on scalars and vectors."""
+    """PaiNN encoder: blocks of message and update on scalars and vectors."""
 
     has_vectors = True
 
@@ -72,7 +72,7 @@ class PaiNN(Encoder):
         self.updates = nn.ModuleList(PaiNNUpdate(f, settings.norm_width) for _ in range(settings.layers))
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         scalars, vectors = atoms.scalars, None
         for message, update in zip(self.messages, self.updates, strict=True):
             change, turn = message(scalars, vectors, pairs)

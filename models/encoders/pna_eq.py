@@ -22,18 +22,18 @@ from hydrazero.models.ops.slots import Slots
 AGGREGATES = 4
 SCALERS = 3
 TYPICAL_DEGREE = 10.0
-"""Neighbours, counted by their cutoff functions, at which scalers are one."""
+"""Number of neighbours, counted by their cutoff functions, at which scalers are one."""
 SOFT_RANGE = 5.0
-"""Logits of the soft maximum stay within it, so that exponentials are finite."""
+"""Limit of the logits of the soft maximum, which keeps exponentials finite."""
 SMALLEST_SPREAD = 1e-3
-"""Width of the root of the standard deviation, so that its slope is finite where neighbours agree, at least."""
+"""Minimum width in the root of the standard deviation, which keeps its slope finite where neighbours agree."""
 
 
 def aggregates(slots: Slots, messages: Tensor, inside: Tensor, width: float) -> Tensor:
-    """Sum, mean, deviation and soft maximum of messages [R, K, F] with weights [R, K, 1]: [A, 4 F].
+    """Return sum, mean, deviation and soft maximum of messages [R, K, F] with weights [R, K, 1]: [A, 4 F].
 
-    One neighbour of weight 0 and message 0 is counted in, so that all of them are 0 without neighbours, and smooth. The
-    deviation is rounded off below `width`, where neighbours agree.
+    One additional neighbour of weight 0 and message 0 is included, so that all of them are 0 without neighbours, and
+    smooth. The deviation is rounded off below `width`, where neighbours agree.
     """
     features = messages.shape[-1]
     weighted = messages * inside
@@ -48,7 +48,7 @@ def aggregates(slots: Slots, messages: Tensor, inside: Tensor, width: float) -> 
 
 
 class PNAMessage(nn.Module):
-    """Messages as in PaiNN; the scalar ones are aggregated in several ways."""
+    """Message block as in PaiNN, except that scalar messages are aggregated in several ways."""
 
     def __init__(self, features: int, radial_functions: int, norm_width: float) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class PNAMessage(nn.Module):
     def forward(
         self, scalars: Tensor, vectors: Tensor | None, functions: Tensor, pairs: PairGeometry
     ) -> tuple[Tensor, Tensor]:
-        """Scalars [A, F], vectors [A, 3, F] (None: zero), radial functions [R, K, N] -> changes of both."""
+        """Return changes of scalars [A, F] and vectors [A, 3, F] (None means zero); radial functions are [R, K, N]."""
         slots = pairs.slots
         context = self.context_out(functional.silu(self.context_in(scalars)))
         for_scalars, gates, for_directions = context.split(self.features, dim=-1)
         gated = None if vectors is None else gates.unsqueeze(1) * vectors
-        # The first path of the sum is left out; its filters are too.
+        # The first path of the sum is left out, and so are its filters.
         weight = torch.cat([torch.zeros_like(self.vector_filter[:, : self.features]), self.vector_filter], dim=1)
         _, turned = pair_sum(slots, pairs.radial, pairs.directions, weight, (None, gated, for_directions))
         messages = self.scalar_filter(functions) * slots.gather(for_scalars)
@@ -78,7 +78,7 @@ class PNAMessage(nn.Module):
 
 
 class PNAEquivariant(Encoder):
-    """Blocks of message and update on scalars and vectors."""
+    """PNA encoder: blocks of message and update on scalars and vectors."""
 
     has_vectors = True
 
@@ -89,7 +89,7 @@ class PNAEquivariant(Encoder):
         self.updates = nn.ModuleList(PaiNNUpdate(f, width) for _ in range(settings.layers))
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         scalars, vectors, functions = atoms.scalars, None, self.basis(pairs.distances)
         for message, update in zip(self.messages, self.updates, strict=True):
             change, turn = message(scalars, vectors, functions, pairs)

@@ -1,4 +1,4 @@
-"""Radial basis functions and cutoffs."""
+"""Radial basis functions and cutoff functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SincBasis(nn.Module):
-    """sin(n pi r / r_c) / r for n = 1 ... N (Schütt et al. 2021, PaiNN, eq. 10), scaled to unit size."""
+    """Functions sin(n pi r / r_c) / r for n = 1 ... N (Schütt et al. 2021, PaiNN, eq. 10), scaled to unit size."""
 
     frequencies: Tensor
 
@@ -44,13 +44,13 @@ BASES: dict[str, type[SincBasis] | type[GaussianBasis]] = {"sinc": SincBasis, "g
 
 
 def cosine_cutoff(distance: Tensor, cutoff: float) -> Tensor:
-    """(1 + cos(pi r / r_c)) / 2 inside the cutoff, 0 outside (Behler 2011); value and slope are 0 at the cutoff."""
+    """Return (1 + cos(pi r / r_c)) / 2 inside the cutoff, 0 outside (Behler 2011); its slope is 0 at the cutoff."""
     inside = 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1.0)
     return torch.where(distance < cutoff, inside, torch.zeros_like(inside))
 
 
 def polynomial_cutoff(distance: Tensor, cutoff: float) -> Tensor:
-    """1 - 28 x^6 + 48 x^7 - 21 x^8, x = r / r_c (Gasteiger et al. 2020, DimeNet, eq. 8, p = 6)."""
+    """Return 1 - 28 x^6 + 48 x^7 - 21 x^8, x = r / r_c (Gasteiger et al. 2020, DimeNet, eq. 8, p = 6)."""
     x = distance / cutoff
     inside = 1.0 - 28.0 * x**6 + 48.0 * x**7 - 21.0 * x**8
     return torch.where(distance < cutoff, inside, torch.zeros_like(inside))

@@ -12,12 +12,12 @@ from hydrazero.models.ops.exact import ExactLinear
 
 
 def shifted_softplus(x: Tensor) -> Tensor:
-    """ln(e^x / 2 + 1 / 2), which is 0 at 0 (paper, sec. II B)."""
+    """Return ln(e^x / 2 + 1 / 2), which is 0 at x = 0 (paper, sec. II B)."""
     return functional.softplus(x) - math.log(2.0)
 
 
 class SchNetInteraction(nn.Module):
-    """Neighbours' features times filters of the distance, then an atom-wise layer (paper, fig. 2)."""
+    """Interaction block: neighbours' features times filters of the distance, then atom-wise layers (paper, fig. 2)."""
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class SchNetInteraction(nn.Module):
         self.out = nn.Linear(features, features)
 
     def forward(self, scalars: Tensor, functions: Tensor, pairs: PairGeometry) -> Tensor:
-        """Scalars [A, F] and radial functions [R, K, N] -> change of the scalars [A, F]."""
+        """Return the change of the scalars [A, F]; radial functions are [R, K, N]."""
         filters = self.filter_out(shifted_softplus(self.filter_in(functions))) * pairs.inside
         gathered = (filters * pairs.slots.gather(self.before(scalars))).sum(1)
         change: Tensor = self.out(shifted_softplus(self.after(pairs.slots.sum_rows(gathered))))
@@ -36,7 +36,7 @@ class SchNetInteraction(nn.Module):
 
 
 class SchNet(Encoder):
-    """SchNet encoder: scalars alone."""
+    """SchNet encoder, which has scalars only."""
 
     sizes = size_table(features=(32, 64, 128, 256), layers=(2, 3, 4, 6))
 
@@ -47,7 +47,7 @@ class SchNet(Encoder):
         )
 
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
-        """Encode atoms."""
+        """Return the node features of atoms."""
         scalars, functions = atoms.scalars, self.basis(pairs.distances)
         for interaction in self.interactions:
             scalars = scalars + interaction(scalars, functions, pairs)

@@ -1,4 +1,4 @@
-"""Heads of the quantities beside energy, forces and stress: a head per target, stacked over the tasks."""
+"""Heads of the quantities other than energy, forces and stress: one head per target, stacked over the tasks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 
 class TargetHeads(nn.Module):
-    """Every target that any of the tasks has."""
+    """The heads of all targets that any of the tasks has."""
 
     def __init__(self, tasks: Sequence[TaskFacts], size: HeadSize, attention_targets: Sequence[str]) -> None:
         super().__init__()
         self.facts = targets_of(tasks)
         self.heads = nn.ModuleDict(
             {
-                # With a prefix: a ModuleDict takes no name that one of its own attributes has.
+                # The prefix avoids names of attributes of ModuleDict, which it does not accept as keys.
                 f"target_{name}": _head(facts, size, name in attention_targets)
                 for name, facts in self.facts.items()
             }
@@ -31,13 +31,13 @@ class TargetHeads(nn.Module):
         for name in self.facts:
             own = [task.targets.get(name, TargetFacts(of="", kind="")) for task in tasks]
             table = torch.tensor([[facts.mean, facts.scale] for facts in own])
-            # Not persistent: their one home is the list of facts, which checkpoints and exports carry.
+            # Not persistent: they are stored once, in the facts of the tasks.
             self.register_buffer(f"statistics_{name}", table, persistent=False)
 
     def forward(
         self, features: NodeFeatures, rows: TaskRows, structures: Segments, atom_mask: Tensor
     ) -> dict[str, Tensor]:
-        """Return every target by the heads of each atom's own task: [S], [S, 3], [A] or [A, 3]."""
+        """Return all targets, each by the head of the structure's task: [S], [S, 3], [A] or [A, 3]."""
         return {name: self._one(name, features, rows, structures, atom_mask) for name in self.facts}
 
     def _one(
@@ -51,7 +51,7 @@ class TargetHeads(nn.Module):
             atomic = head(features.scalars, features.vectors, rows) * (scale * mask).unsqueeze(1)
             return structures.sum(atomic) if facts.of == "structure" else atomic
         if isinstance(head, PooledHead):
-            # All atoms of a structure have the same task, so a mean over them gives the task's own numbers back.
+            # All atoms of a structure have the same task, so a mean over them returns the values of that task.
             atoms = structures.sum(mask).clamp(min=1)
             mean, scale = structures.sum(mean * mask) / atoms, structures.sum(scale * mask) / atoms
             pooled: Tensor = head(features.scalars, rows, structures, atom_mask)
@@ -69,10 +69,10 @@ def _head(facts: TargetFacts, size: HeadSize, attention: bool) -> nn.Module:
 
 
 def check_attention(targets: dict[str, TargetFacts], attention_targets: Sequence[str]) -> None:
-    """Raise ConfigError if a target with attention is unknown or no mean over atoms."""
+    """Raise ConfigError if a target with attention is unknown or is not a mean over atoms."""
     for name in attention_targets:
         if name not in targets:
             raise ConfigError(f"target '{name}' is not known{did_you_mean(name, list(targets))}.")
         facts = targets[name]
         if facts.of != "structure" or facts.kind != "scalar" or facts.extensive:
-            raise ConfigError(f"target '{name}' is no mean over the atoms of a structure; it cannot have attention.")
+            raise ConfigError(f"target '{name}' is not a mean over atoms, so it cannot have attention.")

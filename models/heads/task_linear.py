@@ -1,6 +1,7 @@
-"""Linear layers with weights of their own for every task: one parameter with a leading task dimension.
+"""Linear layers with separate weights for every task, stored as one parameter with a leading task dimension.
 
-A module per task would give ranks that see different tasks different work, which ZeRO takes for granted not to be.
+ZeRO assumes that all ranks use the same parameters in the same order. With one module per task, ranks that see
+different tasks would violate that assumption.
 """
 
 from __future__ import annotations
@@ -18,51 +19,51 @@ from torch.nn import functional
 from hydrazero.models.ops.exact import exact_linear, exact_matmul
 
 LOWEST, HIGHEST = 4, 8
-"""Binary logarithms of the heights of blocks of rows."""
+"""Binary logarithms of the possible numbers of rows of a block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskBlocks:
-    """Where rows of T tasks go in blocks of one task each, of which there are as many whatever the rows' tasks."""
+    """Positions of rows of T tasks in blocks of one task each; the number of blocks does not depend on the tasks."""
 
     place: Tensor
-    """Row in the blocks of each of the N rows, [N] int64."""
+    """Position of each of the N rows among the rows of all blocks, [N] int64."""
     task: Tensor
-    """Of each of the N // height + T blocks, [B] int64."""
+    """Task of each of the B = N // height + T blocks, [B] int64."""
     height: int
-    """Rows of a block."""
+    """Number of rows of a block."""
     count: int
-    """T."""
+    """Number of tasks, T."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Put rows [N, I] into blocks [B, height, I], the rest of which is 0."""
+        """Return blocks [B, height, I] that contain the rows [N, I], padded with zeros."""
         flat = rows.new_zeros(len(self.task) * self.height, rows.shape[1])
         return flat.index_copy(0, self.place, rows).view(len(self.task), self.height, -1)
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """Return each block's task's matrix: [T, O, I] -> [B, O, I]."""
+        """Return the matrix of each block's task, [B, O, I], from the matrices of the tasks, [T, O, I]."""
         if weight.is_contiguous():
             return weight[self.task]
-        return weight.transpose(1, 2)[self.task].transpose(1, 2)  # copied as it lies in memory, several times as fast
+        return weight.transpose(1, 2)[self.task].transpose(1, 2)  # in the order of memory: several times as fast
 
     def sum(self, products: Tensor) -> Tensor:
-        """Sum what blocks hold over those of each task: [B, O, I] -> [T, O, I]."""
+        """Return the sums [T, O, I] of values of blocks [B, O, I] over the blocks of each task."""
         member = functional.one_hot(self.task, self.count).to(products.dtype)
         return exact_matmul(member.t(), products.flatten(1)).view(-1, *products.shape[1:])
 
     def scatter(self, blocks: Tensor) -> Tensor:
-        """Take rows [N, I] from blocks [B, height, I]."""
+        """Return the rows [N, I] that blocks [B, height, I] contain."""
         return blocks.flatten(0, 1)[self.place]
 
 
 def task_blocks(task: Tensor, count: int) -> TaskBlocks:
-    """Sort rows [N] of `count` tasks into blocks, about as high as a task has rows on average.
+    """Sort rows [N] of `count` tasks into blocks with about as many rows as a task has on average.
 
-    Higher ones would hold more padding, lower ones would read the tasks' matrices more often.
+    Larger blocks would contain more padding, smaller ones would read the matrices of the tasks more often.
     """
     height = 2 ** min(max((len(task) // count).bit_length() - 1, LOWEST), HIGHEST)
     member = functional.one_hot(task, count)
-    before = (member.cumsum(0) * member).sum(1) - 1  # of a row's own task
+    before = (member.cumsum(0) * member).sum(1) - 1  # earlier rows of the same task
     last = ((member.sum(0) + height - 1) // height).cumsum(0)
     first = torch.cat([last.new_zeros(1), last[:-1]])
     blocks = torch.arange(len(task) // height + count, device=task.device)
@@ -76,35 +77,35 @@ def task_blocks(task: Tensor, count: int) -> TaskBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRows:
-    """Which of T tasks each of N rows belongs to."""
+    """The task of each of N rows, out of T tasks."""
 
     task: Tensor
-    """[N] int64."""
+    """Index of the task of each row, [N] int64."""
     count: int
-    """T."""
+    """Number of tasks, T."""
     kernels: bool = False
-    """Whether products are those of `hydrazero.models.ops.kernels`, which must be loaded, or plain PyTorch's."""
+    """Whether products use the C++ kernels (`hydrazero.models.ops.kernels`, which must be loaded) or plain PyTorch."""
 
     @cached_property
     def blocks(self) -> TaskBlocks:
-        """How plain PyTorch multiplies rows of several tasks."""
+        """Positions in blocks of one task each, with which plain PyTorch multiplies rows of several tasks."""
         return task_blocks(self.task, self.count)
 
     def pick(self, table: Tensor) -> Tensor:
-        """Return each row's task's entry of a table: [T, ...] -> [N, ...], differentiable without a scatter."""
+        """Return the entry of each row's task, [N, ...], of a table [T, ...]; its derivative needs no scatter."""
         flat = table.reshape(self.count, -1)
         member = functional.one_hot(self.task, self.count).to(table.dtype)
         return exact_matmul(member, flat).view(-1, *table.shape[1:])
 
     def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply each row with its task's matrix: x [N, I], weight [T, O, I] -> [N, O]."""
+        """Return the product of each row of x [N, I] with the matrix of its task in weight [T, O, I]: [N, O]."""
         if self.count == 1 and not self.kernels:
             return exact_linear(x, weight[0])
         return _TaskLinear.apply(x, weight.to(x.dtype), self)
 
 
 class _TaskLinear(Function):
-    """(x, W) -> W[task] x; like its derivatives bilinear, so closed under differentiation."""
+    """(x, W) -> W[task] x; it is bilinear and so are its derivatives, so the set is closed under differentiation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: TaskRows) -> Tensor:
@@ -124,7 +125,7 @@ class _TaskLinear(Function):
 
 
 class _TaskOuter(Function):
-    """(g, x) -> sum of g x^T over the rows of each task."""
+    """(g, x) -> the sum of g x^T over the rows of each task."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, rows: TaskRows) -> Tensor:
@@ -146,17 +147,17 @@ class _TaskOuter(Function):
 
 
 def probed(x: Tensor, probe: Tensor, rows: TaskRows) -> Tensor:
-    """Return x [N, F] as a linear layer that is the identity for each of the tasks would leave it.
+    """Return x [N, F] unchanged, as the output of a linear layer that is the identity for every task.
 
-    The gradient of `probe` [T, F, F] is that of the layer's weights, task by task: what each task wants of a layer that
-    all share, from one backward pass. The values of `probe` are not used. Once its gradient is taken it cannot be
-    differentiated again.
+    The gradient of `probe` [T, F, F] is that of the weights of such a layer, separately for each task, so one backward
+    pass gives the gradients of all tasks for a shared layer. The values of `probe` are not used, and its gradient
+    cannot be differentiated again.
     """
     return _Identity.apply(x, probe, rows)
 
 
 class _Identity(Function):
-    """(x, I) -> x; in its derivatives the identity stays, so that second derivatives find the layer again."""
+    """(x, I) -> x; derivatives keep the identity, so that second derivatives contain the layer as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rows: TaskRows) -> Tensor:
@@ -182,17 +183,17 @@ class TaskLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tasks, outputs)) if bias else None
 
     def forward(self, x: Tensor, rows: TaskRows) -> Tensor:
-        """Rows [N, I] -> [N, O], each by its own task."""
+        """Return [N, O] for rows [N, I], each row by the weights of its own task."""
         out = rows.matmul(x, self.weight)
         return out if self.bias is None else out + rows.pick(self.bias)
 
     def each_task(self, x: Tensor) -> Tensor:
-        """What every task has of each row [N, T, I] -> [N, T, O], by that task."""
+        """Return [N, T, O] for rows [N, T, I] that each task has separately, by the weights of that task."""
         out = exact_matmul(x.transpose(0, 1), self.weight.transpose(1, 2)).transpose(0, 1)
         return out if self.bias is None else out + self.bias
 
     def all_tasks(self, x: Tensor) -> Tensor:
-        """Rows [N, I] -> [N, T, O], by every task."""
+        """Return [N, T, O] for rows [N, I], each row by the weights of every task."""
         tasks, outputs, inputs = self.weight.shape
         bias = None if self.bias is None else self.bias.reshape(-1)
         return exact_linear(x, self.weight.reshape(-1, inputs), bias).view(-1, tasks, outputs)

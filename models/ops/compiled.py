@@ -1,7 +1,8 @@
-"""Graphs of whole computations, derivatives and all: traced once for the shapes of a batch, then compiled.
+"""Graphs of complete computations including their derivatives, traced once for the shapes of a batch, then compiled.
 
-Derivatives are part of the trace. To compile energies and forces alone and differentiate the result would give wrong
-gradients of parameters and no error: what autograd saves is detached in the trace, which cuts second derivatives.
+Derivatives are part of the trace. Compiling energies and forces alone and differentiating the result would give wrong
+gradients of the parameters without an error: tensors that autograd saves are detached in the trace, which cuts second
+derivatives.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from hydrazero.models.ops.kernels import KernelsUnavailable, load_kernels
 from hydrazero.shards.graphs.graph import GraphBatch
 
 PLAIN = ("interaction", "reference", "forces", "stress", "spread")
-"""Predictions that every model gives."""
+"""Predictions that every model has."""
 
 Function = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 Call = Callable[[AtomisticModel, GraphBatch], tuple[Tensor, ...]]
 
 
 class CompilationError(RuntimeError):
-    """A graph could not be compiled here: no compiler, no room for its files, or a fault in it; the message says so."""
+    """A graph could not be compiled: no compiler, no disk space, or the compiler failed; the message says which."""
 
 
 def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
     """Trace a function of tensors, without running it, at the shapes of `inputs`, and compile the graph.
 
-    The function may differentiate; the compiled one takes tensors of the same shapes and cannot be differentiated. It
-    raises CompilationError at its first call if the compiler fails.
+    The function may take derivatives itself; the compiled one takes tensors of the same shapes and cannot be
+    differentiated. It raises CompilationError at its first call if the compiler fails.
     """
     plain = [tensor.detach() for tensor in inputs]
     with torch.enable_grad():
         graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(plain)
-    # What autograd would have needed for inputs that nobody differentiates goes, kernels among it.
+    # Remove what autograd would only need for inputs that nobody differentiates, kernels among it.
     graph.graph.eliminate_dead_code()
     graph.recompile()
     remove_cut_off_files()
@@ -60,9 +61,9 @@ def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
 
 
 def use_kernels(model: AtomisticModel) -> str | None:
-    """Let a model on the CPU sum over neighbours with the C++ kernels; returns why not, if they cannot be had."""
+    """Switch a model on the CPU to the C++ kernels; return the reason if they are not available, else None."""
     if model.references.device.type != "cpu":
-        return None  # on a GPU the compiler makes the kernels
+        return None  # on a GPU the compiler generates the kernels
     try:
         load_kernels()
     except KernelsUnavailable as reason:
@@ -72,17 +73,17 @@ def use_kernels(model: AtomisticModel) -> str | None:
 
 
 class BatchTensors:
-    """A batch as a flat list of tensors and back; all batches that a compiled graph is given have the same layout."""
+    """Conversion of batches to flat lists of tensors and back; all batches of a compiled graph have the same layout."""
 
     def __init__(self, batch: GraphBatch) -> None:
         self.names = [name for name, value in batch.to_dict().items() if isinstance(value, Tensor)]
 
     def flat(self, batch: GraphBatch) -> list[Tensor]:
-        """Return the tensors of a batch in order."""
+        """Return the tensors of a batch in a fixed order."""
         return [batch[name] for name in self.names]
 
     def batch(self, tensors: Sequence[Tensor]) -> GraphBatch:
-        """Return a batch of tensors in order."""
+        """Return the batch of tensors in that order."""
         return GraphBatch(**dict(zip(self.names, tensors, strict=True)))
 
 
@@ -94,14 +95,14 @@ def layout_key(batch: GraphBatch) -> tuple[Any, ...]:
 
 
 class CompiledModel:
-    """Predictions of a model by compiled graphs, one for each shape of batch and kind of prediction."""
+    """A model that predicts by compiled graphs, one for each shape of batch and kind of prediction."""
 
     def __init__(self, model: AtomisticModel) -> None:
         self.model = model
         self._graphs: dict[tuple[Any, ...], tuple[BatchTensors, Function]] = {}
 
     def __call__(self, batch: GraphBatch) -> Predictions:
-        """Return what the model in evaluation mode gives."""
+        """Return the predictions of the model in evaluation mode."""
 
         def predict(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
             out: Predictions = model(given)
@@ -112,11 +113,11 @@ class CompiledModel:
         return Predictions(**dict(zip(PLAIN, found, strict=False)), targets=targets)
 
     def energies_of_all_tasks(self, batch: GraphBatch) -> Tensor:
-        """Return what the model's method of this name gives, eV, [S, T] float64."""
+        """Return the result of the model's method of this name, in eV, [S, T] float64."""
         return self.members_of_all_tasks(batch).mean(2)
 
     def members_of_all_tasks(self, batch: GraphBatch) -> Tensor:
-        """Return what the model's method of this name gives, eV, [S, T, M] float64."""
+        """Return the result of the model's method of this name, in eV, [S, T, M] float64."""
 
         def members(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
             return (model.members_of_all_tasks(given),)
@@ -124,7 +125,7 @@ class CompiledModel:
         return self._run(members, batch)[0]
 
     def members_and_forces(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
-        """Return what the model's method of this name gives: eV, [S, T, M] float64; eV/Å, [A, 3]."""
+        """Return the results of the model's method of this name: eV, [S, T, M] float64, and eV/Å, [A, 3]."""
 
         def members_and_forces(model: AtomisticModel, given: GraphBatch) -> tuple[Tensor, ...]:
             return model.members_and_forces(given)
@@ -156,7 +157,7 @@ class CompiledModel:
 
 
 class _Caller(nn.Module):
-    """A module whose call is any use of a model, as `functional_call` wants it."""
+    """A module whose call is a method of a model, in the form that `functional_call` needs."""
 
     def __init__(self, model: AtomisticModel, call: Call) -> None:
         super().__init__()

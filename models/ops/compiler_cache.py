@@ -1,4 +1,4 @@
-"""Files that a killed process has left cut off in the compiler's cache, where the next one takes them as done."""
+"""Removal of truncated files that a killed process has left in the compiler's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _STARTED = time.time()
 
 
 def is_cut_off(path: Path) -> bool:
-    """Whether an ELF file is shorter than its header says: its table of sections comes last (ELF-64, e_shoff)."""
+    """Return whether an ELF file is shorter than its header says; the section table comes last (ELF-64, e_shoff)."""
     with path.open("rb") as file:
         header = file.read(64)
     if len(header) < 64:
@@ -27,14 +27,14 @@ def is_cut_off(path: Path) -> bool:
 
 @functools.cache
 def remove_cut_off_files() -> None:
-    """Remove, once in a process, what was cut off before it began; later files others may still be writing.
+    """Remove truncated files from before this process started, once per process; others may still write newer files.
 
-    The compiler would fail to load such a file, or take a cut-off trial of the processor's vectors as their absence and
-    make slow code.
+    The compiler would fail to load such a file, or take a truncated test of the vector instructions for their absence
+    and generate slow code.
     """
     folder = Path(cache_dir())
     for path in [*folder.rglob("*.so"), *folder.rglob("*.o")]:
-        # Another rank may have removed it, or it is somebody else's; what cannot be used is found out in compiling.
+        # Another rank may have removed it, or it belongs to another user; the compiler reports what it cannot use.
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < _STARTED and is_cut_off(path):
                 path.unlink()

@@ -1,8 +1,8 @@
-"""Products that keep their precision where an encoder's others are in a lower one: of geometry, and in heads.
+"""Matrix products that keep full precision where other products of the encoder are in a lower one.
 
-An encoder may run under autocast, or on a GPU whose float32 products may round to TF32 (10 bits, as float16).
-What is made of positions, and what an energy is read from, is not to be rounded: autocast is left aside here, weights
-of lower precision are widened, and where TF32 is on, float32 is multiplied in float64.
+An encoder may run under autocast, or on a GPU whose float32 products are rounded to TF32 (10 bits, like float16).
+Quantities made from positions, and those from which an energy is read, must not be rounded. So these products ignore
+autocast, convert weights of lower precision, and multiply float32 in float64 where TF32 is on.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch.nn import functional
 
 
 def rounds_to_tf32(x: Tensor) -> bool:
-    """Whether a product of such tensors would be rounded to TF32."""
+    """Return whether a product of such tensors would be rounded to TF32."""
     return x.is_cuda and x.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """Precision to multiply in: at least float32."""
+    """Return the precision of a product, which is at least float32."""
     if rounds_to_tf32(x):
         return torch.float64
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x [..., I] times weight [O, I] plus bias [O], in the precision of x: [..., O]."""
+    """Return x [..., I] times weight [O, I] plus bias [O], [..., O], in the precision of x."""
     dtype = _product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         out = functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -42,8 +42,8 @@ def exact_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 class ExactLinear(nn.Linear):
-    """Linear layer on what is measured, such as radial functions."""
+    """Linear layer for geometric quantities such as radial functions, which must not be rounded."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., I] -> [..., O], in the precision of the input."""
+        """Return [..., O] for inputs [..., I], in the precision of the input."""
         return exact_linear(input, self.weight, self.bias)

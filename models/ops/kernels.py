@@ -1,4 +1,4 @@
-"""Kernels for the CPU in C++: compiled once per machine, with the compiler at hand, and kept in a cache."""
+"""C++ kernels for the CPU, compiled once per machine with the installed compiler and kept in a cache."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hydrazero.shards.files import locked, replacing
 SOURCE = Path(__file__).with_name("pair_sums.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 PROCESSOR_FACTS = ("flags", "Features", "CPU implementer", "CPU part")
-"""Lines of /proc/cpuinfo, of x86 and ARM, that say which instructions a library may use."""
+"""Beginnings of the lines of /proc/cpuinfo (x86 and ARM) that list the available instructions."""
 FEATURE_TILE = 16
-"""The kernels take multiples of it as number of features."""
+"""The kernels need a number of features that is a multiple of this."""
 
 
 class KernelsUnavailable(RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message says why."""
+    """The kernels cannot be compiled or loaded on this machine; the message says why."""
 
 
 @functools.cache
 def load_kernels() -> None:
-    """Make `torch.ops.hydrazero` known, compiling it if this machine has not done so; raises KernelsUnavailable."""
+    """Register `torch.ops.hydrazero`, compiled first if this machine has no library yet; raise KernelsUnavailable."""
     library = cached_library()
     try:
         torch.ops.load_library(str(library))
@@ -41,14 +41,14 @@ def load_kernels() -> None:
 
 
 def cached_library() -> Path:
-    """Return the compiled library; another process that compiles it at the same time is waited for."""
+    """Return the path of the compiled library; wait if another process compiles it at the same time."""
     found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
         raise KernelsUnavailable("no C++ compiler was found (c++, g++, clang++, or $CXX)")
     compiler = shlex.split(found)  # $CXX may hold options, or 'ccache g++'
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if cache.startswith("~"):
-        raise KernelsUnavailable("there is no home folder to keep them in; set XDG_CACHE_HOME")
+        raise KernelsUnavailable("there is no home folder for the cache; set XDG_CACHE_HOME")
     folder = Path(cache) / "hydrazero"
     library = folder / f"kernels-{_key(compiler)}.so"
     try:
@@ -64,7 +64,7 @@ def cached_library() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """What a library depends on; a home may be shared by machines with other processors."""
+    """Return a hash of everything that the library depends on; machines with other processors may share the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -92,7 +92,7 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 
 def _describe_to_the_compiler() -> None:
-    """Tell what shapes the operators give, so that a graph with them can be traced and compiled."""
+    """Declare the shapes of the operators' results, with which graphs that contain them are traced and compiled."""
     fake = torch.library.register_fake
 
     @fake("hydrazero::segment_sum")

@@ -1,14 +1,14 @@
-"""Sums over neighbours of node features times filters of the distance, without the filters in memory.
+"""Sums over neighbours of node features times filters of the distance, without storing the filters.
 
-Behind them is one form, linear in each of its arguments, over the slots (r, k) of atom n with neighbour j:
+All of them are derivatives of one form, linear in each argument, over the slots (r, k) of atom n with neighbour j:
 
     T = sum w1 gs[n] s[j] + w2 sum_c gv[n, c] y[j, c] + w3 d[j] sum_c u_c gv[n, c],   w_p = sum_b radial_b W_p[b]
 
 with radial functions [R, 8, B], directions u [R, 8, 3], weight W [B, 3F], node features s [A, F], y [A, 3, F], d [A,
-F] and what the result is multiplied by, gs [A, F], gv [A, 3, F]. Each operator is the derivative of T with respect to
-one of them, so the derivatives of the operators are operators again, to any order. The list of neighbours is full,
+F] and factors of the result gs [A, F], gv [A, 3, F]. Each operator is the derivative of T with respect to
+one of them, so the derivatives of the operators are operators again, to any order. The neighbour list is full,
 radial is the same in both slots of a pair and u changes sign: the derivative with respect to s, y, d sums over an
-atom's own slots like the form itself, and nothing is scattered. s and gs, or y, may be None: their path is left out.
+atom's own slots like the form itself, and nothing is scattered. If s and gs, or y, are None, their path is left out.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MaybeTensor = Tensor | None
 def pair_sum(
     slots: Slots, radial: Tensor, directions: Tensor, weight: Tensor, features: tuple[MaybeTensor, MaybeTensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return dT/dgs [A, F] and dT/dgv [A, 3, F] of the features (s, y, d), by the kernels if the slots say so.
+    """Return dT/dgs [A, F] and dT/dgv [A, 3, F] of the features (s, y, d), by the kernels if `slots.kernels` is set.
 
-    In the precision of the geometry, whatever that of weight and features: sums are not made in low precision.
+    Sums are in the precision of the geometry, even if weight and features have a lower one.
     """
     s, y, d = features
     s, y = (None if x is None else x.to(radial.dtype) for x in (s, y))
@@ -47,7 +47,7 @@ def _plain_pair_sum(
     s, y, d = features
     filters = exact_matmul(radial, weight).chunk(3, dim=-1)
     scalars = d.new_zeros(d.shape) if s is None else slots.sum_rows((filters[0] * slots.gather(s)).sum(1))
-    # Directions [R, 3, K] times messages [R, K, F]: summed over the slots without a [R, K, 3, F] in between.
+    # Directions [R, 3, K] times messages [R, K, F] are summed over the slots without an array [R, K, 3, F].
     vectors = exact_matmul(directions.transpose(1, 2), filters[2] * slots.gather(d))
     if y is not None:
         vectors = vectors + (filters[1].unsqueeze(2) * slots.gather(y)).sum(1)
@@ -56,12 +56,6 @@ def _plain_pair_sum(
 
 def _index(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
     return slots.row_atom, slots.neighbours, slots.mask
-
-
-def _add(first: MaybeTensor, second: MaybeTensor) -> MaybeTensor:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
 
 
 class _PairSum(Function):
@@ -99,7 +93,7 @@ class _PairSum(Function):
 def _transposed(
     slots: Slots, radial: Tensor, directions: Tensor, weight: Tensor, gs: MaybeTensor, gv: Tensor, with_vectors: bool
 ) -> tuple[MaybeTensor, MaybeTensor, Tensor]:
-    """Return dT/ds, dT/dy and dT/dd, None where the path is left out."""
+    """Return dT/ds, dT/dy and dT/dd; None for paths that are left out."""
     s, y, d = _PairSumTransposed.apply(slots, radial, directions, weight, gs, gv, with_vectors)
     return (None if gs is None else s), (y if with_vectors else None), d
 
@@ -163,7 +157,7 @@ class _PairGradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[MaybeTensor, ...]:
-        """Of T(h, u) + T3(radial, k), with h and k in place of radial and u, and T3 the third path alone."""
+        """Return the derivatives of T(h, u) + T3(radial, k), where T3 is the third path of T alone."""
         radial, directions, weight, s, y, d, gs, gv = ctx.saved_tensors
         h, k = grads
         slots = ctx.slots

@@ -1,9 +1,9 @@
-"""Gathers over neighbour slots whose derivatives are gathers too, closed under differentiation of any order.
+"""Gathers over neighbour slots whose derivatives are gathers as well, to any order.
 
 Row r holds neighbours of the atom row_atom[r]; slot (r, k) holds the pair from neighbour m = neighbours[r, k] to that
 atom, and reverse[r, k] is the slot of the opposite pair. Summing slots by their neighbour is therefore a gather through
-`reverse`, a sum over k and a sum over each atom's rows. An empty slot points at its row's own atom and at itself; what
-flows through it must be masked by the caller.
+`reverse`, a sum over k and a sum over each atom's rows. An empty slot refers to its row's own atom and to itself; the
+caller must mask its values.
 """
 
 from __future__ import annotations
@@ -21,63 +21,63 @@ from hydrazero.shards.graphs.graph import GraphBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """N items in the order of what owns them: rows of slots of atoms, or atoms of structures."""
+    """N items sorted by owner: rows of slots, owned by atoms, or atoms, owned by structures."""
 
     owner: Tensor
-    """[N] int64, ascending."""
+    """Index of the owner of each item, [N] int64, ascending."""
     count: int
-    """Owners."""
+    """Number of owners."""
     kernels: bool = False
-    """Whether sums are those of `hydrazero.models.ops.kernels`, which must be loaded, or plain PyTorch's."""
+    """Whether sums use the C++ kernels (`hydrazero.models.ops.kernels`, which must be loaded) or plain PyTorch."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum what items hold over those of each owner: [N, ...] -> [count, ...]."""
+        """Return the sums [count, ...] of values of items [N, ...] over the items of each owner."""
         return _Sum.apply(values, self)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return each item's owner's row of x: [count, ...] -> [N, ...]."""
+        """Return for each item the row of its owner in x [count, ...]: [N, ...]."""
         return _Spread.apply(x, self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Which pairs the slots hold: A atoms, R rows of K slots."""
+    """The pairs in the slots of a batch: A atoms, R rows of K slots."""
 
     atoms: int
     row_atom: Tensor
-    """[R] int64."""
+    """Atom of each row, [R] int64."""
     neighbours: Tensor
-    """[R, K] int64."""
+    """Neighbour in each slot, [R, K] int64."""
     reverse: Tensor
-    """Flat slot of the opposite pair, [R, K] int64."""
+    """Flat index of the slot of the opposite pair, [R, K] int64."""
     mask: Tensor
-    """False where a slot is empty, [R, K]."""
+    """False where a slot is empty, [R, K] bool."""
     kernels: bool = False
-    """Whether sums over slots are those of `hydrazero.models.ops.kernels`, which must be loaded, or plain PyTorch's."""
+    """Whether sums use the C++ kernels (`hydrazero.models.ops.kernels`, which must be loaded) or plain PyTorch."""
 
     @property
     def rows(self) -> Segments:
-        """Rows as the parts of their atoms."""
+        """The rows as items that atoms own."""
         return Segments(owner=self.row_atom, count=self.atoms, kernels=self.kernels)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return each slot's neighbour's row of x: [A, ...] -> [R, K, ...]."""
+        """Return for each slot the row of its neighbour in x [A, ...]: [R, K, ...]."""
         return _Gather.apply(x, self)
 
     def opposite(self, values: Tensor) -> Tensor:
-        """Return what each slot's opposite pair holds: [R, K, ...] -> [R, K, ...]."""
+        """Return for each slot the value of the opposite pair: [R, K, ...] -> [R, K, ...]."""
         return _Opposite.apply(values, self)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Return each row's own atom's row of x: [A, ...] -> [R, ...]."""
+        """Return for each row of slots the row of its atom in x [A, ...]: [R, ...]."""
         return self.rows.spread(x)
 
     def sum_rows(self, values: Tensor) -> Tensor:
-        """Sum what rows hold over the rows of each atom: [R, ...] -> [A, ...]."""
+        """Return the sums [A, ...] of values of rows [R, ...] over the rows of each atom."""
         return self.rows.sum(values)
 
     def pair_vectors(self, positions: Tensor, shifts: Tensor) -> Tensor:
-        """Return the vectors from each row's atom to its neighbours, Å, [R, K, 3]; zero in empty slots."""
+        """Return the vectors in Å from each row's atom to its neighbours, [R, K, 3]; zero in empty slots."""
         return self.gather(positions) - _Own.apply(positions, self) + shifts
 
 
@@ -94,14 +94,14 @@ def slots_of(batch: GraphBatch, *, kernels: bool = False) -> Slots:
 
 
 def _flat(values: Tensor, leading: int) -> Tensor:
-    """Join the first sizes, and the others: [N, C]; N may be 0, which -1 would not take."""
+    """Return x as a matrix [N, C]; N may be 0, for which -1 is not allowed in a shape."""
     return values.reshape(math.prod(values.shape[:leading]), math.prod(values.shape[leading:]))
 
 
 def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Sum over each owner's items: [N, C], or their K slots [N * K, C], or the slots [N, K] that they name.
+    """Sum over the items of each owner: items [N, C], their K slots [N * K, C], or slots that they refer to [N, K].
 
-    Never in less than float32.
+    The precision is at least float32.
     """
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.to(torch.float32)
@@ -110,7 +110,7 @@ def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None
         return out
     if slots is not None:
         values = values.index_select(0, slots.reshape(-1))
-    # Sizes of shapes, not len(): in a graph of variable sizes they stay variable.
+    # Sizes from shapes instead of len() stay variable in a graph of variable sizes.
     items = segments.owner.shape[0]
     if values.shape[0] != items:
         values = values.view(items, -1, values.shape[1]).sum(1)
@@ -120,10 +120,10 @@ def _segment_sum(segments: Segments, values: Tensor, slots: Tensor | None = None
 
 
 def sum_in_order(segments: Segments, values: Tensor) -> Tensor:
-    """Sum items [N, C] of each owner one after the other: [count, C].
+    """Return the sums [count, C] of items [N, C] of each owner, added in a fixed order.
 
-    On a GPU `index_add` adds in whatever order its threads come by, so that no two runs are alike; on a CPU it is four
-    times as fast as this.
+    On a GPU `index_add` adds in an arbitrary order, so results differ between runs; on a CPU it is four times as fast
+    as this.
     """
     bounds = torch.arange(segments.count + 1, device=values.device)
     starts = torch.searchsorted(segments.owner, bounds)
@@ -155,7 +155,7 @@ class _SumBySender(Function):
 
 
 class _Opposite(Function):
-    """To the opposite pair and back is nowhere: its own derivative."""
+    """Exchange of opposite pairs; applied twice it is the identity, so it is its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, slots: Slots) -> Tensor:
@@ -169,7 +169,7 @@ class _Opposite(Function):
 
 
 class _Own(Function):
-    """Each slot's own atom's row of x: [A, ...] -> [R, K, ...]."""
+    """Return for each slot the row of its own atom in x [A, ...]: [R, K, ...]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Slots) -> Tensor:
