@@ -96,8 +96,8 @@ class Life:
     def finish(self) -> None:
         """Wait for a good end."""
         for process in self.processes:
-            if process.wait() != 0:
-                raise RuntimeError(f"a rank ended with {process.returncode}: {self.output()}")
+            if (status := process.wait()) != 0:
+                raise RuntimeError(f"a rank ended with {status}: {self.output()}")
 
     def wait_for(self, rank: int, aim: str, generator: random.Random) -> None:
         """Return when a rank should be killed: somewhere in what is aimed at, after up to eight steps."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from hydrazero.trainer import loop, train
-from hydrazero.trainer.checkpoint import save_load as checkpoint
 
 
 class Note:
@@ -47,7 +46,7 @@ def noted(module: Any, name: str, doing: str, note: Note) -> None:
 if __name__ == "__main__":
     note = Note(sys.argv.pop(1))
     noted(loop, "train_step", "step", note)
-    noted(loop, "evaluate_engine", "evaluation", note)
+    noted(loop, "validate", "evaluation", note)
     noted(loop, "save_checkpoint", "checkpoint", note)
-    noted(checkpoint, "load_checkpoint", "loading", note)
+    noted(train, "load_checkpoint", "loading", note)
     train.main()

@@ -211,10 +211,10 @@ def test_a_stall_stops_the_run(data, tmp_path):
 
 def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     """A first phase with direct forces; the second starts with its weights, and a rate of zero shows which."""
-    task = '[[tasks]]\nname = "metals"'
+    task = 'name = "metals"'
     for phase, forces in (("first", "direct"), ("second", "conservative")):
         path = write_run(tmp_path / phase, data)
-        path.write_text(path.read_text().replace(task, f'{task}\nforces = "{forces}"'))
+        path.write_text(path.read_text().replace(task, f'{task}, forces = "{forces}"'))
         changes = ["train.steps=2", "train.average=0.0"]
         if phase == "second":
             changes += [f"run.start_from={tmp_path}/first/run", "deepspeed.optimizer.params.lr=0.0", "run.seed=5"]
@@ -230,7 +230,7 @@ def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     again = CliRunner().invoke(
         main, ["train", str(path), "--resume", *(w for change in changes for w in ("--set", change))]
     )
-    assert again.exit_code == 0 and "starts again from step 0" in again.output and "started from" in again.output
+    assert again.exit_code == 0 and "starts again at step 0" in again.output and "started from" in again.output
     for name, value in model_of_run(tmp_path / "second" / "run").state_dict().items():
         assert torch.equal(value, before[name]), name
     wrong = CliRunner().invoke(

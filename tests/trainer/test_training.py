@@ -148,7 +148,7 @@ def test_resume_before_the_first_checkpoint_starts_again(data, finished, tmp_pat
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     result = CliRunner().invoke(main, ["train", str(run), "--ranks", "2"])
     assert result.exit_code == 1 and "holds a run already; use --resume" in result.stderr
-    assert two_ranks(run, "--resume").count("starts again from step 0") == 1
+    assert two_ranks(run, "--resume").count("starts again at step 0") == 1
     assert losses(tmp_path / "run") == losses(finished)
     assert [resumed["step"] for resumed in json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]] == [0]
 
@@ -190,7 +190,7 @@ def test_ranks_that_do_not_find_each_other_are_refused(data, tmp_path):
 
 def test_pauses_are_no_part_of_the_throughput(data, tmp_path, monkeypatch):
     """Three steps of at least 0.2 s make an interval, with an evaluation and a checkpoint of 2.5 s after the second."""
-    for name, seconds in (("train_step", 0.2), ("evaluate_engine", 0.5), ("save_checkpoint", 2.5)):
+    for name, seconds in (("train_step", 0.2), ("validate", 0.5), ("save_checkpoint", 2.5)):
         monkeypatch.setattr(loop, name, slowed(getattr(loop, name), seconds, 3 if name == "train_step" else 1))
     every = {"steps": 3, "log_every": 3, "evaluate_every": 2, "checkpoint_every": 2}
     in_process("train", write_run(tmp_path, data), *(f"--set=train.{key}={value}" for key, value in every.items()))

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hydrazero.trainer.engine.training_engine import TrainingEngine
+
 
 @contextlib.contextmanager
 def float64_zero() -> Iterator[None]:
@@ -35,7 +37,7 @@ def float64_zero() -> Iterator[None]:
             setattr(kind, name, old)
 
 
-def finish_float64_zero(engine: Any) -> None:
+def finish_float64_zero(engine: TrainingEngine) -> None:
     """Mark the master weights of an engine made in float64 as not of low precision.
 
     DeepSpeed treats all master weights as such that are not float32.
