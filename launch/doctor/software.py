@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ PURPOSES = {
     "dev": "running the tests",
 }
 """Optional part -> what it is for."""
+PLUGINS = ("hydrazero.encoders", "hydrazero.readers", "hydrazero.balancers")
+"""Groups of entry points by which packages add to hydrazero."""
 
 
 def version_probes() -> list[Probe]:
@@ -46,7 +48,19 @@ def version_probes() -> list[Probe]:
         Probe(name="hydrazero", find=lambda: f"{version('hydrazero')} in {Path(__file__).parents[2]}"),
         Probe(name="Python", find=lambda: f"{platform.python_version()} ({sys.executable})"),
         *(Probe(name=name, find=lambda name=name: _version(name)) for name in PACKAGES),  # type: ignore[misc]
+        Probe(name="plugins", find=_plugins),
     ]
+
+
+def _plugins() -> str:
+    """Return the encoders, readers and balancers that other packages add, and the packages."""
+    points = [point for group in PLUGINS for point in entry_points(group=group)]
+    names = [
+        f"{point.group.removeprefix('hydrazero.')}: {point.name}"
+        + (f" ({point.dist.name} {point.dist.version})" if point.dist is not None else "")
+        for point in points
+    ]
+    return "; ".join(names) or "none"
 
 
 def _version(package: str) -> Finding:
