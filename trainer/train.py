@@ -122,7 +122,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
         for sentence in [*said, *checked.warnings]:
             log.say(sentence)
         if resume and state["step"] == 0:
-            log.say(f"{run_dir} holds no checkpoint: the run starts again at step 0.")
+            log.say(f"{run_dir} holds no checkpoint: the run starts again from step 0.")
         if config.train.compile:
             log.say(compile_steps(engine))
         trainer = Trainer(run_dir, config.train, parts)

@@ -260,7 +260,7 @@ def test_rows_of_steps_are_wanted_where_they_are_named_and_done_without_where_th
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "is no list of rows as `make bench` writes them"),
+        ("{", "is not valid JSON"),
         ('[{"name": "compiled_train_cu_atoms", "value": NaN}]', "compiled_train_cu_atoms is nan; make it anew"),
         ('[{"name": "pipeline_metals_per_s", "value": 0}]', "pipeline_metals_per_s is 0; make it anew"),
     ],

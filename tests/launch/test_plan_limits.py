@@ -43,9 +43,12 @@ DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
         ),
         (["--site", "frontier", "--hours", "nan"], "--hours is nan; it must be a number of hours"),
         (["--site", "frontier", "--set", "batch.atoms=150"], "structures of task 'odac23' have 200 atoms in the mean"),
-        (["--site", "frontier", "--set", "plan.atoms.oc20=-4"], "plan.atoms.oc20 is -4.0; it must be a number above 0"),
-        (["--site", "frontier", "--set", "plan.atoms.oc20=nan"], "plan.atoms.oc20 is nan; it must be a number above 0"),
-        (["--site", "frontier", "--set", "plan.structures.oc20=-4"], "plan.structures.oc20 is -4; it must be a number"),
+        (["--site", "frontier", "--set", "plan.atoms.oc20=-4"], "plan.atoms.oc20 is -4; it must be at least 0"),
+        (["--site", "frontier", "--set", "plan.atoms.oc20=nan"], "plan.atoms.oc20 is nan; it must be a finite number"),
+        (
+            ["--site", "frontier", "--set", "plan.structures.oc20=-4"],
+            "plan.structures.oc20 is -4; it must be at least 0",
+        ),
         (["--site", "frontier", "--set", "model.features=100000"], "counting the costs of a small step of it takes"),
         (
             ["--site", "frontier", "--set", "deepspeed.gradient_accumulation_steps=2.5"],

@@ -260,7 +260,7 @@ BAD_ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "no JSON": ("{", ("ds.json", "not valid JSON")),
     "null scheduler": ('{"scheduler": null}', ("scheduler is null", "left out")),
     "null parameters": ('{"optimizer": {"type": "Adam", "params": null}}', ("params is null",)),
-    "bf16": ('{"bf16": {"enabled": true}}', ("bf16 is offered with the ZeRO stages 1, 2, 3, not with 0",)),
+    "bf16": ('{"bf16": {"enabled": true}}', ("bf16 is supported with the ZeRO stages 1, 2, 3, not with 0",)),
     "fp16": ('{"fp16": {"enabled": "auto"}}', ("fp16.enabled is 'auto'",)),
     "autocast": (
         '{"torch_autocast": {"enabled": true, "dtype": "float16"}}',

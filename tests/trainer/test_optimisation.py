@@ -125,7 +125,7 @@ def test_warm_up_stable_decay(steps, warmup, decay):
 @pytest.mark.parametrize("name", ["decay_share", "min_ratio", "warmup_min_ratio"])
 def test_shares_of_a_schedule_are_at_most_one(name):
     params = {"total_num_steps": 100, name: 2}
-    with pytest.raises(ConfigError, match=f"scheduler.params.{name} is 2; it is a share, from 0 to 1"):
+    with pytest.raises(ConfigError, match=f"scheduler.params.{name} is 2; it must be a fraction, from 0 to 1"):
         own_shape({"scheduler": {"type": "WarmupStableDecayLR", "params": params}})
 
 

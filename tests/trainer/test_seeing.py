@@ -286,4 +286,4 @@ def test_compiled_steps_are_profiled_as_the_run_does_them(data, tmp_path, monkey
     monkeypatch.setattr("hydrazero.trainer.engine.model_with_loss.use_kernels", lambda model: "left out by a test")
     result = train(write_run(tmp_path, data), "--profile", "--set", "train.compile=true")
     assert result.exit_code == 0, result.output
-    assert "each step is one graph" in result.stderr and "the 10 dearest operations" in result.stdout
+    assert "each step is one graph" in result.stderr and "the 10 most expensive operations" in result.stdout

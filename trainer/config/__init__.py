@@ -1,1 +1,1 @@
-"""The run file, the DeepSpeed JSON, and what both say of precision and tasks."""
+"""The run file, the DeepSpeed configuration, and what follows from both about precision and tasks."""

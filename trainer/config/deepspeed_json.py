@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON of a run: a packaged one or the user's, with the run file's overrides, checked."""
+"""The DeepSpeed configuration of a run: a packaged JSON or one of the user, with the overrides of the run file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hydrazero.trainer.config.schedule_shapes import own_shape
 
 TABLES = ("optimizer", "scheduler", "zero_optimization", *KEYS)
 WARMUP_SHARE = 5
-"""A packaged schedule warms up for at most one in so many steps."""
+"""The warm-up of a packaged schedule takes at most the steps of the run divided by this number."""
 
 
 def deepspeed_config(section: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -33,20 +33,20 @@ def deepspeed_config(section: Mapping[str, Any], steps: int) -> dict[str, Any]:
     for key in ("optimizer", "scheduler"):
         change = changes.get(key)
         if isinstance(change, dict) and "type" in change and change["type"] != document.get(key, {}).get("type"):
-            document.pop(key, None)  # its parameters are those of another type
+            document.pop(key, None)  # its parameters belong to another type
     document = _merged(document, changes)
     _check_tables(document, where)
     if document.get("train_micro_batch_size_per_gpu", 1) != 1:
         raise ConfigError(
-            f"{where} train_micro_batch_size_per_gpu must be 1, since a micro-batch is one packed batch; its size is "
-            "set by [batch] in the run file."
+            f"{where} train_micro_batch_size_per_gpu must be 1, since a micro-batch is one packed batch; set "
+            "its size by [batch] in the run file."
         )
     try:
         precision_of(document)
     except ConfigError as error:
         raise ConfigError(f"{where} {error}") from error
     if not document.get("optimizer", {}).get("type"):
-        raise ConfigError(f"{where} optimizer.type is missing; without an optimizer nothing is trained.")
+        raise ConfigError(f"{where} optimizer.type is missing; name an optimizer such as AdamW.")
     clip = document.get("gradient_clipping", 0.0)
     if not _is_number(clip) or not clip >= 0:
         raise ConfigError(f"{where} gradient_clipping is {clip!r}; it must be a number of at least 0.")
@@ -69,7 +69,10 @@ def _read(name: str) -> tuple[dict[str, Any], bool]:
     packaged = name in known
     source: Any = folder / f"{name}.json" if packaged else Path(name)
     if not source.is_file():
-        raise ConfigError(f"deepspeed.config '{name}' is neither a file nor a known name{did_you_mean(name, known)}.")
+        hint = did_you_mean(name, known)
+        raise ConfigError(
+            f"deepspeed.config '{name}' is neither a file nor the name of a packaged configuration{hint}."
+        )
     document = read_json(source, "DeepSpeed configuration")
     if not isinstance(document, dict):
         raise ConfigError(f"DeepSpeed configuration {source} holds no object of settings, {{...}}.")
@@ -89,7 +92,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _fill_in_steps(params: dict[str, Any], steps: int, by_user: bool, where: str) -> None:
-    """Put the run's steps in the place of "auto"; a packaged warm-up shrinks with a short run, a user's does not."""
+    """Replace "auto" by the steps of the run; shorten a packaged warm-up in a short run, but not one of the user."""
     warmup = params.get("warmup_num_steps", 0)
     if not _is_number(warmup):
         raise ConfigError(f"{where} scheduler.params.warmup_num_steps is {warmup!r}; it must be a whole number.")
@@ -100,7 +103,7 @@ def _fill_in_steps(params: dict[str, Any], steps: int, by_user: bool, where: str
             f"{where} scheduler.params.warmup_num_steps is {warmup}, but the run has {steps} steps; set it below them."
         )
     if params.get("total_num_steps") == "auto":
-        # Steps count from 1: the last is where a cosine is at its end, and one before a linear decay is at 0.
+        # Steps count from 1: a cosine ends at the last step, and a linear decay reaches 0 one step later.
         params["total_num_steps"] = steps + 1
 
 

@@ -1,7 +1,7 @@
-"""Training precisions: which one a DeepSpeed JSON asks for, and what it means for the model and for DeepSpeed.
+"""Training precisions: which one a DeepSpeed JSON selects, and what that means for the model and for DeepSpeed.
 
-In every one of them geometry, sums, heads, reference energies and losses are in float32 at least, and so are the
-weights that the optimizer steps and the sums of gradients over micro-batches and ranks.
+In all of them geometry, sums, heads, reference energies and losses are in float32 or float64, and so are the weights
+that the optimizer updates and the sums of gradients over micro-batches and ranks.
 
     key in the JSON                                      weights     products of the encoder     master weights
     none                                                 float32     float32                     -
@@ -11,7 +11,7 @@ weights that the optimizer steps and the sums of gradients over micro-batches an
     "bf16": {"enabled": true}                            bfloat16    bfloat16                    float32
     "fp16": {"enabled": true}                            float16     float16, loss scaled (GPU)  float32
 
-The first three are of hydrazero alone: `for_deepspeed` takes them out of what DeepSpeed is given.
+The keys fp64, tf32 and torch_autocast belong to hydrazero alone: `for_deepspeed` removes them for DeepSpeed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from hydrazero.shards.errors import ConfigError
 
 OWN_KEYS = ("fp64", "tf32", "torch_autocast")
-"""Of the JSON, not for DeepSpeed: its own autocast would take in geometry, heads and losses."""
+"""Keys that DeepSpeed does not get: its own autocast would include geometry, heads and losses."""
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-"""What a JSON with bf16 or fp16 must say: gradients are summed over micro-batches and ranks in float32."""
+"""Values that a JSON with bf16 or fp16 must have, so that gradients are summed in float32."""
 UNSAFE = {
     "bf16_master_weights_and_grads": "the master weights are float32",
     "bf16_optimizer_states": "the optimizer's states are float32",
@@ -36,27 +36,27 @@ UNSAFE = {
     "auto_cast": "positions and labels are float32",
     "immediate_grad_update": "gradients are summed before they are used",
 }
-"""Switches of DeepSpeed's bf16 and fp16 tables that are left off, and why."""
+"""Switches of DeepSpeed's bf16 and fp16 tables that must stay off, and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How a run computes."""
+    """A training precision."""
 
     key: str
-    """Table of the JSON that asks for it; empty for float32."""
+    """Table of the JSON that selects it; empty for float32."""
     label: str
-    """As users read it."""
+    """Name in tables and messages."""
     weights: torch.dtype = torch.float32
-    """Of the model and of batches before DeepSpeed casts weights: geometry, heads, energies, losses, master weights."""
+    """Type of the model and of batches before DeepSpeed casts weights; that of geometry, heads and losses."""
     encoder: torch.dtype | None = None
-    """Lower precision of the encoder's products, where it is not that of the weights."""
+    """Type of the encoder's products, if it is lower than that of `weights`."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
-    """ZeRO stages that have it."""
+    """ZeRO stages that support it."""
     gpu: bool = False
-    """Whether it needs one."""
+    """Whether it needs a GPU."""
     instead: str = ""
-    """What a machine without a GPU can do."""
+    """Alternative for a machine without a GPU, for the message."""
 
 
 FLOAT32 = Precision(key="", label="float32")
@@ -70,12 +70,12 @@ PRECISIONS = (
         key="fp16", label="fp16", encoder=torch.float16, stages=(1, 2, 3), gpu=True, instead="bf16, as in zero1_bf16"
     ),
 )
-"""In the order of the table above."""
+"""All precisions, in the order of the table above."""
 KEYS = tuple(precision.key for precision in PRECISIONS if precision.key)
 
 
 def precision_of(document: dict[str, Any]) -> Precision:
-    """Return the precision that a DeepSpeed JSON asks for; raises ConfigError if it is none that a run can have."""
+    """Return the precision that a DeepSpeed JSON selects; raise ConfigError if runs do not support it."""
     for key in document:
         if key in ("amp", "bfloat16"):
             raise ConfigError(f"{key} is not supported; use one of {', '.join(KEYS)}.")
@@ -91,7 +91,7 @@ def precision_of(document: dict[str, Any]) -> Precision:
     if stage in (0, 1, 2, 3) and stage not in precision.stages:
         stages = ", ".join(map(str, precision.stages))
         raise ConfigError(
-            f"{precision.label} is offered with the ZeRO stages {stages}, not with {stage}; set "
+            f"{precision.label} is supported with the ZeRO stages {stages}, not with {stage}; set "
             "zero_optimization.stage."
         )
     _check_table(precision, document)
@@ -106,7 +106,7 @@ def _enabled(document: dict[str, Any], key: str) -> bool:
 
 
 def _check_table(precision: Precision, document: dict[str, Any]) -> None:
-    """Raise ConfigError for what would round where nothing is to be rounded."""
+    """Raise ConfigError for settings that would round values which must not be rounded."""
     table = document.get(precision.key, {})
     if precision.key in OWN_KEYS:
         known = {"enabled", "dtype"} if precision.key == "torch_autocast" else {"enabled"}
@@ -134,21 +134,21 @@ def _check_table(precision: Precision, document: dict[str, Any]) -> None:
 
 
 def for_deepspeed(document: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """Return the JSON as DeepSpeed is given it: without keys of ours, with sums of gradients in float32 at least."""
+    """Return the JSON for DeepSpeed: without hydrazero's own keys, and with gradients summed in float32 or float64."""
     config = {key: value for key, value in copy.deepcopy(document).items() if key not in OWN_KEYS}
     if precision.key in ("bf16", "fp16"):
         config |= copy.deepcopy(SUMS)
     zero = config.setdefault("zero_optimization", {})
     if precision.weights == torch.float64:
-        zero["reduce_scatter"] = False  # DeepSpeed's knows no float64
+        zero["reduce_scatter"] = False  # DeepSpeed's reduce-scatter does not support float64
     if zero.get("stage") == 3:
-        # DeepSpeed would put a linear layer of its own in PyTorch's place, whose derivatives it rounds otherwise.
+        # DeepSpeed would replace PyTorch's linear layer by one of its own, which rounds derivatives differently.
         zero.setdefault("memory_efficient_linear", False)
     return config
 
 
 def check_device(precision: Precision, *, has_gpu: bool) -> None:
-    """Raise ConfigError if this machine cannot compute so."""
+    """Raise ConfigError if the precision needs a GPU and there is none."""
     if precision.gpu and not has_gpu:
         raise ConfigError(
             f"{precision.label} needs a GPU, and this machine has none; choose another precision under [deepspeed], "
@@ -157,5 +157,5 @@ def check_device(precision: Precision, *, has_gpu: bool) -> None:
 
 
 def use_tf32(precision: Precision) -> None:
-    """Let products of float32 be rounded to TF32 on the GPU, or not; `models.exact` keeps those out that must not."""
+    """Switch TF32 on or off for products of float32 on a GPU; `models.ops.exact` excludes those that must be exact."""
     torch.backends.cuda.matmul.allow_tf32 = precision.key == "tf32"

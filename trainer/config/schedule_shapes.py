@@ -1,4 +1,4 @@
-"""Schedules of the learning rate that DeepSpeed does not have, by the names that a DeepSpeed JSON gives them.
+"""Learning-rate schedules that DeepSpeed does not have, with their names in a DeepSpeed JSON.
 
 "scheduler": {"type": "WarmupStableDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 100}}
 "scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 100, "factor": 0.5, "patience": 3}}
@@ -28,7 +28,7 @@ class StableDecay:
     """Learning rate of the last step, as a fraction of the full one."""
 
     def ratio(self, step: int, reductions: int) -> float:
-        """Rate of a step, counted from 1, over the full one."""
+        """Return the learning rate of a step, counted from 1, as a fraction of the full one."""
         if step <= self.warmup_num_steps:
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
         decay = max(round(self.decay_share * self.total_num_steps), 1)
@@ -52,7 +52,7 @@ class Plateau:
     """Lowest learning rate, as a fraction of the full one."""
 
     def ratio(self, step: int, reductions: int) -> float:
-        """Rate of a step, counted from 1, over the full one."""
+        """Return the learning rate of a step, counted from 1, as a fraction of the full one."""
         if step <= self.warmup_num_steps:
             return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
         return max(self.factor**reductions, self.min_ratio)
@@ -64,11 +64,11 @@ SHAPES: dict[str, type[StableDecay] | type[Plateau]] = {
 }
 
 SHARES = ("warmup_min_ratio", "decay_share", "min_ratio", "factor")
-"""Parameters that are at most 1."""
+"""Parameters that are fractions, and so at most 1."""
 
 
 def own_shape(document: dict[str, Any]) -> StableDecay | Plateau | None:
-    """Return the shape of a DeepSpeed JSON's scheduler if it is one of ours; raises ConfigError for its parameters."""
+    """Return the schedule of a DeepSpeed JSON if it is one of these; raise ConfigError for wrong parameters."""
     scheduler = document.get("scheduler", {})
     kind = SHAPES.get(scheduler.get("type", ""))
     if kind is None:
@@ -81,7 +81,7 @@ def own_shape(document: dict[str, Any]) -> StableDecay | Plateau | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ConfigError(f"scheduler.params.{key} is {value!r}; it must be a number of at least 0.")
         if value > 1 and key in SHARES:
-            raise ConfigError(f"scheduler.params.{key} is {value!r}; it is a share, from 0 to 1.")
+            raise ConfigError(f"scheduler.params.{key} is {value!r}; it must be a fraction, from 0 to 1.")
     if kind is StableDecay and "total_num_steps" not in params:
         raise ConfigError('scheduler.params.total_num_steps is missing; "auto" stands for the steps of the run.')
     return kind(**params)

@@ -1,4 +1,4 @@
-"""The tasks of a run: their manifests, checked, and what the model has to know of them."""
+"""The tasks of a run: their manifests, checked, and what the model has to know about them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.sections import LOSS_PARTS, DataSection, LossSection, TaskSection
 
 SMALLEST_SCALE = 1e-3
-"""eV/Å or eV per atom; a label's root mean square below it is rounding or a constant, not a scale."""
+"""Smallest root mean square of labels, eV/Å or eV per atom, that is a scale and not rounding or a constant."""
 
 SMALLEST_STRESS = 1e-6
-"""eV/Å³; the same for stress."""
+"""Smallest root mean square of stress, eV/Å³, that is a scale."""
 
 CONSTANT = 1e-6
-"""A target that deviates less from its mean, by its largest label, is a constant."""
+"""A target whose deviation divided by its largest label is smaller than this is a constant."""
 
 
 def task_manifests(config: RunConfig) -> tuple[Manifest, ...]:
-    """Read the manifests of all tasks; raises HydrazeroError as `task_manifest`."""
+    """Read the manifests of all tasks; raise HydrazeroError as `task_manifest` does."""
     cutoff = config.model.cutoff
     return tuple(task_manifest(task, config.data, config.batch, cutoff) for task in config.tasks)
 
@@ -57,17 +57,17 @@ def task_manifest(task: TaskSection, data: DataSection, shape: BatchShape, cutof
 
 
 def budget_warning(name: str, manifest: Manifest, shape: BatchShape, cutoff: float) -> str | None:
-    """Say that the manifest cannot tell whether all structures fit a batch, if it cannot."""
+    """Return a warning if the manifest does not tell whether all structures fit into a batch."""
     if not may_exceed(manifest, shape, cutoff):
         return None
     return (
         f"warning: the shards of task '{name}' have no counts of neighbours within {cutoff:g} Å; a structure too dense "
-        f"for a batch will stop the run when it comes (convert with degree_cutoffs = [{cutoff:g}] to know before)."
+        f"for a batch will stop the run when it is read (convert with degree_cutoffs = [{cutoff:g}] to know earlier)."
     )
 
 
 def cutoff_warning(name: str, manifest: Manifest, cutoff: float) -> str | None:
-    """Say that no atom of the training split has a neighbour within the cutoff, in Å, if that is known."""
+    """Return a warning if no atom of the training split has a neighbour within the cutoff, in Å."""
     if not manifest.closest_within:
         return None
     nearest = min(manifest.closest.values(), default=manifest.closest_within)
@@ -75,12 +75,12 @@ def cutoff_warning(name: str, manifest: Manifest, cutoff: float) -> str | None:
         return None
     return (
         f"warning: no two atoms that task '{name}' trains on are closer than {nearest:.2f} Å, so that with "
-        f"model.cutoff = {cutoff:g} it is learned as one of lone atoms; choose a longer cutoff."
+        f"model.cutoff = {cutoff:g} its atoms have no neighbours; choose a longer cutoff."
     )
 
 
 def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
-    """Return what the model and its users need to know of a task; raises ConfigError for what its shards don't hold."""
+    """Return what the model and its users need to know about a task; raise ConfigError for labels that are missing."""
     scales = [
         manifest.labels[label].rms for label in ("forces", "energy_residual_per_atom") if label in manifest.labels
     ]
@@ -96,7 +96,7 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
     return TaskFacts(
         name=task.name,
         reference_energies=manifest.reference_energies,
-        # Labels that vanish by symmetry are no scale; with none left, eV and Å do.
+        # Labels that vanish by symmetry give no scale; without any, the scale is 1 eV/Å.
         scale=next((scale for scale in scales if scale > SMALLEST_SCALE), 1.0),
         elements=manifest.trained_elements,
         fidelity=manifest.source.get("method", ""),
@@ -119,7 +119,7 @@ def _stress_scale(manifest: Manifest) -> float:
 
 
 def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
-    """Return the targets of a task that are trained; raises ConfigError for one that no structure has."""
+    """Return the targets of a task that are trained; raise ConfigError for one that no structure has."""
     held = manifest.targets
     wanted = list(held) if task.targets is None else task.targets
     for name in wanted:
@@ -142,13 +142,13 @@ def _targets(task: TaskSection, manifest: Manifest) -> dict[str, TargetFacts]:
 
 
 def _target_scale(held: TargetStatistics) -> float:
-    """Return the deviation of a target's labels, or 1 if that is only what rounding makes of a constant."""
+    """Return the deviation of a target's labels, or 1 if the target is a constant except for rounding."""
     largest = max(abs(held.mean), abs(held.minimum), abs(held.maximum))
     return held.deviation if held.deviation > CONSTANT * largest else 1.0
 
 
 def check_weights(loss: LossSection, facts: Sequence[TaskFacts]) -> None:
-    """Raise ConfigError for a weight of a target that no task is trained on."""
+    """Raise ConfigError for the weight of a target on which no task is trained."""
     known = sorted({name for task in facts for name in task.targets})
     for name in loss.target_weights:
         if name not in known:
@@ -163,7 +163,7 @@ def check_weights(loss: LossSection, facts: Sequence[TaskFacts]) -> None:
 
 
 def check_labels(task: TaskSection, loss: LossSection, facts: TaskFacts, manifest: Manifest) -> None:
-    """Raise ConfigError if nothing of what a task's shards hold is trained, although its loss counts."""
+    """Raise ConfigError if a task has a weight, but none of its labels is trained."""
     held = {
         "energy": facts.has_energy,
         "forces": facts.has_forces and facts.forces != NONE,
@@ -180,11 +180,11 @@ def check_labels(task: TaskSection, loss: LossSection, facts: TaskFacts, manifes
 
 
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:
-    """Say that the model cannot tell a task's charged or open-shell structures from others, if it has any."""
+    """Return a warning if a task has charged or open-shell structures that the model cannot distinguish from others."""
     charged, total = manifest.charged_structures, manifest.structures()
     if not charged or facts.charge_spin:
         return None
     return (
         f"warning: task '{facts.name}' has {charged:,} of {total:,} structures with a charge or an open shell; with "
-        "charge_spin = false the model sees neither, so one geometry in two such states gets one energy."
+        "charge_spin = false the model sees neither, so one geometry has the same energy in all states."
     )

@@ -1,4 +1,4 @@
-"""A dry run: everything is checked and two steps are done, but nothing is written."""
+"""A dry run checks everything and does two steps, but writes nothing."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from hydrazero.trainer.setup import (
 )
 
 LOOKED_AT = 8
-"""Batches of each rank that are looked at for how full they are, those of the steps among them."""
+"""Number of batches of each rank, including those of the steps, whose filling is measured."""
 
 
 def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
-    """Check everything, do two steps and a batch of the validation, print what the run will take.
+    """Check everything, do two steps and a validation batch, print what the run will take.
 
     Raises HydrazeroError on every rank that a fault concerns.
     """
@@ -75,7 +75,7 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
 
 
 def _step_bytes(config: RunConfig) -> float:
-    """Bytes of a step; rank 0 alone measures."""
+    """Return the memory of a step in bytes, which rank 0 measures."""
     mine = step_bytes(config.model.settings(), config.batch) if distributed.rank() == 0 else 0.0
     return float(distributed.gather_objects(mine)[0])
 
@@ -95,11 +95,11 @@ def _state_bytes(config: RunConfig, checked: CheckedRun, engine: TrainingEngine)
 
 
 def _try(trainer: Trainer, log: SilentLog) -> Tried:
-    """Do two steps and a batch of the validation; look at some batches."""
+    """Do two steps and a validation batch; measure how full some batches are."""
     seen: list[GraphBatch] = []
     batches = _remembered(iter(trainer.parts.stream), seen)
     trainer.engine.train()
-    trainer.one_step(batches, Interval())  # what is done once only is done in it
+    trainer.one_step(batches, Interval())  # it includes whatever is done only once
     interval, began = Interval(), time.monotonic()
     trainer.one_step(batches, interval)
     seconds = time.monotonic() - began
@@ -145,7 +145,7 @@ def validation_seconds(trainer: Trainer) -> float:
 
 
 def _fill(batches: Sequence[GraphBatch]) -> list[float]:
-    """Shares of structures, atoms and slots that are used, structures in a batch; means over all ranks."""
+    """Return the used fractions of structures, atoms and slots, and the structures in a batch; means over ranks."""
     of_batches = [
         [
             float(batch.structure_mask.float().mean()),
@@ -161,7 +161,7 @@ def _fill(batches: Sequence[GraphBatch]) -> list[float]:
 
 
 def _file_faults(config: RunConfig, manifests: Sequence[Manifest]) -> list[str]:
-    """Say which files are missing or of another size, where the run would skip them."""
+    """Return warnings about missing files, or files of another size, that the run would skip."""
     faults = []
     if config.data.on_bad_shard == "skip":
         for task, manifest in zip(config.tasks, manifests, strict=True):

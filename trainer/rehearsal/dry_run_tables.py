@@ -1,4 +1,4 @@
-"""What a dry run has found, and the tables that it prints."""
+"""The results of a dry run, and the tables that it prints."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ from hydrazero.trainer.records.progress_line import duration
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """What the steps of a dry run have shown."""
+    """Results of the steps of a dry run."""
 
     loss: float
-    """Of the second step."""
+    """Loss of the second step."""
     step_seconds: float
-    """Of the second step, the slowest rank's."""
+    """Seconds of the second step on the slowest rank."""
     wait_seconds: float
-    """Of these, for data."""
+    """Seconds of these in which ranks waited for data."""
     validation_seconds: float
-    """Of one batch on each rank."""
+    """Seconds of one validation batch on each rank."""
     structures: float
-    """Share of a batch's structures that is used, mean over batches."""
+    """Mean fraction of the structures of a batch that is used."""
     atoms: float
+    """Mean fraction of the atoms of a batch that is used."""
     slots: float
+    """Mean fraction of the neighbour slots of a batch that is used."""
     in_batch: float
-    """Structures in a batch."""
+    """Mean number of structures in a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Everything that a dry run knows."""
+    """Everything that a dry run has found out."""
 
     config: RunConfig
     ds_config: dict[str, Any]
@@ -59,7 +61,7 @@ def _table(title: str) -> Table:
 
 
 def tasks_table(found: Findings) -> Table:
-    """Return a row for each task: structures, elements, how often it is drawn, what it is trained on."""
+    """Return a table with a row for each task: structures, elements, how often it is drawn, what it is trained on."""
     table = _table(f"{found.config.run.out}: tasks")
     for heading in ("task", "train", "val", "atoms\nat most", "elements", "drawn\n%", "weight", "trained on"):
         texts = heading in ("task", "trained on")
@@ -82,7 +84,7 @@ def tasks_table(found: Findings) -> Table:
 
 
 def _trained_on(found: Findings, number: int) -> list[str]:
-    """Quantities that a task predicts and has labels of."""
+    """Return the quantities that a task predicts and has labels of."""
     manifest, objective = found.manifests[number], found.engine.module.objective
     held = {*manifest.labels, *manifest.targets} | ({"energy"} if "energy_per_atom" in manifest.labels else set())
     predicted = zip(objective.quantities, objective.predicted[number].tolist(), strict=True)
@@ -90,7 +92,7 @@ def _trained_on(found: Findings, number: int) -> list[str]:
 
 
 def run_table(found: Findings) -> Table:
-    """Return what the run will take."""
+    """Return the table of what the run will take."""
     config, memory, tried, engine = found.config, found.memory, found.tried, found.engine
     accumulated = engine.gradient_accumulation_steps()
     sizes = ", ".join(f"{size:,} {name}" for name, size in config.batch if size)
@@ -123,7 +125,7 @@ def run_table(found: Findings) -> Table:
 
 
 def whole_run(found: Findings) -> tuple[float, int]:
-    """Return the seconds that the whole run takes at the pace of the second step, and how many evaluations it has."""
+    """Return the seconds of the complete run at the rate of the second step, and its number of evaluations."""
     train, tried = found.config.train, found.tried
     evaluations = -(-train.steps // train.evaluate_every)
     validated = sum(manifest.structures("val") for manifest in found.manifests)

@@ -1,4 +1,4 @@
-"""Profile of training steps: a trace for each rank, and the operations that take most of the time."""
+"""A profile of training steps: a trace for each rank, and a table of the most expensive operations."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from hydrazero.trainer.records.run_log import SilentLog
 from hydrazero.trainer.setup import CheckedRun, compile_steps, engine_of, run_parts, weight_average_of
 
 WARM_UP, PROFILED = 5, 5
-"""Steps: the first ones compile, allocate and fill caches."""
+"""Numbers of steps before and in the profile; the first ones compile, allocate memory and fill caches."""
 SHOWN = 10
 NAME_WIDTH = 60
 FOLDER = "profile"
 
 
 def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
-    """Do some steps, profile those after the first ones, write RUN/profile/trace-rankN.json, print the dearest."""
-    # Generated kernels are told apart by their names; without it, a compiled step is one operation.
+    """Profile some steps, write RUN/profile/trace-rankN.json, and print the most expensive operations."""
+    # This gives generated kernels names of their own; without it, a compiled step is a single operation.
     torch._inductor.config.cpp.enable_kernel_profile = True
     engine = engine_of(config, checked)
-    # Its balance says whether gradients of the tasks are part of a step before that is compiled.
+    # The balance decides whether a step computes the gradients of tasks, before the step is compiled.
     average = weight_average_of(engine, config.train.average)
     parts = run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=SilentLog())
     run_dir = Path(config.run.out)
@@ -61,7 +61,7 @@ def profile_steps(config: RunConfig, checked: CheckedRun) -> None:
 
 
 def _write_trace(profiler: Any, folder: Path) -> Path:
-    """Write this rank's trace in one piece."""
+    """Write this rank's trace to a temporary file and rename it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trace-rank{distributed.rank()}.json"
     with replacing(path) as part:
@@ -70,12 +70,12 @@ def _write_trace(profiler: Any, folder: Path) -> Path:
 
 
 def _table(events: Any, *, steps: int) -> Table:
-    """The operations that take most time by themselves, of the GPU where there is one, without those they call."""
+    """Return the table of operations that take most time, without that of the operations that they call."""
     gpu = has_gpu()
     times = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
     total = sum(times.values()) or 1.0
     device = "GPU" if gpu else "CPU"
-    title = f"the {SHOWN} dearest operations of {steps} steps on rank 0, by their own time on the {device}"
+    title = f"the {SHOWN} most expensive operations of {steps} steps on rank 0, by their own time on the {device}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("operation", no_wrap=True, max_width=NAME_WIDTH)
     for heading in ("calls\na step", "CPU ms\na step", *(["GPU ms\na step"] if gpu else []), "share"):

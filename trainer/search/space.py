@@ -17,9 +17,9 @@ from hydrazero.shards.settings_parser import Section, parse_settings
 Value = str | bool | int | float
 
 WANTED_STRUCTURES = "batch.structures"
-"""Of a trial: about so many structures a batch, from which the whole of [batch] is worked out."""
+"""Key of the approximate number of structures in a batch, from which all of [batch] is worked out."""
 OF_THE_BATCH = (WANTED_STRUCTURES, "model.cutoff", "data.temperature")
-"""What a batch depends on: where one of these is varied, each trial has a [batch] of its own."""
+"""Keys on which a batch depends: if one of them is varied, each trial has its own [batch]."""
 
 
 class SearchSection(Section):
@@ -80,11 +80,11 @@ class Range(Section):
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """Values to check."""
+        """Values that are checked before the search."""
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
     def suggest(self, trial: Any, key: str) -> Value:
-        """Let a trial of Optuna choose; what it has chosen once it keeps."""
+        """Return the value that a trial of Optuna chooses; it keeps its choice."""
         chosen: Value
         if self.whole:
             chosen = trial.suggest_int(key, int(self.low), int(self.high), step=int(self.step) or 1, log=self.log)
@@ -95,29 +95,30 @@ class Range(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """A list of values, which have no order."""
+    """A list of values without an order."""
 
     values: tuple[Value, ...]
+    """The values."""
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """Values to check."""
+        """Values that are checked before the search."""
         return self.values
 
     def suggest(self, trial: Any, key: str) -> Value:
-        """Let a trial of Optuna choose; what it has chosen once it keeps."""
+        """Return the value that a trial of Optuna chooses; it keeps its choice."""
         chosen: Value = trial.suggest_categorical(key, list(self.values))
         return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """A whole space file."""
+    """A complete space file."""
 
     path: Path
     search: SearchSection
     vary: dict[str, Range | Choices]
-    """By the keys of the run file."""
+    """What is varied, by the keys of the run file."""
 
     @property
     def out(self) -> Path:
@@ -126,18 +127,18 @@ class SearchSpace:
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Seconds of training at each rung, all rungs before it among them."""
+        """Seconds of training at each rung, counted from the start of the trial."""
         section = self.search
         return tuple(section.seconds / section.reduction**left for left in reversed(range(section.rungs)))
 
     def document(self) -> dict[str, Any]:
-        """Return what must stay the same while a search goes on, as JSON has it."""
+        """Return what must stay the same while a search continues, as plain types."""
         vary = {key: list(p.values) if isinstance(p, Choices) else p.model_dump() for key, p in self.vary.items()}
         return {"search": self.search.model_dump(), "vary": vary}
 
 
 def space_of(document: dict[str, Any], path: Path) -> SearchSpace:
-    """Return the space that a document is of, which lies in a journal."""
+    """Return the space that the document of a journal describes."""
     vary: dict[str, Range | Choices] = {
         key: Range(**each) if isinstance(each, dict) else Choices(values=tuple(each))
         for key, each in document["vary"].items()
@@ -146,7 +147,7 @@ def space_of(document: dict[str, Any], path: Path) -> SearchSpace:
 
 
 def require_optuna() -> Any:
-    """Import Optuna, quietly; raises ConfigError that says what to install if it is not there."""
+    """Import Optuna without its messages; raise ConfigError that says what to install if it is absent."""
     try:
         optuna = import_module("optuna")
     except ImportError as error:
@@ -156,7 +157,7 @@ def require_optuna() -> Any:
 
 
 def read_space(path: Path) -> SearchSpace:
-    """Read a space file; raises ConfigError naming file and key. Values are checked by `check_space`."""
+    """Read a space file; raise ConfigError that names file and key. `check_space` checks the values."""
     table = read_toml(path, "space file")
     for key in table:
         if key not in ("search", "vary"):
@@ -170,7 +171,7 @@ def read_space(path: Path) -> SearchSpace:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a table by dotted keys, however it was written; a table with a key of ranges is a range."""
+    """Return a table by dotted keys, however it is written; a table that holds numbers is a range."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict) and value and all(isinstance(each, dict | list) for each in value.values()):

@@ -1,4 +1,4 @@
-"""A space file checked against its run file before anything starts: keys, types, and every value by itself."""
+"""Check a space file against its run file before anything starts: keys, types, and every single value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hydrazero.trainer.search.space import OF_THE_BATCH, WANTED_STRUCTURES, Choi
 from hydrazero.trainer.search.trial_settings import SET_BY_SEARCH, WARM_UP, trial_overrides
 
 TARGET_WEIGHTS = "loss.target_weights."
-"""Settings with names that the data have."""
+"""Prefix of settings whose names come from the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedSpace:
-    """A space whose values are fit to be tried, and what was read on the way."""
+    """A space whose values have been checked, with the run file."""
 
     space: SearchSpace
     text: str
@@ -27,7 +27,7 @@ class CheckedSpace:
 
 
 def check_space(path: Path) -> CheckedSpace:
-    """Read and check a space file; raises ConfigError, one sentence with file and key, for whatever is wrong in it."""
+    """Read and check a space file; raise ConfigError with one sentence that names file and key."""
     space = read_space(path)
     try:
         base = load_run_config(space.search.run)
@@ -78,14 +78,14 @@ def _check_key(key: str, known: dict[str, Any], where: str) -> None:
 
 
 def _typed(parameter: Range | Choices, present: Any) -> Range | Choices:
-    """Let a range of a setting that any number fits, written with whole ones, hold all numbers in between."""
+    """Return a range of whole numbers as a range of all numbers if the setting is not a whole number."""
     if isinstance(parameter, Range) and isinstance(present, float) and not parameter.step:
         return parameter.model_copy(update={"whole": False})
     return parameter
 
 
 def _check_values(space: SearchSpace) -> None:
-    """Check every value that a parameter may have, of ranges both ends; what batches depend on is at its first."""
+    """Check every value of a list and both ends of a range; keys on which batches depend have their first value."""
     from hydrazero.trainer.setup import check_settings
 
     def check(values: dict[str, Any], where: str) -> None:
