@@ -9,6 +9,7 @@ CHANGES = (
     (r"--steps \d+", "--steps 4"),
     (r"train\.steps=\d+", "train.steps=6"),
     (r"(hydrazero train \S+\.toml)(?!.*train\.steps)", r"\1 --set train.steps=4"),
+    (r"--train \d+", "--train 10"),
     (r"--hours 0\.\d+", "--hours 0.002"),
     (r"--trials \d+ --workers \d+", "--trials 1"),
     (r"\bseconds = \d+", "seconds = 0.5"),
