@@ -62,7 +62,7 @@ def test_deepmd_without_a_box(tmp_path):
         ({"coord": None}, "cannot be read by dpdata"),
         ({"energy": None}, "cannot be read by dpdata"),
         ({"coord": np.array([None])}, "cannot be read by dpdata"),  # needs a pickle
-        ({"real_atom_types": [[0, 1, 1]] * 2}, "is of mixed type"),
+        ({"real_atom_types": [[0, 1, 1]] * 2}, "has mixed types"),
     ],
 )
 def test_deepmd_that_cannot_be_read(tmp_path, changes, words):
@@ -75,7 +75,7 @@ def test_deepmd_of_unknown_elements_or_no_folder(tmp_path):
     assert reasons(frames(folder, "deepmd")) == ["unknown_element"] * 2
     with pytest.raises(SourceError, match=r"is not a folder"):
         frames(folder / "type.raw", "deepmd")
-    with pytest.raises(SourceError, match=r"no type\.raw"):
+    with pytest.raises(SourceError, match=r"has no file type\.raw"):
         frames(folder / "set.000", "deepmd")
     with pytest.raises(SourceError, match=r"holds no folder with a file type\.raw"):
         expand_sources([folder / "set.000"], ReadSettings(format="deepmd"))

@@ -113,7 +113,7 @@ def _no_count(path: Path) -> None:
         (_empty, ".xyz", ("is empty",)),
         (_truncated, ".xyz", ("frame 2", "truncated")),
         (_binary, ".xyz", ("cannot be read",)),
-        (_binary, ".npz", ("no readable npz",)),
+        (_binary, ".npz", ("not a readable npz",)),
         (_binary, ".db", ("ASE database",)),
         (_binary, ".cif", ("frame 0", "cannot be read")),
         (_no_count, ".xyz", ("frame 1", "what is this")),
