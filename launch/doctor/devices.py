@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hydrazero.launch.doctor.findings import Finding, Probe, ProbeError, first_line, run_python
 
+PROBED = "from hydrazero.launch.doctor import probed; probed"
+"""Start of the code that a probe runs in another process; a function of that module follows."""
 KERNELS = (
     "without the CPU kernels, training and inference on the CPU are several times slower: install a C++ compiler "
     "(on Debian or Ubuntu: apt install g++) or set CXX to one"
@@ -19,7 +21,6 @@ def device_probes() -> list[Probe]:
     """Return probes for the device, its driver, the compiler and the CPU kernels."""
     return [
         Probe(name="device", find=_device, missing="PyTorch cannot be used: reinstall it"),
-        Probe(name="PyTorch is built for", find=_built_for),
         Probe(name="GPU driver", find=_driver),
         Probe(name="C++ compiler", find=_compiler),
         Probe(name="CPU kernels", find=_kernels, missing=KERNELS),
@@ -27,34 +28,20 @@ def device_probes() -> list[Probe]:
 
 
 def _device() -> Finding:
-    """Return the GPUs that ranks would use, or the CPU."""
-    code = (
-        "from hydrazero.shards.device import device_kind, gpu_module\n"
-        "gpu = gpu_module()\n"
-        "names = [] if gpu is None else [gpu.get_device_properties(n) for n in range(gpu.device_count())]\n"
-        "print(device_kind())\n"
-        "for each in names: print(f'{each.name}, {each.total_memory / 1e9:.0f} GB')\n"
-    )
-    kind, *gpus = run_python(code).splitlines()
+    """Return the GPUs that ranks would use, or the CPU, and what PyTorch is built for."""
+    built_for, kind, *gpus = run_python(f"{PROBED}.print_device()").splitlines()
     if not gpus:
         unused = "a GPU is there, but this PyTorch cannot use it: install a PyTorch for it (see pytorch.org)"
-        return Finding(name="device", value="CPU (PyTorch sees no GPU)", missing=unused if _gpu_files() else "")
+        value = f"CPU; PyTorch is built for {built_for} and sees no GPU"
+        return Finding(name="device", value=value, missing=unused if _gpu_files() else "")
     counts = {gpu: gpus.count(gpu) for gpu in dict.fromkeys(gpus)}
-    return Finding(name="device", value=f"{kind}: {'; '.join(f'{count} x {gpu}' for gpu, count in counts.items())}")
+    shown = "; ".join(f"{count} x {gpu}" for gpu, count in counts.items())
+    return Finding(name="device", value=f"{kind}: {shown}; PyTorch is built for {built_for}")
 
 
 def _gpu_files() -> bool:
     """Return whether the operating system has a GPU of NVIDIA or AMD for computing."""
     return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
-
-
-def _built_for() -> str:
-    code = (
-        "import torch\n"
-        "versions = {name: getattr(torch.version, name, None) for name in ('cuda', 'hip', 'xpu')}\n"
-        "print(', '.join(f'{name.upper()} {found}' for name, found in versions.items() if found) or 'CPU only')"
-    )
-    return run_python(code)
 
 
 def _driver() -> str:
@@ -76,12 +63,5 @@ def _compiler() -> str:
 
 def _kernels() -> str:
     """Compile and load the kernels, as the first training run would."""
-    code = (
-        "from hydrazero.models.ops.kernels import KernelsUnavailable, load_kernels\n"
-        "try:\n"
-        "    load_kernels()\n"
-        "except KernelsUnavailable as error:\n"
-        "    raise SystemExit(str(error))\n"
-    )
-    run_python(code)
+    run_python(f"{PROBED}.try_kernels()")
     return "compiled and loaded"

@@ -30,6 +30,7 @@ def test_the_report_is_true():
     assert report["Launchers"]["DeepSpeed"] == "can be imported"
     assert report["Devices"]["CPU kernels"] == "compiled and loaded" and "CPU kernels" not in report["Missing"]
     assert report["Optional parts"]["formats"] == "installed"
+    assert "does not work" not in result.output and report["Devices"]["device"].startswith(("CPU", "cuda", "xpu"))
     for name, advice in report["Missing"].items():
         assert advice and any(name in section for section in report.values())
 
@@ -73,6 +74,16 @@ def test_missing_parts_are_named_with_the_command_that_installs_them(monkeypatch
     monkeypatch.setattr(software, "requires", lambda _: ['numpy>=99 ; extra == "search"'])
     (found,) = find_all(software.optional_probes())
     assert found.value == f"without numpy >=99 (found {version('numpy')})"
+
+
+def test_gpus_are_counted(monkeypatch):
+    monkeypatch.setattr(devices, "run_python", lambda _: "CUDA 12.8\ncuda\nNVIDIA H200, 150 GB\nNVIDIA H200, 150 GB")
+    found = find_all(devices.device_probes())[0]
+    assert found.value == "cuda: 2 x NVIDIA H200, 150 GB; PyTorch is built for CUDA 12.8" and not found.missing
+    monkeypatch.setattr(devices, "run_python", lambda _: "CPUs only\ncpu")
+    monkeypatch.setattr(devices, "_gpu_files", lambda: True)
+    found = find_all(devices.device_probes())[0]
+    assert found.value == "CPU; PyTorch is built for CPUs only and sees no GPU" and "pytorch.org" in found.missing
 
 
 def test_little_shared_memory_is_reported(monkeypatch):
