@@ -1,4 +1,4 @@
-"""The model: shared encoder, stacked heads, forces and stress from the energy or directly, references per task."""
+"""The model: a shared encoder, stacked heads, forces and stress, and reference energies per task."""
 
 from __future__ import annotations
 
@@ -32,44 +32,44 @@ from hydrazero.shards.settings_parser import parse_settings
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What the model gives for a batch of S structures, A atoms; padding holds zeros."""
+    """Predictions for a batch of S structures and A atoms; zero for padding."""
 
     interaction: Tensor
-    """eV, [S]: the energy without references, in the model's precision."""
+    """Energy without reference energies in eV, [S], in the precision of the model."""
     reference: Tensor
-    """eV, [S] float64: sum of the task's reference energies."""
+    """Sum of the reference energies of the task in eV, [S] float64."""
     forces: Tensor
-    """eV/Å, [A, 3]: minus the exact gradient of the energy, or from the direct head where the task has one."""
+    """Forces in eV/Å, [A, 3]: minus the exact gradient of the energy, or from a direct head if the task has one."""
     stress: Tensor
-    """eV/Å³, [S, 3, 3]; zero where a structure is not periodic in three directions."""
+    """Stress in eV/Å³, [S, 3, 3]; zero where a structure is not periodic in three directions."""
     spread: Tensor
-    """eV, [S]: standard deviation of the energies of the ensemble; 0 without one."""
+    """Standard deviation of the energies of the ensemble in eV, [S]; 0 without an ensemble."""
     targets: dict[str, Tensor] = field(default_factory=dict)
-    """Other quantities, [S], [S, 3], [A] or [A, 3]; of no meaning for tasks without the label."""
+    """Other quantities by name, [S], [S, 3], [A] or [A, 3]; meaningless for tasks without the label."""
 
     @property
     def energy(self) -> Tensor:
-        """Total energy: eV, [S] float64."""
+        """Total energy in eV, [S] float64."""
         return self.interaction.to(torch.float64) + self.reference
 
 
 class AtomisticModel(nn.Module):
-    """Encoder and stacked heads for tasks in a fixed order."""
+    """An encoder and stacked heads for tasks in a fixed order."""
 
     references: Tensor
-    """eV, [tasks, 119] float64."""
+    """Reference energies in eV by task and atomic number, [tasks, 119] float64."""
     scales: Tensor
     """Unit of each energy head's output, [tasks] float64."""
 
     def __init__(self, settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
-        """Raise ConfigError for settings or tasks that do not go together."""
+        """Create a model with first weights; raise ConfigError if settings and tasks are not compatible."""
         super().__init__()
         check_model(settings, tasks)
         self.settings, self.tasks = settings, list(tasks)
         self.kernels = False
-        """Whether sums over neighbours use the C++ kernels; see `models.compiled.use_kernels`."""
+        """Whether sums over neighbours use the C++ kernels; see `models.ops.compiled.use_kernels`."""
         self.autocast: torch.dtype | None = None
-        """Lower precision of the encoder's matrix products; geometry, sums, heads and energies keep to `dtype`."""
+        """Lower precision of the encoder's matrix products; geometry, sums, heads and energies are in `dtype`."""
         features = settings.encoder.features
         size = settings.head_size(len(self.tasks))
         self.embedding = AtomEmbedding(
@@ -88,7 +88,7 @@ class AtomisticModel(nn.Module):
         self._fill_tables(None)
 
     def _fill_tables(self, device: torch.device | None) -> None:
-        # Not persistent: their one home is the list of facts, which checkpoints and exports carry.
+        # Not persistent: they are stored once, in the facts of the tasks, which checkpoints and exports contain.
         self.references = reference_table(self.tasks).to(device)
         self.scales = torch.tensor([task.scale for task in self.tasks], dtype=torch.float64, device=device)
 
@@ -96,18 +96,18 @@ class AtomisticModel(nn.Module):
         return any(getattr(task, way) == value for task in self.tasks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AtomisticModel:
-        """Move with the model, but never let references and scales leave float64."""
+        """Move or convert the model; reference energies and scales always stay in float64."""
         super()._apply(fn, recurse)
         self._fill_tables(self.scales.device)
         return self
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of geometry, heads and energies: that of the weights, and at least float32."""
+        """Precision of geometry, heads and energies: that of the weights, but at least float32."""
         return torch.promote_types(self.energy_head.first.weight.dtype, torch.float32)
 
     def reference_energy(self, batch: GraphBatch, task: Tensor) -> Tensor:
-        """Sum of the reference energies of each structure's atoms for its task [S]: eV, [S] float64."""
+        """Return the sum of the reference energies of each structure's atoms for a task [S], in eV, [S] float64."""
         return self._structures(batch).sum(self.references[task[batch.structure], batch.numbers])
 
     def _structures(self, batch: GraphBatch) -> Segments:
@@ -117,14 +117,14 @@ class AtomisticModel(nn.Module):
         return TaskRows(task=task[batch.structure], count=len(self.tasks), kernels=self.kernels)
 
     def _sum_atoms(self, batch: GraphBatch, atomic: Tensor) -> Tensor:
-        """What atoms hold [A, ...] -> structures [S, ...], padding left out."""
+        """Return the sums [S, ...] of values of atoms [A, ...] over the atoms of each structure, without padding."""
         mask = batch.atom_mask.view(-1, *[1] * (atomic.dim() - 1))
         return self._structures(batch).sum(atomic * mask)
 
     def _encode(
         self, batch: GraphBatch, task: Tensor, positions: Tensor, strain: Tensor
     ) -> tuple[NodeFeatures, PairGeometry]:
-        """Encode atoms, each structure for a task [S]."""
+        """Return node features and pair geometry, each structure encoded for a task [S]."""
         slots = slots_of(batch, kernels=self.kernels)
         vectors = slots.pair_vectors(positions, batch.shifts)
         vectors = vectors + exact_matmul(vectors, slots.spread(self._structures(batch).spread(strain)))
@@ -142,16 +142,16 @@ class AtomisticModel(nn.Module):
         return NodeFeatures(scalars=features.scalars.to(self.dtype), vectors=vectors_out), pairs
 
     def forward(self, batch: GraphBatch, probe: Tensor | None = None) -> Predictions:
-        """Energies, forces, stress and targets of each structure by the heads of its own task.
+        """Return energies, forces, stress and targets of each structure by the heads of its own task.
 
-        A probe [tasks, F, F] finds what each task wants of the node scalars that the encoder gives; see `probed`.
+        The gradient of a probe [tasks, F, F] is that of each task for the node scalars; see `probed`.
         """
         return self._predict(batch, probe)[0]
 
     def _predict(
         self, batch: GraphBatch, probe: Tensor | None = None
     ) -> tuple[Predictions, NodeFeatures, PairGeometry]:
-        """Predictions, and what the encoder gave and saw."""
+        """Return predictions, node features and pair geometry."""
         conservative = self._any("forces", CONSERVATIVE) or self._any("stress", CONSERVATIVE)
         with torch.set_grad_enabled(torch.is_grad_enabled() or conservative):
             positions = batch.positions.detach().requires_grad_(conservative)
@@ -172,7 +172,7 @@ class AtomisticModel(nn.Module):
                 forces = -gradient
             spread = torch.zeros_like(interaction)
             if self.settings.ensemble > 1:
-                # What the ensemble learns about its own spread must not move the encoder.
+                # The loss of the spread must not change the encoder.
                 spread = self._member_energies(batch, features.scalars.detach(), rows).std(1)
         if not self.training:
             features = NodeFeatures(
@@ -193,7 +193,7 @@ class AtomisticModel(nn.Module):
         return predictions, features, pairs
 
     def _member_energies(self, batch: GraphBatch, scalars: Tensor, rows: TaskRows) -> Tensor:
-        """Node scalars [A, F] -> energies of each member of the ensemble, eV, [S, M]."""
+        """Return the energies by each of M members of the ensemble in eV, [S, M], from node scalars [A, F]."""
         atomic = self.energy_head(scalars, rows)
         return self._sum_atoms(batch, atomic) * self.scales.to(atomic.dtype)[batch.task].unsqueeze(1)
 
@@ -205,7 +205,7 @@ class AtomisticModel(nn.Module):
         pairs: PairGeometry,
         gradients: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """Put what direct heads give in the place of gradients, forces and virial, for the tasks that want it so."""
+        """Return forces and virial, from direct heads for tasks that have them and from gradients for the others."""
         forces, virial = gradients
         if features.vectors is None:
             return forces, virial
@@ -221,20 +221,20 @@ class AtomisticModel(nn.Module):
         return forces, virial
 
     def _by_way(self, way: str, task: Tensor) -> Tensor:
-        """Whether a task [N] has a direct head for 'forces' or 'stress': [N] bool."""
+        """Return whether each task [N] has a direct head for 'forces' or 'stress', [N] bool."""
         direct = torch.tensor([getattr(facts, way) == DIRECT for facts in self.tasks], device=task.device)
         return direct[task]
 
     def energies_of_all_tasks(self, batch: GraphBatch) -> Tensor:
-        """Energies of each structure by every task's head, in one pass of the encoder: eV, [S, T] float64.
+        """Return the energies of each structure by every task's head in eV, [S, T] float64.
 
-        Where tasks differ in what the encoder is told, it passes once for each.
+        This takes one pass of the encoder, or one pass per task if the inputs of the encoder depend on the task.
         """
         return self.members_of_all_tasks(batch).mean(2)
 
     @torch.no_grad()
     def members_of_all_tasks(self, batch: GraphBatch) -> Tensor:
-        """As `energies_of_all_tasks`, by each member of the heads' ensembles: eV, [S, T, M] float64."""
+        """Return energies like `energies_of_all_tasks`, by each member of the ensembles, in eV, [S, T, M] float64."""
         strain = batch.positions.new_zeros(batch.task.shape[0], 3, 3)
         columns = []
         for index in range(len(self.tasks) if self.embedding.by_task else 1):
@@ -244,9 +244,9 @@ class AtomisticModel(nn.Module):
         return torch.cat(columns, dim=1)
 
     def members_and_forces(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
-        """Return what `members_of_all_tasks` gives, and the forces by the structures' own tasks, eV/Å, [A, 3].
+        """Return the result of `members_of_all_tasks`, and the forces by the structures' own tasks in eV/Å, [A, 3].
 
-        Both come from one pass of the encoder, where it is told the same for all tasks.
+        Both come from one pass of the encoder if its inputs do not depend on the task.
         """
         predictions, features, pairs = self._predict(batch)
         if self.embedding.by_task:
@@ -255,7 +255,7 @@ class AtomisticModel(nn.Module):
 
     @torch.no_grad()
     def _members_by_task(self, batch: GraphBatch, features: NodeFeatures, pairs: PairGeometry) -> Tensor:
-        """Energies by every task's head of what the encoder gave, eV, [S, T, M] float64."""
+        """Return the energies by every task's head in eV, [S, T, M] float64, from the outputs of the encoder."""
         atomic = self.energy_head.all_tasks(features.scalars)
         energies = self._sum_atoms(batch, atomic).to(torch.float64) * self.scales.unsqueeze(1)
         if self.repulsion is not None:

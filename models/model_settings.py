@@ -17,7 +17,7 @@ from hydrazero.shards.settings_parser import ListOf, Section
 
 
 class HeadSettings(Section):
-    """The heads of the model, and what belongs to the whole of it."""
+    """The heads of the model, and settings of the model as a whole."""
 
     head_features: PositiveInt = 64
     """Width of the hidden layers of each head."""
@@ -47,15 +47,15 @@ class ModelSettings(HeadSettings):
 
 
 def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
-    """Raise ConfigError for an encoder that is not known, or for heads that it or a task cannot carry."""
+    """Raise ConfigError for an unknown encoder, or for heads that the encoder or a task does not support."""
     check_attention(targets_of(tasks), settings.attention_targets)
     encoder = settings.encoder.encoder
     has_vectors = ENCODERS.get(encoder).has_vectors
     for task in tasks:
         if {task.forces, task.stress} == {CONSERVATIVE, DIRECT}:
             raise ConfigError(
-                f"task '{task.name}' mixes {task.forces} forces with {task.stress} stress, of which one would not "
-                "belong to the energy of the other; choose one way for both."
+                f"task '{task.name}' mixes {task.forces} forces with {task.stress} stress, which "
+                "would not belong to the same energy; choose one way for both."
             )
         if CONSERVATIVE in (task.forces, task.stress) and not task.has_energy:
             raise ConfigError(
@@ -66,11 +66,11 @@ def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
         wants += [name for name, facts in task.targets.items() if facts.kind == "vector"]
         if wants and not has_vectors:
             raise ConfigError(
-                f"task '{task.name}' needs vectors for {', '.join(wants)}, and encoder '{encoder}' has none; choose "
-                "painn, egnn, pna_eq or mace."
+                f"task '{task.name}' needs vectors for {', '.join(wants)}, but the encoder '{encoder}' has none; "
+                "choose painn, egnn, pna_eq or mace."
             )
         if settings.repulsion != "none" and DIRECT in (task.forces, task.stress):
             raise ConfigError(
-                f"task '{task.name}' has direct forces, which model.repulsion = '{settings.repulsion}' cannot reach; "
-                "make them conservative, or leave the repulsion out."
+                f"task '{task.name}' has direct forces, which model.repulsion = '{settings.repulsion}' does not "
+                "affect; make them conservative, or leave the repulsion out."
             )

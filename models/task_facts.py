@@ -1,4 +1,4 @@
-"""What a model and its users need to know of its tasks."""
+"""Facts about the tasks that a model is built from and that its users need."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
 
 CONSERVATIVE, DIRECT, NONE = "conservative", "direct", "none"
-"""Ways to forces and stress: minus the gradient of the energy, a head of their own, or not at all."""
+"""Ways to predict forces and stress: as the gradient of the energy, by a separate head, or not at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """A quantity beside energy, forces and stress, as one task has it."""
+    """A quantity of one task other than energy, forces and stress."""
 
     of: str
-    """'structure' or 'atom'."""
+    """Whether it belongs to a 'structure' or to each 'atom'."""
     kind: str
-    """'scalar' or 'vector'."""
+    """Kind of the quantity: 'scalar' or 'vector'."""
     unit: str = ""
     extensive: bool = False
-    """Of a structure's scalar: a sum over its atoms, or a property of the whole as a band gap is."""
+    """Whether a scalar of a structure is a sum over its atoms, and not a property of the whole such as a band gap."""
     mean: float = 0.0
-    """Over the training labels (per atom if extensive); what the head gives is the difference from it."""
+    """Mean of the training labels (per atom if extensive), to which the output of the head is added."""
     scale: float = 1.0
     """Unit of the head's output: deviation of the training labels from the mean (per atom if extensive)."""
 
     @property
     def form(self) -> tuple[str, str, str, bool]:
-        """What tasks that share the target must agree on."""
+        """The properties that all tasks with this target must have in common."""
         return self.of, self.kind, self.unit, self.extensive
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """What the model and its users need to know of a task."""
+    """Facts about one task that the model and its users need."""
 
     name: str
     reference_energies: dict[str, float]
-    """eV per atom of each element."""
+    """Reference energy of an atom of each element in eV."""
     scale: float
     """Unit of the head's output: typical force in eV/Å, or residual energy per atom in eV for a task without forces."""
     elements: list[str]
-    """Elements that the training split holds."""
+    """Elements in the training split."""
     fidelity: str = ""
-    """Method, as the manifest tells it."""
+    """Method of the labels, as given in the manifest."""
     has_energy: bool = True
-    """Whether the training labels hold energies."""
+    """Whether the training labels include energies."""
     has_forces: bool = True
-    """Whether the training labels hold forces."""
+    """Whether the training labels include forces."""
     forces: str = CONSERVATIVE
-    """'conservative', 'direct' or 'none': how forces are predicted."""
+    """Way in which forces are predicted: 'conservative', 'direct' or 'none'."""
     stress: str = CONSERVATIVE
-    """'conservative', 'direct' or 'none': how stress is predicted."""
+    """Way in which stress is predicted: 'conservative', 'direct' or 'none'."""
     stress_scale: float = 1.0
-    """Typical stress of the training labels, eV/Å³."""
+    """Typical stress of the training labels in eV/Å³."""
     charge_spin: bool = False
-    """Whether the encoder is told total charge and spin."""
+    """Whether total charge and spin are inputs of the encoder."""
     multiplicity_known: bool = False
-    """Whether every structure of the shards says its spin multiplicity."""
+    """Whether the spin multiplicity of every structure in the shards is known."""
     targets: dict[str, TargetFacts] = field(default_factory=dict)
-    """Other quantities that the training labels hold."""
+    """Other quantities among the training labels, by name."""
     closest: dict[str, float] = field(default_factory=dict)
-    """Two elements as 'Al-Cu', the lighter first -> smallest distance in the training split, Å."""
+    """Smallest distance of two elements in the training split in Å, by a key such as 'Al-Cu', the lighter one first."""
     closest_within: float = 0.0
-    """Å: pairs of elements that `closest` lacks are nowhere closer than this; 0: not known."""
+    """Distance in Å that pairs of elements missing in `closest` are always above; 0 if it is unknown."""
     largest_spread: float = 0.0
-    """eV per atom: spread of the ensemble that 99% of the evaluated structures stay below; 0: not known."""
+    """Spread of the ensemble in eV per atom that 99% of the evaluated structures do not exceed; 0 if it is unknown."""
 
 
 def reference_table(tasks: Sequence[TaskFacts]) -> Tensor:
-    """Reference energies [tasks, 119] float64, eV; 0 for elements that a task does not know."""
+    """Return reference energies in eV, [tasks, 119] float64; 0 for elements that a task does not know."""
     table = torch.zeros(len(tasks), MAX_ATOMIC_NUMBER + 1, dtype=torch.float64)
     for row, task in enumerate(tasks):
         for symbol, energy in task.reference_energies.items():
@@ -86,7 +86,7 @@ def reference_table(tasks: Sequence[TaskFacts]) -> Tensor:
 
 
 def known_elements(tasks: Sequence[TaskFacts]) -> Tensor:
-    """Whether the task's training split holds the element: [tasks, 119] bool."""
+    """Return whether the training split of each task contains each element, [tasks, 119] bool."""
     table = torch.zeros(len(tasks), MAX_ATOMIC_NUMBER + 1, dtype=torch.bool)
     for row, task in enumerate(tasks):
         table[row, [atomic_numbers[symbol] for symbol in task.elements]] = True
@@ -94,7 +94,7 @@ def known_elements(tasks: Sequence[TaskFacts]) -> Tensor:
 
 
 def targets_of(tasks: Sequence[TaskFacts]) -> dict[str, TargetFacts]:
-    """Return every target of any task; raises ConfigError if two tasks mean different things by one name."""
+    """Return the targets of all tasks; raise ConfigError if one name stands for different quantities in two tasks."""
     found: dict[str, tuple[str, TargetFacts]] = {}
     for task in tasks:
         for name, facts in task.targets.items():

@@ -1,4 +1,4 @@
-"""ASE calculator of an exported model."""
+"""ASE calculator for an exported model."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from hydrazero.shards.errors import ModelFileError, StructureError
 from hydrazero.shards.graphs.graph import GraphBatch
 
 ASE_TARGETS = ("charges", "dipole", "magmom", "magmoms")
-"""Targets that ASE knows by these names."""
+"""Targets under the names that ASE has for them."""
 
 
 class HydrazeroCalculator(Calculator):
     """Energy, free energy (the same), forces and stress of one task, in ASE's units (eV, Å), and its targets.
 
-    Charge and multiplicity are those of `atoms.info`. With an ensemble, `results` hold 'energy_spread' in eV too. With
-    other tasks they hold 'task_energies', eV by task, and 'task_spread', the standard deviation, in eV, of the energies
-    above each task's own references: total energies of different methods cannot be compared.
+    Charge and multiplicity are read from `atoms.info`. With an ensemble, `results` also contains 'energy_spread' in eV.
+    With other tasks it contains 'task_energies' in eV by task, and 'task_spread', the standard deviation in eV of the
+    energies above each task's own reference energies, since total energies of different methods cannot be compared.
 
-    Neighbours are found within the cutoff and a skin, and again once an atom has moved half of it. What is unlike the
-    training data is warned of (`ExtrapolationWarning`), once for each kind and formula.
+    Neighbours are found within the cutoff plus a skin, and again after an atom has moved by half of the skin.
+    Structures unlike the training data give a warning (`ExtrapolationWarning`), once for each kind and formula.
     """
 
     def __init__(
@@ -45,9 +45,10 @@ class HydrazeroCalculator(Calculator):
         compile: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Raise ModelFileError for a task that is not there, or has no energies to compare.
+        """Create a calculator; raise ModelFileError for an unknown task, or another task without energies to compare.
 
-        `skin` is in Å. `compile` traces and compiles steps: a minute at first, then faster; for dynamics of one system.
+        `skin` is in Å. With `compile`, steps are compiled, which takes a minute at first and pays for dynamics of one
+        system.
         """
         self.implemented_properties = _properties(potential, task)
         super().__init__(**kwargs)
@@ -65,7 +66,7 @@ class HydrazeroCalculator(Calculator):
         self._seen_lists = 0
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """Return what has changed since the last call: charge and multiplicity too, which ASE does not look at."""
+        """Return what has changed since the last call; unlike in ASE, with charge and multiplicity."""
         changes: list[str] = super().check_state(atoms, tol=tol)
         if self.atoms is not None and any(self.atoms.info.get(key) != atoms.info.get(key) for key in CONDITIONS):
             changes.append("info")
@@ -74,7 +75,7 @@ class HydrazeroCalculator(Calculator):
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
     ) -> None:
-        """Compute all properties at once; raises StructureError for elements that the task has not seen."""
+        """Compute all properties; raise StructureError for elements that are not in the task's training data."""
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         batch = self.neighbours.batch(self.atoms)
@@ -93,7 +94,7 @@ class HydrazeroCalculator(Calculator):
             raise PropertyNotImplementedError("stress needs a structure that is periodic in three directions.")
 
     def _take_list(self) -> None:
-        """Look at a structure whose neighbours were just found."""
+        """Check a structure whose neighbours were just found."""
         sample = self.neighbours.sample
         if (reason := self.potential.why_not(sample.structure, self.task)) is not None:
             raise StructureError("unseen", f"the structure {reason}; leave it out or choose another task.")
@@ -107,7 +108,7 @@ class HydrazeroCalculator(Calculator):
             try:
                 return self._model(batch)
             except CompilationError as error:
-                warnings.warn(f"steps cannot be compiled here ({error}); they run as they are.", stacklevel=2)
+                warnings.warn(f"steps cannot be compiled ({error}); they run without compilation.", stacklevel=2)
                 self._model = None
         predictions: Predictions = self.potential.model(batch)
         return predictions
@@ -123,7 +124,7 @@ class HydrazeroCalculator(Calculator):
             self._watch.look_at_spread(formula, spread / len(atoms))
 
     def _compare_tasks(self, batch: GraphBatch) -> None:
-        """Add energies of all tasks that can take the structure, and how far they are apart, to the results."""
+        """Add the energies of all tasks that support the structure, and their spread, to the results."""
         structure, model = self.neighbours.sample.structure, self.potential.model
         every = model.energies_of_all_tasks(batch)[0]
         energies, interactions = {}, []

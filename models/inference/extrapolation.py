@@ -1,4 +1,4 @@
-"""Warnings that a structure lies outside of what a task was trained on."""
+"""Warnings that a structure lies outside of the training data of a task."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ExtrapolationWarning(UserWarning):
 
 
 class Extrapolation:
-    """Looks at structures of one task and warns, once for each kind of fault and each formula."""
+    """Checks structures of one task and warns once for each kind of extrapolation and each formula."""
 
     def __init__(self, facts: TaskFacts, cutoff: float) -> None:
-        """Pairs farther apart than `cutoff`, Å, are not looked at."""
+        """Create a check; pairs farther apart than `cutoff` in Å are ignored."""
         self.facts = facts
         self._bounds = np.full(ELEMENTS**2, min(facts.closest_within, cutoff))
         for pair, distance in facts.closest.items():
@@ -31,14 +31,14 @@ class Extrapolation:
         self._said: set[tuple[str, str, str]] = set()
 
     def bounds(self, numbers: NDArray[np.uint8], pairs: HalfPairs) -> FloatArray:
-        """Return the smallest distance in the training data for the elements of each pair, Å, [P]; 0: not known."""
+        """Return the smallest distance in the training data for each pair of elements in Å, [P]; 0 if it is unknown."""
         found: FloatArray = self._bounds[pair_places(numbers[pairs.first], numbers[pairs.second])]
         return found
 
     def look_at_distances(
         self, formula: str, numbers: NDArray[np.uint8], pairs: HalfPairs, distances: FloatArray, bounds: FloatArray
     ) -> None:
-        """Warn of pairs [P] that are closer, by `distances` [P] in Å, than any of their elements in training."""
+        """Warn about pairs [P] with `distances` [P] in Å below all distances of their elements in the training data."""
         short = np.flatnonzero(distances < bounds)
         if not len(short):
             return
@@ -46,15 +46,15 @@ class Extrapolation:
         ends = (int(pairs.first[worst]), int(pairs.second[worst]))
         elements = "-".join(chemical_symbols[z] for z in sorted(int(numbers[end]) for end in ends))
         nearest = self.facts.closest.get(elements)
-        known = f"no two of these are closer than {nearest:.2f} Å" if nearest else "these are nowhere neighbours"
+        known = f"their smallest distance is {nearest:.2f} Å" if nearest else "they are never neighbours"
         self._warn(
             "distance",
             formula,
-            f"{elements} at {distances[worst]:.2f} Å (atoms {ends[0]} and {ends[1]}); {known} in the training data",
+            f"{elements} at {distances[worst]:.2f} Å (atoms {ends[0]} and {ends[1]}); in the training data {known}",
         )
 
     def look_at_spread(self, formula: str, per_atom: float) -> None:
-        """Warn if the ensemble, eV per atom, agrees less than on 99% of the structures that it was evaluated on."""
+        """Warn if the spread of the ensemble in eV per atom exceeds that of 99% of the evaluated structures."""
         if 0.0 < self.facts.largest_spread < per_atom:
             self._warn(
                 "spread",
@@ -64,7 +64,7 @@ class Extrapolation:
             )
 
     def look_at_other(self, formula: str, task: str, reason: str) -> None:
-        """Warn that another task is left out, for a reason that follows the structure's name."""
+        """Warn that another task is left out; the reason follows the formula of the structure."""
         self._warn(f"task {task}", formula, f"{reason}; the task is left out of the comparison")
 
     def _warn(self, kind: str, formula: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The card of an exported model, in its file's header: what it is, what it was trained on, and how well it does."""
+"""The card of an exported model, in the header of its file: contents, training data and errors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from hydrazero.shards.units import INTERNAL_UNITS
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where the weights of a model come from, which the model itself does not know."""
+    """The origin of the weights of a model."""
 
     run: str = ""
-    """Run folder and step, as people name them."""
+    """Name of the run folder, and the step."""
     data: dict[str, str] = field(default_factory=dict)
-    """Task -> SHA-256 of the manifest of its shards, which holds those of the shards."""
+    """SHA-256 of the manifest of each task's shards, which contains the checksums of the shards."""
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Task -> mean absolute errors of these very weights on the test split, and the 'structures' that it holds."""
+    """Mean absolute errors of these weights on the test split of each task, and its number of 'structures'."""
     no_errors: str = "it was not exported from a run"
-    """Why there are none, where there are none."""
+    """Reason why there are no errors, if there are none."""
 
 
 ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
-"""Of errors; those of targets are in the targets' units."""
+"""Units of errors; errors of targets are in the units of the targets."""
 
 
 def weights_fingerprint(model: AtomisticModel) -> str:
@@ -49,13 +49,13 @@ def sha256_of(weights: dict[str, torch.Tensor]) -> str:
 
 
 def model_card(model: AtomisticModel, dtype: str, origin: Origin) -> dict[str, Any]:
-    """Return the card of a model that is written now, as plain types."""
+    """Return the card of a model that is exported now, as plain types."""
     written = {"hydrazero": hydrazero_version(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
     return {**written, **model_facts(model, dtype, origin)}
 
 
 def model_facts(model: AtomisticModel, dtype: str, origin: Origin) -> dict[str, Any]:
-    """Return what a card tells beside when it was written, and by what."""
+    """Return the contents of a card except for the time and the version of hydrazero."""
     settings = model.settings
     package = ENCODERS.package_of(settings.encoder.encoder)
     card: dict[str, Any] = {
@@ -83,7 +83,7 @@ def _task_card(task: TaskFacts, origin: Origin) -> dict[str, Any]:
 
 
 def predicted(task: TaskFacts) -> dict[str, str]:
-    """Return what a task predicts -> its unit."""
+    """Return the units of the quantities that a task predicts, by name."""
     found = {"energy": task.has_energy, "forces": task.forces != NONE, "stress": task.stress != NONE}
     units = {name: INTERNAL_UNITS[name] for name, there in found.items() if there}
     return units | {name: target.unit for name, target in task.targets.items()}

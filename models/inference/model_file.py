@@ -1,4 +1,4 @@
-"""Exported models: one safetensors file, its description in the header; nothing in it can run code."""
+"""Exported models: one safetensors file with a description in its header, which cannot contain code."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hydrazero.shards.structure import Structure
 FORMAT = "hydrazero-model"
 FORMAT_VERSION = 4
 READABLE = ("2", "3", "4")
-"""Versions that this hydrazero reads; 2 had no card, and the facts as plain JSON; 3 named each pair of elements."""
+"""Versions that can be read; 2 has no card and the facts as plain JSON, 3 names each pair of elements."""
 STACKED = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
 """Beginnings of the names of parameters with a leading task dimension."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
-    """Return a copy with the named tasks' heads only, in that order; raises ModelFileError for an unknown task."""
+    """Return a copy with the heads of the named tasks in that order; raise ModelFileError for an unknown task."""
     known = [task.name for task in model.tasks]
     for name in names:
         if name not in known:
@@ -50,20 +50,22 @@ def with_tasks(model: AtomisticModel, names: Sequence[str]) -> AtomisticModel:
     weights = {
         key: value[rows] if key.startswith(STACKED) else value
         for key, value in model.state_dict().items()
-        if key in wanted  # a head that none of these tasks uses is left behind
+        if key in wanted  # heads that none of these tasks uses are left out
     }
     smaller.load_state_dict(weights, strict=True)
     return smaller.eval()
 
 
 def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticModel:
-    """Return a copy that also has the heads of tasks which only the `other` model knows, on the encoder of the first.
+    """Return a copy with additional heads: those of tasks that only the `other` model has.
 
-    Raises ModelFileError if the two are not of the same settings, so that heads would not fit.
+    Raises ModelFileError if the settings of the two models differ, so that the heads would not fit.
     """
     ours, theirs = (each.settings.model_copy(update={"attention_targets": ()}) for each in (model, other))
     if ours != theirs:
-        raise ModelFileError("heads of a model with other settings do not fit; a run that starts from it has the same.")
+        raise ModelFileError(
+            "the heads of a model with other settings do not fit; use a run that started from it."
+        )
     known = {task.name for task in model.tasks}
     rows = [row for row, task in enumerate(other.tasks) if task.name not in known]
     attention = tuple(dict.fromkeys([*model.settings.attention_targets, *other.settings.attention_targets]))
@@ -85,7 +87,7 @@ def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticMode
 def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", origin: Origin | None = None) -> None:
     """Write a model to one file, read it back and compare its predictions; nothing is left behind on failure.
 
-    The card in its header says what can be told from the model, and where it comes from.
+    The card in the header describes the model and its origin.
 
     Raises ModelFileError if the dtype is unknown or the file gives other predictions than the model.
     """
@@ -105,14 +107,14 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", ori
         with replacing(path, shared=True) as part:
             safetensors.torch.save_file(weights, str(part), metadata=header)
             _compare(model, weights, part)
-            os.umask(mask := os.umask(0))  # only setting it tells it
-            part.chmod(0o666 & ~mask)  # safetensors lets nobody else read what it writes
+            os.umask(mask := os.umask(0))  # the mask can only be read by setting it
+            part.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
     except OSError as error:
         raise ModelFileError(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
 def _packed(facts: dict[str, Any]) -> str:
-    """Return plain types as text that is short: with many tasks and elements facts would outweigh a small model."""
+    """Return plain types as compressed text, since facts of many tasks and elements can exceed a small model."""
     tasks = [{**task, "closest": listed_pairs(task["closest"])} for task in facts["tasks"]]
     text = json.dumps({**facts, "tasks": tasks}, separators=(",", ":"))
     return base64.b85encode(zlib.compress(text.encode(), level=9)).decode()
@@ -127,7 +129,7 @@ def _unpacked(text: str, version: str) -> dict[str, Any]:
 
 
 def _compare(model: AtomisticModel, weights: dict[str, torch.Tensor], part: Path) -> None:
-    """Raise unless the file gives exactly what a model with these weights gives, for every task."""
+    """Raise ModelFileError unless the file predicts exactly what a model with these weights does, for every task."""
     expected = model_from_facts(model.facts()).to(_compute_dtype(weights)).eval()
     expected.load_state_dict(weights, strict=True)
     try:
@@ -156,12 +158,12 @@ def probe_structure(elements: Sequence[str]) -> Structure:
 
 
 def _compute_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
-    """Precision to compute in: float64 for float64 weights, else float32; geometry is never in low precision."""
+    """Return the precision of computations: float64 for float64 weights, else float32."""
     return torch.float64 if any(value.dtype == torch.float64 for value in weights.values()) else torch.float32
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return settings, tasks and dtype in a model file's header; raises ModelFileError as `read_card` does."""
+    """Return settings, tasks and dtype in the header of a model file; raise ModelFileError like `read_card`."""
     metadata = _metadata(path)
     try:
         return {"dtype": metadata["dtype"], **_unpacked(metadata["facts"], metadata["format_version"])}
@@ -172,7 +174,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def read_card(path: Path | str) -> dict[str, Any] | None:
     """Return the card of a model file as plain types, without reading its weights; None if it is of version 2.
 
-    Raises ModelFileError if the file is missing, not ours, newer, cut short or damaged.
+    Raises ModelFileError if the file is missing, truncated, damaged, of a newer version, or not exported by hydrazero.
     """
     metadata = _metadata(Path(path))
     try:
@@ -192,7 +194,7 @@ def _metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is no readable model file, or is cut short ({error}).") from error
+        raise ModelFileError(f"{path} is not a readable model file, or is truncated ({error}).") from error
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{path} is a safetensors file, but not a model exported by hydrazero.")
     version = metadata.get("format_version", "")
@@ -215,17 +217,17 @@ def _check_encoder(path: Path, facts: dict[str, Any]) -> None:
 
 
 def read_model(path: Path) -> AtomisticModel:
-    """Load an exported model on the CPU, ready to predict; raises ModelFileError as `read_header` does."""
+    """Return an exported model on the CPU, ready to predict; raise ModelFileError like `read_header`."""
     facts, digest = read_header(path), _metadata(path).get("weights_sha256")
     _check_encoder(path, facts)
     try:
         weights = safetensors.torch.load_file(str(path))
-        if digest not in (None, sha256_of(weights)):  # files of earlier versions do not say it
+        if digest not in (None, sha256_of(weights)):  # files of earlier versions do not contain it
             raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
         model = model_from_facts(facts).to(_compute_dtype(weights))
         model.load_state_dict(weights, strict=True)
     except ModelFileError:
         raise
     except (safetensors.SafetensorError, RuntimeError, HydrazeroError) as error:
-        raise ModelFileError(f"{path} holds other weights than its header describes ({error}).") from error
+        raise ModelFileError(f"{path} contains other weights than its header describes ({error}).") from error
     return model.eval()

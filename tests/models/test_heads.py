@@ -346,7 +346,7 @@ def test_compiled_predictions_hold_every_head(how, monkeypatch):
     [
         ({"has_energy": False}, {}, "has no energies"),
         ({"forces": "direct"}, {}, "mixes direct forces with conservative stress"),
-        ({"forces": "direct", "stress": "direct"}, {"repulsion": "zbl"}, "cannot reach"),
+        ({"forces": "direct", "stress": "direct"}, {"repulsion": "zbl"}, "does not affect"),
         ({}, {"encoder": "pain"}, "did you mean 'painn'"),
         ({"targets": {"gap": GAP}}, {"attention_targets": ("gpa",)}, "did you mean 'gap'"),
         ({"targets": {"charges": CHARGES}}, {"attention_targets": ("charges",)}, "no mean over the atoms"),

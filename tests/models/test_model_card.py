@@ -172,7 +172,7 @@ def test_damaged_files_are_told_in_a_sentence(tmp_path):
 
     for cut in (0, 5, len(content) // 2):
         bad.write_bytes(content[:cut])
-        refused("no readable model file, or is cut short")
+        refused("not a readable model file, or is truncated")
     weights = small_model().state_dict()
     safetensors.torch.save_file(weights, str(bad), metadata={**header, "facts": "!", "card": "{"})
     refused("damaged header")

@@ -319,7 +319,7 @@ def test_bad_models(shards, tmp_path):
     whole = path.read_bytes()
     for cut in (4, 100, len(whole) - 10):
         path.write_bytes(whole[:cut])
-        refused(command("screen", path, water, "--out", out), "m.safetensors", "cut short")
+        refused(command("screen", path, water, "--out", out), "m.safetensors", "truncated")
     ours = f'"format_version":"{FORMAT_VERSION}"'.encode()
     path.write_bytes(whole.replace(ours, ours.replace(str(FORMAT_VERSION).encode(), b"7")))
     refused(command("screen", path, water, "--out", out), "version 7")
