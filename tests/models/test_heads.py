@@ -349,7 +349,7 @@ def test_compiled_predictions_hold_every_head(how, monkeypatch):
         ({"forces": "direct", "stress": "direct"}, {"repulsion": "zbl"}, "does not affect"),
         ({}, {"encoder": "pain"}, "did you mean 'painn'"),
         ({"targets": {"gap": GAP}}, {"attention_targets": ("gpa",)}, "did you mean 'gap'"),
-        ({"targets": {"charges": CHARGES}}, {"attention_targets": ("charges",)}, "no mean over the atoms"),
+        ({"targets": {"charges": CHARGES}}, {"attention_targets": ("charges",)}, "not a mean over atoms"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(task, settings, words):
