@@ -185,7 +185,7 @@ def test_layers_have_rates_of_their_own(teacher, data, tmp_path):
     assert moved["embedding.elements"] == pytest.approx(1.25e-3, rel=0.01)
     one_rate = ["--method", "layerwise", "--set", "deepspeed.scheduler.type=WarmupLR"]
     refused = finetune(teacher, data / "new", "--out", tmp_path / "b", *one_rate)
-    assert refused.exit_code == 1 and "sets one for all" in refused.output
+    assert refused.exit_code == 1 and "has only one; choose" in refused.output
 
 
 def test_labels_in_another_unit_are_refused(teacher, data, tmp_path):
