@@ -230,7 +230,7 @@ def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     again = CliRunner().invoke(
         main, ["train", str(path), "--resume", *(w for change in changes for w in ("--set", change))]
     )
-    assert again.exit_code == 0 and "starts again at step 0" in again.output and "started from" in again.output
+    assert again.exit_code == 0 and "starts again from step 0" in again.output and "started from" in again.output
     for name, value in model_of_run(tmp_path / "second" / "run").state_dict().items():
         assert torch.equal(value, before[name]), name
     wrong = CliRunner().invoke(

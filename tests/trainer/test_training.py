@@ -148,7 +148,7 @@ def test_resume_before_the_first_checkpoint_starts_again(data, finished, tmp_pat
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     result = CliRunner().invoke(main, ["train", str(run), "--ranks", "2"])
     assert result.exit_code == 1 and "holds a run already; use --resume" in result.stderr
-    assert two_ranks(run, "--resume").count("starts again at step 0") == 1
+    assert two_ranks(run, "--resume").count("starts again from step 0") == 1
     assert losses(tmp_path / "run") == losses(finished)
     assert [resumed["step"] for resumed in json.loads((tmp_path / "run" / "run.json").read_text())["resumes"]] == [0]
 
