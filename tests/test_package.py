@@ -170,7 +170,7 @@ def readme_commands() -> list[str]:
 
 def test_the_readme_shows_the_commands():
     shown = {command.split()[1] for command in readme_commands()}
-    assert {"convert", "train", "evaluate", "export", "screen", "launch"} <= shown
+    assert {"convert", "init", "train", "evaluate", "export", "screen", "launch"} <= shown
 
 
 @pytest.mark.parametrize("command", readme_commands())
