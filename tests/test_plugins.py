@@ -1,4 +1,4 @@
-"""A package of somebody else, installed with pip: its reader is found by name and by suffix, its balancer by name."""
+"""A package of somebody else, installed with pip, that brings a reader, an encoder and a balancer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ version = "1.2"
 
 [project.entry-points."hydrazero.readers"]
 lines = "hydrazero_example.reader:read_lines"
+
+[project.entry-points."hydrazero.encoders"]
+nearest = "hydrazero_example.encoder:Nearest"
 
 [project.entry-points."hydrazero.balancers"]
 falling = "hydrazero_example.balancer:Falling"
@@ -60,6 +63,31 @@ def read_lines(path, settings):
 '''
 
 
+ENCODER = '''
+"""An encoder of scalars: one sum over the neighbours."""
+
+from torch import nn
+
+from hydrazero.models.encoders.base import Encoder, NodeFeatures, size_table
+from hydrazero.models.ops.exact import ExactLinear
+
+
+class Nearest(Encoder):
+    """Sum of the neighbours' features, weighted by a learned function of the distance."""
+
+    sizes = size_table(features=(8, 16, 24, 32), layers=(1, 1, 1, 1))
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.weights = ExactLinear(settings.radial_functions + 1, settings.features, bias=False)
+        self.mix = nn.Linear(settings.features, settings.features)
+
+    def forward(self, atoms, pairs):
+        """Return the node features of atoms."""
+        messages = self.weights(pairs.radial) * pairs.slots.gather(self.mix(atoms.scalars))
+        return NodeFeatures(scalars=atoms.scalars + pairs.slots.sum_rows(messages.sum(1)))
+'''
+
 BALANCER = '''
 """Weights of the tasks in proportion to 1, 1/2, 1/3, ..."""
 
@@ -87,6 +115,7 @@ def installed(tmp_path_factory) -> Path:
     (root / "source/hydrazero_example/__init__.py").write_text("")
     (root / "source/hydrazero_example/reader.py").write_text(READER)
     (root / "source/hydrazero_example/balancer.py").write_text(BALANCER)
+    (root / "source/hydrazero_example/encoder.py").write_text(ENCODER)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--target", root / "site", root / "source"], check=True)
     return root / "site"
@@ -135,6 +164,12 @@ def test_sources_are_read_by_the_reader_of_a_package(installed, lines, data, tmp
     assert read_manifest(tmp_path / "b").structures() == 40
 
 
+def test_formats_of_packages_are_listed(installed):
+    rows = command("convert", "--list-formats", site=installed).stdout.splitlines()
+    assert "lines         .jsonl (package hydrazero-example)" in rows
+    assert any(row.split()[:2] == ["extxyz", ".xyz"] for row in rows)
+
+
 def test_without_the_package_its_format_is_unknown(lines, tmp_path):
     result = command("convert", lines, "--task", "water", "--out", tmp_path / "out", "--format", "lines")
     assert result.returncode == 1 and "Error: unknown format 'lines' (known: alexandria, " in result.stderr
@@ -150,3 +185,25 @@ def test_a_run_uses_the_balancer_of_a_package(installed, data, tmp_path):
     assert done.returncode == 0, done.stderr
     weights = [row["weights"] for row in read_metrics(tmp_path / "run") if "weights" in row]
     assert weights and weights[-1]["water"] == pytest.approx(4 / 3)
+
+
+def test_a_model_with_the_encoder_of_a_package_is_trained_exported_and_used(installed, data, tmp_path):
+    tasks = [{"name": name, "shards": str(data / name)} for name in ("water", "vapour")]
+    train, own = {"steps": 2, "evaluate_every": 2}, {"encoder": "nearest", "features": 8, "layers": 1}
+    path = write_small_run(tmp_path, data, tasks=tasks, model=own, balance={"method": "falling"}, train=train)
+    without = command("train", path, "--set", "balance.method=uniform")
+    assert without.returncode == 1 and "unknown encoder 'nearest'" in without.stderr
+    model = tmp_path / "model.safetensors"
+    for words in (("train", path), ("export", tmp_path / "run", "--out", model), ("inspect", model)):
+        done = command(*words, site=installed)
+        assert done.returncode == 0, done.stderr
+    assert "package hydrazero-example 1.2" in done.stdout
+    screened = ("screen", model, data / "water", "--out", tmp_path / "screen.parquet")
+    done = command(*screened, site=installed)
+    assert done.returncode == 0 and "40 of 40 structures computed" in done.stdout, done.stderr
+    sentence = (
+        f"Error: {model}: the encoder 'nearest' comes from the package 'hydrazero-example', which is not installed; "
+        "run: pip install hydrazero-example\n"
+    )
+    done = command("screen", model, data / "water", "--out", tmp_path / "other.parquet")
+    assert done.returncode == 1 and done.stderr.endswith(sentence), done.stderr

@@ -25,6 +25,19 @@ def _list_presets(context: click.Context, _: Any, requested: bool) -> None:
     context.exit()
 
 
+def _list_formats(context: click.Context, _: Any, requested: bool) -> None:
+    """Print the formats that can be read, with the suffixes by which they are guessed, and exit."""
+    if not requested:
+        return
+    from hydrazero.shards.readers import READERS, reader_of
+
+    for name in READERS.names():
+        package = READERS.package_of(name)
+        origin = "" if package is None else f" (package {package.name})"
+        click.echo(f"{name:14}{' '.join(reader_of(name).suffixes)}{origin}".rstrip())
+    context.exit()
+
+
 @click.command("convert")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Name of the task.  [default: the preset's name]")
@@ -37,6 +50,14 @@ def _list_presets(context: click.Context, _: Any, requested: bool) -> None:
     expose_value=False,
     callback=_list_presets,
     help="List the presets and exit.",
+)
+@click.option(
+    "--list-formats",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_formats,
+    help="List the formats with the suffixes that stand for them, and exit.",
 )
 @click.option("--format", "format_name", metavar="NAME", help="Format of the sources.  [default: by their suffixes]")
 @click.option(

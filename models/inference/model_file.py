@@ -63,9 +63,7 @@ def with_heads_of(model: AtomisticModel, other: AtomisticModel) -> AtomisticMode
     """
     ours, theirs = (each.settings.model_copy(update={"attention_targets": ()}) for each in (model, other))
     if ours != theirs:
-        raise ModelFileError(
-            "the heads of a model with other settings do not fit; use a run that started from it."
-        )
+        raise ModelFileError("the heads of a model with other settings do not fit; use a run that started from it.")
     known = {task.name for task in model.tasks}
     rows = [row for row, task in enumerate(other.tasks) if task.name not in known]
     attention = tuple(dict.fromkeys([*model.settings.attention_targets, *other.settings.attention_targets]))
