@@ -166,8 +166,6 @@ def type_words(kind: Any, inline: Mapping[type, str]) -> str:
         return type_words(alternatives[0], inline)
     if len(alternatives) > 1:
         return " or ".join(type_words(part, inline) for part in alternatives)
-    if alternatives != (kind,):
-        return type_words(alternatives[0], inline)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in arguments)
