@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hydrazero.launch.cli.options import FOLDER, set_option
 from hydrazero.shards.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hydrazero.launch.plan.request import PlanSettings
+    from hydrazero.trainer.config.run_file import RunConfig
 
 BENCH = Path("runs/bench.json")
 
@@ -61,7 +65,7 @@ def plan_command(
     from hydrazero.launch.job.site_file import load_site
     from hydrazero.launch.plan.compute import default_bench, named_bench
     from hydrazero.launch.plan.plan import plan
-    from hydrazero.launch.plan.request import Asked
+    from hydrazero.launch.plan.request import PlanRequest
     from hydrazero.launch.plan.tables import tables
     from hydrazero.trainer.config.run_file import load_run_config
     from hydrazero.trainer.records.progress_line import wide_console
@@ -69,19 +73,41 @@ def plan_command(
     site = load_site(site_name)
     check_size(site, size["nodes"], size["hours"], "")
     size["ranks_per_node"] = size["ranks_per_node"] or site.nodes.dies
-    asked = Asked(
-        config=load_run_config(run_file, overrides),
+    request = PlanRequest(
+        settings=plan_settings(load_run_config(run_file, overrides)),
         site=site,
         bench=default_bench(BENCH) if bench is None else named_bench(bench),
         **size,
     )
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is not a folder; name another one.")
-    document = plan(asked)
+    document = plan(request)
     console = wide_console(stderr=False)
     for table in tables(document):
         console.print(table)
     _write(document, Path(document["run"]) if out is None else out)
+
+
+def plan_settings(config: RunConfig) -> PlanSettings:
+    """Return the settings of a run file on which a plan depends; raise ConfigError for a faulty DeepSpeed JSON."""
+    from hydrazero.launch.plan.request import PlanSettings
+    from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+
+    return PlanSettings(
+        out=config.run.out,
+        tasks=config.tasks,
+        shares=config.shares,
+        temperature=config.data.temperature,
+        workers=config.data.workers,
+        model=config.model,
+        batch=config.batch,
+        balance_every=config.balance.every,
+        steps=config.train.steps,
+        compiled=config.train.compile,
+        average=bool(config.train.average),
+        ds_config=deepspeed_config(config.deepspeed, config.train.steps),
+        assumed=config.plan,
+    )
 
 
 def _write(document: dict[str, Any], folder: Path) -> None:

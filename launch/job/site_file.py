@@ -25,8 +25,8 @@ class Measure(Section):
     """Where the number comes from: a data sheet, a measurement, an estimate."""
 
 
-class DieSection(Section):
-    """The device of one rank: a GPU, one of its dies where a GPU has two, or a share of a node's CPU cores."""
+class DeviceSection(Section):
+    """The device of one rank: a GPU, a part of a GPU that appears as several devices, or some of a node's CPU cores."""
 
     kind: Literal["cpu", "gpu"]
     """Kind of device: 'cpu' or 'gpu'."""
@@ -196,7 +196,7 @@ class Site(Section):
     """One sentence about the machine."""
     scheduler: Literal["none", "slurm", "pbs"]
     """Scheduler of the machine: 'none', 'slurm' or 'pbs'."""
-    die: DieSection
+    die: DeviceSection
     nodes: NodesSection
     node_link: LinkSection
     """Links between the devices of a node."""

@@ -1,8 +1,9 @@
-"""How long a die computes for a training step: a roofline of its peak and its memory, and the measured share of it.
+"""The duration of a training step's computation: a roofline of the device, and the measured fraction of it.
 
-The roofline (Williams, Waterman, Patterson 2009) takes the operations of a step's matrix products over the die's peak,
-or what it writes and reads over the bandwidth of its memory, whichever takes longer. Real steps reach a share of that,
-which `make bench` has measured where it ran; that share is taken for every site: an estimate where the die is another.
+The roofline (Williams, Waterman, Patterson 2009) is the larger of two times: the operations of a step's matrix products
+divided by the device's peak, and the bytes that the step writes and reads divided by the memory bandwidth. Real steps
+reach a fraction of it, which `make bench` measures on the machine where it runs; the same fraction is used for every
+site and is an estimate where the device is another.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from hydrazero.launch.job.site_file import DieSection, load_site
+from hydrazero.launch.job.site_file import DeviceSection, load_site
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json
 from hydrazero.shards.graphs.graph import BatchShape
@@ -21,40 +22,40 @@ from hydrazero.trainer.config.sections import ModelSection
 from hydrazero.trainer.cost.step_cost import StepCost, step_cost
 
 WRITTEN_AND_READ = 2
-"""Times that what autograd keeps goes through memory at least."""
-BENCH_DIES = 2
-"""Dies of the site 'local' that `make bench` computes on: two threads."""
+"""Minimum number of times that the data which autograd keeps passes through memory."""
+BENCH_DEVICES = 2
+"""Number of devices of the site 'local' on which `make bench` computes: two threads."""
 BENCH_SLOTS = {"cu": 48, "benzene": 16}
-"""Neighbour slots of an atom in its two systems."""
+"""Number of neighbour slots per atom in the two systems of `make bench`."""
 PIPELINES = {"pipeline_molecules_per_s": 20, "pipeline_metals_per_s": 32}
-"""Rows of how fast a process makes batches, and the atoms of a structure in them; the slower is taken."""
+"""Rows with the rate at which a process makes batches, and the atoms per structure in them; the slower is used."""
 NEEDED = (*(f"{kind}_train_{system}_atoms" for kind in ("compiled", "eager") for system in BENCH_SLOTS), *PIPELINES)
 """Rows of `make bench` that a plan needs."""
 PEAKS = {"fp64": "float64", "tf32": "tf32", "torch_autocast": "bf16", "bf16": "bf16", "fp16": "fp16"}
-"""Precision -> key of a site's `die.flops`; float32 for the one without a name."""
+"""Precision -> key of a site's `die.flops`; float32 for the precision without a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How fast a die computes."""
+    """The speed at which a device computes."""
 
     peak: float
-    """FLOP/s of matrix products in the run's precision."""
+    """Peak of matrix products in the run's precision, in FLOP/s."""
     bandwidth: float
-    """Bytes/s of its memory."""
+    """Memory bandwidth in bytes/s."""
     share: float
-    """Of the roofline that steps reach."""
+    """Fraction of the roofline that steps reach."""
     atoms_of_worker: float | None
-    """Atoms/s that a process reads, finds the neighbours of and packs; None where that is not known."""
+    """Atoms/s that a data-loading process reads, builds neighbour lists for and packs; None if it is not known."""
     source: str
-    """Where share and atoms are from."""
+    """Where `share` and `atoms_of_worker` come from."""
 
     def seconds(self, cost: StepCost, shape: BatchShape) -> float:
-        """Seconds of a forward and backward of a full batch."""
+        """Return the seconds of a forward and backward pass of a full batch."""
         return max(self.parts(cost, shape)) / self.share
 
     def parts(self, cost: StepCost, shape: BatchShape) -> tuple[float, float]:
-        """Seconds that arithmetic and memory would take at their peaks."""
+        """Return the seconds that arithmetic and memory traffic would take at their peaks."""
         flops = cost.flops_per_atom * shape.atoms + cost.flops_per_slot * shape.slots
         moved = WRITTEN_AND_READ * (cost.bytes_per_atom * shape.atoms + cost.bytes_per_slot * shape.slots)
         return flops / self.peak, moved / self.bandwidth
@@ -62,24 +63,24 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """How fast steps and the stream were where `make bench` ran."""
+    """The rates of steps and of data loading that `make bench` has measured."""
 
     rates: dict[str, float]
-    """Value of each row; none where it has not run."""
+    """Value of each row; empty if there are no measurements."""
     source: str
-    """The file, or why there are no rates."""
+    """The file, or the reason why there are no rates."""
 
 
 def named_bench(path: Path) -> Bench:
-    """Read the rows that a plan needs; raises ConfigError if they are not all there."""
+    """Read the rows that a plan needs; raise ConfigError if one is missing."""
     rates, missing = _rates(path)
     if missing:
-        raise ConfigError(f"--bench {path} has no row {missing[0]}; make it with `make bench`.")
+        raise ConfigError(f"--bench {path} has no row {missing[0]}; create it with `make bench`.")
     return Bench(rates=rates, source=str(path))
 
 
 def default_bench(path: Path) -> Bench:
-    """Read the rows if the file is there and has them all (`make bench-scaling` alone writes others)."""
+    """Read the rows if the file exists and has all of them (`make bench-scaling` alone writes other rows)."""
     if not path.is_file():
         return Bench(rates={}, source=f"no {path}")
     rates, missing = _rates(path)
@@ -88,15 +89,15 @@ def default_bench(path: Path) -> Bench:
     return Bench(rates=rates, source=str(path))
 
 
-def pace_of(die: DieSection, precision: Precision, bench: Bench, *, compiled: bool) -> Pace:
-    """Return the pace of a die; raises ConfigError if the site does not know its peak."""
+def pace_of(device: DeviceSection, precision: Precision, bench: Bench, *, compiled: bool) -> Pace:
+    """Return the speed of a device; raise ConfigError if the site does not give its peak for this precision."""
     key = PEAKS.get(precision.key, "float32")
-    if key not in die.flops:
-        known = ", ".join(sorted(die.flops))
+    if key not in device.flops:
+        known = ", ".join(sorted(device.flops))
         raise ConfigError(f"the site file has no die.flops.{key}, which {precision.label} needs; it has {known}.")
-    peak, bandwidth = die.flops[key].value, die.memory_bandwidth.value
+    peak, bandwidth = device.flops[key].value, device.memory_bandwidth.value
     if not bench.rates:
-        source = f"{bench.source}: the bare roofline, which no step reaches"
+        source = f"{bench.source}: the full roofline, which no step reaches"
         return Pace(peak=peak, bandwidth=bandwidth, share=1.0, atoms_of_worker=None, source=source)
     kind = "compiled" if compiled else "eager"
     return Pace(
@@ -104,37 +105,40 @@ def pace_of(die: DieSection, precision: Precision, bench: Bench, *, compiled: bo
         bandwidth=bandwidth,
         share=_share({system: bench.rates[f"{kind}_train_{system}_atoms"] for system in BENCH_SLOTS}),
         atoms_of_worker=min(bench.rates[name] * atoms for name, atoms in PIPELINES.items()),
-        source=f"{bench.source}: PaiNN of 128 features, {kind}, on {BENCH_DIES} cores",
+        source=f"{bench.source}: PaiNN of 128 features, {kind}, on {BENCH_DEVICES} cores",
     )
 
 
 def _share(rates: dict[str, float]) -> float:
-    """Share of the roofline that training steps reach, mean of the bench's systems, given their atoms/s."""
-    die = load_site("local").die
+    """Return the fraction of the roofline that training steps reach, averaged over the bench's systems.
+
+    `rates` gives the atoms/s of each system.
+    """
+    device = load_site("local").die
     model = ModelSection(features=128, layers=3, radial_functions=20, cutoff=5.0, head_features=64)
     cost = step_cost(model.settings(), 1)
-    whole = Pace(
-        peak=BENCH_DIES * die.flops["float32"].value,
-        bandwidth=BENCH_DIES * die.memory_bandwidth.value,
+    roofline = Pace(
+        peak=BENCH_DEVICES * device.flops["float32"].value,
+        bandwidth=BENCH_DEVICES * device.memory_bandwidth.value,
         share=1.0,
         atoms_of_worker=None,
         source="",
     )
     return fmean(
-        whole.seconds(cost, BatchShape(structures=1, atoms=1000, slots=1000 * slots)) * rates[system] / 1000
+        roofline.seconds(cost, BatchShape(structures=1, atoms=1000, slots=1000 * slots)) * rates[system] / 1000
         for system, slots in BENCH_SLOTS.items()
     )
 
 
 def _rates(path: Path) -> tuple[dict[str, float], list[str]]:
-    """Value of each row that a plan needs, and names of those that are missing; raises ConfigError if it is damaged."""
-    rows = read_json(path, "--bench", hint="make it with `make bench`")
+    """Return the rows that a plan needs and the names of missing ones; raise ConfigError if the file is damaged."""
+    rows = read_json(path, "--bench", hint="create it with `make bench`")
     try:
         values = {row["name"]: float(row["value"]) for row in rows}
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--bench {path} is no list of rows as `make bench` writes them.") from error
+        raise ConfigError(f"--bench {path} is not a list of rows as `make bench` writes them.") from error
     rates = {name: values[name] for name in NEEDED if name in values}
     for name, value in rates.items():
         if not 0 < value < math.inf:
-            raise ConfigError(f"--bench {path}: {name} is {value:g}; make it anew with `make bench`.")
+            raise ConfigError(f"--bench {path}: {name} is {value:g}; create it again with `make bench`.")
     return rates, [name for name in NEEDED if name not in values]

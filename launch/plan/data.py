@@ -1,4 +1,4 @@
-"""The data of a planned run: from manifests where shards are there, else from presets and the run file."""
+"""The data of a planned run: from manifests if the shards exist, otherwise from presets and the run file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hydrazero.shards.stream.deal import Deal, TaskPlan, mixture_repeats
 from hydrazero.trainer.config.sections import PlanSection, TaskSection
 
 BYTES_OF_ATOM, BYTES_OF_STRUCTURE = 25.0, 110.0
-"""On the disk: a line through the shards of the sixteen real tasks."""
+"""Bytes on disk per atom and per structure: a linear fit to the shards of the sixteen real tasks."""
 MANIFEST_BYTES = 45.0
-"""Of a block in a manifest (measured)."""
+"""Bytes of one block in a manifest (measured)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +31,22 @@ class TaskData:
 
     name: str
     structures: int
+    """Number of training structures."""
     in_all: int
-    """Structures of all its splits."""
+    """Number of structures of all splits together."""
     atoms: float
-    """Of a structure, mean."""
+    """Mean number of atoms of a structure."""
     source: str
-    """Where the numbers are from."""
+    """Where the numbers come from."""
 
     @property
     def bytes(self) -> float:
-        """Of its training shards."""
+        """Bytes of the training shards."""
         return self.structures * self._bytes_each
 
     @property
     def bytes_in_all(self) -> float:
-        """Of the shards of all its splits."""
+        """Bytes of the shards of all splits."""
         return self.in_all * self._bytes_each
 
     @property
@@ -54,20 +55,20 @@ class TaskData:
 
     @property
     def blocks(self) -> int:
-        """Blocks of its training split."""
+        """Number of blocks of the training split."""
         return -(-self.structures // BLOCK_STRUCTURES)
 
     @property
     def shards(self) -> int:
-        """Files of its training split."""
+        """Number of files of the training split."""
         return -(-self.blocks // BLOCKS_PER_SHARD)
 
 
 def planned_data(tasks: Sequence[TaskSection], section: PlanSection) -> list[TaskData]:
-    """Return what is known about each task's data; raises ConfigError for a task about which nothing is known."""
+    """Return what is known about the data of each task; raise ConfigError if too little is known about one."""
     unknown = sorted({*section.structures, *section.atoms} - {task.name for task in tasks})
     if unknown:
-        raise ConfigError(f"plan: '{unknown[0]}' is no task of the run file.")
+        raise ConfigError(f"plan: '{unknown[0]}' is not a task of the run file.")
     return [_data_of(task, section) for task in tasks]
 
 
@@ -89,30 +90,30 @@ def _data_of(task: TaskSection, section: PlanSection) -> TaskData:
     if not count or not atoms:
         what = "atoms" if count else "structures"
         raise ConfigError(
-            f"task '{task.name}': {task.shards} has no manifest yet; say how many {what} it will have in the run file: "
+            f"task '{task.name}': {task.shards} has no manifest yet; give the number of {what} in the run file: "
             f"[plan.{what}] {task.name} = ..."
         )
     return TaskData(name=task.name, structures=count, in_all=round(count / share), atoms=atoms, source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What the stream asks of the file system."""
+class EpochReads:
+    """What the data-loading processes of all ranks read from the file system in an epoch."""
 
     structures: float
-    """In an epoch."""
+    """Number of structures."""
     bytes: float
-    """Read in an epoch: of a block that is dealt in parts, all of it for each part."""
+    """Bytes read; a block that is divided among workers is read completely by each of them."""
     blocks: float
-    """Reads in an epoch, each of which opens a shard."""
+    """Number of reads, each of which opens a shard."""
     shards: int
-    """Files in all."""
+    """Total number of shards."""
     manifest_bytes: float
-    """Of all manifests."""
+    """Bytes of all manifests."""
 
 
-def reading(data: Sequence[TaskData], temperature: float, shares: Sequence[float | None], lanes: int) -> Reading:
-    """Return what `lanes` workers of all ranks read in an epoch."""
+def epoch_reads(data: Sequence[TaskData], temperature: float, shares: Sequence[float | None], lanes: int) -> EpochReads:
+    """Return what `lanes` data-loading processes, those of all ranks together, read in an epoch."""
     repeats = mixture_repeats([task.structures for task in data], temperature, shares)
     bytes_read = blocks = structures = 0.0
     for task, passes in zip(data, repeats, strict=True):
@@ -121,7 +122,7 @@ def reading(data: Sequence[TaskData], temperature: float, shares: Sequence[float
         structures += passes * task.structures
         blocks += passes * task.blocks * parts
         bytes_read += passes * task.bytes * parts
-    return Reading(
+    return EpochReads(
         structures=structures,
         bytes=bytes_read,
         blocks=blocks,
@@ -131,9 +132,10 @@ def reading(data: Sequence[TaskData], temperature: float, shares: Sequence[float
 
 
 def copying_seconds(data: Sequence[TaskData], nodes: int, files: FilesSection) -> float:
-    """Return the seconds in which all nodes at once copy the shards to their own disks (`node_copy`), each all of them.
+    """Return the seconds in which all nodes copy all shards to their own disks at the same time (`copy_shards`).
 
-    The slowest of three decides: what the file system reads, what it opens, what a node writes, if that is known.
+    The slowest of three limits decides: the bandwidth of the file system, the files that it opens per second, and the
+    bandwidth at which a node writes, if that is known.
     """
     size = sum(task.bytes_in_all for task in data)
     count = sum(task.shards * task.in_all / max(task.structures, 1) for task in data)
@@ -142,7 +144,7 @@ def copying_seconds(data: Sequence[TaskData], nodes: int, files: FilesSection) -
 
 
 def mean_atoms(data: Sequence[TaskData], temperature: float, shares: Sequence[float | None]) -> float:
-    """Return the mean number of atoms of a structure in the mixture that the stream delivers."""
+    """Return the mean number of atoms of a structure in the mixture of tasks that is trained on."""
     repeats = mixture_repeats([task.structures for task in data], temperature, shares)
     drawn = [passes * task.structures for task, passes in zip(data, repeats, strict=True)]
     return sum(n * task.atoms for n, task in zip(drawn, data, strict=True)) / sum(drawn)

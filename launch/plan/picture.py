@@ -1,4 +1,4 @@
-"""The picture of a plan: states by part and ZeRO stage, where a step's time goes, and scaling."""
+"""The figure of a plan: model states by part and ZeRO stage, the parts of a step's duration, and scaling."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hydrazero.launch.plan.tables import SHOWN_STATES, show_bytes, show_seconds
 
 COLOURS = ("#4878a8", "#e08a3c", "#5a9e6f", "#b04a5a", "#8a6bb1")
 SHOWN_SHARE = 0.005
-"""Of a step, at least, that a bar is drawn for."""
+"""Smallest fraction of a step for which a bar is drawn."""
 
 
 def draw(plan: dict[str, Any], out: Path) -> None:
-    """Write a PNG."""
+    """Write the figure as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 4.4), layout="constrained")
@@ -31,7 +31,7 @@ def draw(plan: dict[str, Any], out: Path) -> None:
 
 
 def _memory(axes: Any, plan: dict[str, Any]) -> None:
-    """What the model takes whatever the batch, part by part, in the run's precision; activations would hide it."""
+    """Draw the memory that does not depend on the batch, part by part; activations would hide it."""
     own = next(row for row in plan["memory"] if row["own"])
     rows = [row for row in plan["memory"] if row["precision"] == own["precision"]]
     labels = [f"ZeRO {row['stage']}" + ("" if row["fits"] else "\n(too much)") for row in rows]
@@ -40,13 +40,13 @@ def _memory(axes: Any, plan: dict[str, Any]) -> None:
         values = [row[part] / 1e6 for row in rows]
         axes.bar(labels, values, bottom=below, label=part, color=colour, width=0.6)
         below = [low + value for low, value in zip(below, values, strict=True)]
-    axes.set_ylabel("MB on a die")
+    axes.set_ylabel("MB per device")
     axes.set_ylim(0, 1.35 * max(below))
     axes.legend(ncols=3, fontsize=8, loc="upper center")
-    room, whole = (show_bytes(plan["memory_of_die"][key]) for key in ("room", "bytes"))
+    usable, whole = (show_bytes(plan["memory_of_die"][key]) for key in ("room", "bytes"))
     activations = show_bytes(own["activations"])
     axes.set_title(
-        f"states; activations take {activations} beside them,\n{room} of a die's {whole} may be taken", fontsize=10
+        f"model states (activations: {activations} more);\n{usable} of a device's {whole} may be used", fontsize=10
     )
 
 
@@ -65,8 +65,8 @@ def _step(axes: Any, plan: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("ms")
-    waits = "; batches take longer" if step["data"] >= step["seconds"] else ""
-    axes.set_title(f"a step: {show_seconds(step['seconds'])}{waits}", fontsize=10)
+    waits = "; data loading takes longer" if step["data"] >= step["seconds"] else ""
+    axes.set_title(f"one step: {show_seconds(step['seconds'])}{waits}", fontsize=10)
 
 
 def _scaling(axes: Any, plan: dict[str, Any]) -> None:
@@ -83,6 +83,6 @@ def _scaling(axes: Any, plan: dict[str, Any]) -> None:
     axes.set_ylim(0, 105)
     axes.set_xlabel("ranks")
     axes.set_ylabel("efficiency, %")
-    axes.set_title(f"scaling; strong: {plan['scaling']['batches']:,} batches a step", fontsize=10)
+    axes.set_title(f"scaling; strong: {plan['scaling']['batches']:,} batches per step", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")

@@ -1,4 +1,4 @@
-"""How long a step takes on any number of ranks."""
+"""The duration of a step on any number of ranks."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrazero.launch.job.site_file import Site
-from hydrazero.launch.plan.collectives import Sent, cost, links_of
+from hydrazero.launch.plan.collectives import CollectiveCost, cost, links_of
 from hydrazero.launch.plan.compute import Pace
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.trainer.cost.step_cost import StepCost
 from hydrazero.trainer.cost.traffic import Message, Run, step_messages
 
 RANKS = tuple(4**power for power in range(8))
-"""1 to 16,384, as scaling is shown where a site has so many."""
+"""Numbers of ranks for which scaling is shown, up to the size of the site: 1 to 16,384."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of a step."""
+    """The parts of a step in seconds."""
 
     compute: float
-    """Of all micro-batches."""
+    """Forward and backward passes of all micro-batches."""
     optimizer: float
-    """Weights, gradients and states through the die's memory."""
+    """The optimizer's update, limited by the device's memory bandwidth."""
     communication: float
-    """Of all collectives, one after the other."""
+    """All collective operations, one after the other."""
     data: float
-    """In which the rank's workers make its batches, beside all that; 0 where their pace is not known."""
+    """Time in which the workers of a rank make its batches, concurrently; 0 if their speed is not known."""
 
     @property
     def seconds(self) -> float:
-        """As it is: a compiled step hands over all gradients at its end, so nothing is sent while it computes."""
+        """Duration of the step; compiled steps yield all gradients at their end, so computation overlaps with nothing."""
         return max(self.compute + self.optimizer + self.communication, self.data)
 
     @property
     def overlapped(self) -> float:
-        """What it would be if everything were sent while it computes: the longest of the three."""
+        """Duration if everything were sent during the computation: the longest of the three."""
         return max(self.compute + self.optimizer, self.communication, self.data)
 
 
 OPTIMIZER_PASSES = 7
-"""Numbers of a parameter that AdamW reads and writes: gradient, weight and two moments, the last three twice."""
+"""Values per parameter that AdamW reads and writes: gradient, weight and two moments, the last three twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stepper:
-    """Step times of a run on a site."""
+    """The time per step of a run on a site."""
 
     run: Run
     site: Site
@@ -55,28 +55,28 @@ class Stepper:
     cost: StepCost
     shape: BatchShape
     workers: int
-    """Processes of a rank that make batches."""
+    """Number of data-loading processes of a rank."""
 
-    def sent(self, ranks: int, micro_batches: int) -> list[tuple[Message, Sent]]:
-        """Return what a step sends, each with what one of it costs."""
+    def collectives(self, ranks: int, micro_batches: int) -> list[tuple[Message, CollectiveCost]]:
+        """Return the collective operations of a step, each with the cost of one of them."""
         links = links_of(self.site, ranks)
         run = self.run.with_micro_batches(micro_batches)
         return [(message, cost(message, links)) for message in step_messages(run, ranks)]
 
     def time(self, ranks: int, micro_batches: int) -> StepTime:
-        """Return the time of a step."""
+        """Return the duration of a step."""
         by_workers = None if self.pace.atoms_of_worker is None else self.pace.atoms_of_worker * max(self.workers, 1)
         stepped = self.run.size.parameters / (ranks if self.run.stage else 1)
         return StepTime(
             compute=micro_batches * self.pace.seconds(self.cost, self.shape),
             optimizer=OPTIMIZER_PASSES * stepped * self.run.master_bytes / self.pace.bandwidth,
-            communication=sum(message.count * one.seconds for message, one in self.sent(ranks, micro_batches)),
+            communication=sum(message.count * one.seconds for message, one in self.collectives(ranks, micro_batches)),
             data=0.0 if by_workers is None else micro_batches * self.shape.atoms / by_workers,
         )
 
-    def scaling(self, most: int, own: int, micro_batches: int) -> dict[str, Any]:
-        """Return steps on more and more ranks, up to the `most` that the site gives to a job, with the plan's `own`."""
-        ranks = sorted({own, *(count for count in RANKS if count <= most)})
+    def scaling(self, largest: int, own: int, micro_batches: int) -> dict[str, Any]:
+        """Return weak and strong scaling up to the largest job of the site, and at the plan's own number of ranks."""
+        ranks = sorted({own, *(count for count in RANKS if count <= largest)})
         return {
             "batches": ranks[-1],
             "weak": self.weak(ranks, micro_batches),
@@ -84,7 +84,7 @@ class Stepper:
         }
 
     def weak(self, ranks: Sequence[int], micro_batches: int) -> list[dict[str, float]]:
-        """Each rank keeps its batches: seconds of a step, and efficiency over the first."""
+        """Return seconds and efficiency of a step in which every rank has the same number of batches."""
         times = [self.time(count, micro_batches) for count in ranks]
         return [
             {"ranks": count, "seconds": time.seconds, "efficiency": times[0].seconds / time.seconds}
@@ -92,7 +92,7 @@ class Stepper:
         ]
 
     def strong(self, ranks: Sequence[int], batches: int) -> list[dict[str, float]]:
-        """The step keeps its `batches`, shared by fewer or more ranks, each of which has one at least."""
+        """Return seconds and efficiency of a step whose `batches` are divided among ranks, at least one for each."""
         rows = [{"ranks": count, "seconds": self.time(count, -(-batches // count)).seconds} for count in ranks]
         return [
             {**row, "efficiency": rows[0]["seconds"] * rows[0]["ranks"] / (row["seconds"] * row["ranks"])}

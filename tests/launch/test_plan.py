@@ -12,9 +12,9 @@ from plans import EXASCALE, plan, planned, refused, write_bench
 
 from hydrazero.launch.job.site_file import Measure, WaySection, load_site, site_names
 from hydrazero.launch.plan.collectives import Links, check_ways, cost, links_of
-from hydrazero.launch.plan.data import TaskData, copying_seconds, mean_atoms, reading
+from hydrazero.launch.plan.data import TaskData, copying_seconds, epoch_reads, mean_atoms
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.cost.device_memory import die_memory
+from hydrazero.trainer.cost.device_memory import device_memory
 from hydrazero.trainer.cost.step_cost import ModelSize
 from hydrazero.trainer.cost.traffic import ALL_GATHER, ALL_REDUCE, Message, Run, padded, step_messages
 
@@ -27,8 +27,8 @@ def way(algorithm: str, start: float = 0.0, node: float = 0.0, network: float = 
     )
 
 
-def links(nodes: int, dies: int, *ways: WaySection) -> Links:
-    return Links(nodes=nodes, dies=dies, node_bandwidth=5e10, network_bandwidth=1.25e10, ways=ways)
+def links(nodes: int, per_node: int, *ways: WaySection) -> Links:
+    return Links(nodes=nodes, ranks_per_node=per_node, node_bandwidth=5e10, network_bandwidth=1.25e10, ways=ways)
 
 
 def message(kind: str, size: float) -> Message:
@@ -79,7 +79,7 @@ def test_traffic_grows_with_the_model_and_from_stage_to_stage(ranks, parameters,
 @given(ranks=st.integers(2, 20_000))
 @settings(max_examples=30)
 def test_zero_divides_what_it_says(ranks):
-    whole, *divided = (die_memory(run_of(stage), ranks, activations=0.0, gpu=False, workers=0) for stage in range(4))
+    whole, *divided = (device_memory(run_of(stage), ranks, activations=0.0, gpu=False, workers=0) for stage in range(4))
     for held in divided:
         assert held.optimizer == pytest.approx(whole.optimizer / ranks)
         assert held.average == pytest.approx(whole.average / ranks)
@@ -89,28 +89,28 @@ def test_zero_divides_what_it_says(ranks):
 
 def test_bytes_of_weights_gradients_and_optimizer():
     """Of 1,000 parameters with Adam, two ranks; without ZeRO weights, gradients, a flat copy, moments, average."""
-    held = [die_memory(run_of(n, 1000), 2, activations=0.0, gpu=False, workers=0).states for n in range(4)]
+    held = [device_memory(run_of(n, 1000), 2, activations=0.0, gpu=False, workers=0).states for n in range(4)]
     assert held == [24_000, 18_000, 18_000, 24_000]
 
 
-@given(size=st.floats(1, 1e10), nodes=st.sampled_from([1, 2, 3, 64, 2048]), dies=st.sampled_from([1, 2, 8]))
+@given(size=st.floats(1, 1e10), nodes=st.sampled_from([1, 2, 3, 64, 2048]), per_node=st.sampled_from([1, 2, 8]))
 @settings(max_examples=50)
-def test_collectives_keep_the_bandwidth(size, nodes, dies):
-    joined = replace(links_of(FRONTIER, 8 * nodes), dies=dies)
+def test_collectives_keep_the_bandwidth(size, nodes, per_node):
+    joined = replace(links_of(FRONTIER, 8 * nodes), ranks_per_node=per_node)
     summed, gathered = (cost(message(kind, size), joined) for kind in (ALL_REDUCE, ALL_GATHER))
-    assert (summed.seconds > 0) == (nodes * dies > 1)
+    assert (summed.seconds > 0) == (nodes * per_node > 1)
     more = cost(message(ALL_REDUCE, 2 * size), joined)
     assert summed.seconds <= more.seconds <= 2 * summed.seconds + 1e-12
-    every = 2 * size * (nodes * dies - 1)  # that have to be sent by all ranks together, at least
-    sent = nodes * dies * (summed.node_bytes + summed.network_bytes)
+    every = 2 * size * (nodes * per_node - 1)  # that have to be sent by all ranks together, at least
+    sent = nodes * per_node * (summed.node_bytes + summed.network_bytes)
     assert every - 1e-6 <= sent * (1 + 1e-9) and sent <= every + 2 * size + 1e-6
-    assert nodes * dies * (gathered.node_bytes + gathered.network_bytes) == pytest.approx(every / 2)
+    assert nodes * per_node * (gathered.node_bytes + gathered.network_bytes) == pytest.approx(every / 2)
     if nodes == 2048 and size < 1e6:
         assert summed.algorithm == "tree, LL" and gathered.seconds > 10 * summed.seconds  # a gather is a ring alone
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "nodes", "dies", "in_node", "between"),
+    ("algorithm", "nodes", "per_node", "in_node", "between"),
     [
         ("ring", 1, 8, 14, 0),  # 2 (p - 1), all of them here
         ("ring", 64, 8, 2 * (512 - 64), 2 * 63),
@@ -122,14 +122,14 @@ def test_collectives_keep_the_bandwidth(size, nodes, dies):
         ("hierarchical_rabenseifner", 64, 8, 14, 12),
     ],
 )
-def test_steps_of_an_all_reduce_are_counted_as_its_algorithm_takes_them(algorithm, nodes, dies, in_node, between):
+def test_steps_of_an_all_reduce_are_counted_as_its_algorithm_takes_them(algorithm, nodes, per_node, in_node, between):
     started, stepped, crossed = (
-        cost(message(ALL_REDUCE, 0.0), links(nodes, dies, way(algorithm, *numbers))).seconds
+        cost(message(ALL_REDUCE, 0.0), links(nodes, per_node, way(algorithm, *numbers))).seconds
         for numbers in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     )
     assert (started, stepped, crossed) == (1.0, in_node, between)
     if algorithm in ("ring", "hierarchical_ring"):
-        gathered = cost(message(ALL_GATHER, 0.0), links(nodes, dies, way(algorithm, 0.0, 1.0, 1.0))).seconds
+        gathered = cost(message(ALL_GATHER, 0.0), links(nodes, per_node, way(algorithm, 0.0, 1.0, 1.0))).seconds
         assert gathered == (in_node + between) / 2
 
 
@@ -139,7 +139,7 @@ def test_bandwidth_is_that_of_the_slower_link_or_of_one_link_after_the_other():
         name: cost(message(ALL_REDUCE, 8e6), links(2, 4, way(name, share=share))).seconds
         for name, share in (("ring", 1.0), ("tree", 0.5), ("hierarchical_ring", 1.0))
     }
-    assert seconds["ring"] == pytest.approx(14e6 / 4 / 1.25e10)  # 2 S 7/8, a fourth of it by each die's card
+    assert seconds["ring"] == pytest.approx(14e6 / 4 / 1.25e10)  # 2 S 7/8, a fourth of it by each device's card
     assert seconds["tree"] == pytest.approx(2 * 16e6 / 4 / 1.25e10)
     assert seconds["hierarchical_ring"] == pytest.approx(12e6 / 5e10 + 2e6 / 1.25e10)
 
@@ -170,7 +170,7 @@ def test_tasks_with_a_share_are_drawn_by_it():
 def test_more_lanes_cut_blocks_and_read_them_more_often():
     data = [TaskData(name="a", structures=1_000_000, in_all=1_250_000, atoms=20.0, source="")]
     config = load_run_config(EXASCALE)
-    few, many = (reading(data, config.data.temperature, config.shares, lanes) for lanes in (4, 65_536))
+    few, many = (epoch_reads(data, config.data.temperature, config.shares, lanes) for lanes in (4, 65_536))
     assert few.structures == many.structures == 1_000_000
     assert few.bytes == pytest.approx(data[0].bytes) and many.bytes > 50 * few.bytes
 
@@ -216,8 +216,6 @@ def test_stages_precisions_and_places_of_ranks(tmp_path):
     assert of_fp64[1] == of_fp64[2]
     gradients = next(row for row in alone["messages"] if row["of"] == "gradients")
     assert gradients["node_bytes"] == 0 < gradients["network_bytes"]
-    assert set(alone["heads"]) == {"everywhere"}  # 8 ranks cannot be 16 groups
-    assert set(plan(tmp_path, "frontier", 2)["heads"]) == {"everywhere", "groups"}
 
 
 def test_scaling_is_shown_up_to_what_the_site_has_and_at_the_plan_s_own_size(tmp_path):
@@ -227,42 +225,36 @@ def test_scaling_is_shown_up_to_what_the_site_has_and_at_the_plan_s_own_size(tmp
     assert scaling["batches"] == 4096 and scaling["strong"][-1]["efficiency"] < 1
 
 
-def test_groups_of_heads_send_as_many_messages_of_weights_as_all_ranks_do(tmp_path):
-    heads = plan(tmp_path, "frontier", 2048, 0, "deepspeed.config=zero1")["heads"]
-    # Each of the optimizer's two groups is gathered by itself, whose latency is nearly all.
-    assert heads["groups"]["communication"] == pytest.approx(heads["everywhere"]["communication"], rel=0.1)
-
-
 def test_rows_of_steps_are_wanted_where_they_are_named_and_done_without_where_they_are_not(tmp_path, monkeypatch):
     """`make bench-scaling` alone writes a bench without them; so does a fresh checkout."""
     monkeypatch.chdir(tmp_path)
     options = ("--site", "frontier", "--out", tmp_path)
     (tmp_path / "runs").mkdir()
 
-    def computes(*more: object) -> str:
+    def speed(*more: object) -> str:
         result = planned(*options, *more)
         assert result.exit_code == 0, result.output
-        (line,) = (line for line in result.output.splitlines() if line.startswith(" computes at"))
+        (line,) = (line for line in result.output.splitlines() if line.startswith(" speed "))
         return " ".join(line.split())
 
-    bare = "computes at 100% of the roofline ({}: the bare roofline, which no step reaches)"
-    assert computes() == bare.format("no runs/bench.json")
+    bare = "speed 100% of the roofline ({}: the full roofline, which no step reaches)"
+    assert speed() == bare.format("no runs/bench.json")
     document = json.loads((tmp_path / "plan.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     assert document["pace"]["atoms_of_worker"] is None and document["step"]["seconds"] > 0
     scaling = write_bench(tmp_path / "runs", {"zero1_over_ddp": 1.2})
-    assert computes() == bare.format("runs/bench.json has no row compiled_train_cu_atoms")
+    assert speed() == bare.format("runs/bench.json has no row compiled_train_cu_atoms")
     assert f"--bench {scaling} has no row compiled_train_cu_atoms" in refused(*options, "--bench", scaling)
     write_bench(tmp_path / "runs")
-    assert computes().endswith("of the roofline (runs/bench.json: PaiNN of 128 features, compiled, on 2 cores)")
-    assert computes() == computes("--bench", "runs/bench.json")
+    assert speed().endswith("of the roofline (runs/bench.json: PaiNN of 128 features, compiled, on 2 cores)")
+    assert speed() == speed("--bench", "runs/bench.json")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("{", "is not valid JSON"),
-        ('[{"name": "compiled_train_cu_atoms", "value": NaN}]', "compiled_train_cu_atoms is nan; make it anew"),
-        ('[{"name": "pipeline_metals_per_s", "value": 0}]', "pipeline_metals_per_s is 0; make it anew"),
+        ('[{"name": "compiled_train_cu_atoms", "value": NaN}]', "compiled_train_cu_atoms is nan; create it again"),
+        ('[{"name": "pipeline_metals_per_s", "value": 0}]', "pipeline_metals_per_s is 0; create it again"),
     ],
 )
 def test_benches_that_cannot_be_used(text, said, tmp_path):

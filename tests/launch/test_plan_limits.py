@@ -10,15 +10,14 @@ from plans import EXASCALE, plan, refused, write_bench, write_site
 
 from hydrazero.launch.cli.main import main
 from hydrazero.launch.job.site_file import load_site
-from hydrazero.launch.plan.node_memory import node_memory
-from hydrazero.launch.plan.room import check_die
+from hydrazero.launch.plan.memory import check_device, node_memory
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
-from hydrazero.trainer.cost.device_memory import die_memory
+from hydrazero.trainer.cost.device_memory import device_memory
 from hydrazero.trainer.cost.step_cost import ModelSize
 from hydrazero.trainer.cost.traffic import Run
 
-DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
+DEVICE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
 
 
 @pytest.mark.parametrize(
@@ -29,27 +28,27 @@ DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
         (["--site", "frontier", "--nodes", "8", "--hours", "9"], "gives jobs of 8 nodes at most 2 hours"),
         (
             ["--site", "frontier", "--global-batch", "500"],
-            "no multiple of 8 ranks times 25 structures; nearest are 400 (2 batches of each rank) or 600 (3",
+            "not a multiple of 8 ranks times 25 structures; the nearest are 400 (2 batches per rank) or 600 (3",
         ),
         (
             ["--site", "frontier", "--set", "batch.atoms=16000", "--set", "batch.slots=7360000"],
             "fits ([batch]), with",
         ),
         (["--site", "frontier", "--set", "deepspeed.config=zero1_tf32"], "no die.flops.tf32, which tf32 needs"),
-        (["--site", "frontier", "--set", "plan.atoms.oc20=0"], "task 'oc20': shards/oc20 has no manifest yet; say"),
+        (["--site", "frontier", "--set", "plan.atoms.oc20=0"], "task 'oc20': shards/oc20 has no manifest yet; give"),
         (
             ["--site", "frontier", "--ranks-per-node", "9"],
-            "--ranks-per-node is 9, but a node of site frontier has 8 dies, one for each rank; ask for no more",
+            "--ranks-per-node is 9, but a node of site frontier has 8 devices, one for each rank; use at most 8",
         ),
         (["--site", "frontier", "--hours", "nan"], "--hours is nan; it must be a number of hours"),
-        (["--site", "frontier", "--set", "batch.atoms=150"], "structures of task 'odac23' have 200 atoms in the mean"),
+        (["--site", "frontier", "--set", "batch.atoms=150"], "structures of task 'odac23' have 200 atoms on average"),
         (["--site", "frontier", "--set", "plan.atoms.oc20=-4"], "plan.atoms.oc20 is -4; it must be at least 0"),
         (["--site", "frontier", "--set", "plan.atoms.oc20=nan"], "plan.atoms.oc20 is nan; it must be a finite number"),
         (
             ["--site", "frontier", "--set", "plan.structures.oc20=-4"],
             "plan.structures.oc20 is -4; it must be at least 0",
         ),
-        (["--site", "frontier", "--set", "model.features=100000"], "counting the costs of a small step of it takes"),
+        (["--site", "frontier", "--set", "model.features=100000"], "measuring the costs of a small step of it takes"),
         (
             ["--site", "frontier", "--set", "deepspeed.gradient_accumulation_steps=2.5"],
             "deepspeed.gradient_accumulation_steps is 2.5; it must be a whole number of at least 1.",
@@ -62,9 +61,9 @@ DIE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
             ["--site", "frontier", "--set", "deepspeed.zero_optimization.reduce_bucket_size=0"],
             "deepspeed.zero_optimization.reduce_bucket_size is 0; it must be at least 1.",
         ),
-        (["--site", "frontier", "--global-batch", "7"], "nearest is 200 (1 batch of each rank)."),
+        (["--site", "frontier", "--global-batch", "7"], "the nearest is 200 (1 batch per rank)."),
         (["--site", "none.toml"], "site file none.toml cannot be read (No such file or directory)."),
-        (["--site", "frontier", "--set", "plan.atoms.oc21=70"], "plan: 'oc21' is no task of the run file"),
+        (["--site", "frontier", "--set", "plan.atoms.oc21=70"], "plan: 'oc21' is not a task of the run file"),
     ],
 )
 def test_plans_that_cannot_be_are_one_sentence(arguments, said, tmp_path):
@@ -75,7 +74,7 @@ def test_plans_that_cannot_be_are_one_sentence(arguments, said, tmp_path):
     ("new", "said"),
     [
         ('"rign"', "site frontier: collectives.ways: algorithm 'rign' is not known (did you mean 'ring'?)"),
-        ('"tree"', "site frontier: collectives.ways has none that gathers; add a ring."),
+        ('"tree"', "site frontier: collectives.ways has no algorithm that can gather; add a ring."),
     ],
 )
 def test_ways_of_collectives_that_cannot_be(new, said, tmp_path):
@@ -85,7 +84,7 @@ def test_ways_of_collectives_that_cannot_be(new, said, tmp_path):
 def test_copies_that_take_longer_than_a_job(tmp_path):
     asked = ("--site", "frontier", "--nodes", 2048, "--hours", 0.25, "--out", tmp_path)
     result = CliRunner().invoke(main, ["plan", str(EXASCALE), *map(str, asked)])
-    assert result.exit_code == 1 and "h of a job's 0.25 h; ask for more --hours" in result.output, result.output
+    assert result.exit_code == 1 and "h, but a job lasts 0.25 h; request more --hours" in result.output, result.output
 
 
 def test_a_run_file_that_is_missing():
@@ -93,19 +92,19 @@ def test_a_run_file_that_is_missing():
     assert result.output == "Error: run file none.toml cannot be read (No such file or directory).\n"
 
 
-def test_a_tenth_of_a_die_is_left_free_and_the_batch_that_is_named_fits(tmp_path):
+def test_a_tenth_of_a_device_is_left_free_and_the_batch_that_is_named_fits(tmp_path):
     whole = plan(tmp_path)["memory"][0]["total"]
-    tight = write_site(tmp_path, (DIE, f"memory = {{value = {1.05 * whole}"))
+    tight = write_site(tmp_path, (DEVICE, f"memory = {{value = {1.05 * whole}"))
     said = refused("--site", tight)
-    assert f"has {1.05 * whole / 1e9:.3g} GB, of which a run may take {0.945 * whole / 1e9:.3g} GB, and this" in said
+    assert f"has {1.05 * whole / 1e9:.3g} GB, of which a run may use {0.945 * whole / 1e9:.3g} GB, but this" in said
     batch = [f"batch.{key}={value}" for key, value in re.findall(r"(structures|atoms|slots|edges) = (\d+)", said)]
     document = plan(tmp_path, tight, 1, 0, *batch)
     (own,) = (row for row in document["memory"] if row["own"])
     room = document["memory_of_die"]["room"]
     assert own["fits"] and 0.99 * room < own["total"] <= room < document["memory_of_die"]["bytes"]
-    assert plan(tmp_path, write_site(tmp_path, (DIE, f"memory = {{value = {1.12 * whole}")))
-    tiny = write_site(tmp_path, (DIE, "memory = {value = 3e8"))
-    assert "room for a structure of 200 atoms: take a smaller" in refused("--site", tiny)
+    assert plan(tmp_path, write_site(tmp_path, (DEVICE, f"memory = {{value = {1.12 * whole}")))
+    tiny = write_site(tmp_path, (DEVICE, "memory = {value = 3e8"))
+    assert "does not hold a structure of 200 atoms: use a smaller" in refused("--site", tiny)
 
 
 def test_a_zero_stage_that_fits_comes_before_a_smaller_batch():
@@ -113,8 +112,8 @@ def test_a_zero_stage_that_fits_comes_before_a_smaller_batch():
         {"stage": n, "precision": "float32", "own": n == 1, "total": total, "fits": total < 57.6e9, "activations": 3e10}
         for n, total in ((1, 6.1e10), (2, 6e10), (3, 5e10))
     ]
-    with pytest.raises(ConfigError, match=r"takes 61 GB; under ZeRO 3 it takes 50 GB and fits\."):
-        check_die(load_site("frontier"), rows, BatchShape(structures=1, atoms=100, slots=800), 1, 20.0)
+    with pytest.raises(ConfigError, match=r"needs 61 GB; with ZeRO 3 it needs 50 GB and fits\."):
+        check_device(load_site("frontier"), rows, BatchShape(structures=1, atoms=100, slots=800), 1, 20.0)
 
 
 def test_main_memory_of_a_node_is_checked_and_the_plan_that_is_named_fits(tmp_path):
@@ -126,7 +125,7 @@ def test_main_memory_of_a_node_is_checked_and_the_plan_that_is_named_fits(tmp_pa
         (0.2, "--ranks-per-node 1", 1, []),
     ):
         tight = write_site(tmp_path, (NODE, f"memory = {{value = {share * whole['total'] / 0.9}"))
-        taken = f"8 ranks with 4 workers each take {whole['total'] / 1e9:.3g} GB; with {said} they"
+        taken = f"8 ranks with 4 workers each need {whole['total'] / 1e9:.3g} GB; with {said} they"
         assert taken in refused("--site", tight)
         assert plan(tmp_path, tight, 1, ranks, *changes)
     tiny = write_site(tmp_path, (NODE, "memory = {value = 2e9"))
@@ -144,7 +143,7 @@ def test_states_that_are_offloaded_go_into_the_main_memory_page_locked():
         balance_every=0,
         average=True,
     )
-    held = die_memory(run, 8, activations=0.0, gpu=True, workers=2)
+    held = device_memory(run, 8, activations=0.0, gpu=True, workers=2)
     node = node_memory(held, [], ranks=8, workers=2, gpu=True)
     # The optimizer's weights, two moments of AdamW and the average, in four bytes each.
     assert node.offloaded == 2 * 16e6

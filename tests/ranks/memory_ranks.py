@@ -21,7 +21,7 @@ from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import precision_of
 from hydrazero.trainer.config.sections import LossSection
-from hydrazero.trainer.cost.device_memory import die_memory
+from hydrazero.trainer.cost.device_memory import device_memory
 from hydrazero.trainer.cost.step_cost import model_size
 from hydrazero.trainer.cost.step_memory import StepMemory
 from hydrazero.trainer.cost.traffic import Run, step_messages
@@ -75,7 +75,7 @@ def measured(name: str, settings: ModelSettings, counter: Collectives, *, warm_u
         balance_every=0,
         average=True,
     )
-    memory = die_memory(run, distributed.ranks(), activations=activations, gpu=False, workers=0)
+    memory = device_memory(run, distributed.ranks(), activations=activations, gpu=False, workers=0)
     planned: dict[str, float] = {}
     for message in step_messages(run, distributed.ranks()):
         planned[message.kind] = planned.get(message.kind, 0.0) + message.total

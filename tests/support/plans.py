@@ -1,4 +1,4 @@
-"""Plans as tests ask for them: `hydrazero plan` of the exascale run file, with round numbers for a bench."""
+"""Plans for tests: `hydrazero plan` of the exascale run file, with round numbers as results of a bench."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from hydrazero.launch.cli.main import main
+from hydrazero.launch.cli.plan import plan_settings
 from hydrazero.launch.job.site_file import load_site
 from hydrazero.launch.plan.compute import named_bench
 from hydrazero.launch.plan.plan import plan as plan_of
-from hydrazero.launch.plan.request import Asked
+from hydrazero.launch.plan.request import PlanRequest
 from hydrazero.trainer.config.run_file import load_run_config
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -29,7 +30,7 @@ def write_bench(folder: Path, rates: dict[str, float] = RATES) -> Path:
 
 
 def write_site(folder: Path, *changes: tuple[str, str]) -> str:
-    """Frontier with other numbers; returns the file's name."""
+    """Write the site file of Frontier with other numbers; return its name."""
     text = (SITES / "frontier.toml").read_text()
     for old, new in changes:
         assert old in text
@@ -44,12 +45,11 @@ def planned(*arguments: object) -> Result:
 
 
 def plan(folder: Path, site: str = "frontier", nodes: int = 1, ranks: int = 0, *changes: str) -> dict[str, Any]:
-    """The document of a plan that can be, without its tables and picture; `ranks` of each node, 0 for its dies."""
+    """Return the document of a plan, without tables and figure; `ranks` per node, 0 for one for each device."""
     machine = load_site(site)
-    config = load_run_config(EXASCALE, changes)
     return plan_of(
-        Asked(
-            config=config,
+        PlanRequest(
+            settings=plan_settings(load_run_config(EXASCALE, changes)),
             site=machine,
             nodes=nodes,
             ranks_per_node=ranks or machine.nodes.dies,
@@ -61,7 +61,7 @@ def plan(folder: Path, site: str = "frontier", nodes: int = 1, ranks: int = 0, *
 
 
 def refused(*arguments: object) -> str:
-    """The one sentence that a plan which cannot be is refused with."""
+    """Return the sentence with which a plan is rejected."""
     result = planned(*arguments)
     assert result.exit_code == 1 and result.output.startswith("Error: ") and result.output.count("\n") == 1
     return result.output

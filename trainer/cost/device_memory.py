@@ -17,7 +17,7 @@ STREAM = 100e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class DieMemory:
+class DeviceMemory:
     """Memory of a device in bytes."""
 
     weights: float
@@ -48,7 +48,7 @@ class DieMemory:
         return self.states + self.activations + self.stream - self.host
 
 
-def die_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: int) -> DieMemory:
+def device_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: int) -> DeviceMemory:
     """Return the memory of each of `ranks` ranks."""
     count, stage, share = run.size.parameters, run.stage, 1 / ranks
     low, high = run.weight_bytes, run.master_bytes
@@ -59,7 +59,7 @@ def die_memory(run: Run, ranks: int, *, activations: float, gpu: bool, workers: 
     average = count * high * (share if stage else 1) if run.average else 0.0
     offloaded = "offload_optimizer" in run.ds_config.get("zero_optimization", {})
     stream = STREAM * max(workers, 1)
-    return DieMemory(
+    return DeviceMemory(
         weights=whole + masters,
         gradients=count * low + count * high * (share if stage else 0),
         optimizer=states,

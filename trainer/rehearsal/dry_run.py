@@ -15,7 +15,7 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.manifest import Manifest, check_shard_files
 from hydrazero.shards.stream.stream import SplitReader, evaluation_batches
 from hydrazero.trainer.config.run_file import RunConfig
-from hydrazero.trainer.cost.device_memory import die_memory
+from hydrazero.trainer.cost.device_memory import device_memory
 from hydrazero.trainer.cost.run_memory import RunMemory, check_memory, memory_of_ranks, step_bytes
 from hydrazero.trainer.cost.step_cost import ModelSize
 from hydrazero.trainer.cost.traffic import Run
@@ -91,7 +91,7 @@ def _state_bytes(config: RunConfig, checked: CheckedRun, engine: TrainingEngine)
         balance_every=config.balance.every,
         average=bool(config.train.average),
     )
-    return die_memory(run, distributed.ranks(), activations=0.0, gpu=has_gpu(), workers=config.data.workers).states
+    return device_memory(run, distributed.ranks(), activations=0.0, gpu=has_gpu(), workers=config.data.workers).states
 
 
 def _try(trainer: Trainer, log: SilentLog) -> Tried:

@@ -1,4 +1,4 @@
-"""What a planned run reads, how long it takes, and where the site's numbers are from."""
+"""What a planned run reads, how long an epoch and the run take, and where the site's numbers come from."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 from hydrazero.launch.job.job import longest_hours
 from hydrazero.launch.job.site_file import Site
-from hydrazero.launch.plan.data import TaskData, copying_seconds, reading
-from hydrazero.launch.plan.request import Asked
+from hydrazero.launch.plan.data import TaskData, copying_seconds, epoch_reads
+from hydrazero.launch.plan.request import PlanRequest
 from hydrazero.shards.errors import ConfigError
 
 MANIFEST_READERS = 1
-"""Ranks that read each manifest; they tell the others."""
+"""Number of ranks that read each manifest and send it to the others."""
 
 
-def files(asked: Asked, data: Sequence[TaskData], structures_per_s: float) -> dict[str, Any]:
-    """Return what is opened and read, by all ranks together; `structures_per_s` is what a rank consumes."""
-    site, lanes = asked.site, asked.ranks * max(asked.config.data.workers, 1)
-    config = asked.config
-    read = reading(data, config.data.temperature, config.shares, lanes)
-    epochs_per_s = asked.ranks * structures_per_s / read.structures
+def file_access(request: PlanRequest, data: Sequence[TaskData], structures_per_s: float) -> dict[str, Any]:
+    """Return what all ranks together open and read; each rank consumes `structures_per_s` structures per second."""
+    site, settings = request.site, request.settings
+    lanes = request.ranks * max(settings.workers, 1)
+    read = epoch_reads(data, settings.temperature, settings.shares, lanes)
+    epochs_per_s = request.ranks * structures_per_s / read.structures
     bandwidth, opens = read.bytes * epochs_per_s, read.blocks * epochs_per_s
     return {
         "shards": read.shards,
-        "shards_per_rank": read.shards / asked.ranks,
+        "shards_per_rank": read.shards / request.ranks,
         "bytes": sum(task.bytes for task in data),
         "amplification": read.bytes / max(sum(task.bytes for task in data), 1.0),
         "manifest_bytes": read.manifest_bytes,
         "opens_at_start": len(data) * MANIFEST_READERS + lanes * len(data),
         "seconds_of_opens_at_start": (len(data) * MANIFEST_READERS + lanes * len(data)) / site.files.opens.value,
         "node_local": site.files.node_local,
-        "seconds_of_copying": copying_seconds(data, asked.nodes, site.files) if site.files.node_local else 0.0,
+        "seconds_of_copying": copying_seconds(data, request.nodes, site.files) if site.files.node_local else 0.0,
         "opens_per_s": opens,
         "opens_share": opens / site.files.opens.value,
         "bandwidth": bandwidth,
@@ -39,42 +39,42 @@ def files(asked: Asked, data: Sequence[TaskData], structures_per_s: float) -> di
     }
 
 
-def epoch(
-    asked: Asked, data: Sequence[TaskData], global_batch: int, seconds: float, copying: float
+def epoch_costs(
+    request: PlanRequest, data: Sequence[TaskData], global_batch: int, seconds: float, copying: float
 ) -> dict[str, float]:
-    """Return steps, time and node-hours of a pass over the data and of the run, whose jobs begin with the copies.
+    """Return steps, time and node-hours of an epoch and of the whole run.
 
-    `seconds` of a step, `copying` seconds of the copies; evaluations and checkpoints are left aside. Raises ConfigError
-    if the copies take longer than a job may.
+    A step takes `seconds`; every job begins by copying the shards, which takes `copying` seconds. Validation and
+    checkpoints are not counted. Raise ConfigError if copying takes longer than a job may last.
     """
     structures = sum(task.structures for task in data)
     steps = -(-structures // global_batch)
     hours = steps * seconds / 3600
-    longest = asked.hours or longest_hours(asked.site, asked.nodes, "")
-    run_hours, copy_hours = asked.config.train.steps * seconds / 3600, copying / 3600
+    longest = request.hours or longest_hours(request.site, request.nodes, "")
+    run_hours, copy_hours = request.settings.steps * seconds / 3600, copying / 3600
     if copy_hours >= longest:
         raise ConfigError(
-            f"copying the shards takes {copy_hours:.3g} h of a job's {longest:.3g} h; ask for more --hours."
+            f"copying the shards takes {copy_hours:.3g} h, but a job lasts {longest:.3g} h; request more --hours."
         )
     run_jobs = max(-(-run_hours // (longest - copy_hours)), 1)
-    in_all = run_hours + run_jobs * copy_hours
+    total_hours = run_hours + run_jobs * copy_hours
     return {
         "structures": structures,
         "steps": steps,
         "hours": hours,
-        "node_hours": hours * asked.nodes,
+        "node_hours": hours * request.nodes,
         "jobs": -(-hours // longest) if hours > 0 else 0,
         "hours_of_job": longest,
         "run_hours": run_hours,
-        "run_epochs": asked.config.train.steps / steps,
+        "run_epochs": request.settings.steps / steps,
         "run_jobs": run_jobs,
-        "run_hours_with_copies": in_all,
-        "run_node_hours": in_all * asked.nodes,
+        "run_hours_with_copies": total_hours,
+        "run_node_hours": total_hours * request.nodes,
     }
 
 
 def sources(site: Site) -> dict[str, dict[str, Any]]:
-    """Return every number of the site with where it is from."""
+    """Return every number of the site with its source."""
     named = {
         "nodes.memory": site.nodes.memory,
         "die.memory": site.die.memory,
