@@ -26,11 +26,11 @@ from hydrazero.trainer.evaluation.evaluate import evaluate, evaluate_task, resul
 from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_run_json
 from hydrazero.trainer.records.run_log import shown
+from hydrazero.trainer.records.task_errors import ReferenceErrors, TaskEvaluation
 from hydrazero.trainer.start.head_errors import HeadErrors, head_model
 
 OUTCOME_NAME = "finetune.json"
 """In the run's folder: the errors before and after."""
-COLUMNS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
 
 
 def split_to_judge_by(folder: Path) -> str | None:
@@ -53,15 +53,17 @@ def measure_outcome(
     split = split_to_judge_by(new)
     document: dict[str, Any] = {"task": task, "split": split, "begun_as": [start.tasks[row].name for row in rows]}
     if split is not None:
-        document["trivial"] = trivial_errors(new, split)
-        document["before"] = _errors(before, new, split) if rows else None
-        document["after"] = evaluate(Potential(after), [new], split, results_in(run_dir))["tasks"][task]
+        document["trivial"] = reference_errors(new, split).to_json()
+        document["before"] = _errors(before, new, split).to_json() if rows else None
+        evaluation = evaluate(Potential(after), [new], split, results_in(run_dir))
+        document["after"] = evaluation.tasks[task].to_json()
     joined = with_old_heads(after, run_dir) if old else after
     document["old"] = {}
     for folder in old:
         old_split, name = split_to_judge_by(folder), read_manifest(folder).task
         if old_split is not None:
-            errors = {"before": _errors(start, folder, old_split), "after": _errors(joined, folder, old_split)}
+            models = {"before": start, "after": joined}
+            errors = {when: _errors(model, folder, old_split).to_json() for when, model in models.items()}
             document["old"][name] = {"split": old_split, **errors}
         else:
             document["old"][name] = None
@@ -69,16 +71,17 @@ def measure_outcome(
     return document
 
 
-def _errors(model: AtomisticModel, folder: Path, split: str) -> dict[str, Any]:
+def _errors(model: AtomisticModel, folder: Path, split: str) -> TaskEvaluation:
     potential = Potential(model)
     index = potential.task_index(read_manifest(folder).task)
     return evaluate_task(potential, folder, index, split, None).summary()
 
 
-def trivial_errors(folder: Path, split: str) -> dict[str, Any]:
-    """Return the errors of the data's own reference energies, fitted without any interactions, and of zero forces.
+def reference_errors(folder: Path, split: str) -> ReferenceErrors:
+    """Return the errors of the reference energies in the shards, and of zero forces, on a split.
 
-    Those of the fine-tuned head are of no use by themselves: they were fitted beside what it predicts.
+    The reference energies of the fine-tuned head would be of no use here: they were fitted to what remains of the
+    energies beside the head's predictions, while those of the shards were fitted to the energies themselves.
     """
     shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)  # plays no part in reading samples
     reader = SplitReader(StreamSettings(folders=(str(folder),), cutoff=1.0, shape=shape), split)
@@ -91,8 +94,8 @@ def trivial_errors(folder: Path, split: str) -> dict[str, Any]:
             energies.add(trivial / len(structure), structure.energy / len(structure), 0.0)
         if structure.forces is not None:
             forces.add(np.zeros_like(structure.forces), structure.forces, 0.0)
-    found = (energies.values(1000.0)[0], forces.values(1000.0)[0])
-    return {"structures": structures, **dict(zip(COLUMNS, found, strict=True))}
+    energy_mae, force_mae = energies.values(1000.0)[0], forces.values(1000.0)[0]
+    return ReferenceErrors(structures=structures, energy_mae=energy_mae, force_mae=force_mae)
 
 
 def print_heads(heads: Sequence[HeadErrors]) -> None:
@@ -121,8 +124,9 @@ def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
         rows += [(begun, document["before"])] if document["before"] else []
         rows.append(("fine-tuned", document["after"]))
         table = _table(f"{document['task']}, {document['split']} split", "")
-        for name, errors in rows:
-            table.add_row(name, str(errors["structures"]), shown(errors[COLUMNS[0]], 2), shown(errors[COLUMNS[1]]))
+        for name, row in rows:
+            errors = ReferenceErrors.from_json(row)
+            table.add_row(name, str(errors.structures), shown(errors.energy_mae, 2), shown(errors.force_mae))
         wide_console(stderr=False).print(table)
     if document["old"]:
         print_forgetting(document["old"])
@@ -139,9 +143,9 @@ def print_forgetting(old: dict[str, Any]) -> None:
         if row is None:
             table.add_row(name, "no test or val")
             continue
-        both = row["before"], row["after"]
-        cells = [shown(each[key], digits) for key, digits in zip(COLUMNS, (2, 1), strict=True) for each in both]
-        table.add_row(name, row["split"], str(both[0]["structures"]), *cells)
+        both = [TaskEvaluation.from_json(row[when]) for when in ("before", "after")]
+        cells = [shown(errors.energy_mae, 2) for errors in both] + [shown(errors.force_mae) for errors in both]
+        table.add_row(name, row["split"], str(both[0].structures), *cells)
     wide_console(stderr=False).print(table)
 
 
