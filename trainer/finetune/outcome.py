@@ -1,4 +1,4 @@
-"""What a fine-tuning has brought: errors of the new task, and of old ones, before and after."""
+"""Errors of the new task and of old tasks before and after a fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from hydrazero.trainer.records.task_errors import ReferenceErrors, TaskEvaluatio
 from hydrazero.trainer.start.head_errors import HeadErrors, head_model
 
 OUTCOME_NAME = "finetune.json"
-"""In the run's folder: the errors before and after."""
+"""Name of the file in the run folder that contains the errors before and after."""
 
 
 def split_to_judge_by(folder: Path) -> str | None:
-    """Return 'test' if shards have structures in it, or else 'val', or None."""
+    """Return 'test' if shards have structures in that split, else 'val', or None if they have none in either."""
     manifest = read_manifest(folder)
     return next((split for split in ("test", "val") if manifest.structures(split)), None)
 
@@ -42,10 +42,11 @@ def split_to_judge_by(folder: Path) -> str | None:
 def measure_outcome(
     run_dir: Path, start: AtomisticModel, rows: Sequence[int], new: Path, old: Sequence[Path]
 ) -> dict[str, Any]:
-    """Measure errors of the new task's head as it was and as it is, and of old tasks; write RUN/finetune.json.
+    """Measure the errors of the new task and of old tasks before and after, and write RUN/finetune.json.
 
-    `rows` are the heads of the start that the new one began as; `old` are shards of tasks that the start knows. Test
-    splits are taken, validation splits where there is none. The new task's errors are written as an evaluation too.
+    `rows` are the heads of the starting model from which the new head started; `old` are shards of tasks of the
+    starting model. Errors are those on the test split, or on the validation split if a task has no test split. The new
+    task's errors are also written as the run's evaluation.
     """
     task = read_manifest(new).task
     (facts,) = (table for table in read_run_json(run_dir, MODEL_FACTS_NAME)["tasks"] if table["name"] == task)
@@ -83,7 +84,7 @@ def reference_errors(folder: Path, split: str) -> ReferenceErrors:
     The reference energies of the fine-tuned head would be of no use here: they were fitted to what remains of the
     energies beside the head's predictions, while those of the shards were fitted to the energies themselves.
     """
-    shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)  # plays no part in reading samples
+    shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)  # has no influence on the samples that are read
     reader = SplitReader(StreamSettings(folders=(str(folder),), cutoff=1.0, shape=shape), split)
     references = np.nan_to_num(reference_table(read_manifest(folder).reference_energies))
     energies, forces, structures = Mean(), Mean(), 0
@@ -99,7 +100,7 @@ def reference_errors(folder: Path, split: str) -> ReferenceErrors:
 
 
 def print_heads(heads: Sequence[HeadErrors]) -> None:
-    """Print the errors of all heads on the new training structures, the nearest first."""
+    """Print the errors of all heads on the new training structures, the nearest head first."""
     title = "heads on the new training structures"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("head", no_wrap=True)
@@ -114,9 +115,9 @@ def print_heads(heads: Sequence[HeadErrors]) -> None:
 
 
 def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Print errors before and after as tables."""
+    """Print the errors before and after as tables."""
     if document["split"] is None:
-        say("the new task has neither test nor validation structures: nothing can say what it has brought.")
+        say("the new task has neither test nor validation structures, so its errors cannot be measured.")
     else:
         begun = "nothing" if not document["begun_as"] else " and ".join(document["begun_as"][:1])
         begun = "mean of all heads" if len(document["begun_as"]) > 1 else f"{begun}, references refitted"
@@ -133,7 +134,7 @@ def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 def print_forgetting(old: dict[str, Any]) -> None:
-    """Print errors of old tasks before and after."""
+    """Print the errors of old tasks before and after."""
     table = Table(title="old tasks, before and after", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "split"):
         table.add_column(heading, no_wrap=True)
@@ -141,7 +142,7 @@ def print_forgetting(old: dict[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in old.items():
         if row is None:
-            table.add_row(name, "no test or val")
+            table.add_row(name, "neither test nor val")
             continue
         both = [TaskEvaluation.from_json(row[when]) for when in ("before", "after")]
         cells = [shown(errors.energy_mae, 2) for errors in both] + [shown(errors.force_mae) for errors in both]
