@@ -37,8 +37,8 @@ def evaluate_command(run_or_model: Path, folders: tuple[Path, ...], split: str, 
     chosen, total = _with_structures(list(folders) or own_folders, split)
     bar, advance = progress_bar("evaluating", total)
     with bar:
-        document = evaluate(potential, chosen, split, files if out is None else results_in(out), advance)
-    print_evaluation(document)
+        evaluation = evaluate(potential, chosen, split, files if out is None else results_in(out), advance)
+    print_evaluation(evaluation)
 
 
 def _with_structures(folders: list[Path], split: str) -> tuple[list[Path], int]:

@@ -57,8 +57,9 @@ def finetune_command(out: Path, **options: Any) -> None:
     MODEL is an exported model or a run folder; DIR holds the shards. All settings are written to RUN/run.toml, an
     ordinary run file, which is then trained as by 'hydrazero train'.
     """
-    from hydrazero.trainer.finetune.command import Request, finetune
+    from hydrazero.trainer.finetune.command import finetune
+    from hydrazero.trainer.finetune.plan import FinetuneRequest
 
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another name.")
-    finetune(Request(out=out, **options), click.echo)
+    finetune(FinetuneRequest(out=out, **options), click.echo)

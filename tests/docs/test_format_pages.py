@@ -28,11 +28,11 @@ from hydrazero.models.screening.settings import ScreenSettings, schema_of
 from hydrazero.models.task_facts import TargetFacts, TaskFacts
 from hydrazero.shards import manifest
 from hydrazero.shards.block import StructureBlock
-from hydrazero.trainer.engine.losses import errors_by_task
 from hydrazero.trainer.engine.run_balance import RunBalance
 from hydrazero.trainer.evaluation.errors import AbsoluteErrors, spread_summary
 from hydrazero.trainer.evaluation.errors import schema_of as predictions_schema
 from hydrazero.trainer.loop import Trainer
+from hydrazero.trainer.records.task_errors import TaskErrors
 
 FORMATS = Path(__file__).parents[2] / "docs" / "reference" / "formats"
 WATER = Atoms("OHH", [[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0.477]])
@@ -156,17 +156,18 @@ def test_every_column_of_parquet_is_on_the_page(tmp_path):
         assert f"| {re.sub(r'(item|element): ', '', str(kind))} |" in row, name
 
 
-@pytest.mark.parametrize("writes", [Trainer._log_interval, Trainer._evaluate, RunBalance._row, errors_by_task])
+@pytest.mark.parametrize("writes", [Trainer._log_interval, Trainer._evaluate, RunBalance._row])
 def test_every_key_of_the_metrics_is_on_the_page(writes):
     keys = re.findall(r'"(\w+)":', inspect.getsource(writes))
     assert len(keys) > 3
-    for key in keys:
+    for key in (*keys, *TaskErrors(unseen=0).to_json()):
         assert f"`{key}`" in page("run-folder"), key
 
 
 def test_every_key_of_an_evaluation_is_on_the_page():
     task = TaskFacts(name="a", reference_energies={"H": 0.0}, scale=1.0, elements=["H"])
-    summary = AbsoluteErrors(facts=task).summary()
-    spread = spread_summary(torch.ones(3).numpy(), torch.ones(3).numpy()) or {}
-    for key in [*summary, *spread, "fidelity", "weights", "split"]:
+    summary = AbsoluteErrors(facts=task).summary().to_json()
+    spread = spread_summary(torch.ones(3).numpy(), torch.ones(3).numpy())
+    assert spread is not None
+    for key in [*summary, *spread.to_json(), "fidelity", "weights", "split"]:
         assert f"`{key}`" in page("run-folder"), key

@@ -59,19 +59,19 @@ def trained(tmp_path, monkeypatch) -> tuple[Path, Path, AtomisticModel]:
 
 def test_a_card_tells_data_and_test_errors(trained, tmp_path):
     folder, shards, model = trained
-    document = evaluate(Potential(model), [shards], "test", results_in(folder))
+    evaluation = evaluate(Potential(model), [shards], "test", results_in(folder))
     out = tmp_path / "m.safetensors"
     run("export", folder, "--out", out)
     card = read_card(out)
     assert card["tasks"]["task0"]["data"] == manifest_sha256(shards) and card["run"] == "a_run, step 20"
-    row = document["tasks"]["task0"]
+    task = evaluation.tasks["task0"]
     errors = card["tasks"]["task0"]["errors"]
-    assert errors["structures"] == 4 and errors["energy"] == pytest.approx(row["energy_mae_mev_per_atom"], rel=1e-4)
+    assert errors["structures"] == 4 and errors["energy"] == pytest.approx(task.energy_mae, rel=1e-4)
     assert card["tasks"]["task1"]["errors"] is None and "no_errors" not in card
     assert card["parameters"] == sum(p.numel() for p in model.parameters())
     assert (card["encoder"], card["cutoff"], card["dtype"]) == ("painn", 4.0, "float32")
     spread = load_model(out).facts("task0").largest_spread
-    assert 1000 * spread == pytest.approx(row["energy_spread"]["most_mev_per_atom"]) and spread > 0
+    assert 1000 * spread == pytest.approx(task.energy_spread.quantile_99) and spread > 0
     shown = run("inspect", out)
     for word in ("a_run, step 20", "eV/Å³", "C Cl H Na O", manifest_sha256(shards)[:12], f"{errors['forces']:.2f}"):
         assert word in shown, word

@@ -22,6 +22,7 @@ from hydrazero.shards.convert.subset import write_subset
 from hydrazero.shards.files import read_json, toml_text, write_json
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.plots.panels import COLOURS, GREY, pairs_of_tasks
+from hydrazero.trainer.records.task_errors import KEYS
 
 WAYS = {"nearest": "nearest head", "scratch": "from scratch", "finetuned": "fine-tuned"}
 SEED = 1
@@ -149,7 +150,7 @@ def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path
 
 def zero_forces(results: dict[Point, dict[str, Any]]) -> str:
     """Return a sentence with the error of predicting zero forces, if there are results."""
-    errors = [found["finetuned"]["trivial_force_mae_mev_per_angstrom"] for found in results.values()]
+    errors = [found["finetuned"][KEYS["trivial_force_mae"]] for found in results.values()]
     return f" Predicting zero forces gives an error of {errors[0]:.1f} meV/Å." if errors else ""
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from results.jobs import PAGES, Job
 
 from hydrazero.shards.files import read_json
+from hydrazero.trainer.records.task_errors import KEYS
 
-ERRORS = {"energies": "energy_mae_mev_per_atom", "forces": "force_mae_mev_per_angstrom"}
+ERRORS = {"energies": KEYS["energy_mae"], "forces": KEYS["force_mae"]}
+"""Kinds of errors, and their names in results."""
 UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
 
 

@@ -267,7 +267,7 @@ def test_elements_that_the_model_has_not_seen(teacher, tmp_path):
     folder = make_split_shards(tmp_path, "copper", train=frames)
     said = done(teacher, folder, "--out", tmp_path / "run", "--method", "heads", "--steps", 1)
     assert "was not trained on Cu" in said.output and "choose another" in said.output
-    assert "has no validation structures" in said.output and "nothing can say" in said.output
+    assert "has no validation structures" in said.output and "cannot be measured" in said.output
 
 
 @pytest.mark.parametrize(
@@ -276,11 +276,11 @@ def test_elements_that_the_model_has_not_seen(teacher, tmp_path):
         (["--method", "lorra"], "did you mean 'lora'"),
         (["--init-head", "task_1"], "did you mean 'task1'"),
         (["--set", "foo.bar=1"], "--set: foo is not known"),
-        (["--lr", "nan"], "--lr is nan; it must be a number, 0 or above"),
+        (["--lr", "nan"], "--lr is nan; it must be a number of at least 0"),
         (["--replay", "0.2"], "--replay needs structures of old tasks"),
         (["--replay", "1.5", "--replay-data", "{data}/task0"], "--replay is 1.5; it must be above 0 and below 1"),
         (["--replay", "0.2", "--replay-data", "{data}/task0", "--method", "heads"], "changes no old task"),
-        (["--replay-data", "{data}/new"], "is of task 'new'"),
+        (["--replay-data", "{data}/new"], "contains task 'new'"),
         (["--replay-data", "{data}/nothing"], "holds no manifest.json"),
         (["--set", "finetune.rank=0"], "finetune.rank is 0"),
         (["--set", "finetune.layer_decay=2.0"], "finetune.layer_decay is 2.0"),
@@ -301,7 +301,7 @@ def test_bad_models_and_folders(teacher, data, tmp_path):
     document = json.loads((empty / "manifest.json").read_text())
     document["splits"]["train"] = []
     (empty / "manifest.json").write_text(json.dumps(document))
-    assert "holds no training structures" in finetune(teacher, empty, "--out", tmp_path / "a").output
+    assert "has no training structures" in finetune(teacher, empty, "--out", tmp_path / "a").output
     assert not (tmp_path / "a").exists()
 
 

@@ -268,7 +268,7 @@ def test_two_workers_share_a_search_and_one_takes_up_what_the_other_has_left(roo
     assert "the best one in full: hydrazero train" in printed
     page = (out / "search.html").read_text()
     assert "2 trials: 2 finished" in page and "By encoder" in page and "Pareto front" in page
-    monkeypatch.setattr(results_page, "HERE", tmp_path)
+    monkeypatch.setattr(results_page, "PAGES", tmp_path)
     monkeypatch.setattr(sys, "argv", ["search_page", str(out)])
     results_page.main()
     held = (tmp_path / "search.md").read_text()

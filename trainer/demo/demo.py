@@ -19,6 +19,7 @@ from hydrazero.trainer.demo.labels import DEMO_TASKS, make_demo_sources
 from hydrazero.trainer.demo.structures import parent_molecule, screening_structures
 from hydrazero.trainer.evaluation.tables import print_evaluation
 from hydrazero.trainer.records.run_log import progress_bar
+from hydrazero.trainer.records.task_errors import Evaluation
 
 SEED = 0
 RANKS = 2
@@ -36,7 +37,7 @@ def run_demo(out: Path) -> None:
     console.rule(f"2/6 train five heads with {RANKS} ranks (PaiNN, ZeRO-1)")
     _train(out, shards)
     console.rule("3/6 evaluate on the test split")
-    document = _evaluate(out)
+    evaluation = _evaluate(out)
     console.rule("4/6 export, and relax a molecule with the exported model")
     potential = _export(out)
     relaxation = _relax(potential, out)
@@ -46,7 +47,7 @@ def run_demo(out: Path) -> None:
     from hydrazero.trainer.report import write_report
 
     report = write_report([out])
-    print_evaluation(document)
+    print_evaluation(evaluation)
     output = Console(soft_wrap=True)
     output.print(relaxation)
     output.print(screened)
@@ -84,7 +85,7 @@ def _train(out: Path, shards: dict[str, Path]) -> None:
     train_ranks(run_file, RANKS, options=(), record=out / RUN_NAME)
 
 
-def _evaluate(out: Path) -> dict[str, object]:
+def _evaluate(out: Path) -> Evaluation:
     from hydrazero.trainer.evaluation.evaluate import evaluate, open_run_or_model
 
     potential, folders, files = open_run_or_model(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,31 +253,3 @@ def _scales_of(task: TaskFacts) -> dict[str, float]:
     if task.stress != NONE:
         scales["stress"] = task.stress_scale
     return scales | {name: facts.scale for name, facts in task.targets.items()}
-
-
-def errors_by_task(sums: Tensor, names: list[str], objective: Objective) -> dict[str, dict[str, Any]]:
-    """Return mean absolute errors by task from a table of sums over all ranks; None where a task has no such label."""
-    report: dict[str, dict[str, Any]] = {}
-    for name, row in zip(names, sums.tolist(), strict=True):
-        loss: dict[str, float | None] = {}
-        mean: dict[str, float | None] = {}
-        for index, quantity in enumerate(objective.quantities):
-            total, count, absolute = row[3 * index : 3 * index + 3]
-            loss[quantity] = total / count if count else None
-            mean[quantity] = absolute / count if count else None
-        energy, forces, stress = (mean.pop(key, None) for key in ("energy", "forces", "stress"))
-        report[name] = {
-            "structures": int(row[-1]),
-            "energy_mae_mev_per_atom": _thousand(energy),
-            "force_mae_mev_per_angstrom": _thousand(forces),
-            "stress_mae_mev_per_angstrom3": _thousand(stress),
-            "energy_spread_mev_per_atom": _thousand(mean.pop("spread", None)),
-            "target_mae": mean,
-            "energy_loss": loss["energy"],
-            "forces_loss": loss["forces"],
-        }
-    return report
-
-
-def _thousand(value: float | None) -> float | None:
-    return None if value is None else 1000.0 * value

@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 from hydrazero.models.task_facts import TargetFacts, TaskFacts
 from hydrazero.shards.structure import Structure
-
-MOST = 0.99
-"""Share of the structures whose spread is not above 'most_mev_per_atom'."""
+from hydrazero.trainer.records.task_errors import EnergySpread, TargetErrors, TaskEvaluation
 
 
 @dataclass(kw_only=True)
 class Mean:
-    """Running mean of absolute errors, and of those of the trivial predictor."""
+    """Running means of a predictor's absolute errors and of the trivial predictor's."""
 
     count: int = 0
-    """Components."""
+    """Number of components."""
     error: float = 0.0
+    """Sum of absolute errors."""
     trivial: float = 0.0
+    """Sum of the trivial predictor's absolute errors."""
 
     def add(self, predicted: Any, true: Any, trivial: Any) -> None:
-        """Count components that are known (not NaN)."""
+        """Add the errors of the components that are known (not NaN)."""
         label = np.asarray(true, dtype=np.float64)
         known = ~np.isnan(label)
         self.count += int(known.sum())
@@ -35,7 +35,7 @@ class Mean:
         self.trivial += float(np.abs(np.asarray(trivial, dtype=np.float64) - label)[known].sum())
 
     def values(self, factor: float = 1.0) -> tuple[float | None, float | None]:
-        """Return both means, times a factor; None where nothing was counted."""
+        """Return both means, multiplied by a factor; None if nothing was added."""
         if not self.count:
             return None, None
         return factor * self.error / self.count, factor * self.trivial / self.count
@@ -62,20 +62,23 @@ def schema_of(facts: TaskFacts) -> pa.Schema:
 
 @dataclass(kw_only=True)
 class AbsoluteErrors:
-    """Running absolute errors of one task: eV per atom, eV/Å and eV/Å³ per component, targets in their units."""
+    """Running absolute errors of one task: eV per atom, eV/Å and eV/Å³ per component, targets in their own units."""
 
     facts: TaskFacts
+    """The task."""
     structures: int = 0
+    """Number of structures that were added."""
     unseen: int = 0
-    """Left out, since they hold elements that no training structure of the task does."""
+    """Number of structures left out because they contain elements that no training structure of the task does."""
     energy: Mean = field(default_factory=Mean)
     forces: Mean = field(default_factory=Mean)
     stress: Mean = field(default_factory=Mean)
     targets: dict[str, Mean] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    """Labels and predictions of each structure, in the columns of `schema_of`."""
 
     def add(self, structure: Structure, predicted: Mapping[str, Any]) -> None:
-        """Count one structure; `predicted` is a row of `Potential.rows`, with 'reference_energy'."""
+        """Add one structure; `predicted` is a row of `Potential.rows`, with 'reference_energy'."""
         self.structures += 1
         n = len(structure)
         row: dict[str, Any] = {
@@ -94,7 +97,7 @@ class AbsoluteErrors:
         ):
             if true is None or predicted[name] is None:
                 continue
-            # Labels have no more digits than shards have, predictions no more than the file shall have.
+            # Shards hold labels in float32, and the file holds predictions in float32.
             row[name], row[f"{name}_predicted"] = flat32(true), flat32(predicted[name])
             mean.add(row[f"{name}_predicted"], row[name], 0.0)
         for name, facts in self.facts.targets.items():
@@ -110,29 +113,26 @@ class AbsoluteErrors:
         """Return the rows of predictions."""
         return pa.Table.from_pylist(self.rows, schema=schema_of(self.facts))
 
-    def summary(self) -> dict[str, Any]:
-        """Mean absolute errors in meV/atom, meV/Å, meV/Å³ and the targets' units; None where there is no label."""
+    def summary(self) -> TaskEvaluation:
+        """Return the mean absolute errors, and those of the trivial predictor."""
         energy, forces, stress = (mean.values(1000.0) for mean in (self.energy, self.forces, self.stress))
-        return {
-            "structures": self.structures,
-            "unseen": self.unseen,
-            "energy_mae_mev_per_atom": energy[0],
-            "force_mae_mev_per_angstrom": forces[0],
-            "trivial_energy_mae_mev_per_atom": energy[1],
-            "trivial_force_mae_mev_per_angstrom": forces[1],
-            "stress_mae_mev_per_angstrom3": stress[0],
-            "trivial_stress_mae_mev_per_angstrom3": stress[1],
-            "energy_spread": spread_summary(*spreads(self.rows)),
-            "targets": {
-                name: {
-                    "unit": self.facts.targets[name].unit,
-                    "count": mean.count,
-                    "mae": mean.values()[0],
-                    "trivial_mae": mean.values()[1],
-                }
-                for name, mean in self.targets.items()
-            },
-        }
+        targets = {}
+        for name, mean in self.targets.items():
+            mae, trivial_mae = mean.values()
+            unit = self.facts.targets[name].unit
+            targets[name] = TargetErrors(unit=unit, count=mean.count, mae=mae, trivial_mae=trivial_mae)
+        return TaskEvaluation(
+            structures=self.structures,
+            unseen=self.unseen,
+            energy_mae=energy[0],
+            force_mae=forces[0],
+            trivial_energy_mae=energy[1],
+            trivial_force_mae=forces[1],
+            stress_mae=stress[0],
+            trivial_stress_mae=stress[1],
+            energy_spread=spread_summary(*spreads(self.rows)),
+            targets=targets,
+        )
 
 
 def flat32(values: Any) -> NDArray[np.float32]:
@@ -141,33 +141,33 @@ def flat32(values: Any) -> NDArray[np.float32]:
 
 
 def trivial_target(facts: TargetFacts, atoms: int) -> float:
-    """Predict a target by the mean of the training labels."""
+    """Return the mean of the training labels, times the number of atoms for an extensive target of structures."""
     return facts.mean * atoms if facts.extensive and facts.of == "structure" else facts.mean
 
 
 def spreads(rows: list[dict[str, Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return errors and spreads of energies per atom, eV, where both are known."""
+    """Return errors and spreads of energies in eV per atom, [structures] each, where both are known."""
     known = [row for row in rows if row.get("energy") is not None and row.get("energy_spread") is not None]
     atoms = np.array([len(row["numbers"]) for row in known], dtype=np.float64)
     errors = np.array([row["energy_predicted"] - row["energy"] for row in known], dtype=np.float64) / atoms
     return errors, np.array([row["energy_spread"] for row in known], dtype=np.float64) / atoms
 
 
-def spread_summary(errors: NDArray[np.float64], spread: NDArray[np.float64]) -> dict[str, float | int] | None:
-    """Say how well the spread of an ensemble tells its errors; None without an ensemble.
+def spread_summary(errors: NDArray[np.float64], spread: NDArray[np.float64]) -> EnergySpread | None:
+    """Return how well the spread of an ensemble predicts its errors [structures], in eV; None without an ensemble.
 
-    Errors of a normal distribution as wide as the spread would be 1 in the root mean square of error over spread, 68%
-    within one spread and 95% within two.
+    If errors were normally distributed with the spread as their standard deviation, the root mean square of error over
+    spread would be 1, and 68% of the errors would lie within one spread and 95% within two.
     """
     known = spread > 0
     if not known.any():
         return None
     ratio = np.abs(errors[known]) / spread[known]
-    return {
-        "count": int(known.sum()),
-        "mean_mev_per_atom": 1000.0 * float(spread[known].mean()),
-        "most_mev_per_atom": 1000.0 * float(np.quantile(spread[known], MOST)),
-        "error_over_spread": float(np.sqrt((ratio**2).mean())),
-        "within_one": float((ratio <= 1).mean()),
-        "within_two": float((ratio <= 2).mean()),
-    }
+    return EnergySpread(
+        count=int(known.sum()),
+        mean=1000.0 * float(spread[known].mean()),
+        quantile_99=1000.0 * float(np.quantile(spread[known], 0.99)),
+        error_over_spread=float(np.sqrt((ratio**2).mean())),
+        within_one=float((ratio <= 1).mean()),
+        within_two=float((ratio <= 2).mean()),
+    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,25 +18,26 @@ from hydrazero.shards.manifest import SPLITS, check_shard_files, read_manifest
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
 from hydrazero.trainer.evaluation.errors import AbsoluteErrors
 from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_run_json
+from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFiles:
-    """Where an evaluation is written."""
+    """The paths to which an evaluation is written."""
 
     evaluation: Path
-    """JSON of errors by task."""
+    """JSON file of errors by task."""
     predictions: Path
-    """Folder of TASK.parquet."""
+    """Folder with a file TASK.parquet for each task."""
 
 
 def results_in(folder: Path) -> ResultFiles:
-    """Results of a run, or in a folder of their own."""
+    """Return the paths of results in a folder: that of a run, or one of their own."""
     return ResultFiles(evaluation=folder / EVALUATION_NAME, predictions=folder / PREDICTIONS)
 
 
 def results_beside(model: Path) -> ResultFiles:
-    """Results of a model file, named after it: its folder may be that of a run, which has its own."""
+    """Return the paths of a model file's results, named after it: its folder may be a run's, which has its own."""
     name = model.name.removesuffix(".safetensors")
     return ResultFiles(
         evaluation=model.with_name(f"{name}.{EVALUATION_NAME}"), predictions=model.with_name(f"{name}.{PREDICTIONS}")
@@ -50,40 +50,39 @@ def evaluate(
     split: str,
     files: ResultFiles,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Evaluate each folder's task with the head of the same name, write `files`, return what the JSON holds.
+) -> Evaluation:
+    """Evaluate each folder's task with the head of the same name, write `files`, and return the errors.
 
-    The trivial predictor is the task's reference energies alone, zero forces and stress, and the training labels' mean
-    for targets, on the same structures. Structures
-    with elements that no training structure of the task holds are counted, but not evaluated. Raises ShardError for
-    missing or damaged shards or an empty split, ModelFileError for a task without a head, ConfigError for an unknown
-    split.
+    The trivial predictor knows the task's reference energies, and predicts zero forces and stress and the mean of the
+    training labels for targets; its errors are those on the same structures. Structures with elements that no training
+    structure of the task contains are counted, but not evaluated. Raise ShardError for missing or damaged shards or an
+    empty split, ModelFileError for a task without a head, ConfigError for an unknown split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split '{split}' is not known (known: {', '.join(SPLITS)}).")
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskEvaluation] = {}
     results = {}
     for folder in folders:
         manifest = read_manifest(folder)
         check_shard_files(manifest, folder)
         if manifest.task in tasks:
-            raise ConfigError(f"task '{manifest.task}' is named twice ({folder}).")
+            raise ConfigError(f"task '{manifest.task}' is named twice ({folder}); name each task once.")
         index = potential.task_index(manifest.task)
         if manifest.structures(split) == 0:
             raise ShardError(f"{folder} has no structures in the split '{split}'.")
         errors = evaluate_task(potential, folder, index, split, progress)
-        tasks[manifest.task] = {**errors.summary(), "fidelity": potential.model.tasks[index].fidelity}
+        tasks[manifest.task] = replace(errors.summary(), fidelity=potential.model.tasks[index].fidelity)
         results[manifest.task] = errors.table()
     files.predictions.mkdir(parents=True, exist_ok=True)
     for name, table in results.items():
         _write_table(table, files.predictions / f"{name}.parquet")
-    document = {"split": split, "weights": weights_fingerprint(potential.model), "tasks": tasks}
-    write_json(files.evaluation, document)
-    return document
+    evaluation = Evaluation(split=split, weights=weights_fingerprint(potential.model), tasks=tasks)
+    write_json(files.evaluation, evaluation.to_json())
+    return evaluation
 
 
 def _write_table(table: pa.Table, path: Path) -> None:
-    """Write a parquet file in one piece."""
+    """Write a parquet file under a temporary name, and rename it."""
     with replacing(path) as part:
         pq.write_table(table, part)
 
@@ -113,7 +112,7 @@ def evaluate_task(
 
 
 def open_run_or_model(path: Path) -> tuple[Potential, list[Path], ResultFiles]:
-    """Return potential, the run's own shard folders (none for a model file) and where results belong."""
+    """Return the potential, the run's own shard folders (none for a model file) and the paths of the results."""
     if path.is_dir():
         from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 

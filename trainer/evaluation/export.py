@@ -1,8 +1,8 @@
-"""A run's model as one file, with a card that says where it comes from and how well it does."""
+"""Export of a run's model as one file, with a card that states its origin and its errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.checkpoint.old_heads import with_old_heads
 from hydrazero.trainer.records.run_files import EVALUATION_NAME
 from hydrazero.trainer.records.run_record import read_record
+from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation
 
 SUFFIX = ".safetensors"
 ROUNDED = "bfloat16 rounds the weights that the run's evaluation is of; 'hydrazero evaluate MODEL DIR' measures these"
@@ -30,11 +31,11 @@ def export_run(
     *,
     old_heads: bool = False,
 ) -> AtomisticModel:
-    """Write a run's averaged weights of its best checkpoint, with the named tasks' heads; returns the model.
+    """Write the averaged weights of a run's best checkpoint, with the named tasks' heads, and return the model.
 
-    With `old_heads` it also has those heads of the model that the run started from which it has not trained.
+    With `old_heads`, the file also has those heads of the run's starting model that the run did not train.
 
-    Raises ConfigError if `out` exists or is not named FILE.safetensors, or the run has no model, ModelFileError for an
+    Raise ConfigError if `out` exists or is not named FILE.safetensors, or the run has no model, ModelFileError for an
     unknown task or dtype.
     """
     if out.suffix != SUFFIX:
@@ -43,49 +44,49 @@ def export_run(
         raise ConfigError(f"{out} exists; remove it or choose another name.")
     model = model_of_run(run_dir)
     evaluation = _evaluation(run_dir)
-    belongs = evaluation.get("weights") == weights_fingerprint(model)
-    if belongs:
-        _tell_spread(model, evaluation["tasks"])
+    belongs = evaluation is not None and evaluation.weights == weights_fingerprint(model)
+    if evaluation is not None and belongs:
+        _set_largest_spreads(model, evaluation.tasks)
     model = with_old_heads(model, run_dir) if old_heads else model
     chosen = model if tasks is None else with_tasks(model, tasks)
     save_model(chosen, out, dtype=dtype, origin=_origin(run_dir, evaluation, belongs, dtype))
     return chosen
 
 
-def _evaluation(run_dir: Path) -> dict[str, Any]:
+def _evaluation(run_dir: Path) -> Evaluation | None:
     path = run_dir / EVALUATION_NAME
-    document: dict[str, Any] = read_json(path) if path.is_file() else {}
-    return document
+    return Evaluation.from_json(read_json(path)) if path.is_file() else None
 
 
-def _tell_spread(model: AtomisticModel, rows: dict[str, Any]) -> None:
-    """Let the tasks know which spread of the ensemble the evaluated structures had."""
-    spreads = {name: row["energy_spread"]["most_mev_per_atom"] for name, row in rows.items() if row["energy_spread"]}
+def _set_largest_spreads(model: AtomisticModel, tasks: Mapping[str, TaskEvaluation]) -> None:
+    """Set the spread of the ensemble that 99% of the evaluated structures do not exceed, for each of the tasks."""
+    spreads = {name: errors.energy_spread.quantile_99 for name, errors in tasks.items() if errors.energy_spread}
     model.tasks = [replace(task, largest_spread=1e-3 * spreads.get(task.name, 0.0)) for task in model.tasks]
 
 
-def _origin(run_dir: Path, evaluation: dict[str, Any], belongs: bool, dtype: str) -> Origin:
+def _origin(run_dir: Path, evaluation: Evaluation | None, belongs: bool, dtype: str) -> Origin:
     step = step_of(checkpoint_named(run_dir, "best"))
     known = {"run": f"{run_dir.resolve().name}, step {step}", "data": read_record(run_dir).get("manifests", {})}
+    if evaluation is None:
+        return Origin(**known, no_errors="its run was not evaluated before")
     reasons = {
-        "its run was not evaluated before": not evaluation,
         "its run's last evaluation was of other weights": not belongs,
-        f"its run's last evaluation was of the split '{evaluation.get('split')}'": evaluation.get("split") != "test",
+        f"its run's last evaluation was of the split '{evaluation.split}'": evaluation.split != "test",
         ROUNDED: dtype == "bfloat16",
     }
     for reason, holds in reasons.items():
         if holds:
             return Origin(**known, no_errors=reason)
-    return Origin(**known, errors={name: _errors(row) for name, row in evaluation["tasks"].items()})
+    return Origin(**known, errors={name: _errors(task) for name, task in evaluation.tasks.items()})
 
 
-def _errors(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what a card tells of a task's row of an evaluation: 'structures', and errors in `ERROR_UNITS`."""
+def _errors(task: TaskEvaluation) -> dict[str, Any]:
+    """Return a task's entry in a model card: 'structures', and the errors in `ERROR_UNITS` with five digits."""
     found = {
-        "energy": row["energy_mae_mev_per_atom"],
-        "forces": row["force_mae_mev_per_angstrom"],
-        "stress": row["stress_mae_mev_per_angstrom3"],
-        **{name: target["mae"] for name, target in row["targets"].items()},
+        "energy": task.energy_mae,
+        "forces": task.force_mae,
+        "stress": task.stress_mae,
+        **{name: target.mae for name, target in task.targets.items()},
     }
     known = {name: float(f"{value:.5g}") for name, value in found.items() if value is not None}
-    return {"structures": row["structures"], **known}
+    return {"structures": task.structures, **known}

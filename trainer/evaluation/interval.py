@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hydrazero.trainer.engine.engine import StepResult
-from hydrazero.trainer.engine.losses import Objective, errors_by_task
+from hydrazero.trainer.engine.losses import Objective
+from hydrazero.trainer.evaluation.errors_by_task import errors_by_task
 from hydrazero.trainer.ranks.distributed import max_over_ranks
 
 
@@ -62,7 +63,7 @@ class Interval:
             "steps_per_s": self.steps / seconds,
             "data_wait_share": waited / seconds,
             "sampling_shares": {name: count / total if total else None for name, count in structures.items()},
-            "tasks": errors_by_task(sums, names, objective),
+            "tasks": {name: errors.to_json() for name, errors in errors_by_task(sums, names, objective).items()},
         }
 
 

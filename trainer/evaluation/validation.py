@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, empty_batch, evaluation_batches
 from hydrazero.trainer.engine.engine import gathered_parameters
-from hydrazero.trainer.engine.losses import errors_by_task, leave_out_unseen
+from hydrazero.trainer.engine.losses import leave_out_unseen
 from hydrazero.trainer.engine.training_engine import TrainingEngine
+from hydrazero.trainer.evaluation.errors_by_task import errors_by_task
 from hydrazero.trainer.evaluation.parity_sample import ParitySample
 from hydrazero.trainer.ranks.distributed import device, fail_together, max_over_ranks, rank, ranks, sum_over_ranks
+from hydrazero.trainer.records.task_errors import TaskErrors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +32,15 @@ class Validation:
     """Weighted loss over all tasks; None if no structure has a label."""
     structures_per_s: float
     """Structures per second of all ranks, reading and neighbour lists included."""
-    tasks: dict[str, dict[str, Any]]
+    tasks: dict[str, TaskErrors]
     """Losses and errors by task, with the number of structures that were left out because of their elements."""
     sample: ParitySample | None
     """Some of the predictions, for parity plots."""
 
     def row(self) -> dict[str, Any]:
         """Return the evaluation's part of a row of the log."""
-        return {"loss": self.loss, "structures_per_s": self.structures_per_s, "tasks": self.tasks}
+        tasks = {name: errors.to_json() for name, errors in self.tasks.items()}
+        return {"loss": self.loss, "structures_per_s": self.structures_per_s, "tasks": tasks}
 
 
 def validate(engine: TrainingEngine, reader: SplitReader, task_weights: Tensor, *, figures: bool) -> Validation:
@@ -52,9 +55,8 @@ def validate(engine: TrainingEngine, reader: SplitReader, task_weights: Tensor, 
     sums, unseen = evaluate_engine(engine, reader, sample)
     seconds = max_over_ranks(time.monotonic() - began)
     loss = objective.score(sums, task_weights)
-    tasks = errors_by_task(sums, names, objective)
-    for name, count in zip(names, unseen.tolist(), strict=True):
-        tasks[name]["unseen"] = int(count)
+    errors = errors_by_task(sums, names, objective)
+    tasks = {name: replace(errors[name], unseen=int(count)) for name, count in zip(names, unseen.tolist(), strict=True)}
     return Validation(
         loss=None if math.isnan(loss) else loss,
         structures_per_s=float(sums[:, -1].sum()) / seconds,

@@ -1,1 +1,1 @@
-"""Fine-tuning: runs that start from another model, with new heads that begin as old ones."""
+"""Fine-tuning: runs that start from another model, with new heads that start from old ones."""

@@ -1,11 +1,10 @@
-"""What `hydrazero finetune` does: heads compared, a run file written and trained, errors before and after."""
+"""What `hydrazero finetune` does: compare heads, write and train a run file, measure errors before and after."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydrazero.models.atomistic import AtomisticModel
@@ -18,74 +17,42 @@ from hydrazero.trainer.config.run_file import RunConfig, apply_override, load_ru
 from hydrazero.trainer.config.sections import TaskSection
 from hydrazero.trainer.config.tasks import task_facts
 from hydrazero.trainer.finetune.outcome import measure_outcome, print_heads, print_outcome
-from hydrazero.trainer.finetune.plan import Plan, Wanted, plan_finetuning
+from hydrazero.trainer.finetune.plan import FinetunePlan, FinetuneRequest, plan_finetuning
 from hydrazero.trainer.setup import check_run
 from hydrazero.trainer.start.head_errors import HeadErrors
 from hydrazero.trainer.start.head_starts import check_units, compare_heads, rows_of
 from hydrazero.trainer.train import TrainOptions, train_here
 
 RUN_FILE = "run.toml"
-"""In the run's folder."""
+"""Name of the run file in the run folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The command's arguments."""
-
-    model: Path
-    folder: Path
-    """Shards of the new task."""
-    out: Path
-    method: str
-    init_head: str
-    replay: float | None
-    old: tuple[Path, ...]
-    """Shards of old tasks."""
-    steps: int | None
-    rate: float | None
-    ranks: int
-    overrides: tuple[str, ...]
-
-
-def finetune(request: Request, say: Callable[[str], None]) -> None:
-    """Fine-tune as asked; raises HydrazeroError for what cannot be used."""
+def finetune(request: FinetuneRequest, say: Callable[[str], None]) -> None:
+    """Fine-tune a model; raise HydrazeroError for arguments, models or shards that cannot be used."""
     start = read_run_or_model(str(request.model))
     _check(request, start)
     heads = _heads(request, start)
     rows = rows_of(heads[0].name, start) if heads else ()
-    plan = plan_finetuning(_wanted(request, heads[0].name if heads else NEW), start)
+    plan = plan_finetuning(request, heads[0].name if heads else NEW, start)
     run_file, config = _write_run_file(request, plan, heads)
-    for sentence in plan.said:
+    for sentence in plan.sentences:
         say(sentence)
     say(train_here(run_file, config, TrainOptions(ranks=request.ranks)))
     print_outcome(measure_outcome(request.out, start, rows, request.folder, request.old), say)
     out = shlex.quote(str(request.out))
-    say(f"run file: {run_file}; hydrazero train {out}/{RUN_FILE} --resume goes on")
-    say(f"to use it: hydrazero export {out} --out {out}/model.safetensors")
+    say(f"run file: {run_file}; to continue the run: hydrazero train {out}/{RUN_FILE} --resume")
+    say(f"to use the model: hydrazero export {out} --out {out}/model.safetensors")
 
 
-def _wanted(request: Request, head: str) -> Wanted:
-    return Wanted(
-        model=request.model,
-        shards=request.folder,
-        out=request.out,
-        method=request.method,
-        init_head=head,
-        replay=request.replay or 0.0,
-        replayed=request.old if request.replay else (),
-        ranks=request.ranks,
-        steps=request.steps,
-        rate=request.rate,
-    )
-
-
-def _check(request: Request, start: AtomisticModel) -> None:
-    """Raise ConfigError for arguments that cannot be used, or do not go together."""
+def _check(request: FinetuneRequest, start: AtomisticModel) -> None:
+    """Raise ConfigError for arguments that cannot be used, or not together."""
     if request.rate is not None and not 0 <= request.rate < math.inf:
-        raise ConfigError(f"--lr is {request.rate}; it must be a number, 0 or above.")
+        raise ConfigError(f"--lr is {request.rate}; it must be a number of at least 0.")
     names, manifest = [task.name for task in start.tasks], read_manifest(request.folder)
     if not manifest.structures("train"):
-        raise ConfigError(f"{request.folder} holds no training structures; convert some with a share for training.")
+        raise ConfigError(
+            f"{request.folder} has no training structures; convert it again with a fraction for the training split."
+        )
     if request.method not in METHODS:
         raise ConfigError(f"--method '{request.method}' is not known{did_you_mean(request.method, list(METHODS))}.")
     if request.init_head not in (*names, NEAREST, MEAN, NEW):
@@ -96,7 +63,7 @@ def _check(request: Request, start: AtomisticModel) -> None:
     for name, folder in zip(old, request.old, strict=True):
         if name not in names:
             raise ConfigError(
-                f"--replay-data {folder} is of task '{name}', and {request.model} has no such "
+                f"--replay-data {folder} contains task '{name}', but {request.model} has no such "
                 f"head{did_you_mean(name, names)}."
             )
         if old.count(name) > 1 or name == manifest.task:
@@ -107,16 +74,17 @@ def _check(request: Request, start: AtomisticModel) -> None:
         raise ConfigError(f"--replay is {request.replay}; it must be above 0 and below 1.")
     if not request.old:
         raise ConfigError(
-            "--replay needs structures of old tasks; name their shards with --replay-data DIR, once for each task."
+            "--replay needs structures of old tasks; name the shards of each task with --replay-data DIR."
         )
     if request.method == HEADS:
-        raise ConfigError("--replay is of no use with --method heads, which changes no old task; leave it out.")
+        raise ConfigError("--replay has no effect with --method heads, which changes no old task; leave it out.")
 
 
-def _heads(request: Request, start: AtomisticModel) -> list[HeadErrors]:
-    """Return errors on the new structures of the head that the new one begins as, and of those it was compared with.
+def _heads(request: FinetuneRequest, start: AtomisticModel) -> list[HeadErrors]:
+    """Return the errors of heads on the new structures, that of the head from which the new one starts first.
 
-    Where it is to be the nearest one, all are, and are printed; none are where it has first weights.
+    If the new head starts from the nearest one, all heads are compared, and the comparison is printed. If it starts
+    from random weights, the list is empty.
     """
     manifest = read_manifest(request.folder)
     task = TaskSection(name=manifest.task, shards=str(request.folder), init_head=request.init_head)
@@ -130,13 +98,15 @@ def _heads(request: Request, start: AtomisticModel) -> list[HeadErrors]:
     return heads
 
 
-def _write_run_file(request: Request, plan: Plan, heads: Sequence[HeadErrors]) -> tuple[Path, RunConfig]:
-    """Write RUN/run.toml once everything in it has been checked; raises ConfigError where it cannot be."""
+def _write_run_file(
+    request: FinetuneRequest, plan: FinetunePlan, heads: Sequence[HeadErrors]
+) -> tuple[Path, RunConfig]:
+    """Check the run file and write it as RUN/run.toml; raise ConfigError if it cannot be used or written."""
     for override in request.overrides:
         apply_override(plan.table, override)
     comment = [
-        f"Fine-tuning of {request.model} on {request.folder}, worked out by hydrazero finetune.",
-        f"Train it with: hydrazero train {request.out / RUN_FILE} (--resume to go on).",
+        f"Fine-tuning of {request.model} on {request.folder}, written by hydrazero finetune.",
+        f"Train it with: hydrazero train {request.out / RUN_FILE} (with --resume to continue it).",
     ]
     path = request.out / RUN_FILE
     try:

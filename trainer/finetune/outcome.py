@@ -1,4 +1,4 @@
-"""What a fine-tuning has brought: errors of the new task, and of old ones, before and after."""
+"""Errors of the new task and of old tasks before and after a fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from hydrazero.trainer.evaluation.evaluate import evaluate, evaluate_task, resul
 from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_run_json
 from hydrazero.trainer.records.run_log import shown
+from hydrazero.trainer.records.task_errors import ReferenceErrors, TaskEvaluation
 from hydrazero.trainer.start.head_errors import HeadErrors, head_model
 
 OUTCOME_NAME = "finetune.json"
-"""In the run's folder: the errors before and after."""
-COLUMNS = ("energy_mae_mev_per_atom", "force_mae_mev_per_angstrom")
+"""Name of the file in the run folder that contains the errors before and after."""
 
 
 def split_to_judge_by(folder: Path) -> str | None:
-    """Return 'test' if shards have structures in it, or else 'val', or None."""
+    """Return 'test' if shards have structures in that split, else 'val', or None if they have none in either."""
     manifest = read_manifest(folder)
     return next((split for split in ("test", "val") if manifest.structures(split)), None)
 
@@ -42,10 +42,11 @@ def split_to_judge_by(folder: Path) -> str | None:
 def measure_outcome(
     run_dir: Path, start: AtomisticModel, rows: Sequence[int], new: Path, old: Sequence[Path]
 ) -> dict[str, Any]:
-    """Measure errors of the new task's head as it was and as it is, and of old tasks; write RUN/finetune.json.
+    """Measure the errors of the new task and of old tasks before and after, and write RUN/finetune.json.
 
-    `rows` are the heads of the start that the new one began as; `old` are shards of tasks that the start knows. Test
-    splits are taken, validation splits where there is none. The new task's errors are written as an evaluation too.
+    `rows` are the heads of the starting model from which the new head started; `old` are shards of tasks of the
+    starting model. Errors are those on the test split, or on the validation split if a task has no test split. The new
+    task's errors are also written as the run's evaluation.
     """
     task = read_manifest(new).task
     (facts,) = (table for table in read_run_json(run_dir, MODEL_FACTS_NAME)["tasks"] if table["name"] == task)
@@ -53,15 +54,17 @@ def measure_outcome(
     split = split_to_judge_by(new)
     document: dict[str, Any] = {"task": task, "split": split, "begun_as": [start.tasks[row].name for row in rows]}
     if split is not None:
-        document["trivial"] = trivial_errors(new, split)
-        document["before"] = _errors(before, new, split) if rows else None
-        document["after"] = evaluate(Potential(after), [new], split, results_in(run_dir))["tasks"][task]
+        document["trivial"] = reference_errors(new, split).to_json()
+        document["before"] = _errors(before, new, split).to_json() if rows else None
+        evaluation = evaluate(Potential(after), [new], split, results_in(run_dir))
+        document["after"] = evaluation.tasks[task].to_json()
     joined = with_old_heads(after, run_dir) if old else after
     document["old"] = {}
     for folder in old:
         old_split, name = split_to_judge_by(folder), read_manifest(folder).task
         if old_split is not None:
-            errors = {"before": _errors(start, folder, old_split), "after": _errors(joined, folder, old_split)}
+            models = {"before": start, "after": joined}
+            errors = {when: _errors(model, folder, old_split).to_json() for when, model in models.items()}
             document["old"][name] = {"split": old_split, **errors}
         else:
             document["old"][name] = None
@@ -69,18 +72,19 @@ def measure_outcome(
     return document
 
 
-def _errors(model: AtomisticModel, folder: Path, split: str) -> dict[str, Any]:
+def _errors(model: AtomisticModel, folder: Path, split: str) -> TaskEvaluation:
     potential = Potential(model)
     index = potential.task_index(read_manifest(folder).task)
     return evaluate_task(potential, folder, index, split, None).summary()
 
 
-def trivial_errors(folder: Path, split: str) -> dict[str, Any]:
-    """Return the errors of the data's own reference energies, fitted without any interactions, and of zero forces.
+def reference_errors(folder: Path, split: str) -> ReferenceErrors:
+    """Return the errors of the reference energies in the shards, and of zero forces, on a split.
 
-    Those of the fine-tuned head are of no use by themselves: they were fitted beside what it predicts.
+    The reference energies of the fine-tuned head would be of no use here: they were fitted to what remains of the
+    energies beside the head's predictions, while those of the shards were fitted to the energies themselves.
     """
-    shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)  # plays no part in reading samples
+    shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)  # has no influence on the samples that are read
     reader = SplitReader(StreamSettings(folders=(str(folder),), cutoff=1.0, shape=shape), split)
     references = np.nan_to_num(reference_table(read_manifest(folder).reference_energies))
     energies, forces, structures = Mean(), Mean(), 0
@@ -91,12 +95,12 @@ def trivial_errors(folder: Path, split: str) -> dict[str, Any]:
             energies.add(trivial / len(structure), structure.energy / len(structure), 0.0)
         if structure.forces is not None:
             forces.add(np.zeros_like(structure.forces), structure.forces, 0.0)
-    found = (energies.values(1000.0)[0], forces.values(1000.0)[0])
-    return {"structures": structures, **dict(zip(COLUMNS, found, strict=True))}
+    energy_mae, force_mae = energies.values(1000.0)[0], forces.values(1000.0)[0]
+    return ReferenceErrors(structures=structures, energy_mae=energy_mae, force_mae=force_mae)
 
 
 def print_heads(heads: Sequence[HeadErrors]) -> None:
-    """Print the errors of all heads on the new training structures, the nearest first."""
+    """Print the errors of all heads on the new training structures, the nearest head first."""
     title = "heads on the new training structures"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("head", no_wrap=True)
@@ -111,9 +115,9 @@ def print_heads(heads: Sequence[HeadErrors]) -> None:
 
 
 def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Print errors before and after as tables."""
+    """Print the errors before and after as tables."""
     if document["split"] is None:
-        say("the new task has neither test nor validation structures: nothing can say what it has brought.")
+        say("the new task has neither test nor validation structures, so its errors cannot be measured.")
     else:
         begun = "nothing" if not document["begun_as"] else " and ".join(document["begun_as"][:1])
         begun = "mean of all heads" if len(document["begun_as"]) > 1 else f"{begun}, references refitted"
@@ -121,15 +125,16 @@ def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
         rows += [(begun, document["before"])] if document["before"] else []
         rows.append(("fine-tuned", document["after"]))
         table = _table(f"{document['task']}, {document['split']} split", "")
-        for name, errors in rows:
-            table.add_row(name, str(errors["structures"]), shown(errors[COLUMNS[0]], 2), shown(errors[COLUMNS[1]]))
+        for name, row in rows:
+            errors = ReferenceErrors.from_json(row)
+            table.add_row(name, str(errors.structures), shown(errors.energy_mae, 2), shown(errors.force_mae))
         wide_console(stderr=False).print(table)
     if document["old"]:
         print_forgetting(document["old"])
 
 
 def print_forgetting(old: dict[str, Any]) -> None:
-    """Print errors of old tasks before and after."""
+    """Print the errors of old tasks before and after."""
     table = Table(title="old tasks, before and after", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("task", "split"):
         table.add_column(heading, no_wrap=True)
@@ -137,11 +142,11 @@ def print_forgetting(old: dict[str, Any]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in old.items():
         if row is None:
-            table.add_row(name, "no test or val")
+            table.add_row(name, "neither test nor val")
             continue
-        both = row["before"], row["after"]
-        cells = [shown(each[key], digits) for key, digits in zip(COLUMNS, (2, 1), strict=True) for each in both]
-        table.add_row(name, row["split"], str(both[0]["structures"]), *cells)
+        both = [TaskEvaluation.from_json(row[when]) for when in ("before", "after")]
+        cells = [shown(errors.energy_mae, 2) for errors in both] + [shown(errors.force_mae) for errors in both]
+        table.add_row(name, row["split"], str(both[0].structures), *cells)
     wide_console(stderr=False).print(table)
 
 

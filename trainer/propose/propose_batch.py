@@ -13,7 +13,7 @@ from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
-from hydrazero.shards.stream.batch_proposal import Fill, demand_of, fill_of, propose, simulate
+from hydrazero.shards.stream.batch_proposal import Demand, Fill, demand_of, fill_of, propose, simulate
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.step_memory import SHARE, StepMemory, memory_at_hand
@@ -70,9 +70,9 @@ def propose_batch(
     )
     reader = SplitReader(stream, "train")
     demand, memory = demand_of(reader), StepMemory(model)
-    shape = propose(demand, reader, structures)
-    while smaller and structures > 1 and memory.bytes_of(shape) > available:
-        structures //= 2
+    if smaller:
+        structures, shape = fitting_batch(reader, demand, memory, structures, available)
+    else:
         shape = propose(demand, reader, structures)
     needed = memory.bytes_of(shape)
     if needed > available:
@@ -87,6 +87,20 @@ def propose_batch(
         step_bytes=needed,
         available_bytes=available,
     )
+
+
+def fitting_batch(
+    reader: SplitReader, demand: Demand, memory: StepMemory, structures: int, available: float
+) -> tuple[int, BatchShape]:
+    """Return a batch whose training step fits into `available` bytes, with its mean number of structures.
+
+    The number of structures is halved until the batch fits, or until it is one, whether that fits or not.
+    """
+    shape = propose(demand, reader, structures)
+    while structures > 1 and memory.bytes_of(shape) > available:
+        structures //= 2
+        shape = propose(demand, reader, structures)
+    return structures, shape
 
 
 @dataclass(frozen=True, kw_only=True)

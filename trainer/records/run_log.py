@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hydrazero.trainer.records.progress_line import ProgressLine, wide_console
 from hydrazero.trainer.records.run_files import MetricsWriter
+from hydrazero.trainer.records.task_errors import TaskErrors, TaskEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +42,12 @@ def shown(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def left_out(tasks: dict[str, dict[str, Any]]) -> list[str]:
+def left_out(tasks: Mapping[str, TaskErrors | TaskEvaluation]) -> list[str]:
     """Return a sentence for each task of which an evaluation has left out structures."""
     return [
-        f"{name}: {row['unseen']} structures left out, with elements that no training structure of the task holds"
-        for name, row in tasks.items()
-        if row.get("unseen")
+        f"{name}: {errors.unseen} structures left out, with elements that no training structure of the task contains"
+        for name, errors in tasks.items()
+        if errors.unseen
     ]
 
 
@@ -125,7 +126,7 @@ class RunLog:
         values = {f"train/{name}": row[name] for name in TRAIN_SCALARS}
         for key in ("weights", "sampling_shares"):
             values |= {f"{key}/{task}": value for task, value in row[key].items()}
-        self._scalars.add(row["step"], {**values, **by_task("train", row["tasks"])})
+        self._scalars.add(row["step"], {**values, **by_task("train", _errors_in(row))})
         self._scalars.flush()
 
     def balance_row(self, row: dict[str, Any]) -> None:
@@ -152,21 +153,20 @@ class RunLog:
         """Log a row about an evaluation, and print its errors as a table."""
         if self._line is None:
             return
-        step, split, tasks = row["step"], row["split"], row["tasks"]
+        step, split, tasks = row["step"], row["split"], _errors_in(row)
         if self._row({"kind": "evaluation", **row}):
             self._scalars.add(step, {f"{split}/loss": row["loss"], **by_task(split, tasks)})
             self._scalars.flush()
         table = Table(title=f"step {step}, {split}", title_justify="left")
-        targets = sorted({target for row in tasks.values() for target in row["target_mae"]})
-        stress = any(row["stress_mae_mev_per_angstrom3"] is not None for row in tasks.values())
+        targets = sorted({target for errors in tasks.values() for target in errors.target_maes})
+        stress = any(errors.stress_mae is not None for errors in tasks.values())
         headings = ["task", "structures", "energy MAE meV/atom", "force MAE meV/Å"]
         for heading in [*headings, *(["stress MAE meV/Å³"] if stress else []), *(f"{name} MAE" for name in targets)]:
             table.add_column(heading, justify="left" if heading == "task" else "right")
-        for name, row in tasks.items():
-            energy, force = row["energy_mae_mev_per_atom"], row["force_mae_mev_per_angstrom"]
-            rest = [shown(row["stress_mae_mev_per_angstrom3"], 3)] if stress else []
-            rest += [shown(row["target_mae"].get(target), 4) for target in targets]
-            table.add_row(name, str(row["structures"]), shown(energy, 2), shown(force), *rest)
+        for name, errors in tasks.items():
+            rest = [shown(errors.stress_mae, 3)] if stress else []
+            rest += [shown(errors.target_maes.get(target), 4) for target in targets]
+            table.add_row(name, str(errors.structures), shown(errors.energy_mae, 2), shown(errors.force_mae), *rest)
         self._line.console.print(table)
         for sentence in left_out(tasks):
             self.say(sentence)
@@ -184,12 +184,12 @@ class SilentLog(RunLog):
         self.sentences.append(sentence)
 
 
-def by_task(prefix: str, tasks: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def _errors_in(row: dict[str, Any]) -> dict[str, TaskErrors]:
+    return {name: TaskErrors.from_json(errors) for name, errors in row["tasks"].items()}
+
+
+def by_task(prefix: str, tasks: Mapping[str, TaskErrors]) -> dict[str, float | None]:
     """Return the losses and errors of tasks by their tags in TensorBoard, such as 'val/energy_loss/TASK'."""
-    values = {}
-    for name, row in tasks.items():
-        targets = {f"{target}_mae": value for target, value in row["target_mae"].items()}
-        for key, value in {**row, **targets}.items():
-            if key not in ("structures", "unseen", "target_mae"):
-                values[f"{prefix}/{key}/{name}"] = value
-    return values
+    return {
+        f"{prefix}/{key}/{name}": value for name, errors in tasks.items() for key, value in errors.scalars().items()
+    }

@@ -99,10 +99,10 @@ def learning_curves(runs: Sequence[RunData]) -> Figure:
     """Errors of energies and forces over the steps, in training and validation; two axes for each task."""
     tasks = tasks_of(runs)
     figure, pairs = pairs_of_tasks(tasks, height=1.8)
-    panels = (("energy_mae_mev_per_atom", "energy, meV/atom"), ("force_mae_mev_per_angstrom", "force, meV/Å"))
+    panels = (("energy_mae", "energy, meV/atom"), ("force_mae", "force, meV/Å"))
     for task, pair in zip(tasks, pairs, strict=True):
-        for ax, (key, label) in zip(pair, panels, strict=True):
-            _learning_curve(ax, runs, task, key)
+        for ax, (error, label) in zip(pair, panels, strict=True):
+            _learning_curve(ax, runs, task, error)
             if not any(len(line.get_xdata()) for line in ax.get_lines()):  # type: ignore[arg-type]
                 nothing(ax, f"no {label.split(',')[0]} labels")
                 continue
@@ -113,10 +113,10 @@ def learning_curves(runs: Sequence[RunData]) -> Figure:
     return figure
 
 
-def _learning_curve(ax: Axes, runs: Sequence[RunData], task: str, key: str) -> None:
+def _learning_curve(ax: Axes, runs: Sequence[RunData], task: str, error: str) -> None:
     for number, run in enumerate(runs):
-        ax.plot(*run.series("train", "tasks", task, key), color=colour_of(number), **TRAINED)
-        ax.plot(*run.series("evaluation", "tasks", task, key), color=colour_of(number), **VALIDATED)
+        ax.plot(*run.error_series("train", task, error), color=colour_of(number), **TRAINED)
+        ax.plot(*run.error_series("evaluation", task, error), color=colour_of(number), **VALIDATED)
 
 
 def over_steps(runs: Sequence[RunData], kind: str, key: str, label: str) -> Figure | None:

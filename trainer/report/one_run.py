@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from hydrazero.trainer.evaluation.tables import OTHER_HEADINGS, other_rows
 from hydrazero.trainer.plots.parity import other_parity_plots, parity_plots
 from hydrazero.trainer.records.run_log import left_out, shown
+from hydrazero.trainer.records.task_errors import TaskEvaluation
 from hydrazero.trainer.report.errors_by import calibration_plots, element_errors, force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table
@@ -47,8 +49,8 @@ def evaluation(run: RunData) -> list[str]:
     if run.evaluation is None:
         hint = f"hydrazero evaluate {run.path}"
         return [f"<h2>Errors</h2><p>This run has not been evaluated; do it with <code>{escape(hint)}</code>.</p>"]
-    tasks = run.evaluation["tasks"]
-    parts = [f"<h2>Errors on the {escape(run.evaluation['split'])} split</h2>", _errors(tasks)]
+    tasks = run.evaluation.tasks
+    parts = [f"<h2>Errors on the {escape(run.evaluation.split)} split</h2>", _errors(tasks)]
     parts.append(paragraph("Trivial: the task's reference energies alone and zero forces, on the same structures."))
     parts += _other_errors(tasks)
     parts += [paragraph(sentence) for sentence in left_out(tasks)]
@@ -68,21 +70,21 @@ def evaluation(run: RunData) -> list[str]:
     return [*parts, *_spread(run)]
 
 
-def _errors(tasks: dict[str, Any]) -> str:
+def _errors(tasks: Mapping[str, TaskEvaluation]) -> str:
     headings = ["task", "fidelity", "structures"]
     headings += ["energy MAE\nmeV/atom", "trivial", "ratio", "force MAE\nmeV/Å", "trivial", "ratio"]
     rows = []
-    for name, row in tasks.items():
-        cells = [name, row["fidelity"], f"{row['structures']:,}"]
-        for quantity, digits in (("energy_mae_mev_per_atom", 2), ("force_mae_mev_per_angstrom", 1)):
-            ours, trivial = row[quantity], row[f"trivial_{quantity}"]
+    for name, task in tasks.items():
+        cells = [name, task.fidelity or "-", f"{task.structures:,}"]
+        energies, forces = (task.energy_mae, task.trivial_energy_mae, 2), (task.force_mae, task.trivial_force_mae, 1)
+        for ours, trivial, digits in (energies, forces):
             ratio = trivial / ours if ours and trivial is not None else None
             cells += [shown(ours, digits), shown(trivial), shown(ratio)]
         rows.append(cells)
     return table(headings, rows, texts=(0, 1))
 
 
-def _other_errors(tasks: dict[str, Any]) -> list[str]:
+def _other_errors(tasks: Mapping[str, TaskEvaluation]) -> list[str]:
     """Stress and targets, if any task has them."""
     rows = other_rows(tasks)
     if not rows:
@@ -100,13 +102,13 @@ def _spread(run: RunData) -> list[str]:
     if figure is None or run.evaluation is None:
         return []
     sentences = []
-    for name, row in run.evaluation["tasks"].items():
-        if found := row["energy_spread"]:
+    for name, task in run.evaluation.tasks.items():
+        if spread := task.energy_spread:
             sentences.append(
                 paragraph(
-                    f"{name}: errors are {found['error_over_spread']:.2f} times the spread in the root mean square; "
-                    f"{100 * found['within_one']:.0f}% lie within one spread (68% if normal), "
-                    f"{100 * found['within_two']:.0f}% within two (95%)."
+                    f"{name}: errors are {spread.error_over_spread:.2f} times the spread in the root mean square; "
+                    f"{100 * spread.within_one:.0f}% lie within one spread (68% if normal), "
+                    f"{100 * spread.within_two:.0f}% within two (95%)."
                 )
             )
     return [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.plots.parity import Array, OtherParity, Parity
 from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_metrics, read_run_json
+from hydrazero.trainer.records.task_errors import KEYS, Evaluation, TargetErrors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class RunData:
     """Name of the run among those of the report."""
     record: dict[str, Any]
     metrics: list[dict[str, Any]]
-    evaluation: dict[str, Any] | None = None
+    evaluation: Evaluation | None = None
     predictions: dict[str, TaskPredictions] = field(default_factory=dict)
 
     @property
@@ -82,6 +83,10 @@ class RunData:
                 values.append(value)
         return steps, values
 
+    def error_series(self, kind: str, task: str, error: str) -> tuple[list[int], list[float]]:
+        """Return steps and values of one of a task's errors, an attribute of `TaskErrors` such as 'energy_mae'."""
+        return self.series(kind, "tasks", task, KEYS[error])
+
 
 def tasks_of(runs: Sequence[RunData]) -> list[str]:
     """Names of all tasks of the runs, in the order in which they come."""
@@ -103,16 +108,16 @@ def read_run(run_dir: Path, label: str) -> RunData:
     run = RunData(path=run_dir, label=label, record=read_run_json(run_dir, RUN_NAME), metrics=read_metrics(run_dir))
     if not (run_dir / EVALUATION_NAME).is_file():
         return run
-    evaluation = read_run_json(run_dir, EVALUATION_NAME)
+    evaluation = Evaluation.from_json(read_run_json(run_dir, EVALUATION_NAME))
     predictions = {
-        name: read_predictions(run_dir / PREDICTIONS / f"{name}.parquet", row["targets"])
-        for name, row in evaluation["tasks"].items()
+        name: read_predictions(run_dir / PREDICTIONS / f"{name}.parquet", task.targets)
+        for name, task in evaluation.tasks.items()
     }
     return RunData(**{**vars(run), "evaluation": evaluation, "predictions": predictions})
 
 
-def read_predictions(path: Path, targets: dict[str, Any]) -> TaskPredictions:
-    """Read one task's predictions, with its `targets` (their 'unit').
+def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPredictions:
+    """Read one task's predictions, with the errors of its `targets`, which state their units.
 
     Raises ConfigError if the file is missing or damaged.
     """
@@ -125,7 +130,7 @@ def read_predictions(path: Path, targets: dict[str, Any]) -> TaskPredictions:
     forced = table.filter(pc.is_valid(table.column("forces")))
     force_numbers = _flat(forced, "numbers").astype(np.int64)
     sizes = _numbers(pc.list_value_length(forced.column("numbers"))).astype(np.int64)
-    others = {"stress": "eV/Å³", **{name: row["unit"] for name, row in targets.items()}}
+    others = {"stress": "eV/Å³", **{name: errors.unit for name, errors in targets.items()}}
     return TaskPredictions(
         energy=(_numbers(table.column("energy")) - reference) / atoms,
         energy_predicted=(_numbers(table.column("energy_predicted")) - reference) / atoms,

@@ -66,9 +66,9 @@ def _errors(runs: Sequence[RunData]) -> list[str]:
             hint = f"hydrazero evaluate {run.path}"
             parts.append(f"<p>{escape(run.label)} has not been evaluated; do it with <code>{escape(hint)}</code>.</p>")
     if evaluated:
-        splits = list(dict.fromkeys(run.evaluation["split"] for run in evaluated if run.evaluation))
+        splits = list(dict.fromkeys(run.evaluation.split for run in evaluated if run.evaluation))
         if len(splits) > 1:
-            named = ", ".join(f"{run.label}: {run.evaluation['split']}" for run in evaluated if run.evaluation)
+            named = ", ".join(f"{run.label}: {run.evaluation.split}" for run in evaluated if run.evaluation)
             parts.append(paragraph(f"The runs were evaluated on different splits, so no error is marked ({named})."))
         else:
             parts.append(paragraph(f"On the {splits[0]} split; the lowest error of each task is marked."))
@@ -82,17 +82,19 @@ def _errors(runs: Sequence[RunData]) -> list[str]:
     return [*parts, *_other_data(runs)]
 
 
-def _evaluated(key: str) -> Value:
+def _evaluated(error: str) -> Value:
     def value(run: RunData, task: str) -> float | None:
-        found: float | None = (run.evaluation or {}).get("tasks", {}).get(task, {}).get(key)
+        if run.evaluation is None or task not in run.evaluation.tasks:
+            return None
+        found: float | None = getattr(run.evaluation.tasks[task], error)
         return found
 
     return value
 
 
-def _validated(key: str) -> Value:
+def _validated(error: str) -> Value:
     def value(run: RunData, task: str) -> float | None:
-        values = run.series("evaluation", "tasks", task, key)[1]
+        values = run.error_series("evaluation", task, error)[1]
         return values[-1] if values else None
 
     return value
@@ -102,12 +104,12 @@ def _tables(runs: Sequence[RunData], value_of: Callable[[str], Value], *, marked
     """Energies, forces and stress: a row for each task, a column for each run."""
     tables = []
     quantities = (
-        ("energy_mae_mev_per_atom", "Energy MAE, meV/atom", 2),
-        ("force_mae_mev_per_angstrom", "Force MAE, meV/Å", 1),
-        ("stress_mae_mev_per_angstrom3", "Stress MAE, meV/Å³", 3),
+        ("energy_mae", "Energy MAE, meV/atom", 2),
+        ("force_mae", "Force MAE, meV/Å", 1),
+        ("stress_mae", "Stress MAE, meV/Å³", 3),
     )
-    for key, title, digits in quantities:
-        value = value_of(key)
+    for error, title, digits in quantities:
+        value = value_of(error)
         rows: list[list[str]] = []
         best: set[tuple[int, int]] = set()
         for task in tasks_of(runs):

@@ -22,7 +22,7 @@ from filelock import AcquireReturnProxy
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import locked, try_lock
 from hydrazero.trainer.search.halving import Scores, goes_on
-from hydrazero.trainer.search.objective import Errors, RungResult
+from hydrazero.trainer.search.objective import ErrorsByTask, RungResult
 from hydrazero.trainer.search.space import Choices, SearchSpace, Value, require_optuna, space_of
 
 JOURNAL_NAME = "journal.log"
@@ -61,9 +61,9 @@ class Journal:
         return self.out / RUN_FILE_NAME
 
     @property
-    def trivial(self) -> Errors:
-        """Errors of the trivial predictor."""
-        found: Errors = self.study.user_attrs["trivial"]
+    def trivial(self) -> ErrorsByTask:
+        """ErrorsByTask of the trivial predictor."""
+        found: ErrorsByTask = self.study.user_attrs["trivial"]
         return found
 
     def trials(self) -> list[Any]:
@@ -154,7 +154,7 @@ class Journal:
             yield
 
 
-def begin_search(space: SearchSpace, text: str, trivial: Errors) -> Journal:
+def begin_search(space: SearchSpace, text: str, trivial: ErrorsByTask) -> Journal:
     """Begin a search of a space with a run file of such a text, or go on with one that is there.
 
     Raises ConfigError if the folder cannot be written, or holds a search that began otherwise.

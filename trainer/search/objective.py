@@ -32,14 +32,15 @@ from hydrazero.trainer.config.sections import LossSection, TaskSection
 from hydrazero.trainer.config.tasks import task_facts
 from hydrazero.trainer.evaluation.errors import Mean
 from hydrazero.trainer.records.run_files import read_metrics
+from hydrazero.trainer.records.task_errors import TaskErrors
 
-ERRORS = {"energy": "energy_mae_mev_per_atom", "forces": "force_mae_mev_per_angstrom"}
-"""Quantities, and where an evaluation has their errors."""
+QUANTITIES = ("energy", "forces")
+"""Quantities whose errors trials are compared by."""
 
 SMALLEST = 1e-12
 """meV; an error of zero has no logarithm."""
 
-Errors = dict[str, dict[str, float]]
+ErrorsByTask = dict[str, dict[str, float]]
 """Task -> quantity -> mean absolute error, meV/atom or meV/Å."""
 
 
@@ -56,14 +57,14 @@ class RungResult:
     inference: float
     """Structures/s in the validation, energies and forces, reading and neighbour lists included."""
     step: int
-    tasks: Errors
+    tasks: ErrorsByTask
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON has it."""
         return asdict(self)
 
 
-def relative_error(found: Mapping[str, Mapping[str, float]], trivial: Errors) -> float:
+def relative_error(found: Mapping[str, Mapping[str, float]], trivial: ErrorsByTask) -> float:
     """Return the objective of the errors of a validation; NaN if one of them is not finite."""
     tasks = [
         fmean(_log_ratio(found[task][quantity], error) for quantity, error in quantities.items())
@@ -78,12 +79,12 @@ def _log_ratio(error: float, trivial: float) -> float:
 
 def trivial_errors(
     tasks: Sequence[TaskSection], manifests: Sequence[Manifest], loss: LossSection, *, skip_damaged: bool
-) -> Errors:
+) -> ErrorsByTask:
     """Return the trivial predictor's errors of everything that counts in the loss.
 
     Raises ConfigError if nothing counts, and ShardError for a damaged shard unless these are skipped.
     """
-    found: Errors = {}
+    found: ErrorsByTask = {}
     for task, manifest in zip(tasks, manifests, strict=True):
         facts = task_facts(task, manifest)
         wanted = {"energy": facts.has_energy, "forces": facts.has_forces and facts.forces != NONE}
@@ -114,7 +115,7 @@ def _trivial(reader: BlockReader, known: set[str], skip_damaged: bool) -> dict[s
     from ase.data import chemical_symbols
 
     references = reference_table(reader.manifest.reference_energies)
-    means = {quantity: Mean() for quantity in ERRORS}
+    means = {quantity: Mean() for quantity in QUANTITIES}
     for number in range(len(reader)):
         try:
             block = reader.read(number)
@@ -134,15 +135,17 @@ def _trivial(reader: BlockReader, known: set[str], skip_damaged: bool) -> dict[s
     return means
 
 
-def result_at(run_dir: Path, seconds: float, trivial: Errors) -> RungResult | None:
+def result_at(run_dir: Path, seconds: float, trivial: ErrorsByTask) -> RungResult | None:
     """Return what a run has come to after so many seconds of training; None if it has not been evaluated there yet."""
     rows = read_metrics(run_dir)
     row = next((row for row in rows if row["kind"] == "evaluation" and row["trained_seconds"] >= seconds), None)
     if row is None:
         return None
-    found = {
-        task: {q: _number(row["tasks"][task][ERRORS[q]]) for q in quantities} for task, quantities in trivial.items()
-    }
+    found: ErrorsByTask = {}
+    for task, quantities in trivial.items():
+        errors = TaskErrors.from_json(row["tasks"][task])
+        by_quantity = {"energy": errors.energy_mae, "forces": errors.force_mae}
+        found[task] = {quantity: _number(by_quantity[quantity]) for quantity in quantities}
     rates = [each["structures_per_s"] for each in rows if each["kind"] == "train" and each["step"] <= row["step"]]
     return RungResult(
         seconds=row["trained_seconds"],
