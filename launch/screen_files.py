@@ -13,9 +13,9 @@ import torch
 from hydrazero.models import load_model
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary, Source, screen, sources_of
-from hydrazero.models.screening.generated import GeneratedSource
-from hydrazero.models.screening.reader import Share
-from hydrazero.models.screening.run import structures_of
+from hydrazero.models.screening.batch_loading import RankShare
+from hydrazero.models.screening.prototypes import GeneratedSource
+from hydrazero.models.screening.screener import expected_structures
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.launcher_variables import launcher_rank, launcher_ranks
@@ -106,7 +106,7 @@ def _with_progress(
     """Screen with a progress bar on the first rank."""
     if plan.rank:
         return screen(potential, sources, out, settings, plan)
-    expected = structures_of(sources, Share(ranks=plan.ranks))
+    expected = expected_structures(sources, RankShare(ranks=plan.ranks))
     total = round(expected) if expected < float("inf") else None
     bar, advance = progress_bar("screening", total)
     with ExitStack() as shown:
@@ -125,37 +125,37 @@ def _report(
     """Say what came of this rank's part and, on the rank that finishes last, of the whole screen."""
     if summary.was_complete:
         say(f"{out} is complete; rank {plan.rank} of {plan.ranks} had nothing to do.")
-    elif summary.whole is not None:
+    elif summary.totals is not None:
         say(summary_text(out, summary, plan.ranks))
-        if sum(summary.whole["refused"].values()) == summary.whole["structures"]:
+        if sum(summary.totals["refused"].values()) == summary.totals["structures"]:
             raise HydrazeroError(
                 f"no structure could be computed; the column 'reason' of {out} gives the reason for each."
             )
-        _report_unranked(settings, summary.whole, say)
+        _report_unranked(settings, summary.totals, say)
     elif summary.structures:
         done = f"rank {plan.rank} of {plan.ranks} has computed its {summary.structures:,} structures"
         say(f"{done}; the last rank writes {out}.")
 
 
-def _report_unranked(settings: ScreenSettings, whole: dict[str, Any], say: Callable[[str], None]) -> None:
+def _report_unranked(settings: ScreenSettings, totals: dict[str, Any], say: Callable[[str], None]) -> None:
     """Say how many structures could not be ranked; raise ConfigError if none could be."""
-    computed = whole["structures"] - sum(whole["refused"].values())
-    if settings.top is None or whole["written"] >= min(settings.top, computed):
+    computed = totals["structures"] - sum(totals["refused"].values())
+    if settings.top is None or totals["written"] >= min(settings.top, computed):
         return
     why = "columns are empty for heads that have not seen an element, and some results are not finite"
-    if whole["written"] == 0:
+    if totals["written"] == 0:
         raise ConfigError(f"no structure has a value of '{settings.ranking}': {why}; rank by other columns.")
-    say(f"not ranked, without a value of '{settings.ranking}': {computed - whole['written']:,} ({why})")
+    say(f"not ranked, without a value of '{settings.ranking}': {computed - totals['written']:,} ({why})")
 
 
 def summary_text(out: Path, summary: ScreenSummary, ranks: int) -> str:
     """Return what a complete screen has computed, and how fast, as lines."""
-    whole = summary.whole or {}
-    refused = sum(whole["refused"].values())
-    kept = "" if whole["written"] == whole["structures"] else f"; the {whole['written']:,} that rank lowest are kept"
-    lines = [f"{out}: {whole['structures'] - refused:,} of {whole['structures']:,} structures computed{kept}"]
+    totals = summary.totals or {}
+    refused = sum(totals["refused"].values())
+    kept = "" if totals["written"] == totals["structures"] else f"; the {totals['written']:,} that rank lowest are kept"
+    lines = [f"{out}: {totals['structures'] - refused:,} of {totals['structures']:,} structures computed{kept}"]
     if refused:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(whole["refused"].items()))
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(totals["refused"].items()))
         lines.append(f"{refused:,} not computed ({kinds}); the column 'reason' says why")
     rate = summary.structures / max(summary.seconds, 1e-9)
     share = summary.model_seconds / max(summary.seconds - summary.start_seconds, 1e-9)

@@ -15,7 +15,7 @@ from reference_keys import markdown_of
 
 from hydrazero.launch.cli.main import main as command_line
 from hydrazero.launch.job.site_file import Measure, Site
-from hydrazero.models.screening.generated import GenerateSettings
+from hydrazero.models.screening.prototypes import GenerateSettings
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.trainer.config.precision import precision_of
 from hydrazero.trainer.config.run_file import RunConfig

@@ -1,12 +1,12 @@
-"""Screening: energies (and forces) of very many structures by many heads, into parquet files."""
+"""Screening: energies and forces of very many structures by many heads, written to Parquet files."""
 
-from hydrazero.models.screening.run import ScreenPlan, ScreenSummary, screen
+from hydrazero.models.screening.screener import ScreenPlan, ScreenSummary, screen
 from hydrazero.models.screening.settings import ScreenSettings
-from hydrazero.models.screening.sources import FileSource, MadeSource, ShardSource, Source, sources_of
+from hydrazero.models.screening.sources import FileSource, FunctionSource, ShardSource, Source, sources_of
 
 __all__ = [
     "FileSource",
-    "MadeSource",
+    "FunctionSource",
     "ScreenPlan",
     "ScreenSettings",
     "ScreenSummary",

@@ -1,4 +1,4 @@
-"""Where a screen's rows go: a folder of parts, or one file that is made of them at the end."""
+"""Output of a screen: a folder of parts, or one file that is merged from parts at the end."""
 
 from __future__ import annotations
 
@@ -16,31 +16,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hydrazero.models.screening.parts import Best, ChunkNote, note_of, write_part
+from hydrazero.models.screening.part_files import ChunkRecord, read_chunk_records, write_part
+from hydrazero.models.screening.ranking import TopRows
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import ConfigError, SourceError
 from hydrazero.shards.files import locked, replacing, try_lock, write_bytes, write_json
 
 RECORD_NAME, SUMMARY_NAME = "_screen.json", "_summary.json"
-"""Names that begin like this are passed over by what reads a folder of parquet files as one table."""
-DONE = "_done-"
-"""Beginning of the names of files that ranks leave when they have done their share."""
-SCREEN = b"hydrazero.screened"
+"""Names that begin with an underscore are ignored by programs that read a folder of Parquet files as one table."""
+RANK_DONE = "_done-"
+"""Prefix of the empty files by which ranks show that they have screened their share."""
+SCREEN_KEY = b"hydrazero.screened"
+"""Key of a result's Parquet metadata that holds the SHA-256 of the screen's record."""
 TOP_NAME, PARTS = "top.parquet", "part-*.parquet"
-AT_ONCE = 64
-"""Chunks that become one row group of a file."""
-OPEN_AT_ONCE = 64
-"""Parts that are held open while a file is made of them."""
+ROW_GROUP_CHUNKS = 64
+"""Number of chunks in a row group of the merged file."""
+MAX_OPEN_PARTS = 64
+"""Maximum number of parts that are open at once while they are merged."""
 SUFFIX = ".parquet"
 OTHER_FILES = {".arrow", ".csv", ".db", ".extxyz", ".feather", ".h5", ".hdf5", ".json", ".npz", ".pq", ".txt", ".xyz"}
-"""Suffixes of what is no folder for sure."""
+"""Suffixes that show that `out` was meant to be a file of another format, not a folder."""
+
+PartRecords = dict[Path, dict[int, ChunkRecord]]
+"""The chunks of each part."""
 
 
-class Output:
-    """Where a screen's rows go: a folder of parts, or a file that is made of parts at the end."""
+class ScreenOutput:
+    """The files of a screen: parts while it runs, and the result at its end."""
 
     def __init__(self, out: Path) -> None:
-        """Raise ConfigError for the name of another kind of file."""
+        """Raise ConfigError if `out` has the suffix of another file format."""
         if out.suffix.lower() in OTHER_FILES:
             raise ConfigError(f"{out}: rows are written as Parquet; name {out.with_suffix(SUFFIX)}, or a folder.")
         self.out = out
@@ -49,20 +54,20 @@ class Output:
         self._screen = ""
 
     def begin(self, record: dict[str, Any], ranks: int) -> bool:
-        """Make the folder of parts, or go on with one of the same model, sources and settings.
+        """Create the folder of parts, or resume one with the same model, sources and settings.
 
-        Of several ranks, one that is late finds that the same screen is complete, and gets False. Raises SourceError if
-        `out` is there otherwise, or was begun with something else.
+        Return False if the same screen is already complete, which a late rank of several may find. Raise SourceError if
+        `out` exists for another reason, or if the unfinished screen has another record.
         """
         self._screen = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            if (before := self._finished()) is not None:
-                self._tidy()
-                if ranks > 1 and before == self._screen:
+        with self._exclusive():
+            if (complete := self._complete_screen()) is not None:
+                self._remove_leftovers()
+                if ranks > 1 and complete == self._screen:
                     return False
-                what = "holds a screen that is complete" if self.out.is_dir() else "exists"
-                raise SourceError(f"{self.out} {what}; remove it or choose another name.")
+                state = "holds a screen that is complete" if self.out.is_dir() else "exists"
+                raise SourceError(f"{self.out} {state}; remove it or choose another name.")
             if self.out.is_file():
                 raise SourceError(f"{self.out} is a file; name a file that ends in .parquet, or a new folder.")
             file = self.parts / RECORD_NAME
@@ -70,18 +75,20 @@ class Output:
                 self._check_same(record, json.loads(file.read_text(encoding="utf-8")))
                 return True
             if self.parts.is_dir() and any(self.parts.iterdir()):
-                raise SourceError(f"{self.parts} exists and is no unfinished screen; remove it or choose another name.")
+                raise SourceError(
+                    f"{self.parts} exists, but holds no unfinished screen; remove it or choose another name."
+                )
             self.parts.mkdir(exist_ok=True)
             write_json(file, record, shared=True)
         return True
 
-    def _finished(self) -> str | None:
-        """Return which screen has made the result, None if there is none yet."""
+    def _complete_screen(self) -> str | None:
+        """Return the SHA-256 of the screen that made the result, "" if it is unknown, None if there is no result."""
         if self.one_file:
             if not self.out.is_file():
                 return None
             try:
-                return (pq.read_schema(self.out).metadata or {}).get(SCREEN, b"").decode()
+                return (pq.read_schema(self.out).metadata or {}).get(SCREEN_KEY, b"").decode()
             except pa.ArrowException:
                 return ""
         summary = self.summary()
@@ -89,129 +96,130 @@ class Output:
 
     @contextmanager
     def working(self, rank: int, ranks: int) -> Iterator[None]:
-        """Keep others from doing the same work meanwhile; raises SourceError if another process is at it."""
+        """Hold the lock of a rank's share; raise SourceError if another process works on the same share."""
         path = self.out.with_name(f".{self.out.name}.rank-{rank}-of-{ranks}.lock")
         lock = try_lock(path)
         if lock is None:
             raise SourceError(
-                f"another process is at work on {self.out} as rank {rank} of {ranks}; wait for it, or stop it."
+                f"another process works on {self.out} as rank {rank} of {ranks}; wait until it has ended, or stop it."
             )
         with lock:
             yield
             path.unlink(missing_ok=True)
 
-    def _check_same(self, record: dict[str, Any], there: dict[str, Any]) -> None:
-        other = [key for key in record if record[key] != there.get(key)]
-        if "settings" in other:
-            before = there.get("settings", {})
+    def _check_same(self, record: dict[str, Any], previous: dict[str, Any]) -> None:
+        """Raise SourceError, with the keys that differ, unless an unfinished screen has the same record."""
+        different = [key for key in record if record[key] != previous.get(key)]
+        if "settings" in different:
+            before = previous.get("settings", {})
             changed = [key for key, value in record["settings"].items() if value != before.get(key)]
-            other[other.index("settings")] = f"settings ({', '.join(changed)})"
-        if other:
+            different[different.index("settings")] = f"settings ({', '.join(changed)})"
+        if different:
             raise SourceError(
-                f"{self.parts} holds an unfinished screen with other {' and '.join(other)}; give the same ones to go "
-                "on with it, or remove it."
+                f"{self.parts} holds an unfinished screen with other {' and '.join(different)}; give the same ones to "
+                "resume it, or remove it."
             )
 
-    def notes(self) -> dict[Path, dict[int, ChunkNote]]:
-        """Read what all parts say of themselves."""
-        return {path: note_of(path) for path in sorted(self.parts.glob(PARTS))}
+    def part_records(self) -> PartRecords:
+        """Return the chunks of each part, as its metadata lists them."""
+        return {path: read_chunk_records(path) for path in sorted(self.parts.glob(PARTS))}
 
     def summary(self) -> dict[str, Any] | None:
-        """Return what `finish` has written into a folder."""
+        """Return the summary that `finish` wrote into the folder, None if there is none."""
         file = self.parts / SUMMARY_NAME
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def finish(self, total: int, settings: ScreenSettings, rank: int, ranks: int) -> dict[str, Any] | None:
-        """Make the result of all parts, if this rank is the last; returns the summary.
+        """Merge all parts into the result if this rank is the last one, and return the summary; otherwise return None.
 
-        Raises SourceError if there was no structure, or if the parts do not hold as many as the sources.
+        Raises SourceError if the sources hold no structure, or if the parts lack some of their `total` structures.
         """
         try:
-            write_bytes(self.parts / f"{DONE}{rank}-of-{ranks}", b"", shared=True)
+            write_bytes(self.parts / f"{RANK_DONE}{rank}-of-{ranks}", b"", shared=True)
         except FileNotFoundError:
-            return None  # another start has made a file of the parts
-        if len(list(self.parts.glob(f"{DONE}*-of-{ranks}"))) < ranks:
+            return None  # another start of the same screen has merged the parts
+        if len(list(self.parts.glob(f"{RANK_DONE}*-of-{ranks}"))) < ranks:
             return None
-        with self._alone():
+        with self._exclusive():
             if not self.parts.is_dir():
                 return None
-            if self._finished() is not None:
-                self._tidy()
+            if self._complete_screen() is not None:
+                self._remove_leftovers()
                 if settings.top is None:
-                    self._drop_repeats(self.notes())
+                    self._drop_repeats(self.part_records())
                 return None
-            notes = self.notes()
-            chunks = {chunk: note for found in notes.values() for chunk, note in found.items()}
+            records = self.part_records()
+            chunks = {chunk: record for part in records.values() for chunk, record in part.items()}
             if total == 0:
                 shutil.rmtree(self.parts)
                 raise SourceError("the sources hold no structure; there is nothing to screen.")
-            self._check_whole(chunks, total)
-            refused: Counter[str] = sum((note.refused for note in chunks.values()), Counter())
-            written = self._merge(notes, settings, total)
-            summary = {"structures": total, "written": written, "refused": dict(refused)}
+            self._check_complete(chunks, total)
+            rejected: Counter[str] = sum((record.rejected for record in chunks.values()), Counter())
+            written = self._merge(records, settings, total)
+            summary = {"structures": total, "written": written, "refused": dict(rejected)}
             if self.one_file:
                 shutil.rmtree(self.parts)
             else:
                 write_json(self.parts / SUMMARY_NAME, {**summary, "screen": self._screen}, shared=True)
-                self._tidy()
+                self._remove_leftovers()
             return summary
 
-    def _tidy(self) -> None:
-        """Leave in the folder of a complete screen nothing but the result."""
-        leftovers = [f"{DONE}*", ".part-*"]  # the latter of ranks that were killed while they wrote
+    def _remove_leftovers(self) -> None:
+        """Remove everything but the result from the folder of a complete screen."""
+        leftovers = [f"{RANK_DONE}*", ".part-*"]  # the second are temporary files of ranks that were killed
         if (self.parts / TOP_NAME).exists():
             leftovers.append(PARTS)
         for pattern in leftovers:
-            for left in self.parts.glob(pattern):
-                left.unlink()
+            for file in self.parts.glob(pattern):
+                file.unlink()
 
-    def _drop_repeats(self, notes: dict[Path, dict[int, ChunkNote]]) -> None:
-        """Leave each chunk in one part: starts with different numbers of ranks may have done the same ones."""
+    def _drop_repeats(self, records: PartRecords) -> None:
+        """Keep each chunk in one part only: starts with different numbers of ranks may have screened it twice."""
         seen: set[int] = set()
-        for path, found in notes.items():
-            kept = {chunk: note for chunk, note in found.items() if chunk not in seen}
+        for path, part in records.items():
+            kept = {chunk: record for chunk, record in part.items() if chunk not in seen}
             seen |= kept.keys()
             if not kept:
                 path.unlink()
-            elif len(kept) < len(found):
+            elif len(kept) < len(part):
                 table = pq.read_table(path)
-                mine = np.isin(table["index"].to_numpy() // CHUNK, list(kept))
-                write_part(path, [table.filter(pa.array(mine))], kept)
+                selected = np.isin(table["index"].to_numpy() // CHUNK, list(kept))
+                write_part(path, [table.filter(pa.array(selected))], kept)
 
-    def _check_whole(self, chunks: dict[int, ChunkNote], total: int) -> None:
-        """Raise SourceError unless the chunks hold just the structures that the sources do."""
+    def _check_complete(self, chunks: dict[int, ChunkRecord], total: int) -> None:
+        """Raise SourceError unless the chunks hold exactly the `total` structures of the sources."""
         for chunk in range(-(-total // CHUNK)):
             expected = min(CHUNK, total - chunk * CHUNK)
             if chunk not in chunks or chunks[chunk].structures != expected:
                 where = f"{chunk * CHUNK:,} to {chunk * CHUNK + expected - 1:,}"
                 raise SourceError(
                     f"{self.parts} lacks some of the structures {where}: the sources have changed, or a rank could not "
-                    "read them in full; remove it, and start again."
+                    "read them completely; remove it, and start again."
                 )
 
-    def _alone(self) -> AbstractContextManager[None]:
-        """Wait until no other rank is at it; the lock ends with its process."""
+    def _exclusive(self) -> AbstractContextManager[None]:
+        """Wait until no other rank changes the output; the lock is released when its process ends."""
         return locked(self.out.with_name(f".{self.out.name}.lock"), remove=True)
 
-    def _merge(self, notes: dict[Path, dict[int, ChunkNote]], settings: ScreenSettings, total: int) -> int:
-        """Write what is to stay of all `total` structures; returns its rows."""
+    def _merge(self, records: PartRecords, settings: ScreenSettings, total: int) -> int:
+        """Write the rows to keep of all `total` structures; return their number."""
         if settings.top is not None:
-            best = Best(settings, pq.read_schema(next(iter(notes))))
-            for path in notes:
-                best.add(pq.read_table(path).replace_schema_metadata(None))
-            return self._write_tables(self.out if self.one_file else self.out / TOP_NAME, iter([best.table()]))
+            top = TopRows(settings, pq.read_schema(next(iter(records))))
+            for path in records:
+                top.add(pq.read_table(path).replace_schema_metadata(None))
+            return self._write_tables(self.out if self.one_file else self.out / TOP_NAME, iter([top.table()]))
         if self.one_file:
-            return self._write_tables(self.out, _in_order(notes))
-        self._drop_repeats(notes)
+            return self._write_tables(self.out, _in_source_order(records))
+        self._drop_repeats(records)
         return total
 
     def _write_tables(self, path: Path, tables: Iterator[pa.Table]) -> int:
-        """Write tables of one schema to a file, which appears when it is whole; returns the number of rows."""
+        """Write tables of one schema to a temporary file and rename it to `path`; return the number of rows."""
         rows, writer = 0, None
-        with replacing(path, shared=True) as part:
+        with replacing(path, shared=True) as temporary:
             for table in tables:
-                table = table.replace_schema_metadata({SCREEN: self._screen.encode()})
-                writer = writer or pq.ParquetWriter(part, table.schema)
+                table = table.replace_schema_metadata({SCREEN_KEY: self._screen.encode()})
+                writer = writer or pq.ParquetWriter(temporary, table.schema)
                 writer.write_table(table)
                 rows += table.num_rows
             if writer is not None:
@@ -219,14 +227,14 @@ class Output:
         return rows
 
 
-def _in_order(notes: dict[Path, dict[int, ChunkNote]]) -> Iterator[pa.Table]:
-    """Yield the rows of all chunks in the order of the sources; each is a row group of its part."""
-    owner = {chunk: (path, place) for path, found in notes.items() for place, chunk in enumerate(found)}
-    opened = lru_cache(maxsize=OPEN_AT_ONCE)(pq.ParquetFile)
+def _in_source_order(records: PartRecords) -> Iterator[pa.Table]:
+    """Yield the rows of all chunks in the order of the sources; each chunk is a row group of its part."""
+    owner = {chunk: (path, place) for path, part in records.items() for place, chunk in enumerate(part)}
+    open_part = lru_cache(maxsize=MAX_OPEN_PARTS)(pq.ParquetFile)
     waiting: list[pa.Table] = []
     for _, (path, place) in sorted(owner.items()):
-        waiting.append(opened(path).read_row_group(place))
-        if len(waiting) == AT_ONCE:
+        waiting.append(open_part(path).read_row_group(place))
+        if len(waiting) == ROW_GROUP_CHUNKS:
             yield pa.concat_tables(waiting)
             waiting = []
     if waiting:

@@ -1,4 +1,4 @@
-"""What to screen: structures of shard folders, of files that `convert` reads, of a generator, in one fixed order."""
+"""Sources of a screen: shard folders, files that `convert` can read, and functions, in one fixed order."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.structure import Structure, check_structure
 
 GEOMETRY_ALONE = ReadSettings(fields=FieldNames(energy="", forces="", stress=""))
-"""A label that is missing or faulty does not matter to a screen."""
+"""Settings by which labels are ignored, since a screen does not use them."""
 
-Wanted = Callable[[int], bool]
-"""Whether the chunk of this number is to be read."""
+ChunkFilter = Callable[[int], bool]
+"""A function that returns whether the chunk of a number is to be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A place in the sources that is to be screened."""
+    """A structure to screen, which is not read yet."""
 
     index: int
-    """Its number in all sources together."""
+    """Number of the structure in all sources together."""
     source_id: str
-    """'file#frame'."""
+    """File and frame, as 'file#frame'."""
     read: Callable[[], Structure]
-    """Gives the structure; raises StructureError, ShardError or SourceError if there is none."""
+    """Return the structure; raise StructureError, ShardError or SourceError if it cannot be read."""
 
 
 Items = Generator[Item, None, int]
 
 
 class Source(Protocol):
-    """Structures in an order that never changes."""
+    """Structures in an order that is the same each time they are read."""
 
-    def items(self, first: int, wanted: Wanted) -> Items:
-        """Yield the items of wanted chunks, their indices counted from `first`; returns how many there are in all."""
+    def items(self, first: int, selected: ChunkFilter) -> Items:
+        """Yield the items of the selected chunks, with indices counted from `first`; return the number of all items."""
         ...
 
     def identity(self) -> str:
-        """Return what tells whether it is still the same source."""
+        """Return a text that changes if the source changes."""
         ...
 
     def known_length(self) -> int | None:
-        """Return the number of structures, if it can be told without reading."""
+        """Return the number of structures, None if it is not known before they are read."""
         ...
 
 
@@ -63,96 +63,96 @@ class ShardSource:
         self.readers = [BlockReader(folder, split) for split in SPLITS]
         self.folder = folder
 
-    def items(self, first: int, wanted: Wanted) -> Items:
-        """See Source; blocks of which nothing is wanted are not read."""
+    def items(self, first: int, selected: ChunkFilter) -> Items:
+        """Yield items as `Source.items` does; blocks without selected chunks are not read."""
         index = first
         for reader in self.readers:
             for number, size in enumerate(reader.block_sizes.tolist()):
                 chunks = range(index // CHUNK, (index + size - 1) // CHUNK + 1)
-                if any(map(wanted, chunks)):
-                    yield from self._block(reader, number, index, wanted)
+                if any(map(selected, chunks)):
+                    yield from self._block(reader, number, index, selected)
                 index += size
         return index - first
 
-    def _block(self, reader: BlockReader, number: int, first: int, wanted: Wanted) -> Iterator[Item]:
+    def _block(self, reader: BlockReader, number: int, first: int, selected: ChunkFilter) -> Iterator[Item]:
         where = f"{self.folder}/{reader.split}, block {number}"
         try:
             block = reader.read(number)
         except ShardError as error:
             fail = partial(_raise, error)
             for row in range(int(reader.block_sizes[number])):
-                if wanted((first + row) // CHUNK):
+                if selected((first + row) // CHUNK):
                     yield Item(index=first + row, source_id=f"{where}, row {row}", read=fail)
             return
         for row in range(len(block)):
-            if wanted((first + row) // CHUNK):
+            if selected((first + row) // CHUNK):
                 name = block.names[row] or f"{where}, row {row}"
                 yield Item(index=first + row, source_id=name, read=partial(block.structure, row))
 
     def identity(self) -> str:
-        """Folder and digest of its manifest."""
+        """Return the folder and the digest of its manifest."""
         return f"{self.folder.resolve()} {manifest_sha256(self.folder)}"
 
     def known_length(self) -> int | None:
-        """As the manifest tells it."""
+        """Return the number of structures in the manifest."""
         return sum(int(reader.block_sizes.sum()) for reader in self.readers)
 
 
 class FileSource:
-    """A file that `convert` reads."""
+    """A file that `convert` can read."""
 
     def __init__(self, path: Path, settings: ReadSettings = GEOMETRY_ALONE) -> None:
         self.path, self.settings = path, settings
         self.name = path.name
-        """What its structures are called by."""
+        """Name of the file in the source ids of its structures."""
 
-    def items(self, first: int, wanted: Wanted) -> Items:
-        """See Source; what makes the file unreadable is an item too, after those that could be read."""
+    def items(self, first: int, selected: ChunkFilter) -> Items:
+        """Yield items as `Source.items` does; if the file cannot be read to its end, the last item raises the error."""
         index = first
         try:
             for frame in unread(self.path, self.settings):
-                if wanted(index // CHUNK):
+                if selected(index // CHUNK):
                     source_id = self.name + frame.source_id.removeprefix(self.path.name)
                     yield Item(index=index, source_id=source_id, read=partial(_read, frame))
                 index += 1
         except SourceError as error:
-            if wanted(index // CHUNK):
+            if selected(index // CHUNK):
                 yield Item(index=index, source_id=self.name, read=partial(_raise, error))
             index += 1
         return index - first
 
     def identity(self) -> str:
-        """Path, size and time of the last change, and how it is read."""
+        """Return path, size, modification time and a checksum of the reading settings."""
         status, settings = self.path.stat(), repr(self.settings).encode()
         return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns} {zlib.crc32(settings)}"
 
     def known_length(self) -> int | None:
-        """Not without reading."""
+        """Return None: the number of frames is not known before the file is read."""
         return None
 
 
-class MadeSource:
-    """Structures that a function makes, always the same ones."""
+class FunctionSource:
+    """Structures made by a function that makes the same ones at every call."""
 
     def __init__(self, name: str, make: Callable[[], Iterable[Structure]], length: int | None = None) -> None:
         self.name, self.make, self.length = name, make, length
 
-    def items(self, first: int, wanted: Wanted) -> Items:
-        """See Source; structures that are not wanted are made and left."""
+    def items(self, first: int, selected: ChunkFilter) -> Items:
+        """Yield items as `Source.items` does; structures of other chunks are made too, and dropped."""
         index = first
         for structure in self.make():
-            if wanted(index // CHUNK):
+            if selected(index // CHUNK):
                 name = structure.source_id or f"{self.name}#{index - first}"
                 yield Item(index=index, source_id=name, read=partial(_checked, structure))
             index += 1
         return index - first
 
     def identity(self) -> str:
-        """Its name."""
+        """Return the name."""
         return self.name
 
     def known_length(self) -> int | None:
-        """What it was told."""
+        """Return the length given at creation."""
         return self.length
 
 
@@ -161,39 +161,39 @@ def _raise(error: HydrazeroError) -> Structure:
 
 
 def _read(frame: UnreadFrame) -> Structure:
-    found = frame.read()
-    if found.structure is None:
-        raise found.error or StructureError("unreadable", "the frame holds no structure")
-    return found.structure
+    result = frame.read()
+    if result.structure is None:
+        raise result.error or StructureError("unreadable", "the frame holds no structure")
+    return result.structure
 
 
 def _checked(structure: Structure) -> Structure:
-    plain = replace(structure, energy=None, forces=None, stress=None)  # labels do not matter here
+    plain = replace(structure, energy=None, forces=None, stress=None)  # invalid labels must not reject it
     check_structure(plain)
     return plain
 
 
 def sources_of(paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE) -> list[Source]:
-    """Return the sources at paths: shard folders, files, and folders of files.
+    """Return the sources at paths, which are shard folders, files or folders of files.
 
     Raises SourceError for a path that does not exist or holds nothing to read, ShardError for a damaged manifest.
     """
     if settings.format is not None:
         READERS.check(settings.format)
-    found: list[Source] = []
+    sources: list[Source] = []
     for path in paths:
         if (path / MANIFEST_NAME).is_file():
-            found.append(ShardSource(path))
+            sources.append(ShardSource(path))
         else:
-            found += [FileSource(file, settings) for file in expand_sources([path], settings)]
-    files = [source for source in found if isinstance(source, FileSource)]
-    for source, name in zip(files, names_apart([source.path for source in files]), strict=True):
+            sources += [FileSource(file, settings) for file in expand_sources([path], settings)]
+    files = [source for source in sources if isinstance(source, FileSource)]
+    for source, name in zip(files, distinct_names([source.path for source in files]), strict=True):
         source.name = name
-    return found
+    return sources
 
 
-def names_apart(paths: Sequence[Path]) -> list[str]:
-    """Return as many last parts of each path as tell it from all others of the same name."""
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return, for each path, its last parts: as many as are needed to distinguish it from all other paths."""
     parts = [path.resolve().parts for path in paths]
     taken = [1] * len(parts)
     while True:
@@ -206,16 +206,16 @@ def names_apart(paths: Sequence[Path]) -> list[str]:
             taken[n] += 1
 
 
-def walk(sources: Sequence[Source], wanted: Wanted) -> Items:
-    """Yield the items of wanted chunks of all sources; returns the number of structures in them all."""
+def all_items(sources: Sequence[Source], selected: ChunkFilter) -> Items:
+    """Yield the items of the selected chunks of all sources; return the number of structures in all sources."""
     index = 0
     for source in sources:
-        index += yield from source.items(index, wanted)
+        index += yield from source.items(index, selected)
     return index
 
 
-def structure_at(item: Item) -> Structure:
-    """Read an item; raises StructureError with the reason, whatever kind of fault it is."""
+def read_structure(item: Item) -> Structure:
+    """Return the structure of an item; raise StructureError whatever kind of error prevents reading it."""
     try:
         return item.read()
     except (ShardError, SourceError) as error:

@@ -24,7 +24,8 @@ from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference import model_file
 from hydrazero.models.inference.model_card import Origin, model_card
 from hydrazero.models.model_settings import ModelSettings
-from hydrazero.models.screening.settings import ScreenSettings, schema_of
+from hydrazero.models.screening.columns import schema_of
+from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.models.task_facts import TargetFacts, TaskFacts
 from hydrazero.shards import manifest
 from hydrazero.shards.block import StructureBlock

@@ -13,7 +13,7 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS, SIZES, size_settings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.model_settings import ModelSettings
-from hydrazero.models.screening.generated import GeneratedSource
+from hydrazero.models.screening.prototypes import GeneratedSource
 from hydrazero.shards.convert.presets import preset_names
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.files import toml_text

@@ -12,7 +12,7 @@ import tomli_w
 from page_blocks import blocks_of
 
 from hydrazero.launch.job.site_file import load_site
-from hydrazero.models.screening.generated import GeneratedSource
+from hydrazero.models.screening.prototypes import GeneratedSource
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config

@@ -28,10 +28,10 @@ from structures import facts, rattled_crystal, rattled_molecule, small_model, to
 from hydrazero.launch.cli.main import main
 from hydrazero.models import load_model, save_model
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.screening import MadeSource, ScreenPlan, ScreenSettings, screen, sources_of
-from hydrazero.models.screening.parts import Best
+from hydrazero.models.screening import FunctionSource, ScreenPlan, ScreenSettings, screen, sources_of
 from hydrazero.models.screening.predictor import Predictor
-from hydrazero.models.screening.relaxed import Relaxer
+from hydrazero.models.screening.ranking import TopRows
+from hydrazero.models.screening.relaxation import Relaxer
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item
 from hydrazero.shards.errors import ConfigError, SourceError, StructureError
@@ -58,12 +58,12 @@ def rows_of(path: Path) -> list[dict]:
     return pq.read_table(path).to_pylist()
 
 
-def waters(count: int) -> MadeSource:
+def waters(count: int) -> FunctionSource:
     def make():
         for seed in range(count):
             yield to_structure(rattled_molecule("H2O" if seed % 3 else "CH4", seed), f"made#{seed}")
 
-    return MadeSource(f"{count} molecules", make, count)
+    return FunctionSource(f"{count} molecules", make, count)
 
 
 def test_every_head_gives_what_predictions_give(model, tmp_path):
@@ -90,7 +90,9 @@ def test_ensembles_say_how_sure_they_are(tmp_path):
     save_model(ensemble, tmp_path / "m.safetensors")
     potential, atoms = load_model(tmp_path / "m.safetensors"), rattled_molecule("H2O")
     settings = ScreenSettings(tasks=("task1",))
-    screen(potential, [MadeSource("one", lambda: [to_structure(atoms)])], tmp_path / "s.parquet", settings, IN_PROCESS)
+    screen(
+        potential, [FunctionSource("one", lambda: [to_structure(atoms)])], tmp_path / "s.parquet", settings, IN_PROCESS
+    )
     (row,) = rows_of(tmp_path / "s.parquet")
     (want,) = potential.predict([atoms], tasks=["task1"])
     assert row["energy_spread_task1"] == pytest.approx(want["energy_spread"], rel=1e-4)
@@ -145,7 +147,7 @@ VALUES = st.sampled_from([0.5, 1.0, 2.0, 3.0, float("nan")])
 @settings(max_examples=50)
 def test_the_best_of_tables(values, top):
     schema = pa.schema([("index", pa.int64()), ("energy_a", pa.float64()), ("reason", pa.string())])
-    best = Best(ScreenSettings(tasks=("a",), top=top, by="energy_a"), schema)
+    best = TopRows(ScreenSettings(tasks=("a",), top=top, by="energy_a"), schema)
     rows, everything = 0, []
     for part in values:
         numbers = range(rows, rows + len(part))
@@ -162,7 +164,7 @@ def test_a_killed_screen_goes_on(model, tmp_path):
     count = 6 * CHUNK + 100
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
-import hydrazero.models.screening.parts as parts; parts.PART_SECONDS = 0.0
+import hydrazero.models.screening.part_files as parts; parts.PART_SECONDS = 0.0
 from test_screening import *
 out = Path({str(tmp_path / "s.parquet")!r})
 screen(load_model({str(model)!r}), [waters({count})], out, ScreenSettings(tasks=("task0",)))
@@ -187,7 +189,7 @@ screen(load_model({str(model)!r}), [waters({count})], out, ScreenSettings(tasks=
         plan = ScreenPlan(rank=rank, ranks=3, workers=0)
         summary = screen(potential, [waters(count)], tmp_path / "s.parquet", settings_, plan)
         seen += summary.structures
-    assert summary.whole == {"structures": count, "written": count, "refused": {}}
+    assert summary.totals == {"structures": count, "written": count, "refused": {}}
     assert 0 < seen < count  # what was there has not been done again
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["index"].to_pylist() == list(range(count)) and not parts.exists()
@@ -265,7 +267,7 @@ def test_atoms_without_neighbours(model, tmp_path):
 
 def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path, monkeypatch):
     """As where a launcher's variables are not known, and each takes itself for the only one."""
-    monkeypatch.setattr("hydrazero.models.screening.parts.PART_SECONDS", 0.0)
+    monkeypatch.setattr("hydrazero.models.screening.part_files.PART_SECONDS", 0.0)
     potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s.parquet"
     count = 3 * CHUNK
 
@@ -291,7 +293,7 @@ def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path,
     begin(0, 1, 2 * CHUNK + 400)
     first.write_bytes(content)  # the other's, with a chunk that is there twice now
     summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
-    assert summary.whole == {"structures": count, "written": count, "refused": {}}
+    assert summary.totals == {"structures": count, "written": count, "refused": {}}
     assert pq.read_table(out)["index"].to_pylist() == list(range(count))
 
 
@@ -300,7 +302,7 @@ def test_a_rank_that_is_late_finds_nothing_to_do(model, tmp_path):
     for rank, whole, late in ((0, False, False), (1, True, False), (1, False, True)):
         plan = ScreenPlan(rank=rank, ranks=2, workers=0)
         summary = screen(potential, [waters(20)], out, settings_, plan)
-        assert (summary.whole is not None, summary.was_complete) == (whole, late)
+        assert (summary.totals is not None, summary.was_complete) == (whole, late)
     for other in (replace(plan, model_id="another"), IN_PROCESS):
         with pytest.raises(SourceError, match="exists"):
             screen(potential, [waters(20)], out, settings_, other)
@@ -321,7 +323,7 @@ def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_pa
     part(1000)
     held.rename(first)  # chunks 0 and 2, and chunk 0
     summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
-    assert summary.whole == {"structures": count, "written": count, "refused": {}}
+    assert summary.totals == {"structures": count, "written": count, "refused": {}}
     assert sorted(pq.read_table(out)["index"].to_pylist()) == list(range(count))
     assert {path.name.split("-")[0] for path in out.iterdir()} == {"part", "_screen.json", "_summary.json"}
 
@@ -366,7 +368,7 @@ def test_a_structure_that_memory_or_numbers_fail_is_a_row(model, tmp_path, monke
     assert "1 of 3 structures computed" in done.output and "1 not_finite, 1 out_of_memory" in done.output, done.output
     reasons = [row["reason"] for row in rows_of(out)]
     assert reasons[0] is None and reasons[2] == "it does not fit into the GPU's memory"
-    assert reasons[1] == "its energy_task0 is no finite number"
+    assert reasons[1] == "its energy_task0 is not a finite number"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -376,8 +378,10 @@ def test_a_source_that_cannot_be_read_is_named(model, tmp_path, workers):
         raise OSError(5, "Input/output error", "far.xyz")
 
     plan, settings_ = ScreenPlan(workers=workers), ScreenSettings(tasks=("task0",))
-    with pytest.raises(SourceError, match=r"^far.xyz cannot be read \(Input/output error\); start again when it can.$"):
-        screen(load_model(model), [MadeSource("broken", broken)], tmp_path / "s.parquet", settings_, plan)
+    with pytest.raises(
+        SourceError, match=r"^far.xyz cannot be read \(Input/output error\); start again once it can be read.$"
+    ):
+        screen(load_model(model), [FunctionSource("broken", broken)], tmp_path / "s.parquet", settings_, plan)
 
 
 def test_files_of_one_name_are_told_apart(model, tmp_path):
@@ -402,12 +406,12 @@ def test_nothing_computed_is_an_error_with_its_rows(model, tmp_path):
 def test_many_sources_are_not_all_looked_at(model, tmp_path):
     looked = []
 
-    def source(number: int) -> MadeSource:
+    def source(number: int) -> FunctionSource:
         def make():
             looked.append(number)
             yield to_structure(rattled_molecule("H2O", number), f"s#{number}")
 
-        return MadeSource(str(number), make, 1)
+        return FunctionSource(str(number), make, 1)
 
     settings_ = ScreenSettings(tasks=("task0",))
     screen(load_model(model), [source(n) for n in range(300)], tmp_path / "s.parquet", settings_, IN_PROCESS)
@@ -439,7 +443,7 @@ def test_labels_do_not_matter(model, tmp_path):
     atoms.calc.results["forces"][1] = np.inf
     assert command(model, write_extxyz(tmp_path / "s.extxyz", [atoms]), "--out", tmp_path / "s.parquet").exit_code == 0
     structure = to_structure(atoms, energy=np.nan, forces=np.full((3, 3), np.nan))
-    source = MadeSource("one", lambda: [structure])
+    source = FunctionSource("one", lambda: [structure])
     screen(load_model(model), [source], tmp_path / "t.parquet", ScreenSettings(tasks=("task0",)), IN_PROCESS)
     ours, theirs = (rows_of(tmp_path / name)[0]["energy_task0"] for name in ("s.parquet", "t.parquet"))
     assert ours == pytest.approx(theirs, abs=1e-6)
@@ -490,7 +494,7 @@ def test_relaxations_that_fail_say_why(model, monkeypatch):
     assert sizes[0] == 5 and max(sizes[1:]) <= 3
     for item in found:
         if item.index == 3:
-            with pytest.raises(StructureError, match=r"fell apart \(singular\)"):
+            with pytest.raises(StructureError, match=r"relaxation failed \(singular\)"):
                 item.read()
         else:
             assert len(item.read()) == 3
@@ -549,7 +553,7 @@ def test_generated_structures(model, tmp_path, spec):
 
 
 def sources_like(spec: Path):
-    from hydrazero.models.screening.generated import GeneratedSource
+    from hydrazero.models.screening.prototypes import GeneratedSource
 
     return [GeneratedSource(spec)]
 
@@ -558,7 +562,7 @@ def sources_like(spec: Path):
     ("change", "words"),
     [
         (('Na = ["Na", "H"', 'K = ["Na", "H"'), ("prototype 'rocksalt'", "no element 'K'")),
-        (('"H", "Cl"]', '"Hh", "Cl"]'), ("sites.Na", "'Hh' is no element")),
+        (('"H", "Cl"]', '"Hh", "Cl"]'), ("sites.Na", "'Hh' is not an element")),
         (('crystal = "rocksalt"', 'crystal = "rocksat"'), ("prototype 'rocksalt' cannot be built",)),
         (('file = "cell.cif"', 'file = "no.cif"'), ("prototype 'read' cannot be built", "no.cif")),
         (("volumes = [0.9", "volumes = [-0.9"), ("strains.volumes",)),
@@ -580,9 +584,9 @@ def test_bad_specifications(model, tmp_path, spec, change, words):
         (["--tasks", "taks0"], ("taks0", "did you mean 'task0'")),
         (["--by", "energy_task0"], ("--top",)),
         (["--top", 3, "--by", "energy_tsk0"], ("no column 'energy_tsk0'", "energy_task0")),
-        (["--top", 3, "--by", "energy_task0 +"], ("no expression",)),
+        (["--top", 3, "--by", "energy_task0 +"], ("is not an expression",)),
         (["--top", 3, "--by", "2 + 3"], ("names no column",)),
-        (["--top", 3, "--by", "atoms * 9**9**9**9"], ("no expression", "out of range")),
+        (["--top", 3, "--by", "atoms * 9**9**9**9"], ("is not an expression", "out of range")),
         (["--top", 3, "--by", "sum(energy_task0)"], ("cannot be computed",)),
         (["--tasks", "task0,task0"], ("'task0' is named twice",)),
         (["--format", "extxz"], ("unknown format 'extxz'", "extxyz")),
@@ -612,7 +616,7 @@ def test_bad_sources_and_outputs(model, tmp_path):
     assert command(model, source, "--out", out).exit_code == 0
     assert "exists" in command(model, source, "--out", out).output
     with pytest.raises(SourceError, match="no structure"):
-        screen(load_model(model), [MadeSource("none", list)], tmp_path / "t", ScreenSettings(tasks=("task0",)))
+        screen(load_model(model), [FunctionSource("none", list)], tmp_path / "t", ScreenSettings(tasks=("task0",)))
     with pytest.raises(ConfigError, match="rank 3 of 2"):
         plan = ScreenPlan(rank=3, ranks=2)
         screen(load_model(model), sources_of([source]), tmp_path / "t", ScreenSettings(tasks=("task0",)), plan)
@@ -624,7 +628,7 @@ def test_compiled_and_eager_agree(model, tmp_path):
     for name, after in (("eager", float("inf")), ("compiled", 0.0)):
         plan = ScreenPlan(compile_after=after)
         summary = screen(load_model(model), [waters(400)], tmp_path / f"{name}.parquet", settings_, plan)
-        assert summary.whole is not None
+        assert summary.totals is not None
     eager, compiled = (rows_of(tmp_path / f"{name}.parquet") for name in ("eager", "compiled"))
     for one, other in zip(eager, compiled, strict=True):
         assert one["energy_task0"] == pytest.approx(other["energy_task0"], abs=2e-5)
@@ -644,7 +648,9 @@ def test_neighbours_found_in_batch_are_those_of_the_workers(model, tmp_path):
     settings_ = ScreenSettings(tasks=("task0",), forces=("task0",))
     for name, on_device in (("device", True), ("host", False)):
         plan = ScreenPlan(workers=0, device_neighbours=on_device)
-        screen(load_model(model), [MadeSource("s", lambda: structures)], tmp_path / f"{name}.parquet", settings_, plan)
+        screen(
+            load_model(model), [FunctionSource("s", lambda: structures)], tmp_path / f"{name}.parquet", settings_, plan
+        )
     for one, other in zip(rows_of(tmp_path / "device.parquet"), rows_of(tmp_path / "host.parquet"), strict=True):
         assert one["energy_task0"] == pytest.approx(other["energy_task0"], abs=1e-4)
         np.testing.assert_allclose(one["forces_task0"], other["forces_task0"], atol=1e-4)

@@ -120,7 +120,7 @@ def _relax(potential: Potential, out: Path) -> str:
 
 def _screen(potential: Potential, out: Path) -> str:
     """Screen generated structures with every head; returns a sentence about it."""
-    from hydrazero.models.screening import MadeSource, ScreenSettings, screen
+    from hydrazero.models.screening import FunctionSource, ScreenSettings, screen
 
     def structures() -> Iterator[Structure]:
         for number, atoms in enumerate(screening_structures(SCREENED, SEED)):
@@ -129,7 +129,7 @@ def _screen(potential: Potential, out: Path) -> str:
     bar, advance = progress_bar("screening ", SCREENED)
     with bar:
         settings = ScreenSettings(tasks=tuple(potential.tasks))
-        made = MadeSource("generated", structures, SCREENED)
+        made = FunctionSource("generated", structures, SCREENED)
         summary = screen(potential, [made], out / "screen.parquet", settings, progress=advance)
     rate = summary.structures / summary.seconds
     return f"screened {summary.structures:,} structures with {len(potential.tasks)} heads at {rate:,.0f} structures/s"

@@ -1,4 +1,4 @@
-"""Structures by substitution, made one by one and never stored: prototypes x elements x strains."""
+"""Structures made from prototypes by substituting elements and applying strains, one by one and never stored."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hydrazero.models.screening.settings import CHUNK
-from hydrazero.models.screening.sources import Item, Items, Wanted
+from hydrazero.models.screening.sources import ChunkFilter, Item, Items
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.files import read_toml
 from hydrazero.shards.manifest import file_sha256
 from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 from hydrazero.shards.structure import Structure, check_structure
 
-MOST_CHOICES = 20_000_000
-"""Ways to put elements on the sites of one prototype; what is beyond is better split into several."""
+MAX_SUBSTITUTIONS = 20_000_000
+"""Maximum number of ways to place elements on the sites of one prototype."""
 CUBIC = ("sc", "fcc", "bcc", "diamond", "zincblende", "rocksalt", "fluorite", "cesiumchloride")
-"""Crystals that are built as cubic cells; others as ASE has them."""
+"""Crystal structures that are built as cubic cells; others have the primitive cell that ASE builds."""
 
 
 class PrototypeSection(Section):
-    """A structure whose elements are exchanged."""
+    """A structure whose elements are substituted."""
 
     name: str
-    """Name of the prototype, which the names of its structures begin with."""
+    """Name of the prototype, with which the names of its structures begin."""
     file: str = ""
     """Structure file that ASE can read; a relative path counts from the folder of the specification. Either `file` or
     `crystal` must be given."""
@@ -45,7 +45,7 @@ class PrototypeSection(Section):
     a: float = 0.0
     """Lattice constant of the crystal in Å. At 0, it is estimated from the sum of the covalent radii."""
     sites: dict[str, ListOf[str]] = Field(default_factory=dict)
-    """Elements that take the place of an element of the prototype, by that element."""
+    """Substitutes for each element of the prototype, by the symbol of that element."""
     repeat: Annotated[ListOf[PositiveInt], Field(min_length=3, max_length=3)] = (1, 1, 1)
     """Number of cells along each axis."""
 
@@ -62,7 +62,7 @@ class StrainSection(Section):
 
 
 class GenerateSettings(Section):
-    """A complete specification of generated structures."""
+    """A specification of generated structures."""
 
     prototypes: ListOf[PrototypeSection] = ()
     """Prototypes, each of which is combined with all its elements and strains."""
@@ -84,34 +84,36 @@ class GenerateSettings(Section):
 
 
 class Prototype:
-    """One prototype with all its substitutions and strains, each by its number."""
+    """One prototype with all its substitutions and strains, which are numbered from 0."""
 
     def __init__(self, section: PrototypeSection, settings: GenerateSettings, spec: Path) -> None:
         """Raise ConfigError for a prototype that cannot be built or elements that do not exist."""
         self.section, self.settings, self.where = section, settings, f"{spec}: prototype '{section.name}'"
-        self.atoms = self._built(spec.parent)
-        there = list(dict.fromkeys(self.atoms.get_chemical_symbols()))
+        self.atoms = self._build(spec.parent)
+        symbols = list(dict.fromkeys(self.atoms.get_chemical_symbols()))
         for site, elements in section.sites.items():
-            if site not in there:
-                raise ConfigError(f"{self.where} has no element '{site}'{did_you_mean(site, there)}.")
+            if site not in symbols:
+                raise ConfigError(f"{self.where} has no element '{site}'{did_you_mean(site, symbols)}.")
             if not elements:
                 raise ConfigError(f"{self.where}: sites.{site} names no element.")
             if len(set(elements)) < len(elements):
                 raise ConfigError(f"{self.where}: sites.{site} names an element twice.")
             for element in elements:
                 if element not in atomic_numbers or element == "X":
-                    raise ConfigError(f"{self.where}: sites.{site}: '{element}' is no element.")
+                    raise ConfigError(f"{self.where}: sites.{site}: '{element}' is not an element.")
         self.sites = list(section.sites)
-        self._choices = self._possible()
-        strained = prod([len(settings.strains.volumes), len(settings.strains.voigt)])
-        if strained > 1 and not self.atoms.pbc.all():
-            raise ConfigError(f"{self.where} is not periodic and cannot be strained; leave [strains] out for it.")
-        self.strained = strained
+        self._choices = self._substitutions()
+        strains = prod([len(settings.strains.volumes), len(settings.strains.voigt)])
+        if strains > 1 and not self.atoms.pbc.all():
+            raise ConfigError(
+                f"{self.where} is not periodic and cannot be strained; move it to a specification without [strains]."
+            )
+        self.n_strains = strains
 
     def __len__(self) -> int:
-        return len(self._choices) * self.strained
+        return len(self._choices) * self.n_strains
 
-    def _built(self, folder: Path) -> Atoms:
+    def _build(self, folder: Path) -> Atoms:
         section = self.section
         if bool(section.file) == bool(section.crystal):
             raise ConfigError(f"{self.where} must have either file or crystal.")
@@ -119,25 +121,28 @@ class Prototype:
             if section.file:
                 atoms = ase.io.read(folder / section.file, index=-1)
             else:
-                lattice = section.a or self._guessed_lattice()
+                lattice = section.a or self._estimated_lattice()
                 atoms = bulk(section.formula, section.crystal, a=lattice, cubic=section.crystal in CUBIC)
             repeated: Atoms = atoms.repeat(section.repeat)  # type: ignore[union-attr]
             return repeated
-        except Exception as error:  # ASE's readers and builders raise whatever goes wrong in them
+        except Exception as error:  # ASE's readers and builders raise exceptions of many types
             raise ConfigError(f"{self.where} cannot be built ({error or type(error).__name__}).") from error
 
-    def _guessed_lattice(self) -> float:
+    def _estimated_lattice(self) -> float:
         counts = Formula(self.section.formula).count()
         radii = [covalent_radii[atomic_numbers[symbol]] for symbol in counts]
         return 2.0 * float(sum(radii)) if len(radii) > 1 else 2.8 * float(radii[0])
 
-    def _possible(self) -> NDArray[np.int64]:
-        """Numbers of the substitutions, in the mixed radix of the sites' lists, that are wanted."""
+    def _substitutions(self) -> NDArray[np.int64]:
+        """Return the numbers of all allowed substitutions, [N].
+
+        A number has one digit per site, its base is the length of the site's list of elements.
+        """
         lists = [self.section.sites[site] for site in self.sites]
         count = prod(len(elements) for elements in lists)
-        if count > MOST_CHOICES:
+        if count > MAX_SUBSTITUTIONS:
             raise ConfigError(
-                f"{self.where} has {count:,} substitutions, more than {MOST_CHOICES:,}; split it into several."
+                f"{self.where} has {count:,} substitutions, more than {MAX_SUBSTITUTIONS:,}; split it into several."
             )
         numbers = np.arange(count)
         if not self.settings.distinct or len(lists) < 2:
@@ -147,9 +152,9 @@ class Prototype:
         stacked = np.sort(np.stack(chosen), axis=0)
         return numbers[(np.diff(stacked, axis=0) != 0).all(axis=0)]
 
-    def _parts(self, number: int) -> tuple[dict[str, str], int, int]:
-        """What is put on each site, and which volume and strain, of the structure of a number."""
-        choice, strain = divmod(number, self.strained)
+    def _choices_of(self, number: int) -> tuple[dict[str, str], int, int]:
+        """Return the new elements by site, and the indices of the volume and of the strain, of a numbered structure."""
+        choice, strain = divmod(number, self.n_strains)
         volume, shear = divmod(strain, len(self.settings.strains.voigt))
         lists = [self.section.sites[site] for site in self.sites]
         digits = np.unravel_index(self._choices[choice], [len(names) for names in lists]) if lists else ()
@@ -157,13 +162,13 @@ class Prototype:
         return new, volume, shear
 
     def name(self, number: int) -> str:
-        """Name of the structure of a number: prototype, elements of the sites, volume, strain."""
-        new, volume, shear = self._parts(number)
+        """Return the name of a numbered structure: prototype, elements of the sites, volume and strain."""
+        new, volume, shear = self._choices_of(number)
         return ":".join([self.section.name, *new.values(), f"v{self.settings.strains.volumes[volume]:g}", f"s{shear}"])
 
     def structure(self, number: int) -> Structure:
-        """Make the structure of a number; raises StructureError if it cannot be right."""
-        new, volume, shear = self._parts(number)
+        """Return a numbered structure; raise StructureError if it is not valid."""
+        new, volume, shear = self._choices_of(number)
         symbols = [new.get(symbol, symbol) for symbol in self.atoms.get_chemical_symbols()]
         atoms = self.atoms.copy()
         before = _radius(atoms.get_chemical_symbols())
@@ -182,12 +187,12 @@ class Prototype:
 
 
 def _radius(symbols: list[str]) -> float:
-    """Cube root of the sum of the cubes of covalent radii, Å."""
+    """Return the cube root of the sum of the cubes of the covalent radii, Å."""
     return float(np.cbrt((covalent_radii[[atomic_numbers[symbol] for symbol in symbols]] ** 3).sum()))
 
 
 def _strain(voigt: tuple[float, ...]) -> NDArray[np.float64]:
-    """Symmetric strain [3, 3] from xx yy zz yz xz xy with engineering shear."""
+    """Return the symmetric strain [3, 3] of xx, yy, zz, yz, xz, xy, the last three as engineering shear."""
     xx, yy, zz, yz, xz, xy = voigt
     return np.array([[xx, xy / 2, xz / 2], [xy / 2, yy, yz / 2], [xz / 2, yz / 2, zz]])
 
@@ -196,15 +201,15 @@ class GeneratedSource:
     """All structures of a specification."""
 
     def __init__(self, spec: Path) -> None:
-        """Raise ConfigError, naming the key, for a specification that cannot be used."""
+        """Raise ConfigError, with the key in its message, for a specification that cannot be used."""
         self.spec, settings = spec, load_generate_settings(spec)
         self.prototypes = [Prototype(section, settings, spec) for section in settings.prototypes]
 
-    def items(self, first: int, wanted: Wanted) -> Items:
-        """See Source; what is not wanted is not made."""
+    def items(self, first: int, selected: ChunkFilter) -> Items:
+        """Yield items as `Source.items` does; structures of other chunks are not made."""
         index = first
         for prototype in self.prototypes:
-            for number in self._wanted(index, len(prototype), wanted):
+            for number in self._numbers(index, len(prototype), selected):
 
                 def read(prototype: Prototype = prototype, number: int = number) -> Structure:
                     return prototype.structure(number)
@@ -215,23 +220,23 @@ class GeneratedSource:
         return index - first
 
     @staticmethod
-    def _wanted(first: int, count: int, wanted: Wanted) -> Iterator[int]:
-        """Numbers below `count` that lie in wanted chunks."""
+    def _numbers(first: int, count: int, selected: ChunkFilter) -> Iterator[int]:
+        """Yield the numbers below `count` that lie in the selected chunks if number 0 has the index `first`."""
         for chunk in range(first // CHUNK, -(-(first + count) // CHUNK)):
-            if wanted(chunk):
+            if selected(chunk):
                 begin, end = max(chunk * CHUNK - first, 0), min((chunk + 1) * CHUNK - first, count)
                 yield from range(begin, end)
 
     def identity(self) -> str:
-        """Digests of the specification and the files that it names."""
+        """Return the digests of the specification and of the files that it names."""
         files = [self.spec.parent / each.section.file for each in self.prototypes if each.section.file]
         return " ".join([self.spec.name, *map(file_sha256, [self.spec, *files])])
 
     def known_length(self) -> int | None:
-        """By arithmetic."""
+        """Return the number of combinations."""
         return sum(map(len, self.prototypes))
 
 
 def load_generate_settings(spec: Path) -> GenerateSettings:
-    """Read a specification; raises ConfigError, naming the key."""
+    """Return the settings in a specification; raise ConfigError, with the key in its message, if they are not valid."""
     return parse_settings(GenerateSettings, read_toml(spec, "specification"), f"{spec}:")
