@@ -318,7 +318,7 @@ def test_a_run_learns_targets_stress_and_spread_and_its_model_predicts_them(shar
         (('name = "qm"', 'name = "qm"\nforces = "directly"'), "did you mean 'direct'"),
         (("[model]", '[model]\nencoder = "schnett"'), "did you mean 'schnet'"),
         (("[model]", '[model]\nencoder = "schnet"'), "needs vectors for atom_dipoles, dipole"),
-        (('["gap"]', '["charges"]'), "no mean over the atoms"),
+        (('["gap"]', '["charges"]'), "not a mean over atoms"),
         (("[train]", "[loss]\ntarget_weights = {{gab = 2.0}}\n[train]"), "did you mean 'gap'"),
     ],
 )

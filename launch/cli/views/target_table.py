@@ -6,7 +6,7 @@ from rich.table import Table
 
 from hydrazero.shards.manifest import Manifest
 
-TARGET_HEADINGS = ("target", "values", "labelled", "minimum", "maximum", "mean", "std. dev.")
+TARGET_HEADINGS = ("target", "values", "labelled", "min", "max", "mean", "std dev")
 
 
 def target_rows(manifest: Manifest) -> list[list[str]]:
