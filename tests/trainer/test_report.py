@@ -20,7 +20,7 @@ from hydrazero.trainer.evaluation.errors import schema_of
 from hydrazero.trainer.plots.parity import cloud, parity_plots
 from hydrazero.trainer.records.run_files import read_metrics, truncate_metrics
 from hydrazero.trainer.report import parity_picture, write_report
-from hydrazero.trainer.report.errors_by import binned
+from hydrazero.trainer.report.errors_by import error_bins
 from hydrazero.trainer.report.history import cosines
 from hydrazero.trainer.report.run_data import Parity, read_predictions, read_run, run_labels
 
@@ -131,7 +131,7 @@ def test_report_holds_everything_and_nothing_from_outside(tmp_path):
         "length of the force",
         "learning rate",
         "errors of each task",
-        "waiting, memory",
+        "waiting for data, memory",
         "loss weights",
         "structures drawn",
         "gradient norms",
@@ -141,10 +141,10 @@ def test_report_holds_everything_and_nothing_from_outside(tmp_path):
     assert page.count("data:image/png;base64,") == len(shown)
     assert "a&lt;b&gt;" in page and "a<b>" not in page and "&lt;PBE&gt;" in page
     assert "20.0" in page  # 30 over 1.5 meV/atom
-    assert "c0ffee with changes that are not committed" in page and "f" * 64 in page and "not recorded" in page
+    assert "c0ffee with uncommitted changes" in page and "f" * 64 in page and "not recorded" in page
     assert "http" not in page.replace("http-equiv", "")
     assert "1,207 training structures were skipped" in page
-    assert rows_of(page, "Tasks against each other")[0] == ["a<b>", "1.2", "25.0", "2"]
+    assert rows_of(page, "Balance of the tasks")[0] == ["a<b>", "1.2", "25.0", "2"]
 
 
 def test_runs_side_by_side(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert (tmp_path / "comparison.html").read_text() == page
     assert rows_of(page, "Energy MAE") == [["a<b>", "1.50", "*1.25"], ["plain", "1.50", "*1.25"]]
     assert rows_of(page, "Force MAE") == [["a<b>", "40.0", "40.0"]]
-    assert rows_of(page, "What the configurations differ in") == [["deepspeed.optimizer.params.lr", "0.1", "0.2"]]
+    assert rows_of(page, "Differences between the configurations") == [["deepspeed.optimizer.params.lr", "0.1", "0.2"]]
     assert page.count("<summary>x/run</summary>") == page.count("<summary>y/run</summary>") == 1
     assert sum("learning rate" in one for one in alternatives(page)) == 1
     assert "http" not in page
@@ -163,8 +163,8 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
 def test_runs_that_were_not_evaluated_are_compared_by_their_validation(tmp_path):
     runs = [made_run(tmp_path / "x"), made_run(tmp_path / "y", evaluated=False), made_run(tmp_path / "z", steps=3)]
     page = write_report(runs, tmp_path / "all.html").read_text()
-    assert "y has not been evaluated" in page and "The last validation of each run" in page
-    assert rows_of(page, "The last validation")[0] == ["plain", "3.00", "3.00"]
+    assert "y has not been evaluated" in page and "the last validation of each run" in page
+    assert rows_of(page, "the last validation")[0] == ["plain", "3.00", "3.00"]
     assert "3 of 20 steps (in progress, or stopped)" in page
 
 
@@ -196,14 +196,14 @@ def test_errors_by_element_and_residuals(tmp_path):
 
 def test_errors_in_bins():
     generator = np.random.default_rng(0)
-    few = binned(np.array([3.0, 5, 3, 5, 3]), np.array([1.0, 10, 2, 20, 3]))
+    few = error_bins(np.array([3.0, 5, 3, 5, 3]), np.array([1.0, 10, 2, 20, 3]))
     assert few.at.tolist() == [3, 5] and few.median.tolist() == [2, 15]
     at = generator.permutation(1000).astype(float)
-    many = binned(at, 2 * at)
+    many = error_bins(at, 2 * at)
     np.testing.assert_allclose(many.median, 2 * many.at)  # each error is in the bin of its own value
     assert len(many.at) == 12 and (np.diff(many.at) > 0).all()
     assert (many.low < many.median).all() and (many.median < many.high).all()
-    assert binned(np.array([np.nan]), np.array([1.0])) is None
+    assert error_bins(np.array([np.nan]), np.array([1.0])) is None
 
 
 def test_density_counts_every_point():
@@ -221,7 +221,7 @@ def test_predictions_that_are_not_finite_are_said_to_be_so():
 
 def test_mean_cosines_leave_out_what_was_not_measured(tmp_path):
     (_, last), (title, mean) = cosines(read_run(made_run(tmp_path / "run"), "run"))
-    assert title == "mean of 4"
+    assert title == "mean of 4 measurements"
     np.testing.assert_allclose(last, [[1.0, 0.8], [0.8, 1.0]])
     np.testing.assert_allclose(mean, [[1.0, 0.6], [0.6, 1.0]])
 

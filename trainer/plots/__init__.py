@@ -1,1 +1,1 @@
-"""Figures that evaluations and reports share."""
+"""Figures for evaluations and reports."""

@@ -1,4 +1,4 @@
-"""Small multiples: many like axes in a page's width, as matplotlib figures."""
+"""Figures of many similar axes that fit the width of a page."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#2299bb", "#998822", "#884444")
-"""Of runs, or of lines within one axes."""
+"""Colours of runs, or of lines in the same axes."""
 GREY = "#999999"
 PAGE = 10.8
-"""Inches; a page is as many hundred pixels wide."""
+"""Width of a page in inches of 100 pixels."""
 IN_A_ROW = 4
+"""Maximum number of axes in a row."""
 WIDEST = 3.6
+"""Maximum width of one of several axes, inches."""
 
 
 def columns_for(count: int) -> int:
-    """Axes in a row, so that rows are about equally full."""
+    """Return the number of axes in a row with which all rows are about equally full."""
     return -(-count // -(-count // IN_A_ROW))
 
 
@@ -50,7 +52,7 @@ def pairs_of_tasks(tasks: Sequence[str], *, height: float) -> tuple[Figure, list
 
 
 def plain_axes(ax: Axes) -> Axes:
-    """Return axes without the frame that nobody reads."""
+    """Set small labels and a thin grid, remove the frame at the top and right, and return the axes."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.5)
     ax.tick_params(labelsize=8)
@@ -60,13 +62,13 @@ def plain_axes(ax: Axes) -> Axes:
 
 
 def nothing(ax: Axes, text: str) -> None:
-    """Say in place of axes what is not there."""
+    """Replace axes without data by a text."""
     ax.set_axis_off()
     ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=ax.transAxes)
 
 
 def log_scale(ax: Axes) -> None:
-    """Let the values of the lines of axes be shown in logarithms if all of them are above 0."""
+    """Use a logarithmic scale for values if all those of the lines are above 0."""
     values = [np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.get_lines()]
     if any(each.size for each in values) and all((each > 0).all() for each in values):
         ax.set_yscale("log")
@@ -80,18 +82,18 @@ def plain_logarithms(axis: Axis) -> None:
     steps = (1.0,) if decades > 2.2 else (1.0, 3.0) if decades > 1.2 else (1.0, 2.0, 5.0)
     if decades > 0.7:
         axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
-    else:  # too little of a decade for these
+    else:  # so few decades that none of these ticks might be within the limits
         axis.set_major_locator(MaxNLocator(3))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def legend_below(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
-    """Name lines (handle, text) below all axes."""
+    """Add a legend with entries (handle, text) below all axes."""
     handles, labels = [handle for handle, _ in entries], [text for _, text in entries]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
 
 
 def colour_of(number: int) -> str:
-    """Colour of a run among those of a report."""
+    """Return the colour of a run by its number."""
     return COLOURS[number % len(COLOURS)]

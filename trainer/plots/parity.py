@@ -1,4 +1,4 @@
-"""Parity: predictions against labels, with their density where there are many."""
+"""Parity plots: predictions against labels, drawn as points or, if there are many, as a density."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from hydrazero.trainer.plots.panels import COLOURS, GREY, nothing, pairs_of_tasks, small_multiples
 
 DENSITY_POINTS = 1000
-"""From so many points on, their density is shown."""
+"""Number of points above which their density is shown."""
 CELLS = 80
-"""Of the density, along each axis."""
+"""Number of cells of the density along each axis."""
 COLOUR_MAP = "viridis"
 
 Array = NDArray[np.float64]
@@ -28,11 +28,13 @@ class Parity:
     """Labels and predictions of one task."""
 
     energy: Array
-    """eV per atom, references subtracted, [structures]; NaN where there is no label."""
+    """Energies above the reference energies, eV per atom, [structures]; NaN where there is no label."""
     energy_predicted: Array
+    """Predicted energies above the reference energies, eV per atom, [structures]."""
     forces: Array
-    """eV/Å, [components]; empty where the task has none."""
+    """Force components, eV/Å, [components]; empty if the task has none."""
     forces_predicted: Array
+    """Predicted force components, eV/Å, [components]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,11 @@ class OtherParity:
     """Labels and predictions of stress or a target, component by component."""
 
     unit: str
+    """Unit of both."""
     true: Array
+    """Labels, [components]."""
     predicted: Array
+    """Predictions, [components]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,16 +54,19 @@ class Cloud:
     """Points of one parity plot."""
 
     ax: Axes
+    """Axes of the plot."""
     true: Array
+    """Labels, [points]."""
     predicted: Array
+    """Predictions, [points]."""
     what: str
-    """Quantity and unit, for the axes."""
+    """Quantity and unit, for the labels of the axes."""
     error: str
-    """Sentence on the error."""
+    """Text with the mean absolute error and the number of points."""
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Of both axes."""
+        """Return the limits of both axes."""
         low = float(min(self.true.min(), self.predicted.min()))
         high = float(max(self.true.max(), self.predicted.max()))
         pad = 0.05 * (high - low) or 1.0
@@ -66,13 +74,13 @@ class Cloud:
 
     @property
     def counts(self) -> Array:
-        """Points in each cell, [predicted, true]."""
+        """Return the number of points in each cell, [predicted, true]."""
         box = [self.limits, self.limits]
         return np.histogram2d(self.predicted, self.true, bins=CELLS, range=box)[0].astype(np.float64)
 
 
 def cloud(ax: Axes, true: Array, predicted: Array, what: str, unit: str) -> Cloud:
-    """Return the known points of a plot, in eV and the like; its error is said in thousandths, `unit`."""
+    """Return the known points of a plot; its error is shown in `unit`, thousandths of the unit of the values."""
     known = np.isfinite(true) & np.isfinite(predicted)
     true, predicted = true[known], predicted[known]
     mae = 1000 * float(np.abs(predicted - true).mean())
@@ -80,7 +88,7 @@ def cloud(ax: Axes, true: Array, predicted: Array, what: str, unit: str) -> Clou
 
 
 def parity_plots(tasks: Mapping[str, Parity]) -> Figure:
-    """Predicted against true energies (above references, per atom) and forces of each task."""
+    """Draw predicted against true energies (above references, per atom) and forces of each task."""
     figure, pairs = pairs_of_tasks(list(tasks), height=2.75)
     clouds = []
     for (upper, lower), data in zip(pairs, tasks.values(), strict=True):
@@ -90,14 +98,14 @@ def parity_plots(tasks: Mapping[str, Parity]) -> Figure:
         ):
             if (np.isfinite(true) & np.isfinite(predicted)).any():
                 clouds.append(cloud(ax, true, predicted, what, unit))
-            else:  # of a run that has diverged, there are labels
+            else:  # a run that has diverged has labels, but no finite predictions
                 nothing(ax, f"{name} are not finite" if np.isfinite(true).any() else f"no {name}")
     draw(figure, clouds)
     return figure
 
 
 def other_parity_plots(tasks: Mapping[str, Mapping[str, OtherParity]]) -> Figure | None:
-    """Predicted against true stress and targets of each task; None where no task has any."""
+    """Draw predicted against true stress and targets of each task; return None if no task has any."""
     shown = [(task, name, found) for task, others in tasks.items() for name, found in others.items()]
     if not shown:
         return None
@@ -138,5 +146,5 @@ def draw(figure: Figure, clouds: list[Cloud]) -> None:
             aspect=35,
             pad=0.02,
         )
-        bar.set_label("structures or force components in a cell", fontsize=9)
+        bar.set_label("number of structures or force components in a cell", fontsize=9)
         bar.ax.tick_params(labelsize=8)

@@ -1,4 +1,4 @@
-"""Errors against what they may depend on: size, element, force, and the spread of an ensemble."""
+"""Figures of errors by number of atoms, element, length of the force, and spread of an ensemble."""
 
 from __future__ import annotations
 
@@ -25,28 +25,32 @@ from hydrazero.trainer.plots.panels import (
 from hydrazero.trainer.report.run_data import Array, RunData, tasks_of
 
 BINS = 12
+"""Maximum number of bins of errors by size or force."""
 SMALLEST_BIN = 20
-"""Values that a bin holds at least, where there are enough."""
+"""Minimum number of values in a bin, if there are that many."""
 SPREAD_BINS = 10
+"""Maximum number of bins of the spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Binned:
-    """Errors in bins of what they depend on, [bins] each."""
+class ErrorBins:
+    """Errors in bins of another quantity, [bins] each."""
 
     at: Array
-    """Median of what they depend on."""
+    """Median of the other quantity in each bin."""
     median: Array
+    """Median of the errors."""
     low: Array
-    """10% of the errors are below."""
+    """The 10% quantile of the errors."""
     high: Array
-    """90% are below."""
+    """The 90% quantile of the errors."""
 
 
-def binned(at: Array, errors: Array) -> Binned | None:
-    """Put errors into bins: one for each distinct value if these are few and repeat, else equally full ones.
+def error_bins(at: Array, errors: Array) -> ErrorBins | None:
+    """Return errors in bins of another quantity, `at`; both are [n]. Return None if there are no errors.
 
-    None if there are no errors.
+    There is a bin for each distinct value of `at` if these are few and occur repeatedly. Otherwise all bins contain
+    about the same number of errors.
     """
     known = np.isfinite(at) & np.isfinite(errors)
     at, errors = at[known], errors[known]
@@ -60,11 +64,11 @@ def binned(at: Array, errors: Array) -> Binned | None:
         parts = np.array_split(np.argsort(at, kind="stable"), count)
     quantiles = np.array([np.quantile(errors[part], (0.1, 0.5, 0.9)) for part in parts])
     low, median, high = quantiles.T
-    return Binned(at=np.array([np.median(at[part]) for part in parts]), median=median, low=low, high=high)
+    return ErrorBins(at=np.array([np.median(at[part]) for part in parts]), median=median, low=low, high=high)
 
 
-def _draw(ax: Axes, found: Binned, colour: str, *, band: bool) -> None:
-    """Medians, and where 80% of the errors lie."""
+def _draw(ax: Axes, found: ErrorBins, colour: str, *, band: bool) -> None:
+    """Draw the medians and, with `band`, the range from the 10% to the 90% quantile."""
     ax.plot(found.at, found.median, "o-", color=colour, markersize=3, linewidth=1.2)
     if band and len(found.at) > 1:
         ax.fill_between(found.at, found.low, found.high, color=colour, alpha=0.18, linewidth=0)
@@ -78,33 +82,33 @@ def _legend(figure: Figure, runs: Sequence[RunData]) -> None:
 
 
 def size_errors(runs: Sequence[RunData]) -> Figure:
-    """Errors of energies and forces against the atoms of a structure; two axes for each task."""
+    """Draw errors of energies and forces against the number of atoms in a structure, two axes for each task."""
     tasks = [name for name in tasks_of(runs) if any(name in run.predictions for run in runs)]
     figure, pairs = pairs_of_tasks(tasks, height=1.9)
     for task, (upper, lower) in zip(tasks, pairs, strict=True):
         energies, forces = {}, {}
         for number, run in enumerate(runs):
             if (data := run.predictions.get(task)) is not None:
-                energies[number] = binned(data.atoms, 1000 * np.abs(data.energy_predicted - data.energy))
+                energies[number] = error_bins(data.atoms, 1000 * np.abs(data.energy_predicted - data.energy))
                 errors = np.abs(data.forces_predicted - data.forces).reshape(-1, 3).mean(axis=1)
-                forces[number] = binned(data.force_atoms, 1000 * errors)
+                forces[number] = error_bins(data.force_atoms, 1000 * errors)
         _of_size(upper, energies, "energy, meV/atom", band=len(runs) == 1)
         _of_size(lower, forces, "force, meV/Å", band=len(runs) == 1)
     _legend(figure, runs)
     return figure
 
 
-def _of_size(ax: Axes, of_runs: Mapping[int, Binned | None], label: str, *, band: bool) -> None:
+def _of_size(ax: Axes, of_runs: Mapping[int, ErrorBins | None], label: str, *, band: bool) -> None:
     found = {number: one for number, one in of_runs.items() if one is not None}
     if not found:
         nothing(ax, f"no {label.split(',')[0]} labels")
         return
     for number, one in found.items():
         _draw(ax, one, colour_of(number), band=band)
-    ax.set(ylabel=label, xlabel="atoms")
+    ax.set(ylabel=label, xlabel="number of atoms")
     if all((one.median > 0).all() for one in found.values()):
         ax.set_yscale("log")
-        # A bin of nearly no error must not stretch the axis over many decades.
+        # A bin with errors near 0 must not stretch the axis over many decades.
         low = min(float(one.median.min()) for one in found.values())
         high = max(float((one.high if band else one.median).max()) for one in found.values())
         ax.set_ylim((0.2 if band else 0.6) * low, 1.4 * high)
@@ -112,8 +116,8 @@ def _of_size(ax: Axes, of_runs: Mapping[int, Binned | None], label: str, *, band
     _whole_numbers(ax, list(found.values()))
 
 
-def _whole_numbers(ax: Axes, found: Sequence[Binned]) -> None:
-    """Ticks of numbers of atoms: those that there are if few."""
+def _whole_numbers(ax: Axes, found: Sequence[ErrorBins]) -> None:
+    """Set ticks at the numbers of atoms that occur if these are few, and at whole numbers otherwise."""
     at = np.unique(np.concatenate([one.at for one in found]))
     if len(at) <= 4 and (at % 1 == 0).all():
         ax.set_xticks(at, [f"{value:g}" for value in at])
@@ -123,7 +127,7 @@ def _whole_numbers(ax: Axes, found: Sequence[Binned]) -> None:
 
 
 def force_errors(runs: Sequence[RunData]) -> Figure | None:
-    """Length of the error of an atom's force against the length of the force; None where no task has forces."""
+    """Draw the length of the error of an atom's force against the length of the force; None if no task has forces."""
     tasks = [name for name in tasks_of(runs) if any(_has_forces(run, name) for run in runs)]
     if not tasks:
         return None
@@ -132,7 +136,7 @@ def force_errors(runs: Sequence[RunData]) -> Figure | None:
         found = {number: one for number, run in enumerate(runs) if (one := _by_force(run, task)) is not None}
         ax.set_title(task, fontweight="bold", fontsize=10)
         if not found:
-            nothing(ax, "no forces above 0")
+            nothing(ax, "all forces are 0")
             continue
         for number, one in found.items():
             _draw(ax, one, colour_of(number), band=len(runs) == 1)
@@ -145,14 +149,14 @@ def force_errors(runs: Sequence[RunData]) -> Figure | None:
     return figure
 
 
-def _by_force(run: RunData, task: str) -> Binned | None:
+def _by_force(run: RunData, task: str) -> ErrorBins | None:
     if not _has_forces(run, task):
         return None
     data = run.predictions[task]
     length = np.linalg.norm(data.forces.reshape(-1, 3), axis=1)
     error = np.linalg.norm((data.forces_predicted - data.forces).reshape(-1, 3), axis=1)
-    # Forces that vanish by symmetry have no place on a logarithmic axis.
-    return binned(np.where(length > 1e-6, length, np.nan), error)
+    # Forces that are 0 by symmetry cannot be shown on a logarithmic axis.
+    return error_bins(np.where(length > 1e-6, length, np.nan), error)
 
 
 def _has_forces(run: RunData, task: str) -> bool:
@@ -160,7 +164,7 @@ def _has_forces(run: RunData, task: str) -> bool:
 
 
 def element_errors(run: RunData) -> Figure | None:
-    """Heat map of force errors by task and element; None where no task has forces."""
+    """Draw a heat map of force errors by task and element; return None if no task has forces."""
     by_task = {name: data.force_error_by_element for name, data in run.predictions.items() if len(data.forces)}
     if not by_task:
         return None
@@ -193,9 +197,9 @@ def element_errors(run: RunData) -> Figure | None:
 
 
 def calibration_plots(run: RunData) -> Figure | None:
-    """Root mean square error against the spread of the ensemble, in bins of equally many structures, by task.
+    """Draw root mean square errors against the spread of the ensemble, with the same number of structures in each bin.
 
-    None where no task has an ensemble. On the diagonal, the spread is what the error is.
+    Return None if no task has an ensemble. On the diagonal line, the error equals the spread.
     """
     errors = {
         name: np.where(data.energy_spread > 0, np.abs(data.energy_predicted - data.energy), np.nan)
@@ -212,7 +216,7 @@ def calibration_plots(run: RunData) -> Figure | None:
         across = [float(np.sqrt((spread[part] ** 2).mean())) for part in bins]
         upward = [float(np.sqrt((error[part] ** 2).mean())) for part in bins]
         ax.scatter(spread, error, s=8, color="#999999", linewidths=0, label="structures")
-        ax.plot(across, upward, "o-", color=COLOURS[0], markersize=4, label="bins")
+        ax.plot(across, upward, "o-", color=COLOURS[0], markersize=4, label="root mean square in bins")
         positive = [value for value in (*across, *upward) if value > 0] or [1.0]
         ends = [0.5 * min(positive), 2 * max(positive)]
         ax.plot(ends, ends, color=GREY, linewidth=0.8)

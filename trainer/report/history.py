@@ -1,4 +1,4 @@
-"""What happened over the steps: losses, errors, rates, weights, gradients; one run, or several laid over each other."""
+"""Figures of losses, errors, rates, weights and gradients over the steps of one or several runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ THROUGHPUT = (
 
 
 def overview(runs: Sequence[RunData]) -> Figure:
-    """Loss (training and validation), learning rate, gradient norm, and skipped steps if there are any."""
+    """Draw the loss (training and validation), learning rate, gradient norm, and skipped steps if there are any."""
     skipped = any(value for run in runs for value in run.series("train", "skipped_steps")[1])
     figure = _panels(runs, [*OVERVIEW, *([SKIPPED] if skipped else [])])
     loss, _, norm, *_ = figure.axes
@@ -56,7 +56,7 @@ def overview(runs: Sequence[RunData]) -> Figure:
 
 
 def throughput(runs: Sequence[RunData]) -> Figure:
-    """Structures and atoms per second, the share of time spent waiting for data, and memory."""
+    """Draw structures and atoms per second, the fraction of time spent waiting for data, and memory."""
     figure = _panels(runs, THROUGHPUT)
     for ax in figure.axes:
         ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
@@ -65,7 +65,7 @@ def throughput(runs: Sequence[RunData]) -> Figure:
 
 
 def _panels(runs: Sequence[RunData], panels: Sequence[tuple[str, str, float]]) -> Figure:
-    """Quantities of rows of training."""
+    """Draw quantities of the rows about training, given as (key, label, factor)."""
     figure, axes = small_multiples(len(panels), height=2.2)
     for ax, (key, label, factor) in zip(axes, panels, strict=True):
         for number, run in enumerate(runs):
@@ -96,7 +96,7 @@ def _legend(figure: Figure, runs: Sequence[RunData]) -> None:
 
 
 def learning_curves(runs: Sequence[RunData]) -> Figure:
-    """Errors of energies and forces over the steps, in training and validation; two axes for each task."""
+    """Draw errors of energies and forces over the steps, in training and validation, two axes for each task."""
     tasks = tasks_of(runs)
     figure, pairs = pairs_of_tasks(tasks, height=1.8)
     panels = (("energy_mae", "energy, meV/atom"), ("force_mae", "force, meV/Å"))
@@ -120,9 +120,9 @@ def _learning_curve(ax: Axes, runs: Sequence[RunData], task: str, error: str) ->
 
 
 def over_steps(runs: Sequence[RunData], kind: str, key: str, label: str) -> Figure | None:
-    """Each task's value under `key` of rows of a kind ('weights' of 'train'), in axes of its own; None without any.
+    """Draw each task's value under a key of the rows of a kind, such as 'weights' of 'train', in axes of its own.
 
-    With one run the other tasks' lines are there in grey.
+    With one run, the lines of the other tasks are shown in grey. Return None if there are no such values.
     """
     tasks = tasks_of(runs)
     if not any(run.series(kind, key, task)[0] for run in runs for task in tasks):
@@ -149,9 +149,9 @@ def over_steps(runs: Sequence[RunData], kind: str, key: str, label: str) -> Figu
 
 
 def cosines(run: RunData) -> list[tuple[str, NDArray[np.float64]]]:
-    """Matrices [tasks, tasks] of cosines between the tasks' gradients: the last one measured, and their mean.
+    """Return titles and matrices [tasks, tasks] of cosines between the tasks' gradients: the last one, and the mean.
 
-    NaN where a task was not in a measured step. Empty if nothing was measured.
+    An entry is NaN if a task had no structures in a measured step. The list is empty if nothing was measured.
     """
     rows = run.rows("balance")
     if not rows:
@@ -160,12 +160,12 @@ def cosines(run: RunData) -> list[tuple[str, NDArray[np.float64]]]:
     known = np.isfinite(measured)
     total = np.where(known, measured, 0.0).sum(axis=0)
     mean = np.divide(total, known.sum(axis=0), out=np.full(total.shape, np.nan), where=known.any(axis=0))
-    return [(f"step {rows[-1]['step']:,}", measured[-1]), (f"mean of {len(rows):,}", mean)]
+    return [(f"step {rows[-1]['step']:,}", measured[-1]), (f"mean of {len(rows):,} measurements", mean)]
 
 
 def cosine_maps(tasks: Sequence[str], matrices: Sequence[tuple[str, NDArray[np.float64]]]) -> Figure:
-    """Cosines between tasks as annotated heat maps: side by side if the tasks are few, else one below the other."""
-    labels = 0.085 * max(len(task) for task in tasks)  # inches, of the longest name
+    """Draw cosines between tasks as annotated heat maps, side by side if the tasks are few, else below each other."""
+    labels = 0.085 * max(len(task) for task in tasks)  # inches for the longest name
     side = max(0.5 * len(tasks), 1.4)
     columns = min(len(matrices), max(int((PAGE - labels) // (side + 0.3)), 1))
     rows = -(-len(matrices) // columns)

@@ -1,4 +1,4 @@
-"""HTML of self-contained pages: style, tables, pictures, and the file."""
+"""HTML of self-contained pages: style, tables and pictures."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ details.run > summary { font-size: 1.3rem; font-weight: 600; margin: 1.2rem 0; }
 """
 
 PIXELS = 100
-"""An inch of a figure on the page; its file has more of them, for screens that show more."""
+"""Pixels on the page per inch of a figure."""
 DOTS = 130
+"""Pixels in the file per inch of a figure; more than on the page, for screens with a high resolution."""
 COLOURS = 256
-"""Of a picture: a third of the bytes that it has with all of them."""
+"""Number of colours of a picture, which reduces its size to a third."""
 WIDE = 10.9
-"""Inches; a wider figure scrolls at its own size instead of shrinking."""
+"""Width in inches above which a figure is scrolled instead of shrunk."""
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """Return a whole document."""
+    """Return a complete HTML document."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -54,7 +55,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
-    """Write a document in one piece and return its path."""
+    """Write a page to a file, making its folder, and return its path."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page(title, parts))
     return out
@@ -67,7 +68,7 @@ def table(
     texts: Collection[int] = (0,),
     best: Collection[tuple[int, int]] = (),
 ) -> str:
-    """Return a table; columns of `texts` are aligned to the left, cells (row, column) of `best` stand out."""
+    """Return a table; the columns `texts` are aligned to the left, and the cells `best` (row, column) are marked."""
 
     def kinds(row: int | None, column: int) -> str:
         names = [name for name, holds in (("text", column in texts), ("best", (row, column) in best)) if holds]
@@ -84,7 +85,7 @@ def table(
 
 
 def picture(figure: Figure, alternative: str) -> str:
-    """Embed a figure; one too wide for the page scrolls at its own size."""
+    """Return an image with the figure embedded and an alternative text; one too wide for the page can be scrolled."""
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DOTS)
     Image.open(drawn).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(buffer, "png")
@@ -103,5 +104,5 @@ def paragraph(text: str) -> str:
 
 
 def facts(text: str) -> str:
-    """Return a line in small print."""
+    """Return a line in grey."""
     return f'<p class="facts">{escape(text)}</p>'

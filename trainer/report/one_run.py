@@ -1,4 +1,4 @@
-"""The report of one run: errors, training, configuration."""
+"""The parts of the report about one run: errors, training, configuration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curv
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table
 from hydrazero.trainer.report.run_data import RunData
 
+TRIVIAL = (
+    "Trivial: the errors of the trivial predictor on the same structures. It predicts the "
+    "task's reference energies and zero forces. Ratio: its error divided by that of the model."
+)
+
 
 def heading(run: RunData) -> str:
-    """Name, size, state and command of a run."""
+    """Return the heading of a run: its name, model, progress and command."""
     model = run.record["model"]
     size = f"{model['encoder']}, {model['features']} features, {model['layers']} layers, cutoff {model['cutoff']} Å"
     line = f"{len(run.tasks)} tasks · {size} · {progress(run)} · started {run.record['started']}"
@@ -32,7 +37,7 @@ def _command(run: RunData) -> str:
 
 
 def progress(run: RunData) -> str:
-    """How far a run has come."""
+    """Return how many of its steps a run has trained."""
     resumes = run.record.get("resumes", [])
     steps = resumes[-1]["steps"] if resumes else run.record["train"]["steps"]
     ended = run.step >= steps
@@ -40,33 +45,40 @@ def progress(run: RunData) -> str:
 
 
 def sections(run: RunData) -> list[str]:
-    """Everything on a run but its name."""
+    """Return all parts of the report of a run after its heading."""
     return [*evaluation(run), *_training(run), *_balance(run), *configuration(run)]
 
 
 def evaluation(run: RunData) -> list[str]:
-    """Errors of the evaluated split, in tables and pictures."""
+    """Return the errors on the evaluated split, as tables and pictures."""
     if run.evaluation is None:
         hint = f"hydrazero evaluate {run.path}"
-        return [f"<h2>Errors</h2><p>This run has not been evaluated; do it with <code>{escape(hint)}</code>.</p>"]
+        return [
+            f"<h2>Errors</h2><p>This run has not been evaluated. To evaluate it, run <code>{escape(hint)}</code>.</p>"
+        ]
     tasks = run.evaluation.tasks
     parts = [f"<h2>Errors on the {escape(run.evaluation.split)} split</h2>", _errors(tasks)]
-    parts.append(paragraph("Trivial: the task's reference energies alone and zero forces, on the same structures."))
+    parts.append(paragraph(TRIVIAL))
     parts += _other_errors(tasks)
     parts += [paragraph(sentence) for sentence in left_out(tasks)]
     parts += ["<h2>Parity</h2>", picture(parity_plots(run.predictions), "predicted against true energies and forces")]
     others = other_parity_plots({name: data.others for name, data in run.predictions.items()})
     if others is not None:
         parts += ["<h3>Other quantities</h3>", picture(others, "predicted against true stress and targets")]
-    parts += ["<h2>Errors by size</h2>", picture(size_errors([run]), "errors against the number of atoms")]
-    parts.append(paragraph("Medians, and where 80% of the errors lie; of forces, the mean over a structure's atoms."))
-    if (by_element := element_errors(run)) is not None:
-        parts += ["<h2>Force error by element</h2>", picture(by_element, "force error by task and element")]
-    if (by_force := force_errors([run])) is not None:
-        parts += ["<h2>Force error by force</h2>", picture(by_force, "force error against the length of the force")]
-        parts.append(
-            paragraph("Length of the error of an atom's force; on the dashed line it is as long as the force.")
+    parts += ["<h2>Errors by number of atoms</h2>", picture(size_errors([run]), "errors against the number of atoms")]
+    parts.append(
+        paragraph(
+            "Lines are medians; bands contain 80% of the errors. Force errors are means over the atoms of a structure."
         )
+    )
+    if (by_element := element_errors(run)) is not None:
+        parts += ["<h2>Force errors by element</h2>", picture(by_element, "force error by task and element")]
+    if (by_force := force_errors([run])) is not None:
+        parts += [
+            "<h2>Force errors by length of the force</h2>",
+            picture(by_force, "force error against the length of the force"),
+        ]
+        parts.append(paragraph("The error is the length of the error vector. On the dashed line it equals the force."))
     return [*parts, *_spread(run)]
 
 
@@ -85,19 +97,19 @@ def _errors(tasks: Mapping[str, TaskEvaluation]) -> str:
 
 
 def _other_errors(tasks: Mapping[str, TaskEvaluation]) -> list[str]:
-    """Stress and targets, if any task has them."""
+    """Return a table of stress and targets, if any task has them."""
     rows = other_rows(tasks)
     if not rows:
         return []
     return [
         "<h3>Other quantities</h3>",
         table(OTHER_HEADINGS, rows, texts=(0, 1, 2)),
-        paragraph("Trivial: zero stress, and the mean of the training labels."),
+        paragraph("Trivial: the errors of zero stress and of the mean of the training labels."),
     ]
 
 
 def _spread(run: RunData) -> list[str]:
-    """How well the spread of ensembles tells their errors."""
+    """Return how well the spread of ensembles predicts their errors."""
     figure = calibration_plots(run)
     if figure is None or run.evaluation is None:
         return []
@@ -106,13 +118,13 @@ def _spread(run: RunData) -> list[str]:
         if spread := task.energy_spread:
             sentences.append(
                 paragraph(
-                    f"{name}: errors are {spread.error_over_spread:.2f} times the spread in the root mean square; "
-                    f"{100 * spread.within_one:.0f}% lie within one spread (68% if normal), "
-                    f"{100 * spread.within_two:.0f}% within two (95%)."
+                    f"{name}: the root mean square of error divided by spread is {spread.error_over_spread:.2f} (1 if "
+                    f"calibrated). {100 * spread.within_one:.0f}% of the errors are within one spread (68% for a "
+                    f"normal distribution), {100 * spread.within_two:.0f}% within two (95%)."
                 )
             )
     return [
-        "<h2>Uncertainty: calibration of the ensembles' spread</h2>",
+        "<h2>Uncertainty: errors against the spread of the ensemble</h2>",
         picture(figure, "errors of energies against the spread of the ensemble"),
         *sentences,
     ]
@@ -127,50 +139,56 @@ def _training(run: RunData) -> list[str]:
         parts.append(paragraph("No evaluation on the validation split has been logged yet."))
     if skipped := max(row.get("skipped_structures", 0) for row in rows):
         parts.append(
-            paragraph(f"{skipped:,} training structures were skipped: blocks of shards that could not be read.")
+            paragraph(f"{skipped:,} training structures were skipped because their blocks of shards could not be read.")
         )
     parts += ["<h2>Learning curves</h2>", picture(learning_curves([run]), "errors of each task over steps")]
     parts.append(
-        paragraph("Mean absolute errors: of the training batches (thin), and of the whole validation split (points).")
+        paragraph("Mean absolute errors on the training batches (thin lines) and on the validation split (points).")
     )
-    return [*parts, "<h2>Throughput</h2>", picture(throughput([run]), "structures, atoms per second, waiting, memory")]
+    return [
+        *parts,
+        "<h2>Throughput</h2>",
+        picture(throughput([run]), "structures and atoms per second, waiting for data, memory"),
+    ]
 
 
 def _balance(run: RunData) -> list[str]:
-    """Weights and shares of the tasks, their gradients, and how these agree."""
+    """Return weights, sampling and gradients of the tasks, and the cosines between their gradients."""
     rows = run.rows("train")
     if len(run.tasks) < 2 or not rows:
         return []
-    parts = ["<h2>Tasks against each other</h2>", _balance_table(run)]
+    parts = ["<h2>Balance of the tasks</h2>", _balance_table(run)]
     temperature = run.record.get("data", {}).get("temperature", 1.0)
     parts.append(
         paragraph(
-            f"How often a task's structures are drawn is set by data.temperature = {temperature:g}; how much its loss "
-            f"counts, by its weight and balance.method = {run.record.get('balance', {}).get('method', 'uniform')}."
+            f"data.temperature = {temperature:g} sets how often the structures of a task are drawn. The weight of its "
+            f"loss is set by its weight in the run file and by balance.method = "
+            f"{run.record.get('balance', {}).get('method', 'uniform')}."
         )
     )
     figures = (
         ("train", "weights", "weight", "Loss weights"),
-        ("train", "sampling_shares", "share", "Shares of the structures drawn"),
-        ("balance", "gradient_norms", "norm", "Gradient norms, of the losses without their weights"),
+        ("train", "sampling_shares", "fraction", "Fractions of the structures drawn"),
+        ("balance", "gradient_norms", "norm", "Gradient norms of the unweighted losses"),
     )
     for kind, key, label, title in figures:
         if key == "weights" and _constant(run):
-            parts += [f"<h3>{title}</h3>", paragraph("The weights were the same throughout.")]
+            parts += [f"<h3>{title}</h3>", paragraph("The weights did not change during the run.")]
         elif (figure := over_steps([run], kind, key, label)) is not None:
             parts += [f"<h3>{title}</h3>", picture(figure, f"{title.lower()} over steps")]
-    parts.append(paragraph("Each task has a panel, in which the lines of the others are grey."))
+    parts.append(paragraph("Each task has its own panel; grey lines are those of the other tasks."))
     parts.append("<h3>Cosines between the tasks' gradients</h3>")
     if matrices := cosines(run):
         parts.append(picture(cosine_maps(run.tasks, matrices), "cosines between the tasks' gradients"))
         parts.append(
             paragraph(
-                "Of the gradients with respect to a linear layer between encoder and heads, summed over ranks: above 0 "
-                "two tasks pull the encoder the same way, below 0 against each other."
+                "The gradients are those with respect to a linear layer between encoder and heads, summed over ranks. "
+                "If a cosine is above 0, two tasks change the encoder in similar directions; if it is below 0, in "
+                "opposite ones."
             )
         )
     else:
-        parts.append(paragraph("No gradients were measured yet (balance.every)."))
+        parts.append(paragraph("No gradients were measured yet; balance.every sets how often they are."))
     return parts
 
 
@@ -179,7 +197,7 @@ def _constant(run: RunData) -> bool:
 
 
 def _balance_table(run: RunData) -> str:
-    """Last weight, mean share and mean gradient norm of each task."""
+    """Return a table of the last weight, mean sampling fraction and mean gradient norm of each task."""
     rows = []
     for task in run.tasks:
         weights = run.series("train", "weights", task)[1]
@@ -197,7 +215,7 @@ def _balance_table(run: RunData) -> str:
 
 
 def configuration(run: RunData) -> list[str]:
-    """With what a run was started, of which data and code."""
+    """Return the configuration, data and code with which a run was started."""
     record = run.record
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     parts = ["<h2>Configuration</h2>", facts(versions), facts(commit(record))]
@@ -214,10 +232,10 @@ def configuration(run: RunData) -> list[str]:
 
 
 def commit(record: dict[str, Any]) -> str:
-    """Say of which git commit a run was started."""
+    """Return a sentence that names the git commit from which a run was started."""
     if "git" not in record:
         return "git commit: not recorded"
     if record["git"] is None:
-        return "git commit: none, the run was not started in a git work tree"
-    changed = " with changes that are not committed" if record["git"]["changed"] else ""
+        return "git commit: none, because the run was not started in a git work tree"
+    changed = " with uncommitted changes" if record["git"]["changed"] else ""
     return f"git commit: {record['git']['commit']}{changed}"

@@ -1,4 +1,4 @@
-"""The report's file: of one run, or of several side by side."""
+"""Writing the report of one run, or of several side by side, to a file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from hydrazero.trainer.report.run_data import read_run, run_labels
 from hydrazero.trainer.report.several_runs import comparison
 
 COMPARISON_NAME = "comparison.html"
+"""Default name of the report of several runs."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of the runs as one HTML file and return its path.
 
-    By default it is report.html in the one run's folder, or comparison.html in the folder where the command is given.
-    Raises ConfigError if a run's files are missing or damaged.
+    By default, this is report.html in the folder of one run, or comparison.html in the current folder for several.
+    Raise ConfigError if a run's files are missing or damaged.
     """
     runs = [read_run(folder, label) for folder, label in zip(run_dirs, run_labels(run_dirs), strict=True)]
     if len(runs) == 1:

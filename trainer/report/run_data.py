@@ -1,4 +1,4 @@
-"""What the report shows, gathered from a run folder into arrays."""
+"""The content of a run folder that reports show."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class TaskPredictions(Parity):
     """Labels and predictions of one task's evaluated structures."""
 
     atoms: Array
-    """Of each structure, [structures]."""
+    """Number of atoms of each structure, [structures]."""
     energy_spread: Array
-    """eV per atom, [structures]; NaN without an ensemble."""
+    """Spread of the ensemble's energies, eV per atom, [structures]; NaN without an ensemble."""
     force_atoms: Array
-    """Atoms of the structure of each atom that has forces, [atoms]."""
+    """Number of atoms in the structure of each atom that has forces, [atoms]."""
     force_numbers: NDArray[np.int64]
-    """Its atomic number, [atoms]."""
+    """Atomic number of each atom that has forces, [atoms]."""
     others: dict[str, OtherParity] = field(default_factory=dict)
-    """'stress' and targets."""
+    """Stress, under 'stress', and targets, by name."""
 
     @property
     def force_error_by_element(self) -> dict[str, float]:
-        """Mean absolute error of force components on atoms of an element, meV/Å."""
+        """Return the mean absolute error of force components by element, meV/Å."""
         errors = 1000 * np.abs(self.forces_predicted - self.forces).reshape(-1, 3)
         return {
             chemical_symbols[number]: float(np.nanmean(errors[self.force_numbers == number]))
@@ -47,32 +47,37 @@ class TaskPredictions(Parity):
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """A run folder's content."""
+    """The content of a run folder."""
 
     path: Path
+    """Run folder."""
     label: str
-    """Name of the run among those of the report."""
+    """Name of the run in the report."""
     record: dict[str, Any]
+    """Content of run.json."""
     metrics: list[dict[str, Any]]
+    """Rows of metrics.jsonl."""
     evaluation: Evaluation | None = None
+    """Content of evaluation.json; None if the run has not been evaluated."""
     predictions: dict[str, TaskPredictions] = field(default_factory=dict)
+    """Predictions of the evaluation, by task."""
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the run's tasks."""
+        """Return the names of the run's tasks."""
         return [task["name"] for task in self.record["tasks"]]
 
     @property
     def step(self) -> int:
-        """Last step that was logged."""
+        """Return the last step that was logged."""
         return max((row["step"] for row in self.metrics), default=0)
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl of one kind: 'train', 'evaluation' or 'balance'."""
+        """Return the rows of metrics.jsonl of one kind: 'train', 'evaluation' or 'balance'."""
         return [row for row in self.metrics if row["kind"] == kind]
 
     def series(self, kind: str, *keys: str) -> tuple[list[int], list[float]]:
-        """Steps and values of what lies under nested keys of the rows of a kind; steps without it are left out."""
+        """Return steps and values under nested keys of the rows of a kind; steps without a value are left out."""
         steps, values = [], []
         for row in self.rows(kind):
             value: Any = row
@@ -89,12 +94,12 @@ class RunData:
 
 
 def tasks_of(runs: Sequence[RunData]) -> list[str]:
-    """Names of all tasks of the runs, in the order in which they come."""
+    """Return the names of all tasks of the runs, in order of their first occurrence."""
     return list(dict.fromkeys(name for run in runs for name in run.tasks))
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
-    """Names that tell runs apart: of their folders, with as many parents as it takes."""
+    """Return a distinct name for each run: that of its folder, with as many parent folders as needed."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(len(each) for each in parts) + 1):
         labels = ["/".join(each[-depth:]) for each in parts]
@@ -104,7 +109,7 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(run_dir: Path, label: str) -> RunData:
-    """Read a run folder; raises ConfigError naming the file that is missing or damaged."""
+    """Read a run folder; raise ConfigError that names the file if one is missing or damaged."""
     run = RunData(path=run_dir, label=label, record=read_run_json(run_dir, RUN_NAME), metrics=read_metrics(run_dir))
     if not (run_dir / EVALUATION_NAME).is_file():
         return run
@@ -119,7 +124,7 @@ def read_run(run_dir: Path, label: str) -> RunData:
 def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPredictions:
     """Read one task's predictions, with the errors of its `targets`, which state their units.
 
-    Raises ConfigError if the file is missing or damaged.
+    Raise ConfigError if the file is missing or damaged.
     """
     try:
         table = pq.read_table(path).combine_chunks()
@@ -149,17 +154,17 @@ def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPre
 
 
 def _numbers(column: Any) -> Array:
-    """A column of numbers, NaN where there is none."""
+    """Return a column of numbers, with NaN where there is none."""
     return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
 def _flat(table: pa.Table, name: str) -> Array:
-    """Numbers of a column of lists, those of one row after the other."""
+    """Return the numbers of a column of lists, joined row after row."""
     return np.asarray(pc.list_flatten(table.column(name)).to_numpy(), dtype=np.float64)
 
 
 def _other(table: pa.Table, column: str, unit: str) -> OtherParity | None:
-    """Stress or a target where it is known; None if it is nowhere."""
+    """Return stress or a target where it is known; None if there is none."""
     if column not in table.column_names:
         return None
     known = table.filter(pc.is_valid(table.column(column)))

@@ -1,4 +1,4 @@
-"""The report of several runs side by side."""
+"""The report that compares several runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hydrazero.trainer.report.run_data import RunData, tasks_of
 Value = Callable[[RunData, str], float | None]
 
 NOT_COMPARED = ("command", "started", "resumes", "git", "manifests")
-"""Of run.json: said in other places, or never the same."""
+"""Keys of run.json that are shown elsewhere or differ between any two runs."""
 
 
 def comparison(runs: Sequence[RunData]) -> list[str]:
-    """Return the parts of the page: what the runs differ in, then each run by itself."""
+    """Return the parts of the page: the comparison of the runs, then each run by itself."""
     return [
         f"<h1>{len(runs)} runs side by side</h1>",
         *_facts(runs),
@@ -64,20 +64,22 @@ def _errors(runs: Sequence[RunData]) -> list[str]:
     for run in runs:
         if run.evaluation is None:
             hint = f"hydrazero evaluate {run.path}"
-            parts.append(f"<p>{escape(run.label)} has not been evaluated; do it with <code>{escape(hint)}</code>.</p>")
+            parts.append(
+                f"<p>{escape(run.label)} has not been evaluated. To evaluate it, run <code>{escape(hint)}</code>.</p>"
+            )
     if evaluated:
         splits = list(dict.fromkeys(run.evaluation.split for run in evaluated if run.evaluation))
         if len(splits) > 1:
             named = ", ".join(f"{run.label}: {run.evaluation.split}" for run in evaluated if run.evaluation)
-            parts.append(paragraph(f"The runs were evaluated on different splits, so no error is marked ({named})."))
+            parts.append(paragraph(f"The runs were evaluated on different splits ({named}), so no error is marked."))
         else:
-            parts.append(paragraph(f"On the {splits[0]} split; the lowest error of each task is marked."))
+            parts.append(paragraph(f"Errors on the {splits[0]} split. The lowest error of each task is marked."))
         parts += _tables(evaluated, _evaluated, marked=len(splits) == 1)
         if len(evaluated) == len(runs):
             parts += _error_pictures(runs)
     validated = [run for run in runs if run.rows("evaluation")]
     if len(evaluated) < len(runs) and validated:
-        parts.append(paragraph("The last validation of each run; the lowest error of each task is marked."))
+        parts.append(paragraph("Errors at the last validation of each run. The lowest error of each task is marked."))
         parts += _tables(validated, _validated, marked=True)
     return [*parts, *_other_data(runs)]
 
@@ -101,7 +103,7 @@ def _validated(error: str) -> Value:
 
 
 def _tables(runs: Sequence[RunData], value_of: Callable[[str], Value], *, marked: bool) -> list[str]:
-    """Energies, forces and stress: a row for each task, a column for each run."""
+    """Return tables of energies, forces and stress, with a row for each task and a column for each run."""
     tables = []
     quantities = (
         ("energy_mae", "Energy MAE, meV/atom", 2),
@@ -127,14 +129,17 @@ def _tables(runs: Sequence[RunData], value_of: Callable[[str], Value], *, marked
 
 
 def _error_pictures(runs: Sequence[RunData]) -> list[str]:
-    parts = ["<h3>By size</h3>", picture(size_errors(runs), "errors against the number of atoms")]
+    parts = ["<h3>By number of atoms</h3>", picture(size_errors(runs), "errors against the number of atoms")]
     if (figure := force_errors(runs)) is not None:
-        parts += ["<h3>Forces by force</h3>", picture(figure, "force error against the length of the force")]
-    return [*parts, paragraph("Medians; on the dashed line the error is as long as the force.")]
+        parts += [
+            "<h3>Forces by length of the force</h3>",
+            picture(figure, "force error against the length of the force"),
+        ]
+    return [*parts, paragraph("Lines are medians. On the dashed line, the error equals the force.")]
 
 
 def _other_data(runs: Sequence[RunData]) -> list[str]:
-    """Tasks whose shards are not the same in all runs that have them."""
+    """Return a sentence that names the tasks whose shards differ between the runs, if there are any."""
     other = []
     for task in tasks_of(runs):
         found = {run.record["manifests"][task] for run in runs if task in run.record.get("manifests", {})}
@@ -142,11 +147,11 @@ def _other_data(runs: Sequence[RunData]) -> list[str]:
             other.append(task)
     if not other:
         return []
-    return [paragraph(f"The runs have different shards, and so other structures, of the tasks {', '.join(other)}.")]
+    return [paragraph(f"The runs have different shards, so different structures, for these tasks: {', '.join(other)}.")]
 
 
 def _differences(runs: Sequence[RunData]) -> list[str]:
-    """Keys of the configuration that are not the same in all runs."""
+    """Return a table of the keys of the configuration whose values differ between the runs."""
     flat = [flattened(run.record) for run in runs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     rows = []
@@ -154,14 +159,14 @@ def _differences(runs: Sequence[RunData]) -> list[str]:
         values = [each.get(key, "-") for each in flat]
         if len(set(values)) > 1 and key != "run.out":
             rows.append([key, *values])
-    parts = ["<h2>What the configurations differ in</h2>"]
+    parts = ["<h2>Differences between the configurations</h2>"]
     if not rows:
-        return [*parts, paragraph("Nothing.")]
+        return [*parts, paragraph("There are none.")]
     return [*parts, table(["key", *(run.label for run in runs)], rows)]
 
 
 def flattened(record: dict[str, Any]) -> dict[str, str]:
-    """Return run.json as 'section.key' -> text; tasks by their names."""
+    """Return run.json as texts by dotted keys such as 'train.steps'; tasks have their names in the keys."""
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -184,12 +189,15 @@ def _training(runs: Sequence[RunData]) -> list[str]:
         return ["<h2>Training</h2>", paragraph("No step of any run has been logged yet.")]
     parts = ["<h2>Losses</h2>", picture(overview(runs), "loss, learning rate, gradient norm over steps")]
     parts += ["<h2>Learning curves</h2>", picture(learning_curves(runs), "errors of each task over steps")]
-    parts += ["<h2>Throughput</h2>", picture(throughput(runs), "structures, atoms per second, waiting, memory")]
+    parts += [
+        "<h2>Throughput</h2>",
+        picture(throughput(runs), "structures and atoms per second, waiting for data, memory"),
+    ]
     if len(tasks_of(runs)) > 1:
-        parts.append("<h2>Tasks against each other</h2>")
+        parts.append("<h2>Balance of the tasks</h2>")
         for key, label, title in (
             ("weights", "weight", "Loss weights"),
-            ("sampling_shares", "share", "Shares of the structures drawn"),
+            ("sampling_shares", "fraction", "Fractions of the structures drawn"),
         ):
             if (figure := over_steps(runs, "train", key, label)) is not None:
                 parts += [f"<h3>{title}</h3>", picture(figure, f"{title.lower()} over steps")]
@@ -198,7 +206,7 @@ def _training(runs: Sequence[RunData]) -> list[str]:
 
 
 def _cosines(runs: Sequence[RunData]) -> list[str]:
-    """Mean cosines of the runs, those of the same tasks in one picture."""
+    """Return pictures of the mean cosines of the runs, with runs of the same tasks in one picture."""
     by_tasks: dict[tuple[str, ...], list[tuple[str, Any]]] = {}
     for run in runs:
         if matrices := cosines(run):
@@ -213,6 +221,6 @@ def _cosines(runs: Sequence[RunData]) -> list[str]:
 
 
 def _alone(run: RunData) -> str:
-    """What is of one run and not shown beside the others, folded."""
+    """Return, folded, the parts of a run's own report that the comparison does not show."""
     parts = [heading(run), *evaluation(run), *configuration(run)]
     return f'<details class="run"><summary>{escape(run.label)}</summary>{"".join(parts)}</details>'
