@@ -1,15 +1,15 @@
-"""One task of a model, compiled ahead of time into a package that PyTorch runs without a line of this library.
+"""Packages of one task, compiled ahead of time, that PyTorch runs without this library.
 
-The package is an AOTInductor archive (`torch._inductor.aoti_load_package`, or `AOTIModelPackageLoader` in C++). It
-takes any number of atoms A and of pairs P, each pair once:
+A package is an AOTInductor archive (`torch._inductor.aoti_load_package`, or `AOTIModelPackageLoader` in C++). Its
+inputs describe a structure of A atoms and P pairs of neighbours, each pair once; both numbers may change between calls:
 
     numbers [A] int64, positions [A, 3] Å, first [P] int64, second [P] int64, shifts [P, 3] Å, cell [3, 3] Å
 
-and charge [1] and multiplicity [1] int64 where the task is told of them. The vector of a pair is positions[second] +
-shifts - positions[first]; pairs beyond the cutoff add nothing. The cell is zero where the structure is not periodic in
-three directions. It gives energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3] eV/Å³ (zero without a cell), and
-then the task's other quantities. `get_metadata()` has the names of inputs and outputs, the precision, the cutoff and
-the card.
+Packages of tasks that depend on charge and spin also take charge [1] int64 and multiplicity [1] int64. The vector of a
+pair is positions[second] + shifts - positions[first]; pairs beyond the cutoff add nothing. The cell must be zero if the
+structure is not periodic in three directions. The outputs are energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3]
+eV/Å³ (zero without a cell), and then the task's other quantities. `get_metadata()` returns the names of inputs and
+outputs, the precision, the cutoff in Å and the model card.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 def package_inputs(model: AtomisticModel, structure: Structure) -> list[Tensor]:
-    """Return what a package of the model's one task takes, for a structure."""
+    """Return the inputs of a package of the model's only task for a structure."""
     pairs = graph_sample(structure, 0, model.settings.encoder.cutoff).pairs
-    whole, number = torch.int64, model.dtype
+    integer, number = torch.int64, model.dtype
     shifts = torch.zeros(len(pairs.first), 3) if pairs.shift is None else torch.from_numpy(pairs.shift)
     cell = torch.from_numpy(structure.cell) * bool(structure.pbc.all())
     inputs = [
-        torch.from_numpy(structure.numbers).to(whole),
+        torch.from_numpy(structure.numbers).to(integer),
         torch.from_numpy(structure.positions).to(number),
         torch.from_numpy(pairs.first.copy()),
         torch.from_numpy(pairs.second.copy()),
@@ -60,12 +60,15 @@ def package_inputs(model: AtomisticModel, structure: Structure) -> list[Tensor]:
         cell.to(number),
     ]
     if model.tasks[0].charge_spin:
-        inputs += [torch.tensor([value], dtype=whole) for value in (structure.charge, structure.multiplicity)]
+        inputs += [torch.tensor([value], dtype=integer) for value in (structure.charge, structure.multiplicity)]
     return inputs
 
 
 def package_function(model: AtomisticModel) -> Function:
-    """Return a function of a package's inputs, for a model of one task; its sizes may be symbols."""
+    """Return a function from a package's inputs to its outputs, for a model of one task.
+
+    The numbers of atoms and pairs may be symbolic, so that the function can be traced for all sizes.
+    """
 
     def function(
         numbers: Tensor,
@@ -80,7 +83,7 @@ def package_function(model: AtomisticModel) -> Function:
         charge, multiplicity = conditions or (none, none)
         volume = (cell[0] * torch.linalg.cross(cell[1], cell[2])).sum().abs().reshape(1)
         places = torch.arange(pairs)
-        # Each slot a row of its own: a list of pairs needs no layout, and no padding.
+        # Each slot is a row of its own, so that a list of pairs needs neither sorting nor padding.
         batch = GraphBatch(
             numbers=numbers,
             positions=positions - positions.mean(0),
@@ -103,8 +106,8 @@ def package_function(model: AtomisticModel) -> Function:
     return function
 
 
-def traced(model: AtomisticModel) -> tuple[GraphModule, list[Tensor]]:
-    """Return the graph of a model of one task, energies and their gradients, for any sizes, and inputs to try it on."""
+def trace_model(model: AtomisticModel) -> tuple[GraphModule, list[Tensor]]:
+    """Return the graph of a model of one task, for energies and their gradients and any sizes, and example inputs."""
     example = package_inputs(model, probe_structure(model.tasks[0].elements[:1] * 3))
     with torch.enable_grad():
         graph = make_fx(package_function(model), tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
@@ -113,9 +116,9 @@ def traced(model: AtomisticModel) -> tuple[GraphModule, list[Tensor]]:
     return graph, example
 
 
-def exported(model: AtomisticModel) -> ExportedProgram:
-    """Return the graph as PyTorch exports it, for any number of atoms and pairs."""
-    graph, example = traced(model)
+def export_program(model: AtomisticModel) -> ExportedProgram:
+    """Return the exported program of a model of one task, for any number of atoms and pairs."""
+    graph, example = trace_model(model)
     atoms, pairs = Dim("atoms", min=2, max=2**24), Dim("pairs", min=2, max=2**30)
     sizes: list[Any] = [{0: atoms}, {0: atoms}, {0: pairs}, {0: pairs}, {0: pairs}, None]
     sizes += [None] * (len(example) - len(sizes))
@@ -123,28 +126,29 @@ def exported(model: AtomisticModel) -> ExportedProgram:
 
 
 def write_package(model: AtomisticModel, out: Path, card: dict[str, Any] | None) -> None:
-    """Compile the only task of a model into a package, compare it with the model, and give it its name.
+    """Compile the only task of a model into a package, compare its results with the model's, and write it to `out`.
 
-    The code is for this kind of processor and this version of PyTorch. Raises ModelFileError if the model has several
-    tasks, `out` exists or has another suffix than '.pt2', the compiler fails, or the package gives other results.
+    The package runs on this kind of processor and this version of PyTorch. Raises ModelFileError if the model has
+    several tasks, if `out` exists, does not end in '.pt2' or cannot be written, if the compiler fails, or if the
+    package gives other results than the model.
     """
     if len(model.tasks) != 1:
-        raise ModelFileError(f"a package is of one task, and the model has {len(model.tasks)}; choose one.")
+        raise ModelFileError(f"a package holds one task, and the model has {len(model.tasks)}; choose one.")
     if out.suffix != SUFFIX:
-        raise ModelFileError(f"{out} must end in {SUFFIX}, by which PyTorch knows its packages.")
+        raise ModelFileError(f"{out} must end in {SUFFIX}, by which PyTorch recognises its packages.")
     if out.exists():
         raise ModelFileError(f"{out} exists; remove it or choose another name.")
     remove_cut_off_files()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out, shared=True, suffix=SUFFIX) as part:
+        with replacing(out, shared=True, suffix=SUFFIX) as temporary:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of PyTorch's own code
+                warnings.simplefilter("ignore")  # warnings about PyTorch's own code
                 settings = {"aot_inductor.metadata": _facts(model, card)}
                 torch._inductor.aoti_compile_and_package(
-                    exported(model), package_path=str(part), inductor_configs=settings
+                    export_program(model), package_path=str(temporary), inductor_configs=settings
                 )
-            _compare(model, part)
+            _compare(model, temporary)
     except OSError as error:
         raise ModelFileError(f"{out} cannot be written ({error.strerror or error}).") from error
     except (InductorError, TorchDynamoException) as error:
@@ -167,24 +171,24 @@ def _facts(model: AtomisticModel, card: dict[str, Any] | None) -> dict[str, str]
 
 
 def _compare(model: AtomisticModel, path: Path) -> None:
-    """Raise unless a package gives what the model does, for a cluster of all elements and for a cell."""
+    """Raise ModelFileError unless a package reproduces the model for a cluster of all elements and for a cell."""
     package = torch._inductor.aoti_load_package(str(path))
     tolerance = 1e-10 if model.dtype == torch.float64 else 1e-4
     cluster = probe_structure(model.tasks[0].elements)
     for structure in (cluster, _cell_of(model.tasks[0].elements[0])):
         sample = graph_sample(structure, 0, model.settings.encoder.cutoff)
         expected = model(collate([sample], shape_holding([sample]), model.dtype))
-        found = package(*package_inputs(model, structure))
-        pairs = [(expected.energy, found[0]), (expected.forces, found[1]), (expected.stress[0], found[2])]
-        pairs += list(zip(expected.targets.values(), found[len(RESULTS) :], strict=True))
+        outputs = package(*package_inputs(model, structure))
+        pairs = [(expected.energy, outputs[0]), (expected.forces, outputs[1]), (expected.stress[0], outputs[2])]
+        pairs += list(zip(expected.targets.values(), outputs[len(RESULTS) :], strict=True))
         for ours, theirs in pairs:
-            room = tolerance * (1.0 + float(ours.abs().max()))
-            if not torch.allclose(ours, theirs.to(ours.dtype), rtol=0.0, atol=room):
+            limit = tolerance * (1.0 + float(ours.abs().max()))
+            if not torch.allclose(ours, theirs.to(ours.dtype), rtol=0.0, atol=limit):
                 raise ModelFileError("the package does not reproduce the model; nothing was written.")
 
 
 def _cell_of(symbol: str) -> Structure:
-    """A skewed cell of two atoms."""
+    """Return a skewed cell of two atoms."""
     numbers = torch.tensor([atomic_numbers[symbol]] * 2, dtype=torch.uint8).numpy()
     cell = torch.tensor([[3.0, 0.1, 0.0], [0.0, 3.2, 0.2], [0.3, 0.0, 3.1]], dtype=torch.float64).numpy()
     positions = torch.tensor([[0.0, 0.0, 0.0], [1.6, 1.4, 1.7]], dtype=torch.float64).numpy()

@@ -1,4 +1,4 @@
-"""A loaded model in use: predictions for ASE atoms, calculators, energies of every task."""
+"""Use of a loaded model: predictions for ASE atoms, calculators, and energies of all tasks."""
 
 from __future__ import annotations
 
@@ -29,30 +29,34 @@ if TYPE_CHECKING:
     from hydrazero.models.ops.compiled import CompiledModel
 
 CONDITIONS = ("charge", "multiplicity")
-"""Keys of `atoms.info` that predictions may depend on."""
+"""Keys of `atoms.info` on which predictions may depend."""
 
-AT_ONCE = 512
-"""Structures whose neighbours are held at a time."""
+STRUCTURES_AT_ONCE = 512
+"""Number of structures whose neighbour lists are in memory at a time."""
 DEFAULT_SHAPE = BatchShape(structures=64, atoms=2048, slots=32768)
+"""Shape of a batch if there are enough structures to fill it."""
 
 
 def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
-    """Take geometry, charge and multiplicity (`atoms.info`) of ASE atoms, no labels; raises StructureError."""
+    """Return the structure of ASE atoms, with charge and multiplicity from `atoms.info` and without labels.
+
+    Raises StructureError if it is not valid.
+    """
     structure = Structure(
         numbers=atoms.numbers.astype(np.uint8),
         positions=np.asarray(atoms.positions, dtype=np.float64),
         cell=np.asarray(atoms.cell[:], dtype=np.float64),
         pbc=np.asarray(atoms.pbc, dtype=bool),
-        charge=_whole(atoms, "charge"),
-        multiplicity=_whole(atoms, "multiplicity"),
+        charge=_integer(atoms, "charge"),
+        multiplicity=_integer(atoms, "multiplicity"),
         source_id=source_id,
     )
     check_structure(structure)
     return structure
 
 
-def _whole(atoms: Atoms, key: str) -> int:
-    """Return a whole number of `atoms.info`, 0 if it is not there; raises StructureError for anything else."""
+def _integer(atoms: Atoms, key: str) -> int:
+    """Return a whole number from `atoms.info`, 0 if the key is missing; raise StructureError for other values."""
     value = atoms.info.get(key, 0)
     try:
         if int(value) == value:
@@ -63,7 +67,7 @@ def _whole(atoms: Atoms, key: str) -> int:
 
 
 class Potential:
-    """A model and everything that is needed to apply it to structures."""
+    """A model with the methods that apply it to structures."""
 
     def __init__(self, model: AtomisticModel, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -73,33 +77,34 @@ class Potential:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks that the model has heads for."""
+        """Names of the tasks for which the model has heads."""
         return [task.name for task in self.model.tasks]
 
     @property
     def cutoff(self) -> float:
-        """Å."""
+        """Distance up to which atoms are neighbours, Å."""
         return self.model.settings.encoder.cutoff
 
     @property
     def has_spread(self) -> bool:
-        """Whether heads are ensembles, whose spread tells how sure an energy is."""
+        """Whether heads are ensembles, whose spread estimates the uncertainty of an energy."""
         return self.model.settings.ensemble > 1
 
     def task_index(self, name: str) -> int:
-        """Place of a task; raises ModelFileError if the model has no such head."""
+        """Return the index of a task; raise ModelFileError if the model has no such task."""
         if name not in self.tasks:
             raise ModelFileError(f"the model has no task '{name}'{did_you_mean(name, self.tasks)}.")
         return self.tasks.index(name)
 
     def facts(self, task: str) -> TaskFacts:
-        """What is known of a task; raises ModelFileError if the model has no such head."""
+        """Return the facts of a task; raise ModelFileError if the model has no such task."""
         return self.model.tasks[self.task_index(task)]
 
     def why_not(self, structure: Structure, task: str) -> str | None:
-        """Return why a task cannot take a structure, in words that follow its name; None if it can.
+        """Return why a task does not support a structure, None if it does.
 
-        It may hold elements that the training data did not, or not say what all training structures say.
+        The structure may hold elements that are not in the training data, or lack a multiplicity that all training
+        structures state. The text continues a sentence that begins with the name of the structure.
         """
         facts = self.facts(task)
         unseen = {chemical_symbols[int(z)] for z in np.unique(structure.numbers)} - set(facts.elements)
@@ -108,17 +113,17 @@ class Potential:
         if facts.charge_spin and facts.multiplicity_known and not structure.multiplicity:
             lowest = 1 + (int(structure.numbers.astype(np.int64).sum()) - structure.charge) % 2
             return (
-                f"does not say its spin multiplicity (atoms.info['multiplicity'], {lowest} or more with its "
-                f"electrons), which every training structure of task '{task}' does"
+                f"does not state its spin multiplicity (atoms.info['multiplicity'], {lowest} or more for its number of "
+                f"electrons), as every training structure of task '{task}' does"
             )
         return None
 
     def batches(
         self, samples: Iterable[GraphSample], shape: BatchShape
     ) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
-        """Pack samples and give them with their batches, on the model's device.
+        """Pack samples into batches of a shape; yield the samples of each batch, and the batch on the model's device.
 
-        A sample that is larger than `shape` gets a batch of its own size.
+        A sample that does not fit into `shape` gets a batch of its own shape.
         """
         packer = Packer(shape)
         for sample in samples:
@@ -135,24 +140,24 @@ class Potential:
         return packed, collate(packed, shape, self.model.dtype).to(self.device)
 
     def predict(self, structures: Sequence[Atoms], tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Predict with each of the tasks' heads (all by default): a row per structure and task, in their order.
+        """Predict with the heads of `tasks`, by default all; return a row per structure and task, in their order.
 
         A row holds 'structure' (index), 'task', 'energy' eV, 'energy_spread' eV (the standard deviation of an ensemble
-        of heads), 'forces' eV/Å [atoms, 3], 'stress' eV/Å³ [3, 3] (for cells periodic in three directions), each None
-        where the task has none, and 'targets', the task's other quantities by name. Raises StructureError for a
-        structure that cannot be used or an element that the task has not seen, ModelFileError for a task that the model
-        does not have.
+        of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3] eV/Å³ (for cells periodic in three directions), each None
+        where the task has none, 'reference_energy' eV (the sum of the reference energies of all atoms), and 'targets',
+        the task's other quantities by name. Raises StructureError for a structure that is not valid or that a task does
+        not support, ModelFileError for a task that the model does not have.
         """
         names = self.tasks if tasks is None else list(tasks)
         indices = [self.task_index(name) for name in names]
         converted = [structure_from_atoms(atoms, f"structure {n}") for n, atoms in enumerate(structures)]
-        self._refuse_strange(converted, names)
+        self._check_supported(converted, names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
-        for first in range(0, len(converted), AT_ONCE):
+        for first in range(0, len(converted), STRUCTURES_AT_ONCE):
             samples = []
-            for n, structure in enumerate(converted[first : first + AT_ONCE], first):
-                of_any = graph_sample(structure, 0, self.cutoff)
-                samples += [replace(of_any, task=task, origin=(n, place)) for place, task in enumerate(indices)]
+            for n, structure in enumerate(converted[first : first + STRUCTURES_AT_ONCE], first):
+                sample = graph_sample(structure, 0, self.cutoff)
+                samples += [replace(sample, task=task, origin=(n, place)) for place, task in enumerate(indices)]
             for packed, batch in self.batches(samples, shape_for(samples)):
                 for sample, row in zip(packed, self.rows(packed, batch), strict=True):
                     n, place = sample.origin
@@ -160,11 +165,14 @@ class Potential:
         return rows
 
     def rows(self, packed: Sequence[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
-        """Predict a batch, each sample by the head of its task: rows as those of `predict`, with 'reference_energy'."""
+        """Predict each sample of a batch with the head of its task; yield rows as in `predict`.
+
+        The rows lack 'structure' and 'task'.
+        """
         return self.rows_of(packed, self.model(batch))
 
     def rows_of(self, packed: Sequence[GraphSample], predictions: Predictions) -> Iterator[dict[str, Any]]:
-        """Take predictions of a batch apart, as `rows` gives them."""
+        """Yield the rows of samples, as `rows` does, from the predictions of their batch."""
         energy = predictions.energy.detach().cpu().numpy()
         spread = predictions.spread.detach().cpu().numpy().astype(np.float64)
         forces = predictions.forces.detach().cpu().numpy().astype(np.float64)
@@ -189,7 +197,8 @@ class Potential:
                 },
             }
 
-    def _refuse_strange(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
+    def _check_supported(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
+        """Raise StructureError, which gives the reason, unless all tasks support all structures."""
         for structure in structures:
             for task in tasks:
                 if (reason := self.why_not(structure, task)) is not None:
@@ -198,35 +207,38 @@ class Potential:
                     )
 
     def member_energies(self, batch: GraphBatch) -> NDArray[np.float64]:
-        """Energies of a batch by every task's head in one pass: eV, [structures, tasks, members of the ensembles]."""
+        """Return the energies of a batch by the heads of all tasks in one pass: [structures, tasks, members] eV."""
         return self.model.members_of_all_tasks(batch).cpu().numpy()
 
     def calculator(
         self, task: str, *, others: Sequence[str] = (), skin: float = 0.3, compile: bool = False
     ) -> HydrazeroCalculator:
-        """Return an ASE calculator of one task; see `HydrazeroCalculator`."""
+        """Return an ASE calculator of one task; its options are those of `HydrazeroCalculator`."""
         from hydrazero.models.inference.ase_calculator import HydrazeroCalculator
 
         return HydrazeroCalculator(self, task, others=others, skin=skin, compile=compile)
 
     def torch_sim(self, task: str, dtype: torch.dtype = torch.float64) -> TorchSimModel:
-        """Return a torch-sim model of one task, for states of `dtype`; raises SourceError if it is not installed."""
+        """Return a torch-sim model of one task, for states of `dtype`.
+
+        Raises SourceError if torch-sim is not installed.
+        """
         from hydrazero.models.inference.torch_sim_model import TorchSimModel
 
         return TorchSimModel(self, task, dtype=dtype)
 
     def compiled(self) -> CompiledModel:
-        """Return the model as compiled graphs, with the C++ kernels; warns where those cannot be had."""
+        """Return the model as compiled graphs that use the C++ kernels; warn if these cannot be built."""
         from hydrazero.models.ops.compiled import CompiledModel, use_kernels
 
-        model = copy.copy(self.model)  # the same weights, and a choice of kernels of its own
+        model = copy.copy(self.model)  # shares the weights, but chooses its kernels independently
         if (reason := use_kernels(model)) is not None:
-            warnings.warn(f"compiled steps do without the C++ kernels, and are slower: {reason}.", stacklevel=2)
+            warnings.warn(f"compiled steps run without the C++ kernels, and are slower: {reason}.", stacklevel=2)
         return CompiledModel(model)
 
 
 def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
-    """Return the default batch size, or one that just holds the samples where they are few."""
+    """Return the default batch shape, or the smallest one that holds the samples if they are few."""
     tight = shape_holding(samples)
     return BatchShape(
         structures=min(DEFAULT_SHAPE.structures, tight.structures),
@@ -236,5 +248,8 @@ def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Potential:
-    """Open an exported model; raises ModelFileError if the file is missing, not ours, newer, or damaged."""
+    """Load an exported model.
+
+    Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version.
+    """
     return Potential(read_model(Path(path)), device)

@@ -1,7 +1,7 @@
-"""The batch of one structure whose neighbours are found with a skin, and used again while no atom moves far.
+"""Batches of one structure whose neighbour list includes a skin, and is reused until an atom moves too far.
 
-Pairs between the cutoff and the skin's end stay in the batch: the cutoff function makes what they add exactly zero, and
-the shape of the batch stays the same, so that steps can be compiled.
+Pairs farther apart than the cutoff stay in the batch: the cutoff function makes their contribution exactly zero, and
+the shape of the batch does not change, so that the model can be compiled.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.structure import FloatArray
 
 HEADROOM = 1.1
-"""Rows of slots, over those of the first list, of a batch that shall keep its shape."""
+"""Factor by which a batch of fixed shape has more rows of slots than its first neighbour list needs."""
 
 
 class ReusedNeighbours:
-    """Batches of structures that follow each other, as in relaxations and dynamics."""
+    """Make the batches of successive structures of a relaxation or of molecular dynamics."""
 
     def __init__(self, potential: Potential, task: str, skin: float, *, fixed_shape: bool = False) -> None:
-        """Find neighbours within the cutoff and `skin`, Å; with a fixed shape, lists that grow a little still fit."""
+        """Search neighbours up to the cutoff plus `skin`, Å.
+
+        With `fixed_shape`, the batch has spare rows, so that a slightly longer neighbour list still fits its shape.
+        """
         self.potential, self.skin = potential, skin
         self._task = potential.task_index(task)
         self.fixed_shape = fixed_shape
         self.lists = 0
-        """Times that neighbours were searched."""
+        """Number of neighbour searches so far."""
         self._sample: GraphSample | None = None
         self._batch: GraphBatch | None = None
         self._conditions: tuple[object, object] = (0, 0)
@@ -36,24 +39,24 @@ class ReusedNeighbours:
 
     @property
     def sample(self) -> GraphSample:
-        """Structure and pairs of the last list; pairs may be as far apart as the cutoff and the skin."""
+        """Structure and pairs of the last search; the distance of a pair is at most the cutoff plus the skin."""
         assert self._sample is not None
         return self._sample
 
     def batch(self, atoms: Atoms) -> GraphBatch:
-        """Return the batch of a structure; it is the same object, with other positions, while the list holds.
+        """Return the batch of a structure, the same object with new positions while the neighbour list is valid.
 
-        Raises StructureError if the structure cannot be used.
+        Raises StructureError if the structure is not valid.
         """
-        if not self._holds(atoms):
-            self._find(atoms)
+        if not self._is_valid(atoms):
+            self._search(atoms)
         assert self._batch is not None
         centred = torch.from_numpy(atoms.positions - self._centre)
         self._batch.positions[: len(atoms)] = centred.to(self._batch.positions)
         return self._batch
 
     def distances(self, positions: FloatArray) -> FloatArray:
-        """Return the lengths of the list's pairs at positions [A, 3]: Å, [P]."""
+        """Return the distances of the P pairs of the neighbour list at positions [A, 3] Å: [P] Å."""
         pairs = self.sample.pairs
         between = positions[pairs.second] - positions[pairs.first]
         if pairs.shift is not None:
@@ -61,7 +64,7 @@ class ReusedNeighbours:
         lengths: FloatArray = np.sqrt(np.einsum("pc,pc->p", between, between))
         return lengths
 
-    def _holds(self, atoms: Atoms) -> bool:
+    def _is_valid(self, atoms: Atoms) -> bool:
         if self._sample is None:
             return False
         known = self._sample.structure
@@ -70,23 +73,23 @@ class ReusedNeighbours:
         if not np.array_equal(known.cell, atoms.cell[:]) or not np.array_equal(known.pbc, atoms.pbc):
             return False
         moved = atoms.positions - known.positions
-        # Two atoms that move towards each other by half the skin each; NaN is not below it either.
+        # Two atoms may approach each other by half the skin each. NaN compares as false, so it causes a search.
         return bool(np.einsum("ac,ac->a", moved, moved).max() <= (0.5 * self.skin) ** 2)
 
-    def _find(self, atoms: Atoms) -> None:
+    def _search(self, atoms: Atoms) -> None:
         structure = structure_from_atoms(atoms)
         sample = graph_sample(structure, self._task, self.potential.cutoff + self.skin)
         shape = shape_holding([sample])
         if self.fixed_shape:
-            shape = self._roomy(shape)
+            shape = self._with_headroom(shape)
         self._batch = collate([sample], shape, self.potential.model.dtype).to(self.potential.device)
         self._centre = structure.positions.mean(axis=0)
         self._conditions = _conditions(atoms)
         self._sample = sample
         self.lists += 1
 
-    def _roomy(self, shape: BatchShape) -> BatchShape:
-        """Return the shape of the last batch if its slots do, else one with headroom."""
+    def _with_headroom(self, shape: BatchShape) -> BatchShape:
+        """Return the shape of the last batch if it has enough slots, otherwise a new shape with spare rows."""
         if self._batch is not None and self._batch.numbers.shape[0] == shape.atoms:
             slots = self._batch.slot_mask.numel()
             if slots >= shape.slots:

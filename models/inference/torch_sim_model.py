@@ -1,4 +1,4 @@
-"""Interface of torch-sim (package torch-sim-atomistic): relaxations and dynamics of many systems at once."""
+"""Model for torch-sim (package torch-sim-atomistic), which relaxes or moves many systems at once."""
 
 from __future__ import annotations
 
@@ -15,56 +15,58 @@ from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.structure import Structure, check_structure
 
-WANTED_FOR = ("torch-sim-atomistic", "the torch-sim model", "torch-sim")
-ModelInterface: Any = optional_module("torch_sim.models.interface", *WANTED_FOR).ModelInterface
+REQUIREMENT = ("torch-sim-atomistic", "the torch-sim model", "torch-sim")
+ModelInterface: Any = optional_module("torch_sim.models.interface", *REQUIREMENT).ModelInterface
 
 
 class TorchSimModel(ModelInterface):  # type: ignore[misc]
-    """One task of a model for torch-sim: energy eV [S], forces eV/Å [A, 3] and stress eV/Å³ [S, 3, 3] (ASE's sign).
+    """One task of a model as a torch-sim model of S systems with A atoms in total.
 
-    The stress of a system that is not periodic in three directions is zero. States and results are of `dtype`; the
-    model computes in the precision of its weights.
+    It gives energy [S] eV, forces [A, 3] eV/Å and stress [S, 3, 3] eV/Å³, with the sign that ASE uses. The stress of a
+    system that is not periodic in three directions is zero. States and results have the type `dtype`; the model
+    computes in the precision of its weights.
     """
 
     def __init__(self, potential: Potential, task: str, *, dtype: torch.dtype = torch.float64) -> None:
-        """Raise ModelFileError for a task that is not there, or gives neither energies nor forces."""
+        """Raise ModelFileError for a task that the model does not have, or that has no energies."""
         super().__init__()
         facts = potential.facts(task)
         if not facts.has_energy:
             raise ModelFileError(f"task '{task}' has no energies, which torch-sim needs.")
         self.potential, self.task = potential, task
         self._device, self._dtype = potential.device, dtype
-        self._may = {"forces": facts.forces != NONE, "stress": facts.stress != NONE}
-        self._compute_forces, self._compute_stress = self._may["forces"], self._may["stress"]
+        self._supports = {"forces": facts.forces != NONE, "stress": facts.stress != NONE}
+        self._compute_forces, self._compute_stress = self._supports["forces"], self._supports["stress"]
 
     @property
     def compute_forces(self) -> bool:
-        """Whether forces are given."""
+        """Whether the results contain forces."""
         return self._compute_forces
 
     @compute_forces.setter
-    def compute_forces(self, wanted: bool) -> None:
-        self._compute_forces = self._checked("forces", wanted)
+    def compute_forces(self, compute: bool) -> None:
+        self._compute_forces = self._checked("forces", compute)
 
     @property
     def compute_stress(self) -> bool:
-        """Whether stress is given."""
+        """Whether the results contain the stress."""
         return self._compute_stress
 
     @compute_stress.setter
-    def compute_stress(self, wanted: bool) -> None:
-        self._compute_stress = self._checked("stress", wanted)
+    def compute_stress(self, compute: bool) -> None:
+        self._compute_stress = self._checked("stress", compute)
 
-    def _checked(self, name: str, wanted: bool) -> bool:
-        if wanted and not self._may[name]:
-            # What torch-sim expects of a model that cannot.
+    def _checked(self, name: str, compute: bool) -> bool:
+        if compute and not self._supports[name]:
+            # torch-sim expects this exception from a model without these results.
             raise NotImplementedError(f"task '{self.task}' has no {name}")
-        return wanted
+        return compute
 
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
-        """Return 'energy', 'forces' and 'stress' of a SimState, or of a dictionary of what it holds.
+        """Return 'energy', 'forces' and 'stress' of a SimState, or of a dictionary with its fields.
 
-        Raises StructureError, which names the system, for one that the task cannot take.
+        Raises StructureError, with the number of the system in its message, for a system that the task does not
+        support.
         """
         state = _plain(state)
         index, potential = self.potential.task_index(self.task), self.potential
@@ -79,28 +81,29 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         return {name: value.detach().to(self._dtype) for name, value in results.items()}
 
     def _structures(self, state: dict[str, Any]) -> list[Structure]:
-        """Return the systems of a state, whose atoms follow each other."""
+        """Return the systems of a state, in which the atoms of each system are contiguous."""
         systems = state["cell"].shape[0]
         owner = state["system_idx"]
         ends = np.cumsum(torch.bincount(owner, minlength=systems).cpu().numpy())[:-1]
         numbers = np.split(state["atomic_numbers"].cpu().numpy().astype(np.uint8), ends)
         positions = np.split(state["positions"].detach().cpu().numpy().astype(np.float64), ends)
-        cells = state["cell"].detach().cpu().numpy().astype(np.float64).transpose(0, 2, 1)  # torch-sim's are columns
+        # The cell vectors of torch-sim are columns.
+        cells = state["cell"].detach().cpu().numpy().astype(np.float64).transpose(0, 2, 1)
         pbc = np.broadcast_to(np.asarray(torch.as_tensor(state["pbc"]).cpu()), 3).astype(bool)
-        found = []
+        structures = []
         for n in range(systems):
             structure = Structure(
                 numbers=numbers[n],
                 positions=positions[n],
                 cell=cells[n],
                 pbc=pbc.copy(),
-                charge=_whole(state.get("charge"), n),
-                multiplicity=_whole(state.get("spin"), n),
+                charge=_integer(state.get("charge"), n),
+                multiplicity=_integer(state.get("spin"), n),
                 source_id=f"system {n}",
             )
             self._check(structure)
-            found.append(structure)
-        return found
+            structures.append(structure)
+        return structures
 
     def _check(self, structure: Structure) -> None:
         try:
@@ -112,10 +115,10 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
 
 
 def _plain(state: Any) -> dict[str, Any]:
-    """Return a state's fields; raises ConfigError for one without atomic numbers."""
+    """Return the fields of a state; raise ConfigError if it lacks positions, cell, periodicity or atomic numbers."""
     fields = dict(state) if isinstance(state, dict) else vars(state)
     fields = {name.removeprefix("_"): value for name, value in fields.items()}
-    fields |= fields.get("system_extras") or {}  # where later versions keep charge and spin
+    fields |= fields.get("system_extras") or {}  # later versions keep charge and spin there
     missing = {"positions", "cell", "pbc", "atomic_numbers"} - fields.keys()
     if missing:
         raise ConfigError(f"the state lacks {', '.join(sorted(missing))}; give a torch_sim.SimState.")
@@ -126,6 +129,6 @@ def _plain(state: Any) -> dict[str, Any]:
     return fields
 
 
-def _whole(values: Tensor | None, system: int) -> int:
-    """Return a system's charge or spin multiplicity; 0 in states that do not hold it."""
+def _integer(values: Tensor | None, system: int) -> int:
+    """Return a system's charge or spin multiplicity, 0 if the state does not have them."""
     return 0 if values is None else int(values.reshape(-1)[system])

@@ -17,7 +17,7 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, save_model
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS
-from hydrazero.models.inference.aot_package import package_inputs, traced, write_package
+from hydrazero.models.inference.aot_package import package_inputs, trace_model, write_package
 from hydrazero.models.inference.model_file import with_tasks
 from hydrazero.models.task_facts import TargetFacts
 from hydrazero.shards.errors import ModelFileError
@@ -79,7 +79,7 @@ def compare(model: AtomisticModel, function) -> None:
 @pytest.mark.parametrize("encoder", list(ENCODERS.builtin))
 def test_one_graph_serves_all_sizes(encoder):
     model = one_task(encoder)
-    graph, _ = traced(model)
+    graph, _ = trace_model(model)
     compare(model, graph)
 
 
@@ -87,7 +87,7 @@ def test_charge_and_targets_are_in_the_graph():
     charges, dipole = TargetFacts(of="atom", kind="scalar", unit="e"), TargetFacts(of="structure", kind="vector")
     targets = {"charges": charges, "dipole": dipole}
     model = one_task(charge_spin=True, targets=targets)
-    graph, example = traced(model)
+    graph, example = trace_model(model)
     assert len(example) == 8
     compare(model, graph)
 

@@ -282,7 +282,7 @@ def test_the_calculator_sees_a_change_of_charge_and_spin():
 def test_a_multiplicity_that_training_always_knew_must_be_given():
     potential = Potential(model_of({"charge_spin": True, "multiplicity_known": True}))
     plain = rattled_molecule("OH")
-    with pytest.raises(StructureError, match=r"structure 0 does not say its spin multiplicity .*, 2 or more"):
+    with pytest.raises(StructureError, match=r"structure 0 does not state its spin multiplicity .*, 2 or more"):
         potential.predict([plain])
     plain.info["multiplicity"] = 1.5
     with pytest.raises(StructureError, match="must be a whole number"):
