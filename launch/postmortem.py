@@ -17,9 +17,9 @@ from hydrazero.launch.node.records import (
     LAUNCH,
     SIGN_EVERY,
     VERDICT_NAME,
+    AttemptRecords,
     RankLife,
-    TryRecords,
-    read_try,
+    read_attempt,
 )
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, write_json
@@ -97,7 +97,7 @@ def judge_attempts(run_dir: Path, wait: float = 0.0) -> list[tuple[Path, Verdict
         else:
             if folder == folders[-1]:
                 wait_for_ends(folder, wait)
-            verdict = judge(read_try(folder), progress_of(run_dir))
+            verdict = judge(read_attempt(folder), progress_of(run_dir))
             write_json(kept, asdict(verdict))
         verdicts.append((folder, verdict))
     return verdicts
@@ -111,7 +111,7 @@ def wait_for_ends(folder: Path, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         alive_since = time.time() - SILENT
-        if all(life.ended is not None or life.last_sign < alive_since for life in read_try(folder).ranks):
+        if all(life.ended is not None or life.last_sign < alive_since for life in read_attempt(folder).ranks):
             return
         time.sleep(min(LOOK_EVERY, max(until - time.monotonic(), 0.0)))
 
@@ -135,7 +135,7 @@ def should_restart(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str
     return False, f"{failed}fix the cause, then restart it with hydrazero launch --resume."
 
 
-def judge(records: TryRecords, progress: RunProgress) -> Verdict:
+def judge(records: AttemptRecords, progress: RunProgress) -> Verdict:
     """Return how an attempt ended; if its job received SIGTERM, it was cancelled, whatever happened afterwards."""
     verdict = _judged(records, progress)
     if "SIGTERM" in records.told and verdict.kind in (FAILED, STOPPED):
@@ -143,7 +143,7 @@ def judge(records: TryRecords, progress: RunProgress) -> Verdict:
     return verdict
 
 
-def _judged(records: TryRecords, progress: RunProgress) -> Verdict:
+def _judged(records: AttemptRecords, progress: RunProgress) -> Verdict:
     at = f"at step {progress.step} of {progress.steps}" if progress.steps else "before its first step"
     if records.unfit:
         return _verdict(FAILED, f"no rank has started: nodes failed the check ({_unfit(records)})", (), progress)
@@ -164,13 +164,13 @@ def _judged(records: TryRecords, progress: RunProgress) -> Verdict:
     return _verdict(FAILED, f"{why}, {at}", details, progress)
 
 
-def _unfit(records: TryRecords) -> str:
+def _unfit(records: AttemptRecords) -> str:
     named = [f"node {node}: {reason}" for node, reason in records.unfit[:SHOWN_RANKS]]
     more = len(records.unfit) - SHOWN_RANKS
     return "; ".join([*named, *([f"and {more} more nodes"] if more > 0 else [])])
 
 
-def _nothing_started(records: TryRecords, progress: RunProgress) -> Verdict:
+def _nothing_started(records: AttemptRecords, progress: RunProgress) -> Verdict:
     if "SIGTERM" in records.told:
         return _verdict(CANCELLED, "cancelled by SIGTERM before a rank had started", (), progress)
     if "SIGUSR1" in records.told:
@@ -182,7 +182,7 @@ def _verdict(kind: str, sentence: str, details: tuple[str, ...], progress: RunPr
     return Verdict(kind=kind, sentence=sentence, details=details, step=progress.step)
 
 
-def _good_end(records: TryRecords, progress: RunProgress, at: str) -> Verdict:
+def _good_end(records: AttemptRecords, progress: RunProgress, at: str) -> Verdict:
     """Return the verdict on ranks that all ended well: at the end of the run, or when they were asked to stop."""
     told = {name for life in records.ranks for name in life.told}
     if progress.steps and progress.step >= progress.steps:
@@ -196,7 +196,7 @@ def _good_end(records: TryRecords, progress: RunProgress, at: str) -> Verdict:
     return _verdict(FINISHED, f"stopped by itself {at} (train.max_hours or train.patience)", (), progress)
 
 
-def first_to_fail(records: TryRecords) -> tuple[RankLife | None, str]:
+def first_to_fail(records: AttemptRecords) -> tuple[RankLife | None, str]:
     """Return the rank that failed first, and how; or None and what is known if no rank can be named.
 
     The end of a rank that the launcher stopped, or that lost contact with another one, is only a consequence.
