@@ -10,7 +10,7 @@ from pathlib import Path
 from hydrazero.launch.job.job import Job
 from hydrazero.launch.job.schedulers import OVER_SSH, SCHEDULERS
 from hydrazero.launch.job.site_texts import SiteTexts
-from hydrazero.launch.node.records import TOLD_NAME
+from hydrazero.launch.node.records import SIGNALS_NAME
 
 SCRIPT_NAME = "job.sh"
 RESPONSE_SECONDS = 120.0
@@ -115,7 +115,7 @@ ranks=
 # shellcheck disable=SC2317  # called by the traps
 receive() {{
     received="$received $1"
-    if [ -d "$attempt" ]; then echo "$received" > "$attempt/{TOLD_NAME}"; fi
+    if [ -d "$attempt" ]; then echo "$received" > "$attempt/{SIGNALS_NAME}"; fi
     if [ -n "$command" ]; then kill "$command" 2> /dev/null; fi
     if [ -n "$ranks" ]; then signal_ranks "$1"; fi
 }}
@@ -158,7 +158,7 @@ earlier=("$launch"/attempt-*)
 if [ "${{#earlier[@]}}" -gt 0 ]; then "$bin/hydrazero" postmortem "$run"; fi
 attempt=$launch/attempt-$(printf %04d $((${{#earlier[@]}} + 1)))
 mkdir -p "$attempt" || exit 1
-if [ -n "$received" ]; then echo "$received" > "$attempt/{TOLD_NAME}"; fi
+if [ -n "$received" ]; then echo "$received" > "$attempt/{SIGNALS_NAME}"; fi
 printf '{{"job": "%s"}}\\n' "$job" > "$attempt/job.json\""""
 
 

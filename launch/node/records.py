@@ -17,7 +17,7 @@ JOB_NAME = "job.json"
 """File in the folder of an attempt with the number of its job."""
 VERDICT_NAME = "verdict.json"
 """File in the folder of an attempt with the verdict of the post-mortem."""
-TOLD_NAME = "told"
+SIGNALS_NAME = "told"
 """File in the folder of an attempt with the signals that its job received, USR1 or TERM."""
 RECORDS = ".jsonl"
 """Suffix of the file of a node."""
@@ -53,7 +53,7 @@ class RankLife:
     """Time of its end; None if it was not recorded."""
     status: int | None = None
     """Exit status, or minus the number of the signal that killed it; None if it was not recorded."""
-    told: tuple[str, ...] = ()
+    signals: tuple[str, ...] = ()
     """Signals that it received from the job or the launcher."""
     tail: tuple[str, ...] = ()
     """The last lines of its output if it failed."""
@@ -69,7 +69,7 @@ class AttemptRecords:
     """Number of ranks that should have started; 0 if none has started."""
     unfit: tuple[tuple[str, str], ...]
     """Nodes that could not take part, and the reasons."""
-    told: tuple[str, ...] = ()
+    signals: tuple[str, ...] = ()
     """Signals that the job itself received."""
 
 
@@ -91,12 +91,12 @@ def read_attempt(folder: Path) -> AttemptRecords:
             elif (life := lives.get(row.get("rank", -1))) is not None:
                 _add_to(life, row)
     ranks = tuple(lives[rank] for rank in sorted(lives))
-    return AttemptRecords(ranks=ranks, expected=expected, unfit=tuple(unfit), told=_told(folder))
+    return AttemptRecords(ranks=ranks, expected=expected, unfit=tuple(unfit), signals=_signals(folder))
 
 
-def _told(folder: Path) -> tuple[str, ...]:
+def _signals(folder: Path) -> tuple[str, ...]:
     try:
-        return tuple(f"SIG{name}" for name in (folder / TOLD_NAME).read_text(encoding="utf-8").split())
+        return tuple(f"SIG{name}" for name in (folder / SIGNALS_NAME).read_text(encoding="utf-8").split())
     except OSError:
         return ()
 
@@ -123,6 +123,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _add_to(life: RankLife, row: dict[str, Any]) -> None:
     if row["event"] == "told":
-        life.told = (*life.told, row["signal"])
+        life.signals = (*life.signals, row["signal"])
     elif row["event"] == "end":
         life.ended, life.status, life.tail = row["time"], row["status"], tuple(row.get("tail", ()))
