@@ -17,9 +17,9 @@ from hydrazero.launch.node.records import (
     LAUNCH,
     SIGN_EVERY,
     VERDICT_NAME,
+    AttemptRecords,
     RankLife,
-    TryRecords,
-    read_try,
+    read_attempt,
 )
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, write_json
@@ -97,7 +97,7 @@ def judge_attempts(run_dir: Path, wait: float = 0.0) -> list[tuple[Path, Verdict
         else:
             if folder == folders[-1]:
                 wait_for_ends(folder, wait)
-            verdict = judge(read_try(folder), progress_of(run_dir))
+            verdict = judge(read_attempt(folder), progress_of(run_dir))
             write_json(kept, asdict(verdict))
         verdicts.append((folder, verdict))
     return verdicts
@@ -111,7 +111,7 @@ def wait_for_ends(folder: Path, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         alive_since = time.time() - SILENT
-        if all(life.ended is not None or life.last_sign < alive_since for life in read_try(folder).ranks):
+        if all(life.ended is not None or life.last_sign < alive_since for life in read_attempt(folder).ranks):
             return
         time.sleep(min(LOOK_EVERY, max(until - time.monotonic(), 0.0)))
 
@@ -135,15 +135,15 @@ def should_restart(verdicts: Sequence[Verdict], retries: int) -> tuple[bool, str
     return False, f"{failed}fix the cause, then restart it with hydrazero launch --resume."
 
 
-def judge(records: TryRecords, progress: RunProgress) -> Verdict:
+def judge(records: AttemptRecords, progress: RunProgress) -> Verdict:
     """Return how an attempt ended; if its job received SIGTERM, it was cancelled, whatever happened afterwards."""
     verdict = _judged(records, progress)
-    if "SIGTERM" in records.told and verdict.kind in (FAILED, STOPPED):
+    if "SIGTERM" in records.signals and verdict.kind in (FAILED, STOPPED):
         return replace(verdict, kind=CANCELLED, sentence=f"cancelled by SIGTERM: {verdict.sentence}")
     return verdict
 
 
-def _judged(records: TryRecords, progress: RunProgress) -> Verdict:
+def _judged(records: AttemptRecords, progress: RunProgress) -> Verdict:
     at = f"at step {progress.step} of {progress.steps}" if progress.steps else "before its first step"
     if records.unfit:
         return _verdict(FAILED, f"no rank has started: nodes failed the check ({_unfit(records)})", (), progress)
@@ -159,21 +159,21 @@ def _judged(records: TryRecords, progress: RunProgress) -> Verdict:
     if first is not None:
         sentence = f"{_named(first)} {why} {at}, the first of {len(bad)} ranks to fail"
         return _verdict(REFUSED if first.status == 1 else FAILED, sentence, details, progress)
-    if any("SIGTERM" in life.told for life in records.ranks):
+    if any("SIGTERM" in life.signals for life in records.ranks):
         return _verdict(CANCELLED, f"ended by SIGTERM {at}: cancelled, or killed by the scheduler", details, progress)
     return _verdict(FAILED, f"{why}, {at}", details, progress)
 
 
-def _unfit(records: TryRecords) -> str:
+def _unfit(records: AttemptRecords) -> str:
     named = [f"node {node}: {reason}" for node, reason in records.unfit[:SHOWN_RANKS]]
     more = len(records.unfit) - SHOWN_RANKS
     return "; ".join([*named, *([f"and {more} more nodes"] if more > 0 else [])])
 
 
-def _nothing_started(records: TryRecords, progress: RunProgress) -> Verdict:
-    if "SIGTERM" in records.told:
+def _nothing_started(records: AttemptRecords, progress: RunProgress) -> Verdict:
+    if "SIGTERM" in records.signals:
         return _verdict(CANCELLED, "cancelled by SIGTERM before a rank had started", (), progress)
-    if "SIGUSR1" in records.told:
+    if "SIGUSR1" in records.signals:
         return _verdict(STOPPED, "the job's time was nearly over before a rank had started", (), progress)
     return _verdict(FAILED, "no rank has started; see the output of the job for the reason", (), progress)
 
@@ -182,21 +182,21 @@ def _verdict(kind: str, sentence: str, details: tuple[str, ...], progress: RunPr
     return Verdict(kind=kind, sentence=sentence, details=details, step=progress.step)
 
 
-def _good_end(records: TryRecords, progress: RunProgress, at: str) -> Verdict:
+def _good_end(records: AttemptRecords, progress: RunProgress, at: str) -> Verdict:
     """Return the verdict on ranks that all ended well: at the end of the run, or when they were asked to stop."""
-    told = {name for life in records.ranks for name in life.told}
+    received = {name for life in records.ranks for name in life.signals}
     if progress.steps and progress.step >= progress.steps:
         return _verdict(FINISHED, f"finished {at}", (), progress)
-    if "SIGTERM" in records.told:
+    if "SIGTERM" in records.signals:
         return _verdict(CANCELLED, f"stopped {at} by SIGTERM", (), progress)
-    if "SIGUSR1" in told:
+    if "SIGUSR1" in received:
         return _verdict(STOPPED, f"stopped {at} by SIGUSR1, because the job's time was nearly over", (), progress)
-    if told:
-        return _verdict(CANCELLED, f"stopped {at} by {', '.join(sorted(told))}", (), progress)
+    if received:
+        return _verdict(CANCELLED, f"stopped {at} by {', '.join(sorted(received))}", (), progress)
     return _verdict(FINISHED, f"stopped by itself {at} (train.max_hours or train.patience)", (), progress)
 
 
-def first_to_fail(records: TryRecords) -> tuple[RankLife | None, str]:
+def first_to_fail(records: AttemptRecords) -> tuple[RankLife | None, str]:
     """Return the rank that failed first, and how; or None and what is known if no rank can be named.
 
     The end of a rank that the launcher stopped, or that lost contact with another one, is only a consequence.
@@ -206,9 +206,9 @@ def first_to_fail(records: TryRecords) -> tuple[RankLife | None, str]:
     for life in sorted((life for life in bad if life.status == 1), key=lambda life: not reason(life.tail)):
         return life, _how(life)
     for life in bad:
-        if life.status != MAY_PASS and "SIGTERM" not in life.told:
+        if life.status != MAY_PASS and "SIGTERM" not in life.signals:
             return life, _how(life)
-    silent = [life for life in records.ranks if life.status is None and "SIGTERM" not in life.told]
+    silent = [life for life in records.ranks if life.status is None and "SIGTERM" not in life.signals]
     silent.sort(key=lambda life: life.last_sign)
     others = [life.ended or life.last_sign for life in records.ranks if life not in silent]
     last = max([*others, *(life.last_sign for life in silent)])
@@ -260,8 +260,8 @@ def _details(order: Sequence[RankLife], first: RankLife | None) -> tuple[str, ..
             continue
         when = time.strftime("%H:%M:%S", time.localtime(life.ended))
         after = f", {life.ended - began:+.1f} s" if life is not order[0] else ""
-        told = f", received {', '.join(dict.fromkeys(life.told))}" if life.told else ""
-        lines.append(f"{_named(life)}, {when}{after}: {_how(life)}{told}")
+        received = f", received {', '.join(dict.fromkeys(life.signals))}" if life.signals else ""
+        lines.append(f"{_named(life)}, {when}{after}: {_how(life)}{received}")
     if len(order) > SHOWN_RANKS:
         lines.append(f"and {len(order) - SHOWN_RANKS} more ranks")
     if first is not None and first.tail:

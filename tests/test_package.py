@@ -51,8 +51,8 @@ LAZY_FACTORIES = {
 }
 """The one circle of imports: a potential makes the interfaces that compute with it."""
 MOST_FILES = 16
-HOLD_RUN_CONFIG = ("launch/cli/", "launch/job/job.py", "trainer/finetune/command.py")
-"""Command files, and the requests that they pass on."""
+HOLD_RUN_CONFIG = ("launch/cli/", "trainer/finetune/command.py")
+"""Command files."""
 ONLY_IN = {
     "deepspeed": {"trainer"},
     "tensorboard": {"trainer"},

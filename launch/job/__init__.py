@@ -1,1 +1,1 @@
-"""Job scripts: sites, schedulers, and submission."""
+"""Job scripts: sites, schedulers and submission."""

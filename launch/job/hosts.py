@@ -1,4 +1,4 @@
-"""Hostfiles of the deepspeed launcher: read, and asked whether their hosts answer."""
+"""Hostfiles of the deepspeed launcher: reading them, and checking that their hosts respond."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from hydrazero.shards.errors import ConfigError
 
 SECONDS = 10
-"""That a host has to answer."""
+"""Seconds within which a host must respond."""
 AT_ONCE = 64
+"""Number of hosts that are checked at the same time."""
 LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Read 'HOST slots=N' lines; returns the slots of each host in order, raises ConfigError naming a faulty line."""
+    """Return the slots of each host of a hostfile, in order; raise ConfigError for a line not like 'HOST slots=N'."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -28,7 +29,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         match = LINE.fullmatch(line.strip())
         if match is None:
-            raise ConfigError(f"hostfile {path}, line {number}: '{line.strip()}' is not of the form 'HOST slots=N'.")
+            raise ConfigError(
+                f"hostfile {path}, line {number}: '{line.strip()}' does not have the form 'HOST slots=N'."
+            )
         if int(match[2]) == 0:
             raise ConfigError(f"hostfile {path}, line {number}: host {match[1]} has no slots; leave it out.")
         if match[1] in hosts:
@@ -40,41 +43,42 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def chosen_hosts(path: Path, nodes: int, ranks_per_node: int | None) -> tuple[tuple[str, ...], int]:
-    """Return the first hosts of a hostfile and the ranks on each: as many as are wanted, or all have slots for.
+    """Return the first `nodes` hosts of a hostfile, and the number of ranks on each.
 
-    Raises ConfigError if it has too few hosts, or they too few slots.
+    Without `ranks_per_node`, it is the number for which all of these hosts have slots. Raise ConfigError if there are
+    too few hosts or slots.
     """
     hosts = read_hostfile(path)
     if len(hosts) < nodes:
         names = f"{len(hosts)} host{'s' if len(hosts) > 1 else ''}"
-        raise ConfigError(f"--nodes is {nodes}, but hostfile {path} has {names}; name more, or take fewer nodes.")
+        raise ConfigError(f"--nodes is {nodes}, but hostfile {path} has {names}; add hosts, or use fewer nodes.")
     chosen = dict(list(hosts.items())[:nodes])
     ranks = ranks_per_node or min(chosen.values())
     for host, slots in chosen.items():
         if slots < ranks:
             raise ConfigError(
-                f"host {host} has slots={slots} in hostfile {path}, and --ranks-per-node is {ranks}; take as many as "
-                "every host has slots for."
+                f"host {host} has slots={slots} in hostfile {path}, but --ranks-per-node is {ranks}; use no more "
+                "than every host has slots for."
             )
     return tuple(chosen), ranks
 
 
 def check_hosts(hosts: tuple[str, ...]) -> None:
-    """Raise ConfigError naming the hosts that do not let this one in by ssh, or if ssh or pdsh is missing."""
+    """Raise ConfigError if a host cannot be reached by ssh without a password, or if ssh or pdsh is missing."""
     for program in ("ssh", "pdsh"):
         if shutil.which(program) is None:
             raise ConfigError(f"ranks on several hosts are started through {program}, which is not installed here.")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        answers = dict(zip(hosts, pool.map(_ask, hosts), strict=True))
+        answers = dict(zip(hosts, pool.map(_fault, hosts), strict=True))
     silent = [f"{host} ({answer})" for host, answer in answers.items() if answer]
     if silent:
         raise ConfigError(
-            f"not reached by ssh without a password: {', '.join(silent)}; mend that, or leave them out of the hostfile."
+            f"not reached by ssh without a password: {', '.join(silent)}; fix that, or remove them from the hostfile."
         )
 
 
-def _ask(host: str) -> str:
-    """Return why a host is not reached, empty if it is."""
+def _fault(host: str) -> str:
+    """Return why a host cannot be reached; empty if it can."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}", host, "true"]
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A job as it is asked for, and whether the site can run it."""
+"""A job, and checks that its site can run it."""
 
 from __future__ import annotations
 
@@ -10,90 +10,88 @@ from hydrazero.launch.node.records import LAUNCH
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import TaskSection
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be run, where, and how long."""
+    """A training run as one job of a site."""
 
     site: Site
     run_file: Path
-    config: RunConfig
+    run_dir: Path
+    """Run folder."""
+    tasks: tuple[TaskSection, ...]
     overrides: tuple[str, ...]
-    """'section.key=value' of the run file."""
+    """Values of the run file that are replaced: 'section.key=value'."""
     resume: bool
+    """Whether the run continues from its last checkpoint."""
     nodes: int
     ranks_per_node: int
     hours: float
-    """0: no limit, where there is no scheduler."""
+    """Time limit; 0 for no limit, which is possible without a scheduler."""
     account: str
     queue: str
     hostfile: Path | None
     hosts: tuple[str, ...]
-    """Of the hostfile; none: this host."""
+    """Hosts of the hostfile; empty for this host."""
     stage: bool
     """Whether shards are copied to the nodes' own disks."""
     command: str
-    """As the user gave it."""
-
-    @property
-    def run_dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.config.run.out).absolute()
+    """Command line of the user."""
 
     @property
     def launch_dir(self) -> Path:
-        """Where script, outputs and tries lie."""
+        """Folder with the script, the outputs of jobs, and the records of attempts."""
         return self.run_dir / LAUNCH
 
     @property
     def ranks(self) -> int:
-        """Of the whole job."""
+        """Number of ranks of the job."""
         return self.nodes * self.ranks_per_node
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs that a node must have; 0 where ranks compute on cores."""
+        """Number of GPUs that a node must have; 0 if ranks compute on CPU cores."""
         return self.ranks_per_node if self.site.die.kind == "gpu" else 0
 
     def staged(self) -> dict[str, Path]:
-        """Folders of shards that are copied to the nodes' own disks, by task; those on the web are not."""
+        """Return the folders of shards that are copied to the nodes' own disks, by task; remote ones are not copied."""
         if not self.stage:
             return {}
-        return {t.name: Path(t.shards).absolute() for t in self.config.tasks if not is_remote(t.shards)}
+        return {t.name: Path(t.shards).absolute() for t in self.tasks if not is_remote(t.shards)}
 
     def staged_bytes(self) -> int:
-        """Size of what is copied."""
+        """Return the size of the shards that are copied."""
         manifests = [read_manifest(folder) for folder in self.staged().values()]
         return sum(shard.bytes for m in manifests for shards in m.splits.values() for shard in shards)
 
 
 def longest_hours(site: Site, nodes: int, queue: str) -> float:
-    """Hours that a queue of a site gives to a job of so many nodes."""
+    """Return the time limit, in hours, of a job with this number of nodes in a queue of a site."""
     own = queue or site.job.queue
     limits = [limit for limit in site.job.limits if (limit.queue or site.job.queue) == own and nodes <= limit.nodes]
     return min(limits, key=lambda limit: limit.nodes).hours if limits else site.nodes.hours
 
 
 def check_size(site: Site, nodes: int, hours: float, queue: str) -> None:
-    """Raise ConfigError if a site does not give a job so many nodes for so long."""
+    """Raise ConfigError if a site does not allow a job of this size and duration."""
     if nodes > site.nodes.most:
         raise ConfigError(f"--nodes is {nodes}, but jobs of site {site.name} have at most {site.nodes.most} nodes.")
     longest = longest_hours(site, nodes, queue)
     if hours > longest:
         raise ConfigError(
-            f"--hours is {hours:g}, but site {site.name} gives jobs of {nodes} nodes at most {longest:g} hours; "
-            "ask for those: when its time is over a job goes back into the queue and on from its checkpoint."
+            f"--hours is {hours:g}, but site {site.name} limits jobs with --nodes {nodes} to {longest:g} hours; "
+            "request that many: at its time limit, a job is put back into the queue and continues from a checkpoint."
         )
     if hours and 3600 * hours <= 2 * site.job.stop_before:
         raise ConfigError(
-            f"--hours is {hours:g}, but a job stops {site.job.stop_before:g} s before its end to save a checkpoint, so "
-            "that hardly any time would be left; ask for more."
+            f"--hours is {hours:g}, but a job stops {site.job.stop_before:g} s before its time limit to write a "
+            "checkpoint, so hardly any time would be left; request more."
         )
 
 
 def check_account(site: Site, account: str) -> None:
-    """Raise ConfigError if a site wants an account and there is none."""
+    """Raise ConfigError if a site needs an account and none is given."""
     if site.job.account_needed and not account:
-        raise ConfigError(f"site {site.name} charges an account for each job; name it with --account.")
+        raise ConfigError(f"site {site.name} charges each job to an account; name it with --account.")

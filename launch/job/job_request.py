@@ -30,7 +30,7 @@ class JobRequest:
     hostfile: Path | None
     """Hosts of a site without a scheduler."""
     overrides: tuple[str, ...]
-    """'section.key=value' of the run file."""
+    """Values of the run file that are replaced: 'section.key=value'."""
     resume: bool
     stage: bool
     """Whether shards are copied to the nodes' own disks if the site has them."""
@@ -52,7 +52,8 @@ def checked_job(run_file: Path, request: JobRequest, command: str) -> Job:
     return Job(
         site=site,
         run_file=run_file,
-        config=config,
+        run_dir=Path(config.run.out).absolute(),
+        tasks=config.tasks,
         overrides=request.overrides,
         resume=request.resume,
         nodes=request.nodes,
@@ -75,7 +76,7 @@ def _hosts(site: Site, request: JobRequest) -> tuple[tuple[str, ...], int]:
     default = request.ranks_per_node or site.nodes.dies
     if site.scheduler != "none":
         if request.hostfile is not None:
-            raise ConfigError("--hostfile is for sites without a scheduler, which chooses the nodes itself.")
+            raise ConfigError("--hostfile is only for sites without a scheduler; a scheduler chooses the nodes itself.")
         return (), default
     if request.hostfile is None:
         if request.nodes > 1:

@@ -1,4 +1,4 @@
-"""The script of a job: what a scheduler reads and runs, and what a person can read, change and run by hand."""
+"""The script of a job, which a scheduler runs and which users can read, change and submit by hand."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from hydrazero.launch.job.job import Job
 from hydrazero.launch.job.schedulers import OVER_SSH, SCHEDULERS
 from hydrazero.launch.job.site_texts import SiteTexts
-from hydrazero.launch.node.records import TOLD_NAME
+from hydrazero.launch.node.records import SIGNALS_NAME
 
 SCRIPT_NAME = "job.sh"
-TO_ANSWER = 120.0
-"""Seconds that a node has to start and to answer, beside those for what it does: if that hangs, it says so itself."""
+RESPONSE_SECONDS = 120.0
+"""Additional seconds within which a node must start and respond; if its work hangs, it reports that itself earlier."""
 CLEAN_WITHIN = 120.0
-"""Seconds in which nodes remove what is on their disks; one that is gone must not hold the others."""
+"""Seconds within which nodes remove files from their disks, so that a lost node does not block the others."""
 WAIT_FOR_RANKS, WAIT_IF_CANCELLED = 60, 10
-"""Seconds that the post-mortem waits for ranks which still live once their launcher has ended."""
+"""Seconds for which the post-mortem waits for ranks that are still running after their launcher has ended."""
 KILL_AFTER = 30
-"""Seconds between asking and killing what has no time left."""
+"""Seconds between SIGTERM and SIGKILL for a command that takes too long."""
 
 
 def job_script(job: Job) -> str:
-    """Return the script; raises ConfigError for a text of the site file with a place that is not known."""
+    """Return the script; raise ConfigError if a text of the site file has an unknown placeholder."""
     texts = SiteTexts(job)
     blocks = [
         _head(job, texts),
@@ -41,7 +41,7 @@ def job_script(job: Job) -> str:
 
 
 def comment(text: str) -> str:
-    """Return a text as lines of comments."""
+    """Return a text as comment lines of the shell."""
     return "\n".join(f"# {line}" for line in textwrap.wrap(text, 116, break_long_words=False, break_on_hyphens=False))
 
 
@@ -72,19 +72,19 @@ def _setup(job: Job, texts: SiteTexts) -> str:
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         *texts.setup(),
         "set -uo pipefail",
-        comment("The Python that wrote this script, and with it hydrazero."),
+        comment("The Python environment that wrote this script and in which hydrazero is installed."),
         f"python={shlex.quote(str(python))}",
         'bin=$(dirname "$python")',
-        comment("At the end: srun and mpiexec are the cluster's, whatever else was installed along with hydrazero."),
+        comment("It comes last in the path, so that srun and mpiexec are those of the cluster."),
         'PATH="$PATH:$bin"',
         f"run_file={shlex.quote(str(job.run_file.absolute()))}",
         f"run={shlex.quote(str(job.run_dir))}",
         f"launch={shlex.quote(str(job.launch_dir))}",
         f"resume={'--resume' if job.resume else ''}",
-        "again=${HYDRAZERO_RESUME:-}",
+        "restarted=${HYDRAZERO_RESUME:-}",
         SCHEDULERS[job.site.scheduler].job,
-        comment("A job that has been started before goes on from the run's last checkpoint, if it had begun."),
-        'if [ -n "$again" ] && [ -e "$run/run.json" ]; then resume=--resume; fi',
+        comment("A job that has been started before continues from the last checkpoint, if the run has begun."),
+        'if [ -n "$restarted" ] && [ -e "$run/run.json" ]; then resume=--resume; fi',
     ]
     return "\n".join(lines)
 
@@ -99,48 +99,48 @@ def _variables(job: Job, texts: SiteTexts) -> str:
 
 
 def _signals(job: Job) -> str:
-    text = "SIGTERM comes when the job is cancelled or has to make way: the ranks stop with a checkpoint."
+    text = "SIGTERM is sent when the job is cancelled or preempted: the ranks write a checkpoint and stop."
     if SCHEDULERS[job.site.scheduler].signals:
         text = (
-            f"SIGUSR1 comes {job.site.job.stop_before:g} s before the job's time is over, SIGTERM when it is cancelled "
-            "or has to make way: either way the ranks stop with a checkpoint, what comes before them stops at once. "
-            "After a SIGTERM the job does not go on."
+            f"SIGUSR1 is sent {job.site.job.stop_before:g} s before the time limit of the job, SIGTERM when the job is "
+            "cancelled or preempted. In both cases the ranks write a checkpoint and stop; if they have not started, "
+            "the job stops at once. After SIGTERM, the job is not restarted."
         )
     return f"""\
 {comment(text)}
-told=
+received=
 attempt=
-part=
+command=
 ranks=
-# shellcheck disable=SC2317  # the traps call it
-tell() {{
-    told="$told $1"
-    if [ -d "$attempt" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
-    if [ -n "$part" ]; then kill "$part" 2> /dev/null; fi
-    if [ -n "$ranks" ]; then tell_ranks "$1"; fi
+# shellcheck disable=SC2317  # called by the traps
+receive() {{
+    received="$received $1"
+    if [ -d "$attempt" ]; then echo "$received" > "$attempt/{SIGNALS_NAME}"; fi
+    if [ -n "$command" ]; then kill "$command" 2> /dev/null; fi
+    if [ -n "$ranks" ]; then signal_ranks "$1"; fi
 }}
-tell_ranks() {{ kill -s {SCHEDULERS[job.site.scheduler].tells} {_target(job)} 2> /dev/null; }}
-trap 'tell USR1' USR1
-trap 'tell TERM' TERM INT
-# Runs a command for so many seconds at most. It is in the background, since a shell puts signals off until the end of
-# what it runs in the foreground.
+signal_ranks() {{ kill -s {SCHEDULERS[job.site.scheduler].forwarded} {_target(job)} 2> /dev/null; }}
+trap 'receive USR1' USR1
+trap 'receive TERM' TERM INT
+# Runs a command for at most a number of seconds: `within SECONDS COMMAND...`. The command runs in the background,
+# because a shell handles signals only after a foreground command has ended.
 within() {{
-    local before=$told status
+    local before=$received status
     timeout --kill-after={KILL_AFTER} "$@" &
-    part=$!
-    if [ "$told" != "$before" ]; then kill "$part" 2> /dev/null; fi
+    command=$!
+    if [ "$received" != "$before" ]; then kill "$command" 2> /dev/null; fi
     while :; do
-        wait "$part"
+        wait "$command"
         status=$?
-        kill -0 "$part" 2> /dev/null || break
+        kill -0 "$command" 2> /dev/null || break
     done
-    part=
+    command=
     return "$status"
 }}"""
 
 
 def _target(job: Job) -> str:
-    """What signals for the ranks go to."""
+    """Return the process or process group to which signals for the ranks are sent."""
     return '-- "-$ranks"' if SCHEDULERS[job.site.scheduler].own_group else '"$ranks"'
 
 
@@ -151,14 +151,14 @@ def _attempt(job: Job) -> str:
     return f"""\
 {each_node}
 
-# A folder for what nodes and ranks of this try leave behind. The one before is judged now, should it have been killed
-# before it could be.
+# Folder for the records that nodes and ranks of this attempt leave. The attempt before is judged now, in case it was
+# killed before that could be done.
 shopt -s nullglob
 earlier=("$launch"/attempt-*)
 if [ "${{#earlier[@]}}" -gt 0 ]; then "$bin/hydrazero" postmortem "$run"; fi
 attempt=$launch/attempt-$(printf %04d $((${{#earlier[@]}} + 1)))
 mkdir -p "$attempt" || exit 1
-if [ -n "$told" ]; then echo "$told" > "$attempt/{TOLD_NAME}"; fi
+if [ -n "$received" ]; then echo "$received" > "$attempt/{SIGNALS_NAME}"; fi
 printf '{{"job": "%s"}}\\n' "$job" > "$attempt/job.json\""""
 
 
@@ -175,21 +175,21 @@ def _nodes(job: Job, texts: SiteTexts) -> str:
     if section.health:
         words.append(texts.command("health"))
     return f"""\
-# Does something on all nodes before ranks start, within so many seconds. Nodes that are not fit name themselves, those
-# that have not answered are named here, and no rank starts.
-fit=yes
+# Does a task on all nodes before the ranks start: `all_nodes TASK SECONDS COMMAND...`. Nodes that fail report it
+# themselves, nodes that have not responded are named here; in both cases no rank starts.
+ready=yes
 all_nodes() {{
-    if [ -z "$fit" ] || [ -n "$told" ] || on_each_node "$2" "${{@:3}}"; then return; fi
-    fit=
-    if [ -n "$told" ]; then return; fi
+    if [ -z "$ready" ] || [ -n "$received" ] || on_each_node "$2" "${{@:3}}"; then return; fi
+    ready=
+    if [ -n "$received" ]; then return; fi
     node_names | "$python" -m hydrazero.launch.node.silent_nodes --attempt "$attempt" --part "$1" --within "$2"
 }}
-{copies}all_nodes check {section.check_within + TO_ANSWER:g} \\
+{copies}all_nodes check {section.check_within + RESPONSE_SECONDS:g} \\
     "$python" -m hydrazero.launch.node.check --attempt "$attempt" {_continued(words)}"""
 
 
 def _continued(words: list[str]) -> str:
-    """Words of a command, a line each."""
+    """Return the words of a command on lines of their own."""
     return " \\\n    ".join(words)
 
 
@@ -199,13 +199,13 @@ def _copies(job: Job) -> str:
     words = [f"--within {job.site.job.copy_within:g}", '--to "$copies"']
     words += [f"--task {shlex.quote(task)} {shlex.quote(str(folder))}" for task, folder in job.staged().items()]
     return f"""\
-# Shards go to every node's own disk once, instead of every rank's reading them from the shared one in each epoch.
-all_nodes copy {job.site.job.copy_within + TO_ANSWER:g} \\
+# The shards are copied to the disk of every node once, so that ranks do not read the shared file system in each epoch.
+all_nodes copy {job.site.job.copy_within + RESPONSE_SECONDS:g} \\
     "$python" -m hydrazero.launch.node.copy_shards --attempt "$attempt" {_continued(words)}"""
 
 
 def _node_folders(job: Job, texts: SiteTexts) -> list[str]:
-    """What is on the nodes' own disks for the time of the job, as words of the shell."""
+    """Return the folders on the nodes' own disks during the job, quoted for the shell."""
     return [*texts.node_folders(), *(['"$copies"'] if job.staged() else [])]
 
 
@@ -221,33 +221,36 @@ def _ranks(job: Job, texts: SiteTexts) -> str:
     words = ['"$run_file"', "$resume", *(f"--set {shlex.quote(each)}" for each in job.overrides)]
     if job.staged():
         words.append('--set data.copies="$copies"')
-    meet = scheduler.meet.replace("{first_host}", job.hosts[0] if job.hosts else "127.0.0.1")
+    master = scheduler.master.replace("{first_host}", job.hosts[0] if job.hosts else "127.0.0.1")
     carry = ""
     if job.hosts:
         names = " ".join(variable.name for variable in job.site.variables)
         carry = f"""
-    # What goes to the other hosts, since the deepspeed launcher takes little along.
+    # Variables for the other hosts, since the deepspeed launcher passes on only a few.
     for name in {names} $(compgen -e | grep -E '^(GLOO|NCCL|RCCL|FI|UCX|OMP|DS)_'); do
         printf '%s=%s\\n' "$name" "${{!name-}}"
     done | sort -u > "$attempt/environment"
     export DS_ENV_FILE=$attempt/environment"""
     group = alone = pause = ""
-    if scheduler.own_group:  # the launcher may end before its ranks have
-        group, alone = "\n    # A group of processes for the launcher and its ranks.\n    set -m", "\n    set +m"
+    if scheduler.own_group:  # the launcher may end before its ranks do
+        group, alone = (
+            "\n    # The launcher and its ranks get a process group of their own.\n    set -m",
+            "\n    set +m",
+        )
         pause = "sleep 0.2; "
     return f"""\
-# Where ranks meet; each is told its number by the launcher.
-{meet}
+# Address and port at which ranks find each other; the launcher passes each rank its number.
+{master}
 export MASTER_ADDR=$first MASTER_PORT=$port
-if [ -n "$fit" ] && [ -z "$told" ]; then{carry}{group}
-    # shellcheck disable=SC2086  # $resume is one word or none
+if [ -n "$ready" ] && [ -z "$received" ]; then{carry}{group}
+    # shellcheck disable=SC2086  # $resume is one word or empty
     {launcher} \\
         {" ".join(options)} \\
         "$python" -u -m hydrazero.trainer.train {" ".join(words)} &
     ranks=$!{alone}
-    # What came before there was someone to tell.
-    for each in $told; do tell_ranks "$each"; done
-    # A signal ends a wait before the ranks have ended.
+    # Signals that came before the ranks had started.
+    for each in $received; do signal_ranks "$each"; done
+    # The loop is needed because a signal interrupts `wait`.
     while kill -0 {_target(job)} 2> /dev/null; do {pause}wait "$ranks" 2> /dev/null; done
 fi"""
 
@@ -256,21 +259,21 @@ def _judge(job: Job, texts: SiteTexts) -> str:
     section = job.site.job
     folders = _node_folders(job, texts)
     clean = f"""
-# Quietly: where a scheduler starts nothing more for a job that was cancelled, what ran on the nodes has cleaned up.
+# Without messages: a scheduler may start nothing more for a cancelled job; its nodes have then cleaned up themselves.
 on_each_node {CLEAN_WITHIN:g} rm -rf {" ".join(folders)} 2> /dev/null"""
-    again = ""
+    restart = ""
     if section.requeue:
         requeue = texts.command("requeue")
-        again = f"""
-if [ "$verdict" -eq 75 ] && [[ $told != *TERM* ]] && {requeue}; then
-    echo "job $job goes back into the queue"
+        restart = f"""
+if [ "$verdict" -eq 75 ] && [[ $received != *TERM* ]] && {requeue}; then
+    echo "job $job is put back into the queue"
     exit 0
 fi"""
     return f"""\
-# Which rank failed first and why, or how far the run has come; 75 if it should go on. Ranks on other nodes may outlive
-# the launcher by a checkpoint; what is left of a job that was cancelled is killed soon.
+# Reports which rank failed first and why, or how far the run has come; the status is 75 if the job should be restarted.
+# Ranks on other nodes may still be writing a checkpoint after the launcher has ended; a cancelled job has little time.
 wait={WAIT_FOR_RANKS}
-if [[ $told == *TERM* ]]; then wait={WAIT_IF_CANCELLED}; fi
+if [[ $received == *TERM* ]]; then wait={WAIT_IF_CANCELLED}; fi
 "$bin/hydrazero" postmortem "$run" --retries {section.retries} --wait "$wait"
-verdict=$?{clean if folders else ""}{again}
+verdict=$?{clean if folders else ""}{restart}
 exit "$verdict\""""

@@ -179,6 +179,12 @@ class JobSection(Section):
     limits: ListOf[LimitSection] = ()
     """Time limits by number of nodes, where they depend on it."""
 
+    @field_validator("launcher")
+    @classmethod
+    def _follow_moved_module(cls, launcher: str) -> str:
+        """Replace the former name of hydrazero.launch.node.rank, which older site files contain."""
+        return re.sub(r"\bhydrazero\.launch\.rank\b", "hydrazero.launch.node.rank", launcher)
+
     @field_validator("oldest")
     @classmethod
     def _check_oldest(cls, oldest: str) -> str:

@@ -1,4 +1,4 @@
-"""The texts of a site file for one job: places in them filled in, each as what reads the text wants it quoted."""
+"""The texts of a site file for one job: placeholders are replaced, quoted for the program that reads the text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hydrazero.launch.job.schedulers import SCHEDULERS
 from hydrazero.launch.job.site_file import VariableSection
 from hydrazero.shards.errors import ConfigError, did_you_mean
 
-PLACE = re.compile(r"(?<!\$)\{(\w+)\}")
-"""Of a text in a site file; with a dollar before it, it is the shell's."""
+PLACEHOLDER = re.compile(r"(?<!\$)\{(\w+)\}")
+"""A placeholder of a site file; with a dollar in front, it is a variable of the shell."""
 MAY_BE_EMPTY = ("hosts",)
-"""Places of which a text may have nothing."""
+"""Placeholders that may be replaced by nothing."""
 FOR_THE_SHELL = ("node_local", "python", "bin", "hosts")
-"""Places whose values are the shell's words already."""
+"""Placeholders whose values are already quoted for the shell."""
 
 
-def places(job: Job) -> dict[str, str]:
-    """Return what stands for each place in the texts of a site file; raises ConfigError for a folder's name."""
+def placeholder_values(job: Job) -> dict[str, str]:
+    """Return the value of each placeholder; raise ConfigError if schedulers do not accept the run folder's name."""
     minutes = round(60 * job.hours)
     hosts = ""
     if job.hosts and job.hostfile is not None:
@@ -29,7 +29,7 @@ def places(job: Job) -> dict[str, str]:
     output = str(job.launch_dir / "job")
     if re.search(r"[\\\x00-\x1f\x7f]", output):
         raise ConfigError(
-            f"run.out: schedulers take no backslash or line break in {str(job.run_dir)!r}; name the folder otherwise."
+            f"run.out: schedulers accept no backslash or line break in {str(job.run_dir)!r}; rename the folder."
         )
     return {
         "nodes": str(job.nodes),
@@ -39,7 +39,7 @@ def places(job: Job) -> dict[str, str]:
         "cores": str(job.site.nodes.cores),
         "hours": f"{job.hours:g}" if job.hours else "",
         "walltime": f"{minutes // 60}:{minutes % 60:02d}:00" if job.hours else "",
-        # What PBS takes; Slurm takes more.
+        # The characters that PBS accepts; Slurm accepts more.
         "name": re.sub(r"[^\w.+-]", "_", job.run_dir.name, flags=re.ASCII),
         "account": job.account,
         "queue": job.queue or job.site.job.queue,
@@ -53,34 +53,36 @@ def places(job: Job) -> dict[str, str]:
 
 
 class SiteTexts:
-    """The texts of a job's site; all raise ConfigError for a place that is not known, or a command's that is empty."""
+    """The texts of a job's site; all methods raise ConfigError for an unknown placeholder."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.values = places(job)
+        self.values = placeholder_values(job)
 
     def directives(self) -> list[str]:
-        """What the scheduler reads, less what has a place for which there is nothing."""
+        """Return the directives for the scheduler, without those that have a placeholder without a value."""
         return self._all("directives", SCHEDULERS[self.job.site.scheduler].quoted)
 
     def setup(self) -> list[str]:
-        """Commands of the shell."""
+        """Return the shell commands that come first in the job."""
         return self._all("setup", shlex.quote)
 
     def node_folders(self) -> list[str]:
-        """Words of the shell."""
+        """Return the folders that nodes create, quoted for the shell."""
         return [f'"{folder}"' for folder in self._all("node_folders", within_quotes)]
 
     def variable(self, variable: VariableSection) -> str | None:
-        """Return the value of a variable, a word of the shell; None if there is nothing for one of its places."""
+        """Return the value of a variable, quoted for the shell; None if one of its placeholders has no value."""
         value = self._filled(variable.value, f"variable {variable.name}", within_quotes)
         return None if value is None else f'"{value}"'
 
     def command(self, key: str) -> str:
-        """Return a command of the shell, empty if the site has none."""
+        """Return a shell command; empty if the site has none. Raise ConfigError if a placeholder has no value."""
         command = self._filled(getattr(self.job.site.job, key), f"job.{key}", shlex.quote)
         if command is None:
-            raise ConfigError(f"site {self.job.site.name}: job.{key} has a place for which this job has nothing.")
+            raise ConfigError(
+                f"site {self.job.site.name}: job.{key} has a placeholder for which this job has no value."
+            )
         return command
 
     def _all(self, key: str, quoted: Callable[[str], str]) -> list[str]:
@@ -89,15 +91,15 @@ class SiteTexts:
         return [line for line in lines if line is not None]
 
     def _filled(self, text: str, key: str, quoted: Callable[[str], str]) -> str | None:
-        """Return a text with its places filled in, None if there is nothing for one."""
-        names, where = PLACE.findall(text), f"site {self.job.site.name}: {key}"
+        """Return a text with its placeholders replaced; None if one of them has no value."""
+        names, where = PLACEHOLDER.findall(text), f"site {self.job.site.name}: {key}"
         for name in names:
             if name not in self.values:
                 hint = did_you_mean(name, list(self.values))
-                raise ConfigError(f"{where} has the place {{{name}}}, which is not known{hint}.")
+                raise ConfigError(f"{where} has the placeholder {{{name}}}, which is not known{hint}.")
         if any(not self.values[name] and name not in MAY_BE_EMPTY for name in names):
             return None
-        return PLACE.sub(lambda place: self._value(place[1], quoted), text)
+        return PLACEHOLDER.sub(lambda match: self._value(match[1], quoted), text)
 
     def _value(self, name: str, quoted: Callable[[str], str]) -> str:
         value = self.values[name]
@@ -105,5 +107,5 @@ class SiteTexts:
 
 
 def within_quotes(text: str) -> str:
-    """Return a text as it stands between double quotes of the shell."""
+    """Return a text escaped for use between double quotes of the shell."""
     return re.sub(r'([\\"$`])', r"\\\1", text)

@@ -1,4 +1,4 @@
-"""From a request to a script, and to the scheduler."""
+"""Writing a job's script, and submitting it to the scheduler."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hydrazero.trainer.records.run_files import writing
 
 
 def check_scheduler(site: Site) -> None:
-    """Raise ConfigError if a site's scheduler is not at hand here, or too old for what the script asks of it."""
+    """Raise ConfigError if the site's scheduler is not available here, or is too old for the script."""
     scheduler = SCHEDULERS[site.scheduler]
     for command in (scheduler.submit, scheduler.version):
         if command and shutil.which(command[0]) is None:
             raise ConfigError(
-                f"--submit needs {command[0]}, which is not on the path; submit the script where jobs of site "
-                f"{site.name} are submitted, or leave out --submit."
+                f"--submit needs {command[0]}, which is not on the path; submit the script on a machine with the "
+                f"scheduler of site {site.name}, or leave out --submit."
             )
     if not site.job.oldest:
         return
@@ -32,11 +32,11 @@ def check_scheduler(site: Site) -> None:
     shown = " ".join(scheduler.version)
     if said.returncode != 0 or found is None:
         reason = (said.stderr.strip() or said.stdout.strip()).splitlines()[-1:] or [f"exit status {said.returncode}"]
-        raise ConfigError(f"'{shown}' does not tell a version ({reason[0].rstrip('.')}); is the scheduler set up here?")
+        raise ConfigError(f"'{shown}' prints no version ({reason[0].rstrip('.')}); is the scheduler set up here?")
     if _numbers(found[0]) < _numbers(site.job.oldest):
         raise ConfigError(
-            f"'{shown}' tells version {found[0]}, and jobs of site {site.name} need {site.job.oldest} "
-            "at least; submit where there is a newer one."
+            f"'{shown}' prints version {found[0]}, but jobs of site {site.name} need at least {site.job.oldest}; "
+            "submit the script where a newer version is installed."
         )
 
 
@@ -45,7 +45,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def write_script(job: Job) -> Path:
-    """Write a job's script to the run's folder, in one piece; returns its path."""
+    """Write a job's script to the run folder, atomically, and return its path."""
     text, path = job_script(job), job.launch_dir / SCRIPT_NAME
 
     def write() -> None:
@@ -59,9 +59,11 @@ def write_script(job: Job) -> Path:
 
 
 def submit(site: Site, script: Path) -> str:
-    """Hand a script to the site's scheduler; returns the job's number. Raises ConfigError if it is refused."""
+    """Submit a script to the site's scheduler and return the job's number; raise ConfigError if it is rejected."""
     done = subprocess.run([*SCHEDULERS[site.scheduler].submit, str(script)], capture_output=True, text=True)
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())
-        raise ConfigError(f"the scheduler refuses {script}: {said.rstrip('.')}; the script stays there, to be mended.")
+        raise ConfigError(
+            f"the scheduler rejects {script}: {said.rstrip('.')}; the script is kept and can be corrected."
+        )
     return done.stdout.strip().split(";")[0]

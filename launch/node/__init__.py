@@ -1,1 +1,1 @@
-"""What runs on the nodes of a job: checks, copies of shards, and the watcher of each rank."""
+"""Programs that run on the nodes of a job: checks, copying of shards, and the watcher of each rank."""

@@ -1,4 +1,4 @@
-"""What the ranks of a job leave behind: a file per node, a line per event."""
+"""The records that the ranks of a job leave: a file per node, with a line per event."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 from typing import Any
 
 ATTEMPTS = "attempt-*"
-"""Folders of a job's tries, in the launch folder of a run, in order."""
+"""Folders of a job's attempts in the launch folder of a run; their names sort in order."""
 LAUNCH = "launch"
-"""Folder in a run's folder with the job script, the output of jobs and the tries."""
+"""Folder in the run folder with the job script, the output of jobs and the attempts."""
 JOB_NAME = "job.json"
-"""In the folder of a try: which job it was."""
+"""File in the folder of an attempt with the number of its job."""
 VERDICT_NAME = "verdict.json"
-"""In the folder of a try: how it ended."""
-TOLD_NAME = "told"
-"""In the folder of a try: the signals that its job was sent, USR1 or TERM."""
+"""File in the folder of an attempt with the verdict of the post-mortem."""
+SIGNALS_NAME = "told"
+"""File in the folder of an attempt with the signals that its job received, USR1 or TERM."""
 RECORDS = ".jsonl"
+"""Suffix of the file of a node."""
 PASSED, UNFIT = "passed", "unfit"
-"""Events of a node before ranks start: it has done a part of what it must, or cannot take part."""
+"""Events of a node before ranks start: it has done its check or its copies, or it cannot take part."""
 BY_SHELL = 128
-"""A shell's exit status for a command that a signal has killed is this and the signal's number."""
+"""Number that shells add to the number of a signal for the exit status of a command that it has killed."""
 SIGN_EVERY = 10.0
-"""Seconds between the signs of life of a node: its file's time of change."""
+"""Seconds between signs of life of a node, which are changes of its file's modification time."""
 
 
 def add_event(folder: Path, node: str, event: str, **facts: Any) -> None:
-    """Add a line to a node's file, in one piece, however many ranks of the node do so."""
+    """Append a line to a node's file, atomically, since all ranks of the node write to it."""
     line = json.dumps({"event": event, "time": time.time(), "node": node, **facts}) + "\n"
     descriptor = os.open(folder / f"{node}{RECORDS}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -40,40 +41,40 @@ def add_event(folder: Path, node: str, event: str, **facts: Any) -> None:
 
 @dataclass(kw_only=True)
 class RankLife:
-    """A rank of a try, as far as it is known."""
+    """What is known about a rank of an attempt."""
 
     rank: int
     node: str
     began: float
-    """Seconds since 1970, as are all times here."""
+    """Time of its start in seconds since 1970, like all times here."""
     last_sign: float
-    """When its node was last seen alive."""
+    """Time of the last sign of life of its node."""
     ended: float | None = None
-    """None if nobody was left to note it."""
+    """Time of its end; None if it was not recorded."""
     status: int | None = None
-    """Exit status, or minus the signal that killed it."""
-    told: tuple[str, ...] = ()
-    """Signals that it was sent by the job or the launcher."""
+    """Exit status, or minus the number of the signal that killed it; None if it was not recorded."""
+    signals: tuple[str, ...] = ()
+    """Signals that it received from the job or the launcher."""
     tail: tuple[str, ...] = ()
-    """The last lines that it printed, if it ended badly."""
+    """The last lines of its output if it failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TryRecords:
-    """All that a try has left."""
+class AttemptRecords:
+    """All records of an attempt."""
 
     ranks: tuple[RankLife, ...]
-    """In order."""
+    """The ranks that have started, by number."""
     expected: int
-    """Ranks that there should have been; 0 if none has started."""
+    """Number of ranks that should have started; 0 if none has started."""
     unfit: tuple[tuple[str, str], ...]
-    """Nodes that did not pass the check, and why."""
-    told: tuple[str, ...] = ()
-    """Signals that the job itself was sent."""
+    """Nodes that could not take part, and the reasons."""
+    signals: tuple[str, ...] = ()
+    """Signals that the job itself received."""
 
 
-def read_try(folder: Path) -> TryRecords:
-    """Read the records of a try; a last line that was cut off is left out."""
+def read_attempt(folder: Path) -> AttemptRecords:
+    """Read the records of an attempt; incomplete lines are skipped."""
     lives: dict[int, RankLife] = {}
     unfit: list[tuple[str, str]] = []
     expected = 0
@@ -88,25 +89,25 @@ def read_try(folder: Path) -> TryRecords:
                     rank=row["rank"], node=row["node"], began=row["time"], last_sign=last_sign
                 )
             elif (life := lives.get(row.get("rank", -1))) is not None:
-                _note(life, row)
+                _add_to(life, row)
     ranks = tuple(lives[rank] for rank in sorted(lives))
-    return TryRecords(ranks=ranks, expected=expected, unfit=tuple(unfit), told=_told(folder))
+    return AttemptRecords(ranks=ranks, expected=expected, unfit=tuple(unfit), signals=_signals(folder))
 
 
-def _told(folder: Path) -> tuple[str, ...]:
+def _signals(folder: Path) -> tuple[str, ...]:
     try:
-        return tuple(f"SIG{name}" for name in (folder / TOLD_NAME).read_text(encoding="utf-8").split())
+        return tuple(f"SIG{name}" for name in (folder / SIGNALS_NAME).read_text(encoding="utf-8").split())
     except OSError:
         return ()
 
 
 def events_of(folder: Path, node: str) -> list[dict[str, Any]]:
-    """Read what a node has noted so far."""
+    """Return the events that a node has recorded so far."""
     return _rows(folder / f"{node}{RECORDS}")
 
 
 def all_events(folder: Path) -> list[dict[str, Any]]:
-    """Read what all nodes have noted so far."""
+    """Return the events that all nodes have recorded so far."""
     return [row for path in sorted(folder.glob(f"*{RECORDS}")) for row in _rows(path)]
 
 
@@ -120,8 +121,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _note(life: RankLife, row: dict[str, Any]) -> None:
+def _add_to(life: RankLife, row: dict[str, Any]) -> None:
     if row["event"] == "told":
-        life.told = (*life.told, row["signal"])
+        life.signals = (*life.signals, row["signal"])
     elif row["event"] == "end":
         life.ended, life.status, life.tail = row["time"], row["status"], tuple(row.get("tail", ()))

@@ -1,7 +1,7 @@
-"""Name the nodes that have left no answer: `python -m hydrazero.launch.node.silent_nodes --attempt DIR < NAMES`.
+"""Name the nodes that have not responded: `python -m hydrazero.launch.node.silent_nodes --attempt DIR < NAMES`.
 
-A node that hangs before it can say so, or is gone, leaves nothing; the job's script asks for it when a part of what
-nodes do before ranks start has failed.
+A node that hangs early or is lost leaves no record. The job's script runs this module when a task that nodes do before
+the ranks start has failed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from hydrazero.launch.node.records import PASSED, UNFIT, add_event, all_events
 
 
 def silent_nodes(attempt: Path, part: str, nodes: Sequence[str]) -> tuple[list[str], int]:
-    """Return the nodes from which there is no answer to a part, and how many of these that is.
+    """Return the nodes without a record of a task (`part`), and the number of nodes that have not responded.
 
-    The number is smaller where a node has answered by another name than it is called by in `nodes`.
+    The number is smaller if a node has responded under another name than the one in `nodes`.
     """
     answers = [
         row for row in all_events(attempt) if row["event"] == UNFIT or (row["event"] == PASSED and row["part"] == part)
@@ -30,19 +30,19 @@ def silent_nodes(attempt: Path, part: str, nodes: Sequence[str]) -> tuple[list[s
 
 
 @click.command()
-@click.option("--attempt", required=True, type=click.Path(path_type=Path), help="Folder of notes.")
-@click.option("--part", required=True, help="What the nodes had to do.")
+@click.option("--attempt", required=True, type=click.Path(path_type=Path), help="Folder of records.")
+@click.option("--part", required=True, help="Task of the nodes: check or copy.")
 @click.option("--within", required=True, help="Seconds that they had for it.")
 def main(attempt: Path, part: str, within: str) -> None:
-    """Note for each silent node that it is not fit, with a sentence."""
+    """Record for each silent node that it cannot take part, and print a sentence."""
     silent, count = silent_nodes(attempt, part, sys.stdin.read().split())
     if count <= 0:
         return
-    reason = f"no answer to its {part} within {within} s"
+    reason = f"no response to the {part} within {within} s"
     if count < len(silent):
         silent, reason = ["unknown"], f"{count} of {', '.join(silent)} gave {reason}"
     for node in silent:
-        click.echo(f"Error: node {node} is not fit: {reason}.", err=True)
+        click.echo(f"Error: node {node} cannot take part: {reason}.", err=True)
         add_event(attempt, node, UNFIT, reason=reason)
 
 

@@ -1,4 +1,4 @@
-"""What a node does before it takes part: a step at a time, within some seconds, and noted, so that it can be named."""
+"""The steps that a node takes before it takes part in a job: with a time limit, and with a record of the result."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.launcher_variables import node_name
 
 PASSES = 3
-"""Times that folders are removed at a SIGTERM: a step may still write there, until it finds no folder any more."""
+"""Number of times that folders are removed at a SIGTERM, since a step may still be writing to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One thing to do on a node."""
+    """A step on a node."""
 
     what: str
-    """It hangs: '{what} has not ended'."""
+    """Name of the step, for the message '{what} has not ended'."""
     do: Callable[[], None]
-    """Raises HydrazeroError if the node cannot take part."""
+    """Function that takes the step; it raises HydrazeroError if the node cannot take part."""
 
 
 def node_address() -> str:
-    """Address by which this node was reached through ssh, empty if it was not: a hostfile may call it so."""
+    """Return the address at which ssh reached this node, which a hostfile may contain; empty without ssh."""
     words = os.environ.get("SSH_CONNECTION", "").split()
     return words[2] if len(words) == 4 else ""
 
 
 def end_with_steps(attempt: Path, part: str, within: float, steps: Sequence[Step], made: Sequence[Path] = ()) -> None:
-    """Take the steps, leave a note in `attempt` and end the process; with status 1 and a sentence if the node is unfit.
+    """Take the steps, write a record to `attempt` and end the process.
 
-    `part` names the steps together; `within` is in seconds; folders that are `made` go again at a SIGTERM.
+    The exit status is 1, with a sentence, if the node cannot take part. `part` is the name of the steps together,
+    `within` their time limit in seconds; folders in `made` are removed at a SIGTERM.
     """
 
     def clean(number: int, frame: FrameType | None) -> None:
@@ -55,7 +56,7 @@ def end_with_steps(attempt: Path, part: str, within: float, steps: Sequence[Step
     signal.signal(signal.SIGTERM, clean)
     try:
         _take(steps, within)
-        _note(attempt, PASSED, part=part)
+        _record(attempt, PASSED, part=part)
     except HydrazeroError as error:
         _refuse(attempt, str(error))
     except Exception as error:
@@ -65,14 +66,14 @@ def end_with_steps(attempt: Path, part: str, within: float, steps: Sequence[Step
 
 
 def _refuse(attempt: Path, reason: str) -> None:
-    click.echo(f"Error: node {node_name()} is not fit: {reason}", err=True)
-    with contextlib.suppress(ConfigError):  # the script names a node without a note, too
-        _note(attempt, UNFIT, reason=reason.rstrip("."))
+    click.echo(f"Error: node {node_name()} cannot take part: {reason}", err=True)
+    with contextlib.suppress(ConfigError):  # the script also names nodes without a record
+        _record(attempt, UNFIT, reason=reason.rstrip("."))
     _end(1)
 
 
 def _take(steps: Sequence[Step], within: float) -> None:
-    """Take steps in a thread, which is left alone if it hangs; raises what they raise, ConfigError if one is late."""
+    """Take the steps in a thread, which is abandoned at the time limit; raise their errors, or ConfigError then."""
     doing: list[str] = []
     raised: list[Exception] = []
 
@@ -93,15 +94,15 @@ def _take(steps: Sequence[Step], within: float) -> None:
         raise ConfigError(f"{doing[-1]} has not ended within {within:g} s.")
 
 
-def _note(attempt: Path, event: str, **facts: object) -> None:
+def _record(attempt: Path, event: str, **facts: object) -> None:
     try:
         add_event(attempt, node_name(), event, address=node_address(), **facts)
     except OSError as error:
-        raise ConfigError(f"{attempt} cannot be written from it ({error.strerror}).") from error
+        raise ConfigError(f"it cannot write to {attempt} ({error.strerror}).") from error
 
 
 def _end(status: int) -> None:
-    """End without waiting for a step that hangs."""
+    """End the process without waiting for a step that hangs."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

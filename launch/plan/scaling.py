@@ -32,7 +32,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Duration of the step; compiled steps yield all gradients at their end, so computation overlaps with nothing."""
+        """Duration of the step; a compiled step yields all gradients at its end, so nothing is sent meanwhile."""
         return max(self.compute + self.optimizer + self.communication, self.data)
 
     @property

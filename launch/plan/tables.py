@@ -53,8 +53,8 @@ def summary(plan: dict[str, Any]) -> Table:
         ("DeepSpeed", f"ZeRO {by['stage']}, {by['precision']}{', compiled' if by['compiled'] else ''}"),
         (
             "batch",
-            f"{batch['structures_filled']} structures of {batch['atoms_of_structure']:.0f} atoms; {batches} per rank and "
-            f"step: {batch['global_batch']:,} structures per step",
+            f"{batch['structures_filled']} structures of {batch['atoms_of_structure']:.0f} atoms; {batches} per rank "
+            f"and step: {batch['global_batch']:,} structures per step",
         ),
         ("device memory", _of(own["total"], plan["memory_of_die"])),
         ("node memory", _of(plan["memory_of_node"]["total"], plan["memory_of_node"])),

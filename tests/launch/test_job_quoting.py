@@ -95,7 +95,7 @@ def test_a_job_runs_in_such_a_folder(run_file, tmp_path):
     site.write_text(text + '[[variables]]\nname = "HERE"\nvalue = "{output} ${HERE:-}"\nreason = "To be seen."\n')
     assert launch(run_file, "--site", site, "--ranks-per-node", 1).exit_code == 0
     script = script_in(tmp_path)
-    script.write_text(script.read_text().replace("told=\n", 'told=\necho "here $HERE"\n', 1))
+    script.write_text(script.read_text().replace("received=\n", 'received=\necho "here $HERE"\n', 1))
     status, output = run_script(script)
     job, attempt = tmp_path / NAME / "launch" / "job", tmp_path / NAME / "launch" / "attempt-0001"
     assert status == 1 and f"\nhere {job} \n" in output and f"health {job}\n" in output, output
@@ -109,4 +109,4 @@ def test_names_that_schedulers_do_not_take_and_texts_without_a_value(run_file, d
         assert not Path(name).exists()
     text = (SITES / "slurm.toml").read_text().replace("launcher = 'srun", "launcher = 'srun --account={account}")
     (tmp_path / "site.toml").write_text(text)
-    refused(launch(run_file, "--site", tmp_path / "site.toml"), "job.launcher has a place for which this job h")
+    refused(launch(run_file, "--site", tmp_path / "site.toml"), "job.launcher has a placeholder for which this job h")

@@ -73,7 +73,7 @@ def test_shards_go_to_the_disks_of_nodes_that_have_them(run_file):
     )
     assert re.search(r'--copies "\$copies" --room [1-9]\d{3,}', text) and 'rm -rf "/tmp/' in text
     text = script_of(run_file, *options, "--no-stage")
-    assert "node_copy" not in text and "copies" not in text
+    assert "copy_shards" not in text and "copies" not in text
 
 
 def test_a_queue_has_its_own_hours(run_file):
@@ -85,18 +85,27 @@ def test_a_queue_has_its_own_hours(run_file):
 
 BAD = {
     "nodes": (["--site", "frontier", "--account", "a", "--nodes", 99999], r"--nodes is 99999, but jobs of site front"),
-    "hours": (["--site", "frontier", "--account", "a", "--hours", 3], r"gives jobs of 1 nodes at most 2 hours"),
+    "hours": (["--site", "frontier", "--account", "a", "--hours", 3], r"limits jobs with --nodes 1 to 2 hours"),
     "short": (["--site", "slurm", "--hours", 0.1], r"hardly any time would be left"),
-    "account": (["--site", "aurora"], r"site aurora charges an account for each job; name it with --account"),
+    "account": (["--site", "aurora"], r"site aurora charges each job to an account; name it with --account"),
     "site": (["--site", "fronteer"], r"--site 'fronteer' is not known \(did you mean 'frontier'\?\)"),
     "file": (["--site", "mine.toml"], r"site file mine.toml cannot be read"),
     "hosts": (["--site", "local", "--nodes", 2], r"the hosts must be named: --hostfile FILE"),
-    "hostfile": (["--site", "slurm", "--hostfile", "x"], r"--hostfile is for sites without a scheduler"),
+    "hostfile": (["--site", "slurm", "--hostfile", "x"], r"--hostfile is only for sites without a scheduler"),
     "no hostfile": (["--site", "local", "--hostfile", "absent"], r"hostfile absent cannot be read"),
     "value": (["--site", "slurm", "--set", "data.workers=-1"], r"data.workers is -1"),
     "budget": (["--site", "slurm", "--set", "batch.atoms=2"], r"batch"),
     "resume": (["--site", "slurm", "--resume"], r"holds no run to resume; leave out --resume"),
 }
+
+
+def test_site_files_with_the_former_name_of_the_rank_module_keep_working(run_file, tmp_path):
+    text = (SITES / "slurm.toml").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(text.replace("-m hydrazero.launch.node.rank", "-m hydrazero.launch.rank"))
+    assert path.read_text() != text
+    script = script_of(run_file, "--site", path)
+    assert "-m hydrazero.launch.node.rank " in script and "hydrazero.launch.rank" not in script
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -132,12 +141,13 @@ def test_no_scheduler_or_an_old_one(run_file, tmp_path, monkeypatch):
     programs(tmp_path / "none", monkeypatch)
     refused(launch(run_file, *options), "--submit needs sbatch, which is not on the path")
     programs(tmp_path / "old", monkeypatch, sbatch="exit 1", sinfo="echo slurm 17.11.2")
-    refused(launch(run_file, *options), "'sinfo --version' tells version 17.11.2, and jobs of site slurm need 19.05")
+    said = "'sinfo --version' prints version 17.11.2, but jobs of site slurm need at least 19.05"
+    refused(launch(run_file, *options), said)
     programs(tmp_path / "unset", monkeypatch, sbatch="exit 1", sinfo="echo fatal: no configuration >&2; exit 1")
-    refused(launch(run_file, *options), r"does not tell a version \(fatal: no configuration\)")
+    refused(launch(run_file, *options), r"prints no version \(fatal: no configuration\)")
     assert not (run_file.parent / "run").exists()
     programs(tmp_path / "full", monkeypatch, sbatch="echo error: bad account >&2; exit 1", sinfo="echo slurm 23.02.7")
-    refused(launch(run_file, *options), "the scheduler refuses .*/job.sh: error: bad account")
+    refused(launch(run_file, *options), "the scheduler rejects .*/job.sh: error: bad account")
     programs(tmp_path / "good", monkeypatch, sbatch="echo '4711;cluster'", sinfo="echo slurm-wlm 22.05.8")
     result = launch(run_file, *options)
     assert result.output == f"job 4711: {run_file.parent / 'run' / 'launch' / 'job.sh'}\n", result.output
@@ -147,7 +157,7 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
     hostfile = tmp_path / "hosts"
     for text, said in (
         ("", "names no host"),
-        ("a slots=2\n\n# b\nb 2\n", "line 4: 'b 2' is not of the form 'HOST slots=N'"),
+        ("a slots=2\n\n# b\nb 2\n", "line 4: 'b 2' does not have the form 'HOST slots=N'"),
         ("a slots=2\na slots=2\n", "line 2: host a is named twice"),
         ("a slots=2\nb slots=0\n", "line 2: host b has no slots"),
     ):
@@ -161,7 +171,7 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
     programs(tmp_path / "bin", monkeypatch, ssh=ssh, pdsh="exit 0")
     options = ("--site", "local", "--hostfile", hostfile, "--ranks-per-node")
     refused(launch(run_file, *options, 1, "--nodes", 3), "--nodes is 3, but hostfile .* has 2 hosts")
-    refused(launch(run_file, *options, 2, "--nodes", 2), "host b has slots=1 in hostfile .*, and --ranks-per-node is 2")
+    refused(launch(run_file, *options, 2, "--nodes", 2), "host b has slots=1 in hostfile .*, but --ranks-per-node is 2")
     refused(launch(run_file, *options, 1, "--nodes", 2), r"not reached by ssh without a password: b \(ssh: .* No route")
     assert not (run_file.parent / "run").exists()
     text = script_of(run_file, *options, 2)
@@ -174,7 +184,7 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
 def test_a_faulty_site_file_is_refused_before_anything_is_written(run_file, tmp_path):
     text = (SITES / "slurm.toml").read_text()
     for old, new, said in (
-        ("--nodes={nodes}", "--nodes={node}", r"job.directives\[1\] has the place {node}, .*'nodes'"),
+        ("--nodes={nodes}", "--nodes={node}", r"job.directives\[1\] has the placeholder {node}, .*'nodes'"),
         ('kind = "gpu"', 'kind = "cuda"', r"mine.toml: die.kind 'cuda' is not known \(known: cpu, gpu\)"),
     ):
         path = tmp_path / "mine.toml"

@@ -19,8 +19,8 @@ from torture import make_data, write_run
 from hydrazero.launch.node import check as node_check
 from hydrazero.launch.node import copy_shards as node_copy
 from hydrazero.launch.node import steps as node_steps
-from hydrazero.launch.node.check import check_devices, check_disk, check_room
-from hydrazero.launch.node.records import PASSED, UNFIT, add_event, all_events, read_try
+from hydrazero.launch.node.check import check_devices, check_disk, check_space
+from hydrazero.launch.node.records import PASSED, UNFIT, add_event, all_events, read_attempt
 from hydrazero.launch.node.silent_nodes import silent_nodes
 from hydrazero.launch.postmortem import CANCELLED, FAILED, STOPPED, RunProgress, judge
 from hydrazero.shards.errors import ConfigError
@@ -40,14 +40,14 @@ def run_file(data, tmp_path) -> Path:
 
 def test_what_makes_a_node_unfit(tmp_path):
     check_disk(tmp_path / "made" / "here")
-    with pytest.raises(ConfigError, match=r"has room for .* GB, and the shards are 1000000000"):
-        check_room(tmp_path, 10**18)
+    with pytest.raises(ConfigError, match=r"has space for .* GB, but the shards have 1000000000"):
+        check_space(tmp_path, 10**18)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         check_disk(tmp_path / "file" / "folder")
     with pytest.raises(ConfigError, match=r"torch sees \d of 99 GPUs"):
         check_devices(99)
-    with pytest.raises(ConfigError, match=r"'sh -c 'exit 3'' ends with status 3"):
+    with pytest.raises(ConfigError, match=r"'sh -c 'exit 3'' ended with exit status 3"):
         node_check.check_health(["sh", "-c", "exit 3"])
     with pytest.raises(ConfigError, match=r"'no-such-program' cannot be started \(No such file"):
         node_check.check_health(["no-such-program"])
@@ -76,7 +76,7 @@ def test_room_is_asked_of_the_folder_for_copies_alone(tmp_path, monkeypatch):
     options = ("--folder", small, "--copies", copies, "--room")
     assert check(monkeypatch, tmp_path, *options, 110) == (0, "")
     status, output = check(monkeypatch, tmp_path, *options, 111)
-    assert status == 1 and re.search(f"is not fit: {copies} has room for", output)
+    assert status == 1 and re.search(f"cannot take part: {copies} has space for", output)
     assert [row["event"] for row in all_events(tmp_path)] == [PASSED, UNFIT]
 
 
@@ -88,9 +88,9 @@ def test_a_node_that_hangs_says_in_what(tmp_path):
     )
     assert time.monotonic() - began < 30
     assert done.returncode == 1 and re.fullmatch(
-        r"Error: node \S+ is not fit: 'sleep 600' has not ended within 0.5 s.\n", done.stderr
+        r"Error: node \S+ cannot take part: 'sleep 600' has not ended within 0.5 s.\n", done.stderr
     )
-    assert read_try(tmp_path).unfit[0][1] == "'sleep 600' has not ended within 0.5 s"
+    assert read_attempt(tmp_path).unfit[0][1] == "'sleep 600' has not ended within 0.5 s"
 
 
 def test_a_node_that_is_told_to_end_leaves_nothing_on_its_disk(data, tmp_path):
@@ -113,9 +113,9 @@ def test_faults_that_are_not_foreseen_are_named_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(node_check, "check_disk", broken)
     status, output = check(monkeypatch, tmp_path, "--folder", tmp_path)
-    assert status == 1 and "is not fit: OSError: [Errno 5] Input/output error" in output
+    assert status == 1 and "cannot take part: OSError: [Errno 5] Input/output error" in output
     status, output = check(monkeypatch, tmp_path / "absent")
-    assert status == 1 and "absent cannot be written from it (No such file or directory)" in output
+    assert status == 1 and f"it cannot write to {tmp_path / 'absent'} (No such file or directory)" in output
 
 
 def test_silent_nodes_are_named_if_they_can_be(tmp_path):
@@ -147,7 +147,7 @@ def test_copies_are_whole_and_faults_name_the_file(data, tmp_path):
 @pytest.mark.parametrize("told, kind", [("USR1", STOPPED), ("TERM", CANCELLED), ("USR1 TERM", CANCELLED), ("", FAILED)])
 def test_jobs_that_were_told_to_stop_before_a_rank_had_started(tmp_path, told, kind):
     (tmp_path / "told").write_text(f" {told}\n")
-    assert judge(read_try(tmp_path), RunProgress(step=0, steps=0)).kind == kind
+    assert judge(read_attempt(tmp_path), RunProgress(step=0, steps=0)).kind == kind
 
 
 def test_a_cancelled_job_has_not_failed_whatever_its_ranks_say(tmp_path):
@@ -156,7 +156,7 @@ def test_a_cancelled_job_has_not_failed_whatever_its_ranks_say(tmp_path):
         add_event(tmp_path, "n1", "start", rank=0, ranks=1, local=0, pid=1)
         add_event(tmp_path, "n1", "told", rank=0, signal="SIGUSR1")  # srun is told so in place of SIGTERM
         add_event(tmp_path, "n1", "end", rank=0, status=status, tail=[])
-        verdict = judge(read_try(tmp_path), RunProgress(step=5, steps=9))
+        verdict = judge(read_attempt(tmp_path), RunProgress(step=5, steps=9))
         assert verdict.kind == CANCELLED and verdict.sentence.startswith(said)
 
 
@@ -197,7 +197,7 @@ def test_a_job_that_is_told_to_stop_before_ranks_start_does_so_at_once(run_file,
     finally:
         process.kill()
     assert time.monotonic() - began < 30 and process.returncode == status, output
-    assert said in output and "not fit" not in output, output
+    assert said in output and "cannot take part" not in output, output
     assert (attempt / "told").read_text().split() == [name]
     assert not (run_file.parent / "again").exists() and not list((run_file.parent / "disk").iterdir())
 
@@ -225,5 +225,7 @@ def test_a_node_that_does_not_answer_at_all_is_named(run_file):
     script.write_text(re.sub(r'"\$python" -m hydrazero.launch.node.check', "sleep 600 #", text))
     status, output = run_script(script)
     node = os.uname().nodename
-    assert status == 1 and f"Error: node {node} is not fit: no answer to its check within 1 s.\n" in output, output
-    assert f"nodes failed the check (node {node}: no answer to its check within 1 s)" in output
+    assert status == 1 and f"Error: node {node} cannot take part: no response to the check within 1 s.\n" in output, (
+        output
+    )
+    assert f"nodes failed the check (node {node}: no response to the check within 1 s)" in output

@@ -25,7 +25,7 @@ DEVICE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
     [
         (["--site", "frontir"], "'frontir' is not known (did you mean 'frontier'?)"),
         (["--site", "perlmutter", "--nodes", "5000"], "--nodes is 5000, but jobs of site perlmutter have at most 1536"),
-        (["--site", "frontier", "--nodes", "8", "--hours", "9"], "gives jobs of 8 nodes at most 2 hours"),
+        (["--site", "frontier", "--nodes", "8", "--hours", "9"], "limits jobs with --nodes 8 to 2 hours"),
         (
             ["--site", "frontier", "--global-batch", "500"],
             "not a multiple of 8 ranks times 25 structures; the nearest are 400 (2 batches per rank) or 600 (3",

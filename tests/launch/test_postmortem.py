@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from hydrazero.launch.cli.main import main
 from hydrazero.launch.node.rank import rank_in
-from hydrazero.launch.node.records import add_event, read_try
+from hydrazero.launch.node.records import add_event, read_attempt
 from hydrazero.launch.postmortem import (
     CANCELLED,
     FAILED,
@@ -36,7 +36,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.launcher_variables import node_name
 
 HALF = RunProgress(step=20, steps=40)
-LOST = ["Error: rank 0 has lost another rank, which has ended; --resume goes on from the last checkpoint."]
+LOST = ["Error: rank 0 has lost another rank, which has ended; --resume continues from the last checkpoint."]
 
 
 def start(folder: Path, node: str, *ranks: int, of: int = 2) -> None:
@@ -53,7 +53,7 @@ def told(folder: Path, node: str, rank: int, name: str) -> None:
 
 
 def verdict_of(folder: Path, progress: RunProgress = HALF) -> Verdict:
-    return judge(read_try(folder), progress)
+    return judge(read_attempt(folder), progress)
 
 
 def test_the_rank_that_was_killed_is_the_first_though_another_noted_its_end_before(tmp_path):
@@ -237,9 +237,9 @@ def test_the_time_of_a_job_and_its_own_end_reach_the_rank(tmp_path):
         time.sleep(0.05)
 
 
-def test_a_rank_goes_on_where_no_notes_can_be_left(tmp_path):
+def test_a_rank_continues_where_no_records_can_be_written(tmp_path):
     """A folder that is not there, and one that vanishes on the way."""
-    told = "Warning: the note 'start' of rank 3 on n7 cannot be left in .*absent \\(No such [a-z ]*\\); the rank"
+    told = "Warning: the record 'start' of rank 3 on n7 cannot be written to .*absent \\(No such [a-z ]*\\); the rank"
     process = watched(tmp_path / "absent", "sh", "-c", "echo trains", options=("--remove", str(tmp_path / "copies")))
     output = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 0 and re.fullmatch(f"{told}[^\n]*\\.\ntrains\n", output), output
@@ -273,5 +273,5 @@ def test_a_rank_knows_its_number_from_every_launcher(monkeypatch):
     within = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     assert rank_in({**srun, **within}).rank == 3  # mpirun in a job of Slurm
     assert rank_in({"PMI_RANK": "2", "PMI_SIZE": "24", "PALS_LOCAL_RANKID": "2"}).ranks == 24
-    with pytest.raises(ConfigError, match="no launcher has told"):
+    with pytest.raises(ConfigError, match="no launcher has given"):
         rank_in({"SLURM_PROCID": "0"})

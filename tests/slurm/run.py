@@ -206,7 +206,7 @@ def node_lost(cluster: Cluster, run_file: Path, site: Path, whole: Path) -> None
     job.wait(lambda: job.restarts() == 1, "restart after the loss")
     cluster.start_node("n2")
     job.finish(whole)
-    job.expect(r"rank 1 on n2 was lost with its node, or with all that ran there")
+    job.expect(r"rank 1 on n2 was lost with its node, or with everything that ran there")
     say("named by the post-mortem of the next attempt; the same losses, weights and moments, bit for bit")
     say(last_postmortem(job.output()))
 
@@ -232,7 +232,7 @@ def over(job: RunningJob, expected: str, pattern: str) -> None:
     if (state := job.end()) != expected:
         raise Failed(f"the job ended as {state}:\n{job.output()}")
     job.wait(lambda: re.search(pattern, job.output()) is not None, f"'{pattern}' of the post-mortem")
-    if job.restarts() or "goes back" in job.output():
+    if job.restarts() or "put back" in job.output():
         raise Failed(f"the job that was cancelled has gone back into the queue:\n{job.output()}")
     job.wait(lambda: not list(job.run.parent.parent.glob("**/disk/*")), "clean disks")
     say(last_postmortem(job.output()))
