@@ -93,12 +93,12 @@ def test_errors_of_other_weights_or_splits_are_not_told(trained, tmp_path):
 
     assert "was not evaluated" in reason("a.safetensors")
     evaluate(Potential(model), [shards], "val", results_in(folder))
-    assert "of the split 'val'" in reason("b.safetensors")
+    assert "used the split 'val'" in reason("b.safetensors")
     evaluate(Potential(model), [shards], "test", results_in(folder))
     assert "bfloat16 rounds" in reason("c.safetensors", "--dtype", "bfloat16")
     with torch.no_grad():
         next(model.parameters()).add_(1e-4)
-    assert "of other weights" in reason("d.safetensors")
+    assert "used other weights" in reason("d.safetensors")
     assert load_model(tmp_path / "d.safetensors").facts("task0").largest_spread == 0.0
 
 

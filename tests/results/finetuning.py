@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
-from results.jobs import PAGES, ROOT, Job, command, make
+from results.jobs import PAGES, ROOT, ResultRun, command, make
 from results.sixteen_page import SHORT
 from results.tables import ERRORS, UNITS, table
 
@@ -77,7 +77,7 @@ def points_of(spec: dict[str, Any], name: str) -> list[Point]:
 def run_finetunings(spec: dict[str, Any], name: str, data: Path) -> Path:
     """Pretrain, then compute every missing point and rewrite page and picture after each; returns the page's path."""
     known = tuple(each for each in spec["data"] if not each.get("held_out"))
-    pretraining = Job(spec=spec, name=name, datasets=known, run=spec["pretraining"])
+    pretraining = ResultRun(spec=spec, name=name, datasets=known, run=spec["pretraining"])
     make("plan", pretraining, data)
     make("result", pretraining, data)
     points = points_of(spec, name)

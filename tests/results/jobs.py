@@ -1,4 +1,4 @@
-"""The runs behind a table of results: on one dataset or on all together, planned by a short run, trained, evaluated."""
+"""The runs behind a table of results: on one dataset or on all together, planned by a short run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path("runs/results")
 
 
 def command(*words: object) -> str:
-    """Run a command of hydrazero and return what it prints; stops the runner with what it says if it fails."""
+    """Run a command of hydrazero and return what it prints; if it fails, stop with its output."""
     line = [str(Path(sys.executable).with_name("hydrazero")), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
@@ -34,43 +34,45 @@ def command(*words: object) -> str:
 
 
 def train_rows(out: Path) -> list[dict[str, Any]]:
-    """Rows of training in a run's metrics."""
+    """Return the rows about training in a run's metrics."""
     return [row for row in read_metrics(out) if row["kind"] == "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ResultRun:
     """One run, on one dataset or on several together."""
 
     spec: dict[str, Any]
-    """What the table's TOML file holds."""
+    """Contents of the TOML file of the table."""
     name: str
-    """Of the table."""
+    """Name of the table."""
     datasets: tuple[dict[str, Any], ...]
+    """Entries of the datasets in the TOML file."""
     run: dict[str, Any]
+    """Entry of the run in the TOML file."""
 
     @property
     def label(self) -> str:
-        """Name of the job's files."""
+        """Return the name of the run's files."""
         run = str(self.run["name"])
         return run if self.run.get("together") else f"{self.datasets[0]['name']}-{run}"
 
     @property
     def folder(self) -> Path:
-        """Where its runs live."""
+        """Return the folder of the run and of the short runs that plan it."""
         return ROOT / self.name / self.label
 
     def path(self, kind: str) -> Path:
-        """File of its 'plan' or 'result'."""
+        """Return the file of its 'plan' or 'result'."""
         return ROOT / self.name / f"{self.label}.{kind}.json"
 
     @property
     def structures(self) -> int:
-        """Structures wanted in each rank's batch."""
+        """Return the approximate number of structures in each rank's batch."""
         return int(self.run.get("structures", self.spec.get("structures", 4)))
 
     def shards(self, root: Path) -> list[Path]:
-        """Each dataset's shards, converted from sources below `root` unless they are there."""
+        """Return the shards of each dataset, which are converted from sources below `root` if they do not exist."""
         folders = []
         for data in self.datasets:
             folder = Path(data["shards"]) if "shards" in data else ROOT / self.name / "data" / str(data["name"])
@@ -81,7 +83,7 @@ class Job:
         return folders
 
     def train(self, shards: list[Path], out: Path, steps: int) -> float:
-        """Train so many steps; returns the seconds that it took."""
+        """Train the given number of steps and return the seconds that it took."""
         wanted = ("--structures", self.structures, "--temperature", self.spec.get("temperature", 1.0))
         batch = command("inspect", *shards, "--propose-batch", "--cutoff", 5.0, *wanted)
         names = [data["name"] for data in self.datasets]
@@ -99,21 +101,21 @@ class Job:
         return time.monotonic() - started
 
 
-def all_jobs(spec: dict[str, Any], name: str) -> list[Job]:
-    """Return a table's jobs: for each run that is `together` one on all datasets, for others one on each."""
+def all_jobs(spec: dict[str, Any], name: str) -> list[ResultRun]:
+    """Return the runs of a table: one on all datasets for each entry with `together`, else one on each dataset."""
     jobs = []
     for run in spec["runs"]:
         parts = [tuple(spec["data"])] if run.get("together") else [(data,) for data in spec["data"]]
-        jobs += [Job(spec=spec, name=name, datasets=datasets, run=run) for datasets in parts]
+        jobs += [ResultRun(spec=spec, name=name, datasets=datasets, run=run) for datasets in parts]
     return jobs
 
 
-def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
-    """Say how many steps a run takes.
+def plan(job: ResultRun, shards: list[Path]) -> dict[str, Any]:
+    """Return the number of steps of a run.
 
-    As many as another one (`steps_of`); as many as give a dataset the structures that it gave to a joint run
-    (`structures_of`); or else what a short run finds to fit the table's seconds, while nothing else should need the
-    machine.
+    It is that of another run (`steps_of`); or the number that draws as many structures of the dataset as a joint run
+    (`structures_of`); or the number that a short run finds to take the table's seconds, during which the machine should
+    do nothing else.
     """
     if "steps_of" in job.run:
         return read_json(ROOT / job.name / f"{job.run['steps_of']}.plan.json")
@@ -122,7 +124,7 @@ def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
         seen = joint["structures"][job.datasets[0]["name"]]
         return {"steps": max(round(seen / structures_per_step(job, shards)), 1)}
     steps, out = job.spec["probe_steps"], job.folder / "probe"
-    job.train(shards, out, steps)  # compiles; the next one starts as the run will, from the compiler's cache
+    job.train(shards, out, steps)  # compiles; the next run starts from the compiler's cache, as the planned run will
     seconds = job.train(shards, out, steps)
     rows = train_rows(out)[1:]
     per_step = 1.0 / statistics.median(row["steps_per_s"] for row in rows)
@@ -132,23 +134,23 @@ def plan(job: Job, shards: list[Path]) -> dict[str, Any]:
     return {"steps": planned, "seconds": start + planned * per_step, "structures_per_s": rate}
 
 
-def structures_per_step(job: Job, shards: list[Path]) -> float:
-    """How many structures a step of a job takes, found by some steps."""
+def structures_per_step(job: ResultRun, shards: list[Path]) -> float:
+    """Return the mean number of structures in a step, measured in a few steps."""
     out = job.folder / "probe"
     job.train(shards, out, job.spec["probe_steps"])
     return sum(structures_seen(out).values()) / job.spec["probe_steps"]
 
 
 def structures_seen(out: Path) -> Counter[str]:
-    """How many structures of each task a run has trained on."""
+    """Return the number of structures of each task on which a run has trained."""
     seen: Counter[str] = Counter()
     for row in train_rows(out):
         seen.update({name: task["structures"] for name, task in row["tasks"].items()})
     return seen
 
 
-def result(job: Job, shards: list[Path]) -> dict[str, Any]:
-    """Train the planned steps and evaluate."""
+def result(job: ResultRun, shards: list[Path]) -> dict[str, Any]:
+    """Train the planned steps, evaluate, and return the errors and costs."""
     planned = read_json(job.path("plan"))
     out = job.folder / "run"
     took = job.train(shards, out, planned["steps"])
@@ -163,8 +165,8 @@ def result(job: Job, shards: list[Path]) -> dict[str, Any]:
     }
 
 
-def make(kind: str, job: Job, data: Path) -> None:
-    """Make a job's plan or result, unless it is there."""
+def make(kind: str, job: ResultRun, data: Path) -> None:
+    """Make the plan or result of a run if it does not exist."""
     if not job.path(kind).exists():
         found = {"plan": plan, "result": result}[kind](job, job.shards(data))
         write_json(job.path(kind), found)

@@ -1,8 +1,8 @@
-"""Runs of a table of results, one after the other, each skipped when its result is there; the table is written anew.
+"""Make the runs of a table of results one after the other, skip those with a result, and write the table.
 
     python -m results.runner NAME DATA [--only RUN]
 
-NAME.toml beside this file lists datasets and runs, NAME.run.toml is the run file of all of them with places to fill in.
+NAME.toml in this folder lists datasets and runs, and NAME.run.toml is the template of their run files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from results.tables import write_table
 
 
 def main() -> None:
-    """Do what is missing: first all plans, then the runs, which may share the machine, since their steps are fixed."""
+    """Make missing plans, then missing runs, whose number of steps does not depend on the load of the machine."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
     parser.add_argument("data", type=Path)
@@ -32,7 +32,7 @@ def main() -> None:
     jobs = [job for job in everything if options.only in (None, job.label)]
     if not jobs:
         raise SystemExit(f"--only {options.only} is none of {', '.join(job.label for job in everything)}")
-    # Plans that come of other runs' results can only be made after those.
+    # Plans that need the results of other runs are made later.
     at_first = [job for job in jobs if "structures_of" not in job.run]
     for job in at_first:
         make("plan", job, options.data)

@@ -1,6 +1,6 @@
 """Convert the sixteen real tasks of sixteen.toml and check their counts: `python -m results.sixteen DATA OUT`.
 
-A task whose folder is there with the right counts is kept as it is.
+A task whose folder exists with the right counts is not converted again.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 HERE = Path(__file__).parent
 
 
-class Expected(Section):
-    """A real task: where it comes from and what converting it gives; its settings are convert/TASK.toml."""
+class TaskCounts(Section):
+    """The sources of a real task and the counts that its conversion gives; its settings are convert/TASK.toml."""
 
     sources: ListOf[str]
     """Files or folders below the data folder."""
     structures: int
-    """In all splits."""
+    """Number of structures in all splits."""
     duplicates: int = 0
-    """Frames whose geometry has come before."""
+    """Number of frames whose geometry occurred before."""
     set_aside: dict[str, int] = Field(default_factory=dict)
-    """Reason -> frames that are left out for it."""
+    """Number of frames that are left out, by reason."""
 
     def faults(self, manifest: Manifest) -> list[str]:
-        """Say where a manifest has other counts."""
+        """Return the counts of a manifest that differ, as texts."""
         counts = {
             "structures": (self.structures, manifest.structures()),
             "duplicates": (self.duplicates, manifest.duplicate_count),
@@ -47,25 +47,25 @@ class Expected(Section):
         return [f"{found} {name} instead of {wanted}" for name, (wanted, found) in counts.items() if found != wanted]
 
 
-def expected_tasks() -> dict[str, Expected]:
+def expected_tasks() -> dict[str, TaskCounts]:
     """Return the sixteen tasks by name."""
     path = HERE / "sixteen.toml"
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {name: parse_settings(Expected, entry, f"{path}: {name}") for name, entry in table.items()}
+    return {name: parse_settings(TaskCounts, entry, f"{path}: {name}") for name, entry in table.items()}
 
 
 def convert_task(
-    name: str, expected: Expected, data: Path, out: Path, *, workers: Workers, trust_pickle: bool
+    name: str, expected: TaskCounts, data: Path, out: Path, *, workers: Workers, trust_pickle: bool
 ) -> Manifest:
-    """Return the manifest of a task in `out`/NAME, converting it unless it is there with the right counts.
+    """Return the manifest of a task in `out`/NAME, which is converted unless it exists with the right counts.
 
-    Raises ConfigError if a folder with other counts is in the way, and what `convert` raises.
+    Raise ConfigError if a folder with other counts exists, and the errors of `convert`.
     """
     folder = out / name
     if folder.exists():
         kept = read_manifest(folder)
         if expected.faults(kept):
-            raise ConfigError(f"{folder} holds {', '.join(expected.faults(kept))}; remove it to convert it again.")
+            raise ConfigError(f"{folder} has {', '.join(expected.faults(kept))}; remove it to convert it again.")
         return kept
     settings = load_convert_settings(HERE.parents[1] / "launch" / "convert" / f"{name}.toml")
     sources = [data / source for source in expected.sources]
@@ -73,7 +73,7 @@ def convert_task(
 
 
 def convert_all(data: Path, out: Path, *, workers: Workers, trust_pickle: bool, console: Console) -> list[str]:
-    """Convert every task, print a table of counts and return a sentence for each wrong one; raises HydrazeroError."""
+    """Convert every task, print a table of counts, and return a sentence for each wrong one."""
     if not data.is_dir():
         raise ConfigError(f"data folder {data} does not exist; give the folder that holds wbe_fitsnap and the others.")
     table = Table("task")
@@ -99,10 +99,10 @@ def convert_all(data: Path, out: Path, *, workers: Workers, trust_pickle: bool, 
 @click.option("--workers", default=1, show_default=True, help="Processes that share the work.")
 @click.option("--trust-pickle", is_flag=True, help="Load the pickles of the lips task, which could run any code.")
 def main(data: Path, out: Path, workers: int, trust_pickle: bool) -> None:
-    """Run from the command line; ends with exit code 1 and a sentence if a count is wrong."""
+    """Run from the command line; end with exit status 1 and a sentence if a count is wrong."""
     try:
         with worker_processes(workers) as pool:
-            if pool is None:  # a rank of mpirun that has served the first one
+            if pool is None:  # a rank of mpirun that worked for the first rank
                 return
             wrong = convert_all(data, out, workers=pool, trust_pickle=trust_pickle, console=Console())
     except HydrazeroError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results.jobs import PAGES, Job
+from results.jobs import PAGES, ResultRun
 
 from hydrazero.shards.files import read_json
 from hydrazero.trainer.records.task_errors import KEYS
@@ -17,7 +17,7 @@ ERRORS = {"energies": KEYS["energy_mae"], "forces": KEYS["force_mae"]}
 UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
 
 
-def write_table(spec: dict[str, Any], name: str, jobs: Sequence[Job]) -> Path:
+def write_table(spec: dict[str, Any], name: str, jobs: Sequence[ResultRun]) -> Path:
     """Write NAME.md with the results that exist so far; returns its path."""
     together = any(job.run.get("together") for job in jobs)
     lines = [f"# {spec['title']}", "", spec["text"], ""]
@@ -33,7 +33,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows]] + [""]
 
 
-def runs_by_dataset(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+def runs_by_dataset(spec: dict[str, Any], jobs: Sequence[ResultRun]) -> list[str]:
     """Return a table for each dataset with a row for each run."""
     headings = ["run", "energy MAE, meV/atom", "force MAE, meV/Å", "structures/s", "steps", "seconds"]
     headings += ["MB per rank"] if spec.get("memory") else []
@@ -44,7 +44,7 @@ def runs_by_dataset(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
     return lines
 
 
-def run_line(job: Job, headings: Sequence[str], dataset: str) -> list[str]:
+def run_line(job: ResultRun, headings: Sequence[str], dataset: str) -> list[str]:
     """Return the row of a run: its errors and costs."""
     name = f"`{job.run['name']}`"
     if not job.path("result").exists():
@@ -56,7 +56,7 @@ def run_line(job: Job, headings: Sequence[str], dataset: str) -> list[str]:
     return line + ([f"{found['memory_mb']:,.0f}"] if job.spec.get("memory") else [])
 
 
-def methods_side_by_side(spec: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+def methods_side_by_side(spec: dict[str, Any], jobs: Sequence[ResultRun]) -> list[str]:
     """Return tables of each task's error by method, divided by the lowest of any joint run, and a summary.
 
     Runs of the same `method` with different seeds share one column, which holds their geometric mean.

@@ -26,7 +26,7 @@ from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.records.run_files import read_metrics
 from hydrazero.trainer.report.search_page import write_search_page
 from hydrazero.trainer.search.campaign import begin
-from hydrazero.trainer.search.halving import goes_on, pareto_front
+from hydrazero.trainer.search.halving import is_promoted, pareto_front
 from hydrazero.trainer.search.journal import JOURNAL_NAME, open_journal
 from hydrazero.trainer.search.objective import relative_error, trivial_errors
 from hydrazero.trainer.search.trial_rows import trial_rows
@@ -163,11 +163,18 @@ def test_a_run_file_at_fault_is_told_with_the_space_that_names_it(root, tmp_path
 def test_one_in_so_many_goes_on():
     errors = [(0.9,), (0.5,), (0.7,), (0.3,), (0.8,), (0.2,)]
     # The first always does, then the best so far, then the best third of all.
-    assert [goes_on(errors[n], errors[:n], 3) for n in range(6)] == [True, True, False, True, False, True]
-    assert goes_on((0.25,), errors, 3) and not goes_on((0.4,), errors, 3)
+    assert [is_promoted(errors[n], errors[:n], 3) for n in range(6)] == [True, True, False, True, False, True]
+    assert is_promoted((0.25,), errors, 3) and not is_promoted((0.4,), errors, 3)
     # With two objectives whatever nothing else dominates does, and what few dominate.
     both = [(0.2, -10.0), (0.3, -30.0), (0.5, -50.0), (0.6, -20.0), (0.7, -40.0), (0.9, -5.0)]
-    assert [goes_on(both[n], both[:n] + both[n + 1 :], 3) for n in range(6)] == [True, True, True, False, False, False]
+    assert [is_promoted(both[n], both[:n] + both[n + 1 :], 3) for n in range(6)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert pareto_front(both) == [0, 1, 2]
 
 
@@ -265,7 +272,7 @@ def test_two_workers_share_a_search_and_one_takes_up_what_the_other_has_left(roo
         (result,) = row.results
         assert 1.5 <= result["seconds"] < 10 and 0 < result["error"] < 5
         assert result["training"] > 0 and result["inference"] > 0
-    assert "the best one in full: hydrazero train" in printed
+    assert "to train the best trial with all steps: hydrazero train" in printed
     page = (out / "search.html").read_text()
     assert "2 trials: 2 finished" in page and "By encoder" in page and "Pareto front" in page
     monkeypatch.setattr(results_page, "PAGES", tmp_path)

@@ -1,1 +1,1 @@
-"""The demo: molecules and crystals, labelled on the spot by five engines."""
+"""The demo: molecules and crystals, labelled during the demo by five methods."""

@@ -1,4 +1,4 @@
-"""The demo: label, convert, train, evaluate, export, relax, screen, report; every step as a user would do it."""
+"""The demo: label, convert, train, evaluate, export, relax, screen and report, with the same steps as a user's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from hydrazero.trainer.records.run_log import progress_bar
 from hydrazero.trainer.records.task_errors import Evaluation
 
 SEED = 0
+"""Seed of the structures."""
 RANKS = 2
+"""Number of ranks that train, and of processes that label."""
 SCREENED = 20_000
+"""Number of structures that are screened."""
 RELAXED_MOLECULE, RELAXED_TASK = "CH3CH2OH", "gfn2"
+"""Molecule that is relaxed, and the task whose head is used."""
 
 
 def run_demo(out: Path) -> None:
-    """Run the whole demo into the new folder `out`; raises ConfigError if it exists, DemoError if an engine fails."""
+    """Run the demo in the new folder `out`; raise ConfigError if it exists, DemoError if a method fails."""
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another --out.")
     started, console = time.monotonic(), Console(stderr=True)
@@ -57,7 +61,7 @@ def run_demo(out: Path) -> None:
 
 
 def _make_shards(out: Path) -> dict[str, Path]:
-    """Label and convert every task; returns its shard folder."""
+    """Label and convert the structures of every task; return the shard folders by task."""
     total = sum(task.structures for task in DEMO_TASKS)
     bar, advance = progress_bar("labelling ", total)
     with bar:
@@ -102,7 +106,7 @@ def _export(out: Path) -> Potential:
 
 
 def _relax(potential: Potential, out: Path) -> str:
-    """Relax a distorted molecule with the exported model's ASE calculator; returns a sentence about it."""
+    """Relax a distorted molecule with the exported model's ASE calculator; return a sentence about it."""
     import ase.io
     from ase.optimize import BFGS
 
@@ -119,7 +123,7 @@ def _relax(potential: Potential, out: Path) -> str:
 
 
 def _screen(potential: Potential, out: Path) -> str:
-    """Screen generated structures with every head; returns a sentence about it."""
+    """Screen generated structures with every head; return a sentence about it."""
     from hydrazero.models.screening import FunctionSource, ScreenSettings, screen
 
     def structures() -> Iterator[Structure]:

@@ -1,4 +1,4 @@
-"""Labels of the demo: real electronic-structure and force-field engines, run on the spot."""
+"""Labels of the demo, computed by electronic-structure methods and force fields during the demo."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from hydrazero.trainer.demo.structures import (
 )
 
 LARGEST_FORCE = 15.0
-"""eV/Å; a draw with a force component beyond it is drawn again: two atoms came too close by chance."""
+"""Force component in eV/Å from which on a structure is replaced by another, since two of its atoms are too close."""
 CHUNK = 10
-"""Structures that a worker process labels at a time; part of the seed, so that results don't depend on workers."""
+"""Number of structures that a process labels at a time; each chunk has its own seed, whichever process labels it."""
 MOST_DRAWS = 20
-"""Draws for one structure before the engine is taken to be broken."""
+"""Maximum number of attempts to draw and label one structure."""
 SUMMARY_NAME = "labelling.json"
-"""Beside the sources: seed and, by task, fidelity, structures and how many draws were replaced for what reason."""
+"""File beside the sources with the seed and, by task, fidelity and numbers of structures and of replaced ones."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that set the number of threads of numerical libraries."""
 
 
 class DemoError(HydrazeroError):
-    """An engine of the demo is missing or does not work."""
+    """A method of the demo is not installed or does not work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,15 @@ class DemoTask:
     """One of the demo's datasets."""
 
     name: str
+    """Name of the task."""
     fidelity: str
+    """Method of the labels."""
     structures: int
+    """Number of structures."""
     draw: Callable[[np.random.Generator], Atoms]
+    """Function that draws a structure."""
     label: Callable[[Atoms], dict[str, Any]]
-    """Atoms -> energy eV, forces eV/Å and, for crystals, stress eV/Å³ (Voigt)."""
+    """Function that returns energy (eV), forces (eV/Å) and, for crystals, stress (eV/Å³, Voigt) of a structure."""
 
 
 def _missing(package: str) -> DemoError:
@@ -72,17 +77,17 @@ def _tblite(atoms: Atoms, method: str) -> dict[str, Any]:
 
 
 def label_gfn2(atoms: Atoms) -> dict[str, Any]:
-    """GFN2-xTB (Bannwarth, Ehlert, Grimme 2019) through tblite."""
+    """Label by GFN2-xTB (Bannwarth, Ehlert, Grimme 2019) through tblite."""
     return _tblite(atoms, "GFN2-xTB")
 
 
 def label_gfn1(atoms: Atoms) -> dict[str, Any]:
-    """GFN1-xTB (Grimme, Bannwarth, Shushkov 2017) through tblite."""
+    """Label by GFN1-xTB (Grimme, Bannwarth, Shushkov 2017) through tblite."""
     return _tblite(atoms, "GFN1-xTB")
 
 
 def label_hartree_fock(atoms: Atoms) -> dict[str, Any]:
-    """Restricted Hartree-Fock in the STO-3G basis through PySCF."""
+    """Label by restricted Hartree-Fock in the STO-3G basis through PySCF."""
     try:
         from pyscf import gto, scf
     except ImportError as error:
@@ -97,14 +102,14 @@ def label_hartree_fock(atoms: Atoms) -> dict[str, Any]:
 
 
 def label_emt(atoms: Atoms) -> dict[str, Any]:
-    """Effective medium theory (Jacobsen, Stoltze, Nørskov 1996) as in ASE."""
+    """Label by effective medium theory (Jacobsen, Stoltze, Nørskov 1996) as in ASE."""
     from ase.calculators.emt import EMT
 
     return _with_ase(atoms, EMT())
 
 
 def label_tersoff(atoms: Atoms) -> dict[str, Any]:
-    """Tersoff's potential for silicon (Tersoff 1988, T3) as in ASE."""
+    """Label by Tersoff's potential for silicon (Tersoff 1988, T3) as in ASE."""
     from ase.calculators.tersoff import Tersoff, TersoffParameters
 
     silicon = TersoffParameters(
@@ -139,7 +144,7 @@ DEMO_TASKS = (
 
 
 def _label_one(task: DemoTask, generator: np.random.Generator, redrawn: Counter[str]) -> Atoms:
-    """Draw and label one structure; counts in `redrawn` the draws that were replaced, by reason."""
+    """Draw and label one structure; count structures that were replaced in `redrawn`, by reason."""
     last = ""
     for _ in range(MOST_DRAWS):
         atoms = task.draw(generator)
@@ -147,7 +152,7 @@ def _label_one(task: DemoTask, generator: np.random.Generator, redrawn: Counter[
             results = task.label(atoms)
         except HydrazeroError:
             raise
-        except Exception as error:  # each engine has its own type for what did not converge
+        except Exception as error:  # each method raises its own class if it does not converge
             redrawn["engine_failed"] += 1
             last = str(error)
             continue
@@ -160,7 +165,7 @@ def _label_one(task: DemoTask, generator: np.random.Generator, redrawn: Counter[
 
 
 def _label_chunk(task_number: int, chunk: int, count: int, seed: int) -> tuple[list[Atoms], Counter[str]]:
-    """Draw and label structures; returns them and the number of draws that were replaced, by reason."""
+    """Draw and label structures; return them and the number of structures that were replaced, by reason."""
     generator = np.random.default_rng((seed, task_number, chunk))
     redrawn: Counter[str] = Counter()
     return [_label_one(DEMO_TASKS[task_number], generator, redrawn) for _ in range(count)], redrawn
@@ -168,9 +173,9 @@ def _label_chunk(task_number: int, chunk: int, count: int, seed: int) -> tuple[l
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Let processes started inside compute with one thread; this process's own environment comes back after.
+    """Let processes that are started in the block compute with one thread; restore this process's environment after it.
 
-    A process reads these variables when it loads its numerical libraries, so they must be there when it starts.
+    A process reads these variables when it loads its numerical libraries, so they must be set before it starts.
     """
     before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
@@ -192,12 +197,13 @@ def make_demo_sources(
     counts: Mapping[str, int] | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Path]:
-    """Label structures for every task and write `out`/TASK.extxyz; returns the files by task.
+    """Label structures for every task, write `out`/TASK.extxyz, and return the files by task.
 
-    The files depend on `seed` and `counts` (structures by task; DEMO_TASKS' own by default), not on `workers`. A draw
-    that the engine fails on, or with a force component of LARGEST_FORCE or more, is replaced by another; SUMMARY_NAME
-    says how many were. `progress` gets a task's name and how many more of its structures are done. Raises DemoError if
-    `counts` has an unknown task, or an engine is missing, dies, or fails MOST_DRAWS times in a row.
+    The files depend on `seed` and `counts` (numbers of structures by task; by default those of DEMO_TASKS), but not on
+    `workers`, the number of processes. A structure for which the method fails, or with a force component of
+    LARGEST_FORCE or more, is replaced by another; SUMMARY_NAME contains the numbers of these. `progress` is called with
+    a task's name and the number of its structures that were labelled since the last call. Raise DemoError if `counts`
+    has an unknown task, a method is not installed or fails MOST_DRAWS times in a row, or a process dies.
     """
     known = [task.name for task in DEMO_TASKS]
     counts = {task.name: task.structures for task in DEMO_TASKS} if counts is None else counts
@@ -217,9 +223,9 @@ def make_demo_sources(
                     facts = {"fidelity": task.fidelity, "structures": len(frames), "redrawn": dict(redrawn)}
                     summary["tasks"][task.name] = facts
         except BrokenProcessPool as error:
-            raise DemoError("a process that labels the demo's structures died (is there enough memory?).") from error
+            raise DemoError("a process that labels structures was killed; the machine may be out of memory.") from error
         finally:
-            pool.shutdown(cancel_futures=True)  # else an error would wait for all that is left to label
+            pool.shutdown(cancel_futures=True)  # otherwise an error would wait for all remaining structures
     write_json(out / SUMMARY_NAME, summary)
     return files
 
@@ -228,7 +234,7 @@ Chunk = Future[tuple[list[Atoms], Counter[str]]]
 
 
 def _submit(pool: ProcessPoolExecutor, counts: Mapping[str, int], seed: int) -> dict[str, list[Chunk]]:
-    """Hand every task's chunks to the pool; returns them by task, in order."""
+    """Submit the chunks of every task to the pool, and return them by task, in order."""
     return {
         task.name: [
             pool.submit(_label_chunk, number, chunk, min(CHUNK, counts[task.name] - first), seed)
@@ -241,7 +247,7 @@ def _submit(pool: ProcessPoolExecutor, counts: Mapping[str, int], seed: int) -> 
 def _gather(
     name: str, chunks: list[Chunk], progress: Callable[[str, int], None] | None
 ) -> tuple[list[Atoms], Counter[str]]:
-    """Wait for a task's chunks; returns its labelled structures and the number of replaced draws, by reason."""
+    """Wait for a task's chunks; return its labelled structures and the number of replaced ones, by reason."""
     frames: list[Atoms] = []
     redrawn: Counter[str] = Counter()
     for chunk in chunks:

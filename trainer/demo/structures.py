@@ -10,23 +10,24 @@ from ase.build import bulk
 from ase.collections import g2, s22
 
 MOST_ATOMS = 24
+"""Maximum number of atoms of a molecule."""
 LARGEST_RATTLE = 0.1
-"""Å."""
+"""Maximum displacement of the atoms of a molecule (root mean square along each axis), Å."""
 FCC_LATTICE = {"Al": 4.05, "Ni": 3.52, "Cu": 3.61, "Pd": 3.89, "Ag": 4.09, "Pt": 3.92, "Au": 4.08}
-"""Å, of the metals that ASE's EMT knows well."""
+"""Lattice constants of the metals for which ASE's EMT has parameters, Å."""
 SILICON_LATTICE = 5.43
-"""Å."""
+"""Lattice constant of silicon, Å."""
 SMALL_MOLECULES = ("H2O", "NH3", "CH4", "HCN", "H2CO", "CH3OH", "C2H2", "C2H4", "CO2", "N2H4", "H2O2")
-"""Closed shells of at most six atoms, which Hartree-Fock does in a fraction of a second."""
+"""Closed-shell molecules of at most six atoms, which Hartree-Fock computes in a fraction of a second."""
 
 
 def molecule_names() -> list[str]:
-    """Names of the collections' closed-shell molecules with 2 to MOST_ATOMS atoms, sorted."""
+    """Return the sorted names of the collections' closed-shell molecules with 2 to MOST_ATOMS atoms."""
     names = []
     for collection in (g2, s22):
         for name in collection.names:
             atoms = collection[name]
-            # Radicals and triplets (the collection gives them moments) are not for the demo's closed-shell methods.
+            # The demo's methods are for closed shells. Radicals and triplets have moments in the collections.
             closed_shell = int(atoms.numbers.sum()) % 2 == 0 and not atoms.get_initial_magnetic_moments().any()
             if 2 <= len(atoms) <= MOST_ATOMS and closed_shell:
                 names.append(name)
@@ -34,14 +35,14 @@ def molecule_names() -> list[str]:
 
 
 def parent_molecule(name: str) -> Atoms:
-    """Return a molecule of the collections at its own geometry."""
+    """Return a molecule of the collections in its original geometry."""
     collection = g2 if name in g2.names else s22
     found: Atoms = collection[name]
     return found
 
 
 def rattled_molecule(names: list[str], generator: np.random.Generator) -> Atoms:
-    """Draw a molecule and displace its atoms by 0.02 to 0.1 Å (root mean square, each way)."""
+    """Draw a molecule and displace its atoms by 0.02 to 0.1 Å (root mean square along each axis)."""
     name = str(generator.choice(names))
     parent = parent_molecule(name)
     atoms = Atoms(numbers=parent.numbers, positions=parent.positions)
@@ -52,12 +53,12 @@ def rattled_molecule(names: list[str], generator: np.random.Generator) -> Atoms:
 
 
 def alloy_cell(generator: np.random.Generator) -> Atoms:
-    """Draw a rattled and strained fcc cell of 4 to 32 atoms with one to three metals in random places."""
+    """Draw a rattled and strained fcc cell of 4 to 32 atoms with one to three metals on random sites."""
     metals = generator.choice(sorted(FCC_LATTICE), size=int(generator.integers(1, 4)), replace=False)
     repeats = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))[int(generator.integers(4))]
     atoms = bulk("Cu", "fcc", a=1.0, cubic=True) * repeats
     atoms.set_chemical_symbols([str(symbol) for symbol in generator.choice(metals, size=len(atoms))])
-    # Vegard's rule: the lattice constant of the mixture.
+    # Vegard's rule gives the lattice constant of the alloy.
     lattice = float(np.mean([FCC_LATTICE[symbol] for symbol in atoms.get_chemical_symbols()]))
     return _strained_and_rattled(atoms, lattice, 0.12, "-".join(sorted({str(m) for m in metals})), generator)
 
@@ -80,7 +81,7 @@ def _strained_and_rattled(
 
 
 def screening_structures(count: int, seed: int) -> Iterator[Atoms]:
-    """Draw unlabelled structures to screen: two rattled molecules for each alloy cell."""
+    """Draw unlabelled structures for screening, two rattled molecules for each alloy cell."""
     generator = np.random.default_rng((seed, 99))
     names = molecule_names()
     for number in range(count):

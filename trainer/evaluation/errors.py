@@ -1,4 +1,4 @@
-"""Errors of an evaluated split, summed structure by structure, and the rows of predictions behind them."""
+"""Errors on an evaluated split, summed structure by structure, with the predictions of each structure."""
 
 from __future__ import annotations
 

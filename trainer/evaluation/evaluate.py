@@ -1,4 +1,4 @@
-"""Test errors of a run or an exported model, against the trivial predictor, and the predictions behind them."""
+"""Evaluation of a run or an exported model: errors, those of the trivial predictor, and all predictions."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _write_table(table: pa.Table, path: Path) -> None:
 def evaluate_task(
     potential: Potential, folder: Path, task: int, split: str, progress: Callable[[int], None] | None
 ) -> AbsoluteErrors:
-    """Predict every structure of a split with one head, except those with elements that it has not been trained on."""
+    """Return the errors of one head on a split, without structures that contain elements on which it is not trained."""
     settings = StreamSettings(folders=(str(folder),), cutoff=potential.cutoff, shape=DEFAULT_SHAPE)
     errors = AbsoluteErrors(facts=potential.model.tasks[task])
 

@@ -20,7 +20,7 @@ from hydrazero.trainer.records.run_record import read_record
 from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation
 
 SUFFIX = ".safetensors"
-ROUNDED = "bfloat16 rounds the weights that the run's evaluation is of; 'hydrazero evaluate MODEL DIR' measures these"
+ROUNDED = "bfloat16 rounds the weights that the run evaluated; 'hydrazero evaluate MODEL DIR' measures the errors"
 
 
 def export_run(
@@ -70,8 +70,8 @@ def _origin(run_dir: Path, evaluation: Evaluation | None, belongs: bool, dtype: 
     if evaluation is None:
         return Origin(**known, no_errors="its run was not evaluated before")
     reasons = {
-        "its run's last evaluation was of other weights": not belongs,
-        f"its run's last evaluation was of the split '{evaluation.split}'": evaluation.split != "test",
+        "its run's last evaluation used other weights": not belongs,
+        f"its run's last evaluation used the split '{evaluation.split}'": evaluation.split != "test",
         ROUNDED: dtype == "bfloat16",
     }
     for reason, holds in reasons.items():

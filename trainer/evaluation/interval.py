@@ -1,4 +1,4 @@
-"""What training steps add up to between two rows of the log."""
+"""Sums over the training steps between two rows of the log."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ class Interval:
     waited: float = 0.0
     """Seconds that this rank waited for data."""
     since: float = field(default_factory=time.monotonic)
-    """Clock at the start of the interval, moved on by every pause for an evaluation or a checkpoint."""
+    """Clock at the start of the interval, plus the duration of all evaluations and checkpoints since."""
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain types and a tensor."""
         return {**vars(self), "since": time.monotonic() - self.since}
 
     def add(self, result: StepResult) -> None:
-        """Add a step that has changed weights."""
+        """Add a step that changed the weights."""
         self.sums = self.sums + result.sums.cpu()
         self.loss += result.loss
         self.steps += 1
         self.atoms += result.atoms
 
     def row(self, names: list[str], objective: Objective) -> dict[str, Any]:
-        """Return the interval's part of a row of the log; called on every rank."""
+        """Return the interval's part of a row of the log; it is called on every rank."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         # Ranks wait for each other at every step, so the fraction of the slowest rank is what the run loses.
         waited = max_over_ranks(self.waited)
         sums = self.sums
-        if not self.steps:  # all of them were skipped
+        if not self.steps:  # all steps were skipped
             sums = torch.zeros(len(names), objective.columns, dtype=torch.float64)
         structures = dict(zip(names, sums[:, -1].tolist(), strict=True))
         total = sum(structures.values())

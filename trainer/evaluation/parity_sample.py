@@ -1,4 +1,4 @@
-"""Some predictions of an evaluation, for pictures of them while a run is in progress."""
+"""A sample of the predictions of an evaluation, for parity plots while a run is in progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KEPT = 1000
-"""Structures, and atoms with forces, of each task that are kept on all ranks together, about."""
+"""Approximate number of structures, and of atoms with forces, of each task that all ranks keep together."""
 
 
 class ParitySample:
@@ -28,10 +28,10 @@ class ParitySample:
         self.tasks, self.objective = list(tasks), objective
         self.quota = -(-KEPT // ranks())
         self._rows: dict[str, list[NDArray[np.float64]]] = {}
-        """'energy/TASK' or 'forces/TASK' -> labels and predictions, [n, 1 or 3, 2]."""
+        """Labels and predictions, [n, 1 or 3, 2], under 'energy/TASK' or 'forces/TASK'."""
 
     def add(self, batch: GraphBatch, predictions: Predictions) -> None:
-        """Keep what is still wanted of a batch."""
+        """Keep predictions of a batch until there are enough."""
         atoms = batch.n_atoms.clamp(min=1)
         energies = ((batch.energy - predictions.reference) / atoms, predictions.interaction / atoms)
         self._keep("energy", batch.task, batch.energy_mask, energies)
@@ -52,7 +52,7 @@ class ParitySample:
             rows.append(both[:, np.newaxis] if both.ndim == 2 else both)
 
     def gathered(self) -> ParitySample:
-        """Return what all ranks have kept; every rank must ask."""
+        """Return the samples of all ranks together; every rank must call this."""
         mine = {name: np.concatenate(parts) for name, parts in self._rows.items() if parts}
         everybody: list[dict[str, Any]] = gather_objects(mine)
         whole = ParitySample(self.tasks, self.objective)
@@ -79,6 +79,6 @@ class ParitySample:
         return figures
 
     def _joined(self, key: str) -> NDArray[np.float64]:
-        """Labels and predictions, [n, 2]."""
+        """Return labels and predictions, [n, 2]."""
         parts = self._rows.get(key, [])
         return np.concatenate(parts).reshape(-1, 2) if parts else np.zeros((0, 2))

@@ -1,4 +1,4 @@
-"""Tables that commands print."""
+"""Tables of an evaluation, which commands print."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hydrazero.trainer.records.run_log import left_out, shown
 from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation
 
 OTHER_HEADINGS = ("task", "quantity", "unit", "MAE", "trivial")
+"""Headings of the table of stress and targets."""
 
 
 def other_rows(tasks: Mapping[str, TaskEvaluation]) -> list[tuple[str, str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""Passes over a split of the data with the engine's model, all ranks together."""
+"""Evaluation of the engine's model on a split of the data by all ranks together."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Validation:
     """The result of an evaluation of the engine's model."""
 
     loss: float | None
-    """Weighted loss over all tasks; None if no structure has a label."""
+    """Weighted mean loss over all tasks; None if no structure has a label."""
     structures_per_s: float
-    """Structures per second of all ranks, reading and neighbour lists included."""
+    """Structures per second of all ranks, including reading and neighbour lists."""
     tasks: dict[str, TaskErrors]
-    """Losses and errors by task, with the number of structures that were left out because of their elements."""
+    """Losses and errors by task."""
     sample: ParitySample | None
-    """Some of the predictions, for parity plots."""
+    """A sample of the predictions for parity plots; None unless they are drawn."""
 
     def row(self) -> dict[str, Any]:
         """Return the evaluation's part of a row of the log."""
@@ -44,9 +44,10 @@ class Validation:
 
 
 def validate(engine: TrainingEngine, reader: SplitReader, task_weights: Tensor, *, figures: bool) -> Validation:
-    """Evaluate the engine's model on a reader's split, all ranks together; `task_weights` [tasks] weigh its loss.
+    """Evaluate the engine's model on a reader's split by all ranks together.
 
-    Some predictions are kept for parity plots if `figures` is set. Raises what reading the data raises, on every rank.
+    `task_weights` [tasks] are the weights of the tasks in the loss. If `figures` is set, a sample of the predictions is
+    kept for parity plots. Errors in reading the data are raised on every rank.
     """
     objective = engine.module.objective
     names = [task.name for task in engine.module.model.tasks]
@@ -68,10 +69,11 @@ def validate(engine: TrainingEngine, reader: SplitReader, task_weights: Tensor, 
 def evaluate_engine(
     engine: TrainingEngine, reader: SplitReader, sample: ParitySample | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the table of sums over a reader's split, all ranks together; each structure is counted once.
+    """Return the sums of errors on a reader's split over all ranks, and the number of structures left out by task.
 
-    Structures with elements that no training structure of their task holds are left out; the second tensor [tasks]
-    counts them. Some predictions are kept in `sample`. Raises what the data raise, on every rank, whichever has met it.
+    The sums are the objective's table [tasks, columns]; each structure is counted once. Structures with elements that
+    no training structure of their task contains are left out and counted in the second tensor [tasks]. A sample of the
+    predictions is kept in `sample`. Errors in reading the data are raised on every rank, whichever rank has met them.
     """
     model = engine.module.model
     known = known_elements(model.tasks).to(device())
@@ -92,9 +94,10 @@ def evaluate_engine(
 
 
 def next_on_any_rank(batches: Iterator[GraphBatch], settings: StreamSettings) -> GraphBatch | None:
-    """Return this rank's next batch, padding if it has nothing left while others have, None when all are done.
+    """Return this rank's next batch, or None when all ranks have no batches left.
 
-    Every rank goes along to the end.
+    A rank that has no batches left while others have gets a batch of padding, since every rank must take part in the
+    collective operations of each batch.
     """
     batch, error = None, None
     try:

@@ -1,4 +1,4 @@
-"""The page of a search."""
+"""The HTML page about a search."""
 
 from __future__ import annotations
 
@@ -34,15 +34,18 @@ from hydrazero.trainer.search.trial_rows import (
 )
 
 PAGE_NAME = "search.html"
+"""Name of the page in the folder of the search."""
 SHOWN = 10
+"""Number of trials in the table of the best ones."""
 OBJECTIVE = (
-    "Error: the mean absolute error on the validation split over that of the trivial predictor (the task's reference "
-    "energies alone, zero forces), as the geometric mean over tasks, each of its energies and forces."
+    "Error: the mean absolute error on the validation split divided by that of the trivial predictor (the task's "
+    "reference energies alone, zero forces). It is the geometric mean over the tasks and, for each task, over energies "
+    "and forces."
 )
 
 
 def write_search_page(journal: Journal) -> Path:
-    """Write search.html into the search's folder, of what is there, and return its path."""
+    """Write search.html with the results so far into the search's folder, and return its path."""
     rows = trial_rows(journal)
     parts = [*_heading(journal, rows), *_best(journal, rows), *_choices(journal, rows), *_pictures(journal, rows)]
     parts += [*_failed(rows), _everything(journal, rows)]
@@ -58,15 +61,17 @@ def _heading(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
     wall = (max(ends) - min(row.began for row in rows)) / 60 if ends else 0.0
     return [
         f"<h1>{escape(str(journal.out))}</h1>",
-        facts(f"{len(rows)} trials: {counted}; {wall:.0f} minutes, {trained / 60:.0f} of them training, all workers"),
+        facts(
+            f"{len(rows)} trials: {counted}; {wall:.0f} minutes, {trained / 60:.0f} minutes of training by all workers"
+        ),
         facts(f"{section.run}: tasks {', '.join(journal.trivial)}"),
-        facts(f"compared after {rungs} s of training; of {section.reduction} trials one goes on"),
+        facts(f"rungs at {rungs} s of training; one in {section.reduction} trials is promoted to the next rung"),
         paragraph(OBJECTIVE),
     ]
 
 
 def _results(journal: Journal, rows: Sequence[TrialRow], marked: bool = False) -> str:
-    """Table of trials: error, seconds, rates, and their values."""
+    """Return a table of trials with their errors, seconds, rates and values."""
     headings = ["trial", "error", "seconds", "training\nstructures/s", "inference\nstructures/s"]
     headings += headings_of(list(journal.space.vary))
     cells = []
@@ -84,7 +89,7 @@ def _best(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
     return [
         "<h2>Best trials</h2>",
         _results(journal, best[:SHOWN], marked=True),
-        paragraph("The best one in full, with the schedule and the steps of the run file:"),
+        paragraph("This command trains with the values of the best trial and the schedule and steps of the run file:"),
         f"<pre>{escape(command.replace(' --set ', _NEXT_LINE))}</pre>",
         *_errors_by_task(journal, best[0]),
     ]
@@ -94,7 +99,7 @@ _NEXT_LINE = " \\\n    --set "
 
 
 def _errors_by_task(journal: Journal, row: TrialRow) -> list[str]:
-    """What the best trial has come to in each task."""
+    """Return a table of the best trial's errors in each task."""
     headings = ["task", "energy MAE\nmeV/atom", "trivial", "force MAE\nmeV/Å", "trivial"]
     cells = []
     for task, quantities in journal.trivial.items():
@@ -106,14 +111,20 @@ def _errors_by_task(journal: Journal, row: TrialRow) -> list[str]:
             else:
                 line += ["-", "-"]
         cells.append(line)
-    return [paragraph(f"Trial {row.number} on the validation splits:"), table(headings, cells)]
+    return [paragraph(f"Errors of trial {row.number} on the validation splits:"), table(headings, cells)]
 
 
 def _choices(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
-    """The best of each choice, of settings that are chosen from a list."""
+    """Return a table of the best trials by choice, for each setting that is chosen from a list."""
     parts: list[str] = []
     seconds = journal.space.rungs
-    headings = ["", "trials", "finished", f"lowest error\nat {seconds[0]:.3g} s", f"at {seconds[-1]:.3g} s"]
+    headings = [
+        "choice",
+        "trials",
+        "finished",
+        f"lowest error\nat {seconds[0]:.3g} s",
+        f"lowest error\nat {seconds[-1]:.3g} s",
+    ]
     headings += ["its training\nstructures/s", "its inference\nstructures/s"]
     for key, parameter in journal.space.vary.items():
         if not isinstance(parameter, Choices) or len(parameter.values) < 2:
@@ -151,10 +162,10 @@ def _pictures(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
     parts += [picture(settings_picture(known, space, colours), "errors at the first rung against each setting")]
     found = importances(journal, rows)
     if found is None:
-        return [*parts, "<h2>Importances</h2>", paragraph("Too few trials yet.")]
+        return [*parts, "<h2>Importances</h2>", paragraph("There are too few trials so far.")]
     text = (
-        f"How much it depends on each setting whether a trial is among the best {found.best} of {found.trials} at the "
-        f"first rung (PED-ANOVA, Watanabe et al. 2023); they add up to 1."
+        f"How much each setting decides whether a trial is among the best {found.best} of {found.trials} at the first "
+        f"rung (PED-ANOVA, Watanabe et al. 2023). The importances add up to 1."
     )
     return [*parts, "<h2>Importances</h2>", paragraph(text), picture(importance_picture(found.values), "importances")]
 
@@ -164,11 +175,11 @@ def _failed(rows: Sequence[TrialRow]) -> list[str]:
     if not failed:
         return []
     cells = [[str(row.number), row.reason] for row in failed]
-    return ["<h2>Failed trials</h2>", table(["trial", "why"], cells, texts=(0, 1))]
+    return ["<h2>Failed trials</h2>", table(["trial", "reason"], cells, texts=(0, 1))]
 
 
 def _everything(journal: Journal, rows: Sequence[TrialRow]) -> str:
-    """All trials, folded."""
+    """Return a table of all trials, folded."""
     keys = list(journal.space.vary)
     cells = []
     for row in rows:
@@ -176,6 +187,11 @@ def _everything(journal: Journal, rows: Sequence[TrialRow]) -> str:
         errors += [""] * (journal.space.search.rungs - len(errors))
         values = [shown_value(row.values[key]) if key in row.values else "" for key in keys]
         cells.append([str(row.number), row.state, *errors, *values])
-    headings = ["trial", "", *(f"error at\n{seconds:.3g} s" for seconds in journal.space.rungs), *headings_of(keys)]
+    headings = [
+        "trial",
+        "state",
+        *(f"error at\n{seconds:.3g} s" for seconds in journal.space.rungs),
+        *headings_of(keys),
+    ]
     held = table(headings, cells, texts=(0, 1))
     return f'<details class="run"><summary>All trials</summary>{held}</details>'

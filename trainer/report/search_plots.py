@@ -1,4 +1,4 @@
-"""Pictures of a search: errors over time, rungs, the Pareto front, errors by setting, importances."""
+"""Figures of a search: errors over time and rungs, the Pareto front, errors by setting, importances."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from hydrazero.trainer.search.space import Choices, Range, SearchSpace
 from hydrazero.trainer.search.trial_rows import TrialRow, front_rows, short_names
 
 WORST = 2.0
-"""Error over trivial above which trials are drawn on the edge: what has diverged would squeeze all others."""
+"""Error above which trials are drawn at the edge; the scale of a diverged trial would compress all others."""
 RATES = {"inference": "inference, structures/s", "training": "training, structures/s"}
+"""Labels of the speeds in a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Colours:
-    """Colours of trials by what they have chosen of one setting."""
+class TrialColours:
+    """Colours of trials by their choice of one setting."""
 
     key: str
-    """The setting; empty if all trials are of one colour."""
+    """The setting; empty if all trials have the same colour."""
     by_value: Mapping[Any, str]
+    """Colour of each choice."""
 
     def of(self, row: TrialRow) -> str:
-        """Colour of a trial."""
+        """Return the colour of a trial."""
         return self.by_value.get(row.values.get(self.key), colour_of(0))
 
     def entries(self) -> list[tuple[Line2D, str]]:
-        """Return what a legend names."""
+        """Return the entries of a legend."""
         return [(_dot(colour), str(value)) for value, colour in self.by_value.items()]
 
 
@@ -50,26 +52,26 @@ def _dot(colour: str, marker: str = "o", **style: Any) -> Line2D:
 
 
 def _draw(ax: Axes, place: float, error: float, **style: Any) -> None:
-    """A trial at an error, or on the edge."""
+    """Draw a trial at its error, or at the edge if that is too large."""
     ax.plot(place, min(error, WORST), "o" if error <= WORST else "^", clip_on=False, **style)
 
 
 def _edge_entry(rows: Sequence[TrialRow]) -> list[tuple[Line2D, str]]:
-    """What a legend says of trials on the edge, if there are any."""
+    """Return the entry of a legend for trials at the edge, if there are any."""
     beyond = any(each["error"] > WORST for row in rows for each in row.results)
     return [(_dot(GREY, "^"), f"above {WORST:g}")] if beyond else []
 
 
-def colours_of(space: SearchSpace) -> Colours:
-    """Return colours by the first setting that is chosen from a list of texts: the encoder, if it is varied."""
+def colours_of(space: SearchSpace) -> TrialColours:
+    """Return colours by the first setting that is chosen from a list of texts, such as the encoder."""
     for key, parameter in space.vary.items():
         if isinstance(parameter, Choices) and len(parameter.values) > 1 and isinstance(parameter.values[0], str):
-            return Colours(key=key, by_value={value: colour_of(n) for n, value in enumerate(parameter.values)})
-    return Colours(key="", by_value={})
+            return TrialColours(key=key, by_value={value: colour_of(n) for n, value in enumerate(parameter.values)})
+    return TrialColours(key="", by_value={})
 
 
-def progress_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours) -> Figure:
-    """Errors as they came in, with the lowest so far; and each trial's error from rung to rung."""
+def progress_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: TrialColours) -> Figure:
+    """Draw errors over the time of the search, with the lowest so far, and each trial's error from rung to rung."""
     figure = Figure(figsize=(PAGE, 3.6), layout="constrained")
     over_time, over_rungs = (plain_axes(figure.add_subplot(1, 2, place)) for place in (1, 2))
     _errors_over_time(over_time, rows, space, colours)
@@ -80,7 +82,7 @@ def progress_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colo
             style: dict[str, Any] = {"alpha": 0.8, "markersize": 3}
             _draw(over_rungs, each["seconds"], each["error"], color=colours.of(row), **style)
     over_rungs.set_xscale("log")
-    over_rungs.set(xlabel="training, s", title="from rung to rung")
+    over_rungs.set(xlabel="training, s", title="errors from rung to rung")
     over_rungs.set_xticks(list(space.rungs), [f"{seconds:.3g}" for seconds in space.rungs])
     over_rungs.xaxis.set_minor_locator(_no_ticks())
     for ax in (over_time, over_rungs):
@@ -88,7 +90,7 @@ def progress_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colo
         ax.title.set_fontsize(10)
     last = (_dot(GREY), f"finished, {space.rungs[-1]:.3g} s")
     earlier = (_dot(GREY, markerfacecolor="none"), "an earlier rung")
-    line = (Line2D([], [], color="black", linewidth=1.2), "lowest of the finished so far")
+    line = (Line2D([], [], color="black", linewidth=1.2), "lowest of the finished trials so far")
     legend_below(figure, [*colours.entries(), last, earlier, *_edge_entry(rows), line])
     return figure
 
@@ -99,7 +101,7 @@ def _no_ticks() -> Any:
     return NullLocator()
 
 
-def _errors_over_time(ax: Axes, rows: Sequence[TrialRow], space: SearchSpace, colours: Colours) -> None:
+def _errors_over_time(ax: Axes, rows: Sequence[TrialRow], space: SearchSpace, colours: TrialColours) -> None:
     start = min(row.began for row in rows)
     finished = []
     for row in rows:
@@ -111,17 +113,17 @@ def _errors_over_time(ax: Axes, rows: Sequence[TrialRow], space: SearchSpace, co
     if finished:
         minutes, errors = np.array(sorted(finished)).T
         ax.step(minutes, np.minimum.accumulate(errors), where="post", color="black", linewidth=1.2, zorder=0)
-    ax.set(xlabel="minutes since the start", title="as they came in")
+    ax.set(xlabel="minutes since the start", title="errors over time")
 
 
 def _logarithmic_errors(ax: Axes) -> None:
-    ax.set_ylabel("error over trivial")
+    ax.set_ylabel("error / trivial error")
     ax.set_yscale("log")
     plain_logarithms(ax.yaxis)
 
 
-def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours) -> Figure:
-    """Errors against structures/s in inference and in training: finished trials, and the Pareto fronts."""
+def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: TrialColours) -> Figure:
+    """Draw errors against structures per second in inference and in training, with the Pareto fronts."""
     figure = Figure(figsize=(PAGE, 3.8), layout="constrained")
     rungs = space.search.rungs
     for place, (rate, label) in enumerate(RATES.items(), start=1):
@@ -138,14 +140,14 @@ def front_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours
         plain_logarithms(ax.xaxis)
         ax.set_xlabel(label)
         _logarithmic_errors(ax)
-    line = (Line2D([], [], color="black", linewidth=1.2), "Pareto front of the finished")
+    line = (Line2D([], [], color="black", linewidth=1.2), "Pareto front of the finished trials")
     pruned = (_dot(GREY, markerfacecolor="none"), "pruned, at its last rung")
     legend_below(figure, [*colours.entries(), pruned, *_edge_entry(rows), line])
     return figure
 
 
-def settings_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Colours) -> Figure:
-    """Errors at the first rung against each setting that was varied."""
+def settings_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: TrialColours) -> Figure:
+    """Draw errors at the first rung against each setting that was varied."""
     varied = {key: p for key, p in space.vary.items() if not isinstance(p, Choices) or len(p.values) > 1}
     names = short_names(list(varied))
     figure, axes = small_multiples(len(varied), height=2.3)
@@ -178,7 +180,7 @@ def _scale_of(ax: Axes, parameter: Range | Choices) -> None:
 
 
 def importance_picture(values: Mapping[str, float]) -> Figure:
-    """Importances as bars, the largest above."""
+    """Draw importances as horizontal bars, with the largest at the top."""
     figure = Figure(figsize=(PAGE / 2, 0.28 * len(values) + 0.7), layout="constrained")
     ax = plain_axes(figure.add_subplot())
     names = short_names(list(values))

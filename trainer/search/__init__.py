@@ -1,1 +1,1 @@
-"""Searches for hyperparameters: what is varied, trials that are trained, a journal that workers share."""
+"""Hyperparameter search: the space file, trials, and the journal that workers share."""

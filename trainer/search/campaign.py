@@ -1,4 +1,4 @@
-"""A whole search from one command: checks, workers, and what they have found."""
+"""A search as one command runs it: checks, and worker processes that train trials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hydrazero.trainer.search.worker import STOPPED
 
 
 def begin(path: Path) -> Journal:
-    """Check a space file, and begin the search or go on with it; raises HydrazeroError for whatever is wrong."""
+    """Check a space file, and begin or continue its search; raise HydrazeroError for files or data with errors."""
     require_optuna()
     checked = check_space(path)
     try:
@@ -37,10 +37,10 @@ def begin(path: Path) -> Journal:
 
 
 def run_workers(journal: Journal, trials: int, workers: int) -> list[int]:
-    """Let workers train trials until so many are done; returns their exit statuses.
+    """Let workers train trials until `trials` are complete, and return the exit statuses of the workers.
 
-    Ctrl-C and what schedulers send to stop jobs are passed on: runs end with a checkpoint, and their trials are taken
-    up again when the search goes on. Whatever happens to this process, no worker outlives it.
+    Ctrl-C and the signals with which schedulers stop jobs are passed on: runs end with a checkpoint, and their trials
+    are resumed when the search continues. If this process ends for any reason, its workers end too.
     """
     command = [sys.executable, "-m", "hydrazero.trainer.search.worker", str(journal.out), f"--trials={trials}"]
     command.append(f"--launched-by={os.getpid()}")
@@ -62,19 +62,19 @@ def run_workers(journal: Journal, trials: int, workers: int) -> list[int]:
 
 
 def check_ended(journal: Journal, trials: int, statuses: Sequence[int]) -> None:
-    """Raise HydrazeroError if the search has not come to its end, saying why and how it goes on."""
+    """Raise HydrazeroError with the reason if the search ended before `trials` were complete."""
     done = len(journal.of_state("COMPLETE", "PRUNED"))
     if all(status == 0 for status in statuses) or done >= trials:
         return
     if any(status == 1 for status in statuses):
-        raise SystemExit(1)  # it has been said
+        raise SystemExit(1)  # the worker has printed the error
     bad = next((s for s in statuses if s not in (0, STOPPED, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGINT)), None)
     what = "the search was stopped" if bad is None else f"a worker has ended with exit status {bad}"
-    raise HydrazeroError(f"{what} after {done} of {trials} trials; the same command goes on.")
+    raise HydrazeroError(f"{what} after {done} of {trials} trials; the same command continues it.")
 
 
 def _environment(space: SearchSpace, worker: int, workers: int) -> dict[str, str]:
-    """Return a worker's environment: its part of the cores or GPUs; raises ConfigError if there are too few GPUs."""
+    """Return a worker's environment with its part of the cores or GPUs; raise ConfigError if there are too few GPUs."""
     from hydrazero.shards.device import VISIBLE, device_kind, gpu_module
 
     environment, ranks = dict(os.environ), space.search.ranks
@@ -85,14 +85,14 @@ def _environment(space: SearchSpace, worker: int, workers: int) -> dict[str, str
         gpus = visible.split(",") if visible else [str(n) for n in range(gpu.device_count())]
         if len(gpus) < workers * ranks:
             raise ConfigError(
-                f"--workers {workers} with search.ranks = {ranks} need {workers * ranks} GPUs, and {len(gpus)} are "
-                "there; trials that share one would not have equal time."
+                f"--workers {workers} with search.ranks = {ranks} need {workers * ranks} GPUs, but there are "
+                f"only {len(gpus)}; use fewer workers, since trials that share a GPU cannot be compared by time."
             )
         environment[variable] = ",".join(gpus[worker * ranks : (worker + 1) * ranks])
     return environment
 
 
 def command_of(journal: Journal, row: TrialRow) -> str:
-    """Return the command that trains what a trial has tried, with the schedule and the steps of the run file."""
+    """Return the command that trains with a trial's values and the schedule and number of steps of the run file."""
     words = [word for each in trial_overrides(journal.run_file, row.values) for word in ("--set", each)]
     return shlex.join(["hydrazero", "train", journal.space.search.run, *words])

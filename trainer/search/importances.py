@@ -1,4 +1,4 @@
-"""How much each setting matters for being among the best trials."""
+"""Importance of each setting for a trial to be among the best ones."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from hydrazero.trainer.search.space import require_optuna
 from hydrazero.trainer.search.trial_rows import TrialRow
 
 FEWEST = 10
-"""Trials without which nothing can be said."""
+"""Minimum number of trials."""
 BEST_SHARE, BEST_COUNT = 0.1, 5
-"""Trials that count as the best: a share, but so many at least."""
+"""Trials that count as the best: a fraction of all, but at least this number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Importances:
-    """Of each setting that has been varied, largest first; they add up to 1."""
+    """Importances of the settings that were varied."""
 
     values: dict[str, float]
+    """Importance of each setting, largest first; they add up to 1."""
     best: int
-    """Trials that counted as the best."""
+    """Number of trials that counted as the best."""
     trials: int
+    """Number of trials that were compared."""
 
 
 def importances(journal: Journal, rows: Sequence[TrialRow]) -> Importances | None:
-    """Return how much being among the best depends on each setting (PED-ANOVA, Watanabe et al. 2023, arXiv 2304.10255).
+    """Return the importance of each setting by PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255).
 
-    Compared are the errors at the first rung, where all trials have had the same time. None for too few trials.
+    The errors at the first rung are compared, since all trials trained for the same time there. Return None if there
+    are too few trials.
     """
     compared = [row for row in rows if row.results]
     if len(compared) < FEWEST:

@@ -1,15 +1,16 @@
-"""What trials are compared by: how much of the trivial predictor's error a model leaves, over all tasks alike.
+"""The objective by which trials are compared: their errors relative to those of the trivial predictor.
 
-With e(t, q) the mean absolute error of quantity q (energy per atom, force components) on the validation split of task
-t, and e0(t, q) that of the trivial predictor, which knows the task's reference energies by element and says that all
-forces are zero, the error of a trial is
+Let e(t, q) be the mean absolute error of quantity q (energy per atom, force components) on the validation split of task
+t, and e0(t, q) that of the trivial predictor, which predicts the task's reference energies and zero forces. The error
+of a trial is
 
     exp( mean over t of mean over q of log( e(t, q) / e0(t, q) ) ),
 
-the geometric mean over tasks of the geometric mean over their quantities: 1 for a model that has learnt nothing, and
-a tenth less in any task counts the same, whatever its unit, size or difficulty. A task without forces counts as much as
-one with both. Left out are what a task does not predict or has no labels of in the validation split, what has no weight
-in the loss, tasks of weight 0, and structures with elements that the task's training split does not hold.
+the geometric mean over tasks of the geometric mean over their quantities. It is 1 for a model that has learnt nothing.
+A reduction by a tenth counts the same in every task, whatever its unit, size or difficulty, and a task without forces
+counts as much as one with both. These do not count: quantities that a task does not predict or that have no labels in
+its validation split, quantities without weight in the loss, tasks of weight 0, and structures with elements that the
+task's training split does not contain.
 """
 
 from __future__ import annotations
@@ -35,37 +36,39 @@ from hydrazero.trainer.records.run_files import read_metrics
 from hydrazero.trainer.records.task_errors import TaskErrors
 
 QUANTITIES = ("energy", "forces")
-"""Quantities whose errors trials are compared by."""
+"""Quantities by whose errors trials are compared."""
 
 SMALLEST = 1e-12
-"""meV; an error of zero has no logarithm."""
+"""Smallest error in the logarithm, meV/atom or meV/Å."""
 
 ErrorsByTask = dict[str, dict[str, float]]
-"""Task -> quantity -> mean absolute error, meV/atom or meV/Å."""
+"""Mean absolute errors by task and quantity, meV/atom or meV/Å."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RungResult:
-    """What a trial has come to at a rung."""
+    """The result of a trial at a rung."""
 
     seconds: float
-    """Of training."""
+    """Seconds of training."""
     error: float
-    """The objective."""
+    """Value of the objective."""
     training: float
-    """Structures/s in training steps, the median of the log's intervals."""
+    """Structures per second in training, the median over the intervals of the log."""
     inference: float
-    """Structures/s in the validation, energies and forces, reading and neighbour lists included."""
+    """Structures per second in validation (energies and forces), including reading and neighbour lists."""
     step: int
+    """Number of training steps."""
     tasks: ErrorsByTask
+    """Errors on the validation splits."""
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the result as plain types for JSON."""
         return asdict(self)
 
 
 def relative_error(found: Mapping[str, Mapping[str, float]], trivial: ErrorsByTask) -> float:
-    """Return the objective of the errors of a validation; NaN if one of them is not finite."""
+    """Return the objective for the errors of a validation; NaN if one of them is not finite."""
     tasks = [
         fmean(_log_ratio(found[task][quantity], error) for quantity, error in quantities.items())
         for task, quantities in trivial.items()
@@ -80,9 +83,9 @@ def _log_ratio(error: float, trivial: float) -> float:
 def trivial_errors(
     tasks: Sequence[TaskSection], manifests: Sequence[Manifest], loss: LossSection, *, skip_damaged: bool
 ) -> ErrorsByTask:
-    """Return the trivial predictor's errors of everything that counts in the loss.
+    """Return the trivial predictor's errors of all tasks and quantities with a weight in the loss.
 
-    Raises ConfigError if nothing counts, and ShardError for a damaged shard unless these are skipped.
+    Raise ConfigError if there are none, and ShardError for a damaged shard unless damaged shards are skipped.
     """
     found: ErrorsByTask = {}
     for task, manifest in zip(tasks, manifests, strict=True):
@@ -97,7 +100,7 @@ def trivial_errors(
         if not found[task.name]:
             raise ConfigError(
                 f"task '{task.name}': the validation split of {task.shards} has neither energies nor forces, by which "
-                "trials are compared; convert it with a larger share for val, or leave the task out of the search."
+                "trials are compared; convert it with a larger fraction for val, or leave the task out of the search."
             )
         for q, error in found[task.name].items():
             if error == 0:
@@ -111,7 +114,7 @@ def trivial_errors(
 
 
 def _trivial(reader: BlockReader, known: set[str], skip_damaged: bool) -> dict[str, Mean]:
-    """Sum up the errors of a task's reference energies per atom, and of zero forces, over a split."""
+    """Return the errors of a task's reference energies per atom and of zero forces on a split."""
     from ase.data import chemical_symbols
 
     references = reference_table(reader.manifest.reference_energies)
@@ -136,7 +139,7 @@ def _trivial(reader: BlockReader, known: set[str], skip_damaged: bool) -> dict[s
 
 
 def result_at(run_dir: Path, seconds: float, trivial: ErrorsByTask) -> RungResult | None:
-    """Return what a run has come to after so many seconds of training; None if it has not been evaluated there yet."""
+    """Return the result of a run after `seconds` of training; None if it has not been evaluated since."""
     rows = read_metrics(run_dir)
     row = next((row for row in rows if row["kind"] == "evaluation" and row["trained_seconds"] >= seconds), None)
     if row is None:

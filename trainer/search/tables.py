@@ -14,13 +14,16 @@ from hydrazero.trainer.search.journal import Journal
 from hydrazero.trainer.search.trial_rows import STATES, headings_of, ranked, shown_value, trial_rows
 
 SHOWN = 10
+"""Number of trials in the table."""
 
 
 def print_best(journal: Journal) -> bool:
-    """Print the best trials and how to train the best one in full; returns whether there are any."""
+    """Print the best trials and the command that trains the best one fully; return whether there are any."""
     rows = trial_rows(journal)
     states = Counter(row.state for row in rows)
-    click.echo(f"{journal.out}: " + (", ".join(f"{states[s]} {s}" for s in STATES.values() if states[s]) or "no trial"))
+    click.echo(
+        f"{journal.out}: " + (", ".join(f"{states[s]} {s}" for s in STATES.values() if states[s]) or "no trials")
+    )
     best = ranked(rows)
     if not best:
         return False
@@ -34,6 +37,6 @@ def print_best(journal: Journal) -> bool:
         numbers = [f"{row.error:.4f}", f"{last['seconds']:.0f}", f"{last['training']:.0f}", f"{last['inference']:.0f}"]
         table.add_row(str(row.number), *numbers, *(shown_value(row.values[key]) for key in journal.space.vary))
     wide_console(stderr=False).print(table)
-    click.echo("error: validation MAE over the trivial predictor's, geometric mean over tasks, energies and forces")
-    click.echo(f"the best one in full: {command_of(journal, best[0])}")
+    click.echo("error: validation MAE over the trivial one, as a geometric mean over tasks, energies and forces")
+    click.echo(f"to train the best trial with all steps: {command_of(journal, best[0])}")
     return True

@@ -1,9 +1,9 @@
-"""What a trial is trained with: the run file of the search, its own values, and what makes trials comparable.
+"""The settings of a trial: the run file of the search, the trial's values, and settings that make trials comparable.
 
-Trials end at a time, not at a step, and slow models do fewer steps in it. A schedule that knows the number of steps
-would let them be compared at different places of their decay, so the learning rate of all is constant after the
-warm-up; what an evaluation sees is the moving average of the weights (`train.average`), which at a constant rate does
-much of what a decay would.
+Trials end after a time rather than a number of steps, and slow models train fewer steps in that time. With a schedule
+that depends on the number of steps, trials would be compared at different points of their decay. All trials therefore
+have a constant learning rate after the warm-up. Evaluations use the moving average of the weights (`train.average`),
+which at a constant learning rate has much of the effect of a decay.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.search.space import WANTED_STRUCTURES, Value
 
 ENDLESS = 1_000_000_000
-"""Steps, of a run that ends at a time."""
+"""Number of steps of a run that ends after a time."""
 WARM_UP = "deepspeed.scheduler.params.warmup_num_steps"
 
 BY_TIME = "trials end at a time, see search.seconds"
-NEVER_REACHED = "weights change by the share of a run's steps, and trials end at a time"
+NEVER_REACHED = "weights change with the fraction of a run's steps, and trials end at a time"
 SET_BY_SEARCH = {
     "tasks": "all trials have the same tasks",
     "run.out": "each trial has a folder of its own",
@@ -33,7 +33,7 @@ SET_BY_SEARCH = {
     "train.budget_seconds": BY_TIME,
     "train.patience": BY_TIME,
     "train.evaluate_every": "trials are evaluated at the rungs",
-    "train.keep_best": "trials are compared by what they have at a rung",
+    "train.keep_best": "trials are compared by their errors at a rung",
     "deepspeed.scheduler": f"the learning rate is constant after a warm-up, of which {WARM_UP} can be varied",
     "batch.atoms": f"it is worked out from {WANTED_STRUCTURES}",
     "batch.slots": f"it is worked out from {WANTED_STRUCTURES}",
@@ -42,13 +42,14 @@ SET_BY_SEARCH = {
     "loss.change_from": NEVER_REACHED,
     "loss.change_until": NEVER_REACHED,
 }
-"""Keys, or tables, that cannot be varied, and why."""
+"""Keys and tables that cannot be varied, with the reason."""
 
 
 def trial_overrides(run_file: Path | str, values: Mapping[str, Value]) -> list[str]:
-    """Return the values of a trial as overrides of the run file, its [batch] worked out where they say for how many.
+    """Return the values of a trial as overrides of the run file.
 
-    Raises ConfigError for values that the run file cannot have, ShardError for damaged shards.
+    If the values contain a number of structures in a batch, [batch] is worked out from it. Raise ConfigError for values
+    that the run file cannot have, and ShardError for damaged shards.
     """
     own = [f"{key}={_toml(value)}" for key, value in values.items() if key != WANTED_STRUCTURES]
     if WANTED_STRUCTURES not in values:
@@ -61,7 +62,7 @@ def trial_overrides(run_file: Path | str, values: Mapping[str, Value]) -> list[s
 
 
 def _toml(value: Value) -> str:
-    """Write a value as TOML, which for single values JSON is."""
+    """Return a single value as TOML, in which it is written as in JSON."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -70,7 +71,7 @@ def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, struc
     from hydrazero.shards.stream.batch_proposal import demand_of, propose
     from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 
-    # The shape plays no part in reading samples.
+    # The shape has no influence on the samples that are read.
     shape = BatchShape(structures=1, atoms=1, slots=ROW_SLOTS)
     settings = StreamSettings(folders=folders, cutoff=cutoff, shape=shape, temperature=temperature)
     reader = SplitReader(settings, "train")
@@ -78,9 +79,9 @@ def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, struc
 
 
 def search_overrides(ds_config: Mapping[str, Any], out: Path, seconds: float) -> list[str]:
-    """Return the overrides that all trials have in common, up to a rung at `seconds` of training.
+    """Return the overrides of all trials that train up to a rung at `seconds` of training.
 
-    `ds_config` is the DeepSpeed JSON of the search's run file, whose warm-up all trials have.
+    `ds_config` is the DeepSpeed JSON of the search's run file; all trials have its warm-up.
     """
     warm_up = int(ds_config.get("scheduler", {}).get("params", {}).get("warmup_num_steps", 0))
     fixed: dict[str, Any] = {

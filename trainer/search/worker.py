@@ -1,8 +1,8 @@
-"""One worker of a search: takes trials, trains them from rung to rung, and tells the journal.
+"""One worker of a search: it trains trials from rung to rung and records their results in the journal.
 
     python -m hydrazero.trainer.search.worker OUT --trials N
 
-Several may work on one journal, on this machine or others.
+Several workers may share a journal, on one machine or on several.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from hydrazero.trainer.search.trial_rows import describe
 from hydrazero.trainer.search.trial_settings import search_overrides, trial_overrides
 
 STOPPED = 3
-"""Exit status of a worker that was asked to stop: what it holds is taken up again when the search goes on."""
+"""Exit status of a worker that was asked to stop; its trial is resumed when the search continues."""
 MOST_FAILURES = 10
-"""Trials in a row that may fail before the search gives up."""
+"""Number of failed trials in a row after which the search stops."""
 
 
 class TrialFailedError(HydrazeroError):
-    """A trial that cannot be trained, or whose run has ended badly; the search goes on."""
+    """A trial cannot be trained, or its run failed; the search continues with other trials."""
 
 
 class SearchStoppedError(HydrazeroError):
-    """A worker that was asked to stop."""
+    """A worker was asked to stop."""
 
     exit_status = STOPPED
 
 
 def work(journal: Journal, wanted: int) -> None:
-    """Train trials until `wanted` are done or in others' hands; raises SearchStoppedError if asked to stop before."""
+    """Train trials until `wanted` are complete or taken by others; raise SearchStoppedError if asked to stop."""
     while (held := journal.take(wanted)) is not None:
         with held.lock:
             try:
@@ -56,15 +56,14 @@ def work(journal: Journal, wanted: int) -> None:
 
 
 def run_trial(journal: Journal, held: HeldTrial) -> None:
-    """Train a trial until it is finished or pruned; raises TrialFailedError if that is impossible."""
+    """Train a trial until it is finished or pruned; raise TrialFailedError if it fails."""
     for rung, seconds in enumerate(journal.space.rungs):
         result = result_at(journal.run_dir(held.number), seconds, journal.trivial)
         if result is None:
             result = _train(journal, held, seconds)
         if not math.isfinite(result.error):
-            raise TrialFailedError("the errors of its validation are not finite")
-        goes_on = journal.goes_on(held, rung, result)
-        if not goes_on:
+            raise TrialFailedError("its validation errors are not finite")
+        if not journal.promote(held, rung, result):
             pruned = rung < len(journal.space.rungs) - 1
             if pruned:  # never used again
                 shutil.rmtree(journal.run_dir(held.number) / CHECKPOINTS, ignore_errors=True)
@@ -74,7 +73,7 @@ def run_trial(journal: Journal, held: HeldTrial) -> None:
 
 
 def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
-    """Train a trial up to a rung; raises TrialFailedError, or SearchStoppedError if it was stopped before."""
+    """Train a trial up to a rung; raise TrialFailedError if it fails, SearchStoppedError if it is stopped before."""
     run_dir = journal.run_dir(held.number)
     resume = (run_dir / RUN_NAME).exists()
     options = _options(journal, held, seconds)
@@ -84,9 +83,9 @@ def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
         with Ranks(command, journal.space.search.ranks, output) as running:
             outcome = running.wait()
     result = result_at(run_dir, seconds, journal.trivial)
-    # Asked in its last moments, it has come to the rung nevertheless; that is found when the trial is taken up again.
+    # A run that was asked to stop may still have reached the rung; that is found when the trial is resumed.
     if running.asked_to_stop or (outcome.status == 0 and result is None):
-        raise SearchStoppedError(f"trial {held.number} was stopped; the search goes on with it when started again.")
+        raise SearchStoppedError(f"trial {held.number} was stopped; the same command resumes it.")
     if outcome.status == 0 and result is not None:
         return result
     said = _last_line(journal.output(held.number))
@@ -94,14 +93,14 @@ def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
 
 
 def _options(journal: Journal, held: HeldTrial, seconds: float) -> list[str]:
-    """Return the options of a trial's run; raises TrialFailedError if its values do not go together."""
+    """Return the options of a trial's run; raise TrialFailedError if its values cannot be combined."""
     from hydrazero.trainer.setup import check_settings
 
     base = load_run_config(journal.run_file)
     ds_config = deepspeed_config(base.deepspeed, base.train.steps)
     try:
         overrides = trial_overrides(journal.run_file, held.values)
-        # The trial's own come last: they may hold a warm-up.
+        # The trial's values come last, since they may contain a warm-up.
         overrides = [*search_overrides(ds_config, journal.run_dir(held.number), seconds), *overrides]
         check_settings(load_run_config(journal.run_file, overrides))
     except HydrazeroError as error:
@@ -110,9 +109,9 @@ def _options(journal: Journal, held: HeldTrial, seconds: float) -> list[str]:
 
 
 def _last_line(output: Path) -> str:
-    """Return the last thing that a run has said: an error's sentence, or the last line of its traceback."""
+    """Return the last line that a run printed: the sentence of an error, or the last line of a traceback."""
     lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip().removeprefix("Error: ").rstrip(".") if lines else "it has said nothing"
+    return lines[-1].strip().removeprefix("Error: ").rstrip(".") if lines else "it printed nothing"
 
 
 def _check_failures(journal: Journal) -> None:
@@ -121,8 +120,8 @@ def _check_failures(journal: Journal) -> None:
     if len(ended) == MOST_FAILURES and all(trial.state.name == "FAIL" for trial in ended):
         last = ended[-1]
         raise HydrazeroError(
-            f"the last {MOST_FAILURES} trials have all failed, trial {last.number} since {last.user_attrs['reason']}; "
-            f"look at {journal.output(last.number)}, and at the space."
+            f"the last {MOST_FAILURES} trials have all failed; the reason for trial {last.number} was: "
+            f"{last.user_attrs['reason']}. Check {journal.output(last.number)} and the space file."
         )
 
 
@@ -131,10 +130,10 @@ def _check_failures(journal: Journal) -> None:
 @click.option("--trials", required=True, type=click.IntRange(1))
 @click.option("--launched-by", default=None, type=int, hidden=True)  # the process id of `hydrazero search`
 def main(out: Path, trials: int, launched_by: int | None) -> None:
-    """Work on the search in OUT until TRIALS are done."""
+    """Work on the search in OUT until TRIALS are complete."""
     if launched_by is not None:
         end_with_parent(launched_by, FAILED)
-    forget_launcher()  # a launcher's ranks are workers here, and not the ranks of a trial
+    forget_launcher()  # a launcher's ranks are workers here, not the ranks of a trial
     end_process_after(
         lambda: work(open_journal(out), trials),
         interrupted=STOPPED,
