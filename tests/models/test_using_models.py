@@ -238,7 +238,7 @@ def test_tasks_without_test_structures_are_left_out_of_an_evaluation(path, tmp_p
     model = tmp_path / "model.safetensors"
     model.write_bytes(path.read_bytes())
     said = succeeded("evaluate", model, there, empty).stderr
-    assert f"warning: {empty} has no structures in the split 'test'; it is left out." in said
+    assert f"warning: {empty} has no structures in the split 'test' and is left out." in said
     assert list(evaluation(model)) == ["task0"]
     refused = CliRunner().invoke(main, ["evaluate", str(model), str(empty)])
     assert refused.exit_code == 1 and f"{empty} has no structures in the split 'test'" in refused.output
