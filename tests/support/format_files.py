@@ -1,4 +1,4 @@
-"""Small files in the layouts of general formats, and what reading them gives."""
+"""Small files in the layouts of general formats, and helpers that read and compare them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reasons(found: list[Frame]) -> list[str]:
 
 
 def samples() -> list[Atoms]:
-    """A molecule, a single atom, a skewed crystal: labelled, of different sizes."""
+    """Return a molecule, a single atom and a skewed crystal with labels; they differ in size."""
     crystal = metals(1)[0]
     crystal.set_cell(crystal.cell[:] @ [[1.0, 0.1, 0.0], [0.0, 1.0, 0.05], [0.02, 0.0, 1.0]], scale_atoms=True)
     return [molecules(1)[0], labelled(bulk("Cu", "sc", a=2.6)), labelled(crystal)]
@@ -121,7 +121,7 @@ OUTPUTS = FieldNames(energy="outputs.energy", forces="outputs.forces", stress="o
 
 
 def write_deepmd(folder: Path, atoms: list[Atoms], **changes: Any) -> Path:
-    """Two sets of frames of one composition."""
+    """Write two sets of frames of one composition."""
     folder.mkdir(parents=True)
     kinds = sorted(set(atoms[0].get_chemical_symbols()), reverse=True)
     (folder / "type_map.raw").write_text("\n".join(changes.pop("kinds", kinds)))

@@ -1,4 +1,4 @@
-"""Frames whose split a test decides, instead of the hash of their geometry."""
+"""Frames whose split is chosen by a test, not by the hash of their geometry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BY_KIND = SplitSection(group="info:kind")
 
 
 def in_split(split: str, frames: list[Atoms]) -> list[Atoms]:
-    """Mark frames with a group key that falls into the split."""
+    """Give frames a group key that falls into the split, and return them."""
     kind = next(key for n in count() if split_of((key := f"kind{n}").encode(), BY_KIND) == split)
     for atoms in frames:
         atoms.info["kind"] = kind
@@ -23,7 +23,7 @@ def in_split(split: str, frames: list[Atoms]) -> list[Atoms]:
 
 
 def make_split_shards(folder: Path, task: str, **frames: list[Atoms]) -> Path:
-    """Convert the frames of 'train', 'val' and 'test' into folder/TASK and return it."""
+    """Convert the frames of 'train', 'val' and 'test' to shards in folder/TASK; return that folder."""
     return make_shards(
         folder, task, [a for split, some in frames.items() for a in in_split(split, some)], split=BY_KIND
     )

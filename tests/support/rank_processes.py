@@ -1,7 +1,7 @@
-"""Ranks with gloo for tests: processes of their own, forked from one that has done the imports.
+"""Ranks with gloo for tests, as processes that are forked from one that has imported everything.
 
-The imports of a rank take four seconds of a core; forked, it takes a few hundredths of one. How users start ranks, each
-from nothing, is what tests of `hydrazero train`, deepspeed and mpirun do.
+The imports of a rank take four seconds of a core; forking takes a few hundredths of a second. Tests of `hydrazero
+train`, deepspeed and mpirun start ranks as users do, each as a new process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROGRAMS = TESTS / "ranks"
 """Scripts that ranks run."""
 TRAIN = TESTS.parent / "trainer" / "train.py"
 """The script of `python -m hydrazero.trainer.train`."""
-# The compiler's own pool of processes would import PyTorch in each of them.
+# One compiler thread avoids the compiler's pool of processes, each of which would import PyTorch.
 SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -47,7 +47,7 @@ FORKS.set_forkserver_preload(
 
 
 class Rank:
-    """A process that runs a script, with the methods of Popen that tests use."""
+    """A process that runs a script, with those methods of Popen that tests use."""
 
     def __init__(self, command: Sequence[object], environment: dict[str, str], output: Path) -> None:
         words = [str(part) for part in command]
@@ -57,48 +57,48 @@ class Rank:
         self._process.start()
 
     def poll(self) -> int | None:
-        """Return the exit status, minus a signal's number, or None while it runs."""
+        """Return the exit status, the negative number of the signal that ended the process, or None while it runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the exit status; raises TimeoutError if there is none in time."""
+        """Return the exit status; raise TimeoutError if the process still runs after `timeout` seconds."""
         self._process.join(timeout)
         status = self.poll()
         if status is None:
-            raise TimeoutError(f"process {self._process.pid} runs after {timeout} s")
+            raise TimeoutError(f"process {self._process.pid} still runs after {timeout} s")
         return status
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to a process that has not been waited for."""
+        """Send a signal to the process if it runs."""
         if self.poll() is None and self._process.pid is not None:
             os.kill(self._process.pid, number)
 
     def kill(self) -> None:
-        """Kill it if it runs."""
+        """Kill the process if it runs."""
         self._process.kill()
 
 
 def _run(command: list[str], environment: dict[str, str], output: str) -> None:
-    """Be the rank: what a fresh process of this command in this environment is, but for its imports."""
+    """Run a command in this process, as a new process with this environment would, except for its imports."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)  # whoever needed such a process first may have had other settings
+    torch.set_num_threads(1)  # the process from which this one was forked may have other settings
     sys.path[:0] = [str(TESTS / folder) for folder in ("", "support", "trainer", "ranks")]
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
 
 def without_launcher() -> dict[str, str]:
-    """Return the environment less what a run in this process may have left there: as a user's shell has it."""
+    """Return the environment of a user's shell, without the variables that a run in this process may have set."""
     return {key: value for key, value in os.environ.items() if key not in TORCH_VARIABLES} | SETTINGS
 
 
 @contextmanager
 def started_ranks(commands: Sequence[Sequence[object]], output: Path) -> Iterator[list[Rank]]:
-    """Start a rank for each command, which find each other; kill at the end what still runs."""
+    """Start a rank per command, in one process group; at the end kill those that still run."""
     meet = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common = without_launcher() | meet
     ranks = []
@@ -114,7 +114,7 @@ def started_ranks(commands: Sequence[Sequence[object]], output: Path) -> Iterato
 
 
 def finished_ranks(command: Sequence[object], ranks: int, timeout: float = 300) -> tuple[list[int], str]:
-    """Run a script on `ranks` processes to their ends; return their exit statuses, and what they have printed."""
+    """Run a script on `ranks` processes to their ends; return their exit statuses and output."""
     until = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
@@ -124,7 +124,7 @@ def finished_ranks(command: Sequence[object], ranks: int, timeout: float = 300) 
 
 
 def finished_alone(command: Sequence[object], timeout: float = 300, **variables: str) -> tuple[int, str]:
-    """Run a script that no launcher has started; return its exit status, and what it has printed."""
+    """Run a script without a launcher's variables; return its exit status and output."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         process = Rank(command, without_launcher() | variables, output)
@@ -135,7 +135,7 @@ def finished_alone(command: Sequence[object], timeout: float = 300, **variables:
 
 
 def run_ranks(script: str, ranks: int, arguments: Sequence[object], timeout: float = 300) -> None:
-    """Run `tests/ranks/<script>` on `ranks` processes; fails with their output if one of them fails."""
+    """Run `tests/ranks/<script>` on `ranks` processes; raise RuntimeError with their output if one fails."""
     statuses, output = finished_ranks([PROGRAMS / script, *arguments], ranks, timeout)
     if any(statuses):
         raise RuntimeError(f"ranks ended with {statuses}:\n{output}")

@@ -1,4 +1,4 @@
-"""The run file of a small run of two tasks, which tests change where they need to."""
+"""The run file of a small run of two tasks, in which tests change what they need."""
 
 from __future__ import annotations
 

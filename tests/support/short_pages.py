@@ -1,4 +1,4 @@
-"""Pages run with few steps: what a test changes in the commands and files of the README and of the manual."""
+"""Changes that let tests run the commands and files of the README and the manual with few steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CHANGES = (
     (r"rungs = \d+", "rungs = 1"),
     (r"STRUCTURES = \d+", "STRUCTURES = 40"),
 )
-"""Pattern -> what a test runs instead."""
+"""Patterns and their replacements."""
 
 
 def shorter(text: str) -> str:
-    """Return a command or a file with few steps, trials and structures."""
+    """Return the text of a command or a file, changed to few steps, trials and structures."""
     for pattern, replacement in CHANGES:
         text = re.sub(pattern, replacement, text)
     return text

@@ -1,4 +1,4 @@
-"""Small labelled source files that tests make on the spot: ASE's EMT labels molecules and metal cells."""
+"""Small source files of molecules and metal cells, made by tests and labelled by ASE's EMT calculator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hydrazero.shards.convert.settings import ConvertSettings
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    """Label with EMT: energy, forces, and stress for a crystal."""
+    """Label atoms with EMT's energy and forces, and crystals also with its stress; return them."""
     copy = atoms.copy()
     copy.calc = EMT()
     results = {"energy": copy.get_potential_energy(), "forces": copy.get_forces()}
@@ -53,7 +53,7 @@ def write_extxyz(path: Path, frames: list[Atoms]) -> Path:
 
 
 def make_shards(folder: Path, task: str, frames: list[Atoms], **settings: object) -> Path:
-    """Convert frames into `folder`/TASK and return it."""
+    """Convert frames to shards in `folder`/TASK; return that folder."""
     folder.mkdir(parents=True, exist_ok=True)
     source = write_extxyz(folder / f"{task}.extxyz", frames)
     convert([source], task, folder / task, ConvertSettings(**settings))  # type: ignore[arg-type]

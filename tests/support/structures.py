@@ -1,4 +1,4 @@
-"""Structures that tests share."""
+"""Structures, batches and small models that several tests use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def batch_of(
     extra: tuple[int, int, int] = (0, 0, 0),
     cutoff: float = CUTOFF,
 ) -> GraphBatch:
-    """A batch that just holds the structures, with `extra` structures, atoms and rows of slots of padding."""
+    """Return the smallest batch of the structures, plus padding of `extra` structures, atoms and rows of slots."""
     samples = [
         graph_sample(structure, 0 if tasks is None else tasks[n], cutoff) for n, structure in enumerate(structures)
     ]

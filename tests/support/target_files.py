@@ -44,7 +44,10 @@ Sample = tuple[Atoms, dict[str, Any]]
 
 
 def samples() -> list[Sample]:
-    """Molecules whose energy is their number, with quantities: every third lacks the gap, every fifth the charges."""
+    """Return molecules whose energy is their number, with quantities.
+
+    Every third molecule lacks the gap, and every fifth the charges.
+    """
     generator = np.random.default_rng(0)
     found = []
     for number, atoms in enumerate(molecules(COUNT)):
@@ -52,7 +55,7 @@ def samples() -> list[Sample]:
         atoms.calc = SinglePointCalculator(atoms, energy=float(number), forces=generator.normal(size=(*size, 3)))
         values = {"gap": 0.3 + 0.01 * generator.normal(), "mu": generator.normal(size=3)}
         values |= {"q": generator.normal(size=size), "mu_i": generator.normal(size=(*size, 3))}
-        values = {name: np.round(value, 6) for name, value in values.items()}  # as many digits as extended XYZ has
+        values = {name: np.round(value, 6) for name, value in values.items()}  # extended XYZ has no more digits
         missing = {"gap": number % 3 == 0, "q": number % 5 == 0}
         found.append((atoms, {name: value for name, value in values.items() if not missing.get(name)}))
     return found
@@ -89,7 +92,7 @@ def aselmdb(folder: Path) -> Path:
 
 
 def ragged() -> dict[str, Any]:
-    """Arrays of all atoms in a row; NaN where a structure lacks a quantity."""
+    """Return arrays of the atoms of all structures one after another, NaN where a structure lacks a quantity."""
     atoms = [a for a, _ in samples()]
     arrays: dict[str, Any] = {
         "numbers": np.concatenate([a.numbers for a in atoms]),
@@ -126,7 +129,7 @@ def hdf5_groups(folder: Path) -> Path:
 
 
 def parquet(folder: Path) -> Path:
-    """Vectors of atoms as one flat list each; null where one is missing."""
+    """Write the vectors of the atoms of each structure as one flat list, null where they are missing."""
     rows = []
     for atoms, values in samples():
         flat = {**values, "mu_i": np.ravel(values["mu_i"])}
