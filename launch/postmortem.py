@@ -1,4 +1,4 @@
-"""How the attempts of a job ended: which rank failed first and why, and whether the job should be restarted."""
+"""Verdicts on the attempts of a job: which rank failed first and why, and whether the job should be restarted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LOOK_EVERY = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunProgress:
-    """How much of a run is done."""
+    """The progress of a run."""
 
     step: int
     """Step of the last complete checkpoint."""
@@ -52,7 +52,7 @@ class RunProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """How an attempt ended."""
+    """The verdict on an attempt."""
 
     kind: str
     """FINISHED, STOPPED, CANCELLED, FAILED or REFUSED."""
@@ -65,7 +65,7 @@ class Verdict:
 
 
 def progress_of(run_dir: Path) -> RunProgress:
-    """Read how much of a run is done."""
+    """Return the progress of a run."""
     found = checkpoints(run_dir)
     step = step_of(found[-1]) if found else 0
     if not (run_dir / RUN_NAME).exists():

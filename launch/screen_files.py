@@ -1,4 +1,4 @@
-"""Screening as the command `hydrazero screen` does it: sources opened, a model loaded, progress and a summary shown."""
+"""Screening for the command `hydrazero screen`, which opens sources, loads a model and shows progress and a summary."""
 
 from __future__ import annotations
 

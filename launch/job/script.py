@@ -239,7 +239,7 @@ def _ranks(job: Job, texts: SiteTexts) -> str:
         )
         pause = "sleep 0.2; "
     return f"""\
-# Address and port at which ranks find each other; the launcher passes each rank its number.
+# Ranks find each other at this address and port; the launcher passes each rank its number.
 {master}
 export MASTER_ADDR=$first MASTER_PORT=$port
 if [ -n "$ready" ] && [ -z "$received" ]; then{carry}{group}

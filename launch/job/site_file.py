@@ -45,7 +45,7 @@ class LinkSection(Section):
     """Bandwidth of one device in each direction, in bytes/s."""
 
 
-class WaySection(Section):
+class AlgorithmSection(Section):
     """An algorithm for collective operations; its time is start + steps + bytes / bandwidth (the alpha-beta model)."""
 
     algorithm: str
@@ -74,7 +74,7 @@ class CollectivesSection(Section):
 
     library: str
     """Name of the library: 'RCCL', 'NCCL', 'oneCCL' or 'gloo'."""
-    ways: ListOf[WaySection]
+    ways: ListOf[AlgorithmSection]
     """Algorithms of the library; the fastest one is taken for each message."""
 
 
@@ -136,7 +136,7 @@ class LimitSection(Section):
 
 
 class JobSection(Section):
-    """How a job is written.
+    """The commands and options of a job.
 
     Texts may hold these placeholders: {nodes}, {dies} (ranks of a node), {gpus} (devices that are GPUs), {ranks},
     {cores} (of a node), {hours}, {walltime} (H:MM:SS), {name}, {account}, {queue}, {output} (file for the output of the

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hydrazero.launch.job.site_file import Site, WaySection
+from hydrazero.launch.job.site_file import AlgorithmSection, Site
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.trainer.cost.traffic import ALL_REDUCE, Message
 
@@ -39,7 +39,7 @@ class Links:
     """Bandwidth of a device to the others of its node, in each direction, in bytes/s."""
     network_bandwidth: float
     """Bandwidth of a device to other nodes, in each direction, in bytes/s."""
-    ways: tuple[WaySection, ...]
+    algorithms: tuple[AlgorithmSection, ...]
     """Algorithms that the library chooses from."""
 
     @property
@@ -56,7 +56,7 @@ def links_of(site: Site, ranks: int) -> Links:
         ranks_per_node=per_node,
         node_bandwidth=site.node_link.bandwidth.value,
         network_bandwidth=site.network.bandwidth.value,
-        ways=site.collectives.ways,
+        algorithms=site.collectives.ways,
     )
 
 
@@ -129,15 +129,18 @@ ALGORITHMS: dict[str, Callable[[float, int, Links], Work]] = {
     "hierarchical_rabenseifner": hierarchical_rabenseifner,
 }
 ONLY_ALL_REDUCE = ("tree", "hierarchical_rabenseifner")
+"""Algorithms with which libraries do only all-reduces."""
 
 
-def check_ways(site: Site) -> None:
+def check_algorithms(site: Site) -> None:
     """Raise ConfigError if a site names an unknown algorithm, or only algorithms that cannot gather."""
-    for way in site.collectives.ways:
-        if way.algorithm not in ALGORITHMS:
-            hint = did_you_mean(way.algorithm, list(ALGORITHMS))
-            raise ConfigError(f"site {site.name}: collectives.ways: algorithm '{way.algorithm}' is not known{hint}.")
-    if all(way.algorithm in ONLY_ALL_REDUCE for way in site.collectives.ways):
+    for section in site.collectives.ways:
+        if section.algorithm not in ALGORITHMS:
+            hint = did_you_mean(section.algorithm, list(ALGORITHMS))
+            raise ConfigError(
+                f"site {site.name}: collectives.ways: algorithm '{section.algorithm}' is not known{hint}."
+            )
+    if all(section.algorithm in ONLY_ALL_REDUCE for section in site.collectives.ways):
         raise ConfigError(f"site {site.name}: collectives.ways has no algorithm that can gather; add a ring.")
 
 
@@ -159,18 +162,22 @@ def cost(message: Message, links: Links) -> CollectiveCost:
     if links.ranks == 1:
         return CollectiveCost(node_bytes=0.0, network_bytes=0.0, seconds=0.0, algorithm="")
     reduces = message.kind == ALL_REDUCE
-    costs = [_cost(message, links, way) for way in links.ways if reduces or way.algorithm not in ONLY_ALL_REDUCE]
+    costs = [
+        _cost(message, links, section)
+        for section in links.algorithms
+        if reduces or section.algorithm not in ONLY_ALL_REDUCE
+    ]
     return min(costs, key=lambda each: each.seconds)
 
 
-def _cost(message: Message, links: Links, way: WaySection) -> CollectiveCost:
-    work = ALGORITHMS[way.algorithm](message.bytes, 2 if message.kind == ALL_REDUCE else 1, links)
-    latency = way.start + work.node_steps * way.node_step + work.network_steps * way.network_step
+def _cost(message: Message, links: Links, section: AlgorithmSection) -> CollectiveCost:
+    work = ALGORITHMS[section.algorithm](message.bytes, 2 if message.kind == ALL_REDUCE else 1, links)
+    latency = section.start + work.node_steps * section.node_step + work.network_steps * section.network_step
     node, network = work.node_bytes / links.node_bandwidth, work.network_bytes / links.network_bandwidth
-    moving = (node + network if work.in_turn else max(node, network)) / way.bandwidth_share
+    moving = (node + network if work.in_turn else max(node, network)) / section.bandwidth_share
     return CollectiveCost(
         node_bytes=work.node_bytes,
         network_bytes=work.network_bytes,
         seconds=latency + moving,
-        algorithm=way.name,
+        algorithm=section.name,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hydrazero.launch.plan.collectives import check_ways
+from hydrazero.launch.plan.collectives import check_algorithms
 from hydrazero.launch.plan.compute import pace_of
 from hydrazero.launch.plan.data import TaskData, mean_atoms, planned_data
 from hydrazero.launch.plan.epoch import epoch_costs, file_access, sources
@@ -49,7 +49,7 @@ class Basis:
 
 def basis_of(request: PlanRequest) -> Basis:
     """Return what a plan is calculated from; raise ConfigError if the site or the run file lacks something."""
-    check_ways(request.site)
+    check_algorithms(request.site)
     check_request(request)
     settings, site = request.settings, request.site
     data = planned_data(settings.tasks, settings.assumed)

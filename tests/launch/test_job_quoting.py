@@ -1,4 +1,4 @@
-"""Folders with spaces and with what means something to shells and schedulers, in the scripts of every site."""
+"""Folders whose names contain spaces and special characters of shells and schedulers, in the scripts of every site."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_file(data, tmp_path) -> Path:
-    """A run in a folder whose name is all that a name can be."""
+    """A run in a folder whose name contains such characters."""
     path = write_run(tmp_path, data, 3)
     path.write_text(re.sub("out = .*", lambda _: f"out = {json.dumps(str(tmp_path / NAME))}", path.read_text()))
     return path
@@ -89,7 +89,7 @@ def test_what_sbatch_reads_is_what_was_meant():
 
 
 def test_a_job_runs_in_such_a_folder(run_file, tmp_path):
-    """Texts of the site are quoted by where they stand: between quotes, or bare."""
+    """Texts of the site are quoted according to their place: between quotes or without."""
     site = write_site(tmp_path, 'setup = ["echo setup {output}"]', "retries = 0", "health = 'echo health {output}'")
     text = re.sub("launcher = .*", "launcher = 'echo ranks {output}'", site.read_text())
     site.write_text(text + '[[variables]]\nname = "HERE"\nvalue = "{output} ${HERE:-}"\nreason = "To be seen."\n')
@@ -103,7 +103,7 @@ def test_a_job_runs_in_such_a_folder(run_file, tmp_path):
     assert (attempt / "verdict.json").exists()
 
 
-def test_names_that_schedulers_do_not_take_and_texts_without_a_value(run_file, data, tmp_path):
+def test_names_that_schedulers_do_not_accept_and_texts_without_a_value(run_file, data, tmp_path):
     for name in ("a\\b", "a\nb"):
         refused(launch(run_file, "--site", "slurm", "--set", f"run.out={json.dumps(name)}"), "no backslash or line")
         assert not Path(name).exists()

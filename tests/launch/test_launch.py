@@ -1,4 +1,4 @@
-"""Job scripts of every site, what is refused before anything is written, and a job that runs without a scheduler."""
+"""Job scripts of every site, rejected requests, and a job that runs without a scheduler."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_file(data, tmp_path) -> Path:
 
 
 def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
-    """Let nothing be on the path but what every shell has and these programs."""
+    """Put only a shell and these programs on the path."""
     folder.mkdir()
     for name, text in {**{each: f'exec {shutil.which(each)} "$@"' for each in ("bash", "sh")}, **texts}.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -49,7 +49,7 @@ def test_every_site_gets_a_script_that_a_shell_understands(site, run_file):
     checker = ["shellcheck", "-"] if shutil.which("shellcheck") else ["bash", "-n"]
     done = subprocess.run(checker, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not re.search(r"(?<!\$)\{[a-z_]+\}", text), "a place was left unfilled"
+    assert not re.search(r"(?<!\$)\{[a-z_]+\}", text), "a placeholder was not replaced"
     known = load_site(site)
     assert "hydrazero.trainer.train" in text and "--set run.seed=7" in text
     assert f"--retries {known.job.retries}" in text
@@ -109,19 +109,19 @@ def test_site_files_with_the_former_name_of_the_rank_module_keep_working(run_fil
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_a_site_cannot_do_is_refused_before_anything_is_written(name, run_file):
+def test_what_a_site_cannot_do_is_rejected_before_anything_is_written(name, run_file):
     options, said = BAD[name]
     refused(launch(run_file, *options), said)
     assert not (run_file.parent / "run").exists()
 
 
-def test_the_run_file_is_held_to_its_shards(run_file):
+def test_the_run_file_is_checked_against_its_shards(run_file):
     run_file.write_text(run_file.read_text().replace("/molecules", "/absent"))
     refused(launch(run_file, "--site", "slurm"), "task 'molecules' has no shards: .*/absent does not exist")
     assert not (run_file.parent / "run").exists()
 
 
-def test_a_run_that_is_there_is_gone_on_with_only_if_asked_to(run_file):
+def test_an_existing_run_is_continued_only_with_resume(run_file):
     record = run_file.parent / "run" / "run.json"
     record.parent.mkdir()
     record.write_text('{"ranks": 2}')
@@ -130,13 +130,13 @@ def test_a_run_that_is_there_is_gone_on_with_only_if_asked_to(run_file):
     assert result.exit_code == 0 and "\nresume=--resume\n" in Path(result.output.strip()).read_text()
 
 
-def test_a_precision_of_gpus_may_be_asked_for_where_there_is_none(run_file):
+def test_a_job_for_gpus_can_be_written_on_a_machine_without_one(run_file):
     options = ("--set", "deepspeed.config=zero1_fp16")
     refused(launch(run_file, "--site", "local", *options), "needs a GPU")
     script_of(run_file, "--site", "frontier", "--account", "a", *options)
 
 
-def test_no_scheduler_or_an_old_one(run_file, tmp_path, monkeypatch):
+def test_a_scheduler_that_is_missing_old_or_not_set_up(run_file, tmp_path, monkeypatch):
     options = ("--site", "slurm", "--submit")
     programs(tmp_path / "none", monkeypatch)
     refused(launch(run_file, *options), "--submit needs sbatch, which is not on the path")
@@ -166,7 +166,7 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
             read_hostfile(hostfile)
     hostfile.write_text("# head\na slots=2 # first\nb slots=1\n")
     assert read_hostfile(hostfile) == {"a": 2, "b": 1}
-    # An ssh that reaches a alone.
+    # An ssh that reaches only host a.
     ssh = 'case "$*" in *" a true") exit 0;; esac; echo "ssh: host b: No route to host" >&2; exit 255'
     programs(tmp_path / "bin", monkeypatch, ssh=ssh, pdsh="exit 0")
     options = ("--site", "local", "--hostfile", hostfile, "--ranks-per-node")
@@ -181,7 +181,7 @@ def test_hostfiles(run_file, tmp_path, monkeypatch):
     refused(launch(run_file, *options, 2), "through pdsh, which is not installed here")
 
 
-def test_a_faulty_site_file_is_refused_before_anything_is_written(run_file, tmp_path):
+def test_a_faulty_site_file_is_rejected_before_anything_is_written(run_file, tmp_path):
     text = (SITES / "slurm.toml").read_text()
     for old, new, said in (
         ("--nodes={nodes}", "--nodes={node}", r"job.directives\[1\] has the placeholder {node}, .*'nodes'"),
@@ -194,7 +194,7 @@ def test_a_faulty_site_file_is_refused_before_anything_is_written(run_file, tmp_
 
 
 def test_intel_gpus_are_devices_too(monkeypatch):
-    """As far as can be seen without one."""
+    """As far as this can be tested without one."""
     assert device().type == device_kind()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
@@ -205,8 +205,8 @@ def test_intel_gpus_are_devices_too(monkeypatch):
         check_devices(13)
 
 
-def test_a_job_of_pbs_that_is_started_again_goes_on_or_begins(run_file, tmp_path, monkeypatch):
-    """By PBS, under the same number, or by itself, under another; with and without a run to go on with."""
+def test_a_job_of_pbs_that_is_restarted_continues_or_begins(run_file, tmp_path, monkeypatch):
+    """It is restarted by PBS with the same number or by itself with another one, with and without a run to continue."""
     text = (SITES / "aurora.toml").read_text()
     text = re.sub("launcher = '[^']*'", "launcher = 'echo ranks'", text).replace("module load frameworks", "true")
     site = tmp_path / "site.toml"
@@ -240,8 +240,8 @@ def test_a_job_of_pbs_that_is_started_again_goes_on_or_begins(run_file, tmp_path
 
 
 @pytest.mark.ranks
-def test_a_job_trains_from_copies_of_its_shards_and_says_how_it_ended(run_file, tmp_path):
-    """Run as it stands, by the shell; then its node has no room, then its rank refuses, and the post-mortem says so."""
+def test_a_job_trains_from_copies_of_its_shards_and_reports_how_it_ended(run_file, tmp_path):
+    """The script runs in a shell: with success, without space on the node, and for a run that exists already."""
     site = write_site(tmp_path, "retries = 0")
     result = launch(run_file, "--site", site, "--ranks-per-node", 1, "--set", "data.workers=0")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""What nodes do before ranks start: what makes them unfit, how long it may take, and jobs told to stop meanwhile."""
+"""Checks and copies of nodes before ranks start: failures, time limits, and jobs that are stopped meanwhile."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def check(monkeypatch: pytest.MonkeyPatch, attempt: Path, *options: object) -> t
     return result.exit_code, result.output
 
 
-def test_room_is_asked_of_the_folder_for_copies_alone(tmp_path, monkeypatch):
-    """A node whose /tmp is small is fit; copies of an earlier try are written over."""
+def test_space_is_needed_only_in_the_folder_for_copies(tmp_path, monkeypatch):
+    """A small /tmp does no harm, and copies of an earlier attempt are overwritten."""
     small, copies = tmp_path / "small", tmp_path / "copies"
     copies.mkdir()
     (copies / "earlier").write_bytes(b"x" * 60)
@@ -80,7 +80,7 @@ def test_room_is_asked_of_the_folder_for_copies_alone(tmp_path, monkeypatch):
     assert [row["event"] for row in all_events(tmp_path)] == [PASSED, UNFIT]
 
 
-def test_a_node_that_hangs_says_in_what(tmp_path):
+def test_a_node_that_hangs_names_the_step(tmp_path):
     words = ["--attempt", str(tmp_path), "--within", "0.5", "--folder", str(tmp_path / "a"), "sleep", "600"]
     began = time.monotonic()
     done = subprocess.run(
@@ -93,8 +93,8 @@ def test_a_node_that_hangs_says_in_what(tmp_path):
     assert read_attempt(tmp_path).unfit[0][1] == "'sleep 600' has not ended within 0.5 s"
 
 
-def test_a_node_that_is_told_to_end_leaves_nothing_on_its_disk(data, tmp_path):
-    """Slurm starts nothing more for a job that was cancelled, so that its script cannot clean up."""
+def test_a_node_that_receives_sigterm_leaves_nothing_on_its_disk(data, tmp_path):
+    """Slurm starts nothing more for a cancelled job, so its script cannot clean up."""
     words = ["--attempt", tmp_path, "--within", "60", "--folder", tmp_path / "a", "--copies", tmp_path / "b"]
     process = subprocess.Popen([sys.executable, "-m", "hydrazero.launch.node.check", *map(str, words), "sleep", "600"])
     until = time.monotonic() + 60
@@ -107,7 +107,7 @@ def test_a_node_that_is_told_to_end_leaves_nothing_on_its_disk(data, tmp_path):
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
-def test_faults_that_are_not_foreseen_are_named_too(tmp_path, monkeypatch):
+def test_unexpected_faults_are_named_too(tmp_path, monkeypatch):
     def broken(folder: Path) -> None:
         raise OSError(5, "Input/output error")
 
@@ -125,11 +125,11 @@ def test_silent_nodes_are_named_if_they_can_be(tmp_path):
     nodes = ["n1", "10.0.0.2", "n3", "n4.cluster", "n5"]
     assert silent_nodes(tmp_path, "check", nodes) == (["n3"], 1)
     assert silent_nodes(tmp_path, "copy", nodes) == (nodes[:4], 4)
-    # A node has answered by a name that the hostfile does not know.
+    # A node has responded under a name that is not in the hostfile.
     assert silent_nodes(tmp_path, "check", [*nodes[1:], "alias"]) == (["n3", "alias"], 1)
 
 
-def test_copies_are_whole_and_faults_name_the_file(data, tmp_path):
+def test_copies_are_complete_and_faults_name_the_file(data, tmp_path):
     folders = {"a": data / "molecules", "b": data / "metals"}
     node_copy.copy_tasks(folders, tmp_path / "copies", "n1")
     for task, folder in folders.items():
@@ -154,14 +154,14 @@ def test_a_cancelled_job_has_not_failed_whatever_its_ranks_say(tmp_path):
     (tmp_path / "told").write_text(" TERM\n")
     for status, said in ((-9, "cancelled by SIGTERM: rank 0 on n1 was killed by"), (0, "stopped at step 5 of 9")):
         add_event(tmp_path, "n1", "start", rank=0, ranks=1, local=0, pid=1)
-        add_event(tmp_path, "n1", "told", rank=0, signal="SIGUSR1")  # srun is told so in place of SIGTERM
+        add_event(tmp_path, "n1", "told", rank=0, signal="SIGUSR1")  # srun gets this signal instead of SIGTERM
         add_event(tmp_path, "n1", "end", rank=0, status=status, tail=[])
         verdict = judge(read_attempt(tmp_path), RunProgress(step=5, steps=9))
         assert verdict.kind == CANCELLED and verdict.sentence.startswith(said)
 
 
 def waiting_job(run_file: Path, *, copying: bool) -> Path:
-    """Write the script of a job that would go on and on in its nodes' check, or in copying; returns its path."""
+    """Write the script of a job whose check or copying never ends; return its path."""
     again = f"requeue = 'touch {run_file.parent}/again'"
     health = [] if copying else ["health = 'sleep 600'"]
     site = write_site(run_file.parent, again, *health)
@@ -183,7 +183,7 @@ def waiting_job(run_file: Path, *, copying: bool) -> Path:
     ],
     ids=["cancelled in the check", "cancelled while copying", "time over while copying"],
 )
-def test_a_job_that_is_told_to_stop_before_ranks_start_does_so_at_once(run_file, copying, name, said, status):
+def test_a_job_that_receives_a_signal_before_ranks_start_stops_at_once(run_file, copying, name, said, status):
     process = start_script(waiting_job(run_file, copying=copying))
     try:
         attempt = run_file.parent / "run" / "launch" / "attempt-0001"
@@ -203,7 +203,7 @@ def test_a_job_that_is_told_to_stop_before_ranks_start_does_so_at_once(run_file,
 
 
 def children(pid: int) -> bytes:
-    """Command lines of all processes below one."""
+    """Return the command lines of all descendants of a process."""
     below, lines = {pid}, b""
     for path in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
@@ -217,7 +217,7 @@ def children(pid: int) -> bytes:
     return lines
 
 
-def test_a_node_that_does_not_answer_at_all_is_named(run_file):
+def test_a_node_that_does_not_respond_is_named(run_file):
     site = write_site(run_file.parent, "retries = 0")
     assert launch(run_file, "--site", site, "--ranks-per-node", 1).exit_code == 0
     script = script_path(run_file)

@@ -1,4 +1,4 @@
-"""Plans of large runs: the model's arithmetic, what real ranks hold and send beside it, and plans that cannot be."""
+"""Plans of large runs: formulas, collective operations, data, and complete plans of the exascale run file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import EXASCALE, plan, planned, refused, write_bench
 
-from hydrazero.launch.job.site_file import Measure, WaySection, load_site, site_names
-from hydrazero.launch.plan.collectives import Links, check_ways, cost, links_of
+from hydrazero.launch.job.site_file import AlgorithmSection, Measure, load_site, site_names
+from hydrazero.launch.plan.collectives import Links, check_algorithms, cost, links_of
 from hydrazero.launch.plan.data import TaskData, copying_seconds, epoch_reads, mean_atoms
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.device_memory import device_memory
@@ -21,14 +21,18 @@ from hydrazero.trainer.cost.traffic import ALL_GATHER, ALL_REDUCE, Message, Run,
 FRONTIER = load_site("frontier")
 
 
-def way(algorithm: str, start: float = 0.0, node: float = 0.0, network: float = 0.0, share: float = 1.0) -> WaySection:
-    return WaySection(
+def way(
+    algorithm: str, start: float = 0.0, node: float = 0.0, network: float = 0.0, share: float = 1.0
+) -> AlgorithmSection:
+    return AlgorithmSection(
         algorithm=algorithm, start=start, node_step=node, network_step=network, bandwidth_share=share, source="here"
     )
 
 
-def links(nodes: int, per_node: int, *ways: WaySection) -> Links:
-    return Links(nodes=nodes, ranks_per_node=per_node, node_bandwidth=5e10, network_bandwidth=1.25e10, ways=ways)
+def links(nodes: int, per_node: int, *algorithms: AlgorithmSection) -> Links:
+    return Links(
+        nodes=nodes, ranks_per_node=per_node, node_bandwidth=5e10, network_bandwidth=1.25e10, algorithms=algorithms
+    )
 
 
 def message(kind: str, size: float) -> Message:
@@ -78,7 +82,7 @@ def test_traffic_grows_with_the_model_and_from_stage_to_stage(ranks, parameters,
 
 @given(ranks=st.integers(2, 20_000))
 @settings(max_examples=30)
-def test_zero_divides_what_it_says(ranks):
+def test_zero_divides_the_states_among_ranks(ranks):
     whole, *divided = (device_memory(run_of(stage), ranks, activations=0.0, gpu=False, workers=0) for stage in range(4))
     for held in divided:
         assert held.optimizer == pytest.approx(whole.optimizer / ranks)
@@ -88,7 +92,7 @@ def test_zero_divides_what_it_says(ranks):
 
 
 def test_bytes_of_weights_gradients_and_optimizer():
-    """Of 1,000 parameters with Adam, two ranks; without ZeRO weights, gradients, a flat copy, moments, average."""
+    """1,000 parameters with Adam on two ranks; without ZeRO: weights, gradients, a flat copy, moments and average."""
     held = [device_memory(run_of(n, 1000), 2, activations=0.0, gpu=False, workers=0).states for n in range(4)]
     assert held == [24_000, 18_000, 18_000, 24_000]
 
@@ -122,7 +126,7 @@ def test_collectives_keep_the_bandwidth(size, nodes, per_node):
         ("hierarchical_rabenseifner", 64, 8, 14, 12),
     ],
 )
-def test_steps_of_an_all_reduce_are_counted_as_its_algorithm_takes_them(algorithm, nodes, per_node, in_node, between):
+def test_the_steps_of_an_all_reduce_follow_from_its_algorithm(algorithm, nodes, per_node, in_node, between):
     started, stepped, crossed = (
         cost(message(ALL_REDUCE, 0.0), links(nodes, per_node, way(algorithm, *numbers))).seconds
         for numbers in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -134,7 +138,7 @@ def test_steps_of_an_all_reduce_are_counted_as_its_algorithm_takes_them(algorith
 
 
 def test_bandwidth_is_that_of_the_slower_link_or_of_one_link_after_the_other():
-    """Of 8 MB on 2 nodes of 4: a ring and a tree pass pieces on at once, hierarchical ones do one level at a time."""
+    """8 MB on 2 nodes of 4: rings and trees are pipelined; hierarchical algorithms do one level after the other."""
     seconds = {
         name: cost(message(ALL_REDUCE, 8e6), links(2, 4, way(name, share=share))).seconds
         for name, share in (("ring", 1.0), ("tree", 0.5), ("hierarchical_ring", 1.0))
@@ -144,8 +148,8 @@ def test_bandwidth_is_that_of_the_slower_link_or_of_one_link_after_the_other():
     assert seconds["hierarchical_ring"] == pytest.approx(12e6 / 5e10 + 2e6 / 1.25e10)
 
 
-def test_the_library_s_fastest_way_is_taken():
-    """As RCCL chooses on Frontier: trees for sums over many nodes; LL for little, Simple for much."""
+def test_the_fastest_algorithm_of_the_library_is_used():
+    """RCCL on Frontier uses trees for sums over many nodes, LL for small messages and Simple for large ones."""
     for nodes, kind, size, said in (
         (2048, ALL_REDUCE, 1e3, "tree, LL"),
         (2048, ALL_REDUCE, 3e7, "tree, Simple"),
@@ -176,7 +180,7 @@ def test_more_lanes_cut_blocks_and_read_them_more_often():
 
 
 def test_copies_take_as_long_as_the_slowest_of_bandwidth_opens_and_disks():
-    """Every node copies all splits at the same time as all others."""
+    """Every node copies all splits at the same time as all other nodes."""
     (data,) = [TaskData(name="a", structures=1_000_000, in_all=1_250_000, atoms=20.0, source="")]
     files = load_site("frontier").files
     size, count = data.bytes_in_all, data.shards * 1.25
@@ -208,7 +212,7 @@ def test_the_exascale_run_is_planned(tmp_path):
 
 
 def test_stages_precisions_and_places_of_ranks(tmp_path):
-    """ZeRO 3 has the pace of steps that are not compiled; a rank a node reaches the others over the network."""
+    """ZeRO 3 has the speed of eager steps; with one rank per node, all messages go over the network."""
     alone = plan(tmp_path, "frontier", 8, 1)
     compute = {row["stage"]: row["compute"] for row in alone["stages"]}
     assert compute[0] == compute[1] == compute[2] == pytest.approx(compute[3] / 4, rel=1e-6)
@@ -218,15 +222,15 @@ def test_stages_precisions_and_places_of_ranks(tmp_path):
     assert gradients["node_bytes"] == 0 < gradients["network_bytes"]
 
 
-def test_scaling_is_shown_up_to_what_the_site_has_and_at_the_plan_s_own_size(tmp_path):
+def test_scaling_is_shown_up_to_the_size_of_the_site_and_at_the_plan_s_own_size(tmp_path):
     scaling = plan(tmp_path, "perlmutter", 3)["scaling"]  # of 1,536 nodes of four
     for kind in ("weak", "strong"):
         assert [row["ranks"] for row in scaling[kind]] == [1, 4, 12, 16, 64, 256, 1024, 4096]
     assert scaling["batches"] == 4096 and scaling["strong"][-1]["efficiency"] < 1
 
 
-def test_rows_of_steps_are_wanted_where_they_are_named_and_done_without_where_they_are_not(tmp_path, monkeypatch):
-    """`make bench-scaling` alone writes a bench without them; so does a fresh checkout."""
+def test_rows_of_the_bench_are_required_only_if_a_file_is_named(tmp_path, monkeypatch):
+    """`make bench-scaling` writes a file without them, and a fresh checkout has no file."""
     monkeypatch.chdir(tmp_path)
     options = ("--site", "frontier", "--out", tmp_path)
     (tmp_path / "runs").mkdir()
@@ -265,14 +269,14 @@ def test_benches_that_cannot_be_used(text, said, tmp_path):
 
 
 @pytest.mark.parametrize("name", site_names())
-def test_every_number_of_a_site_says_where_it_is_from(name):
+def test_every_number_of_a_site_has_a_source(name):
     site = load_site(name)
     for measure in (site.die.memory, *site.die.flops.values(), site.network.bandwidth, site.files.opens):
         assert measure.value > 0 and measure.source
     library = {"aurora": "oneCCL", "frontier": "RCCL", "local": "gloo"}.get(name, "NCCL")
     assert site.collectives.library == library
-    check_ways(site)
+    check_algorithms(site)
     for each in site.collectives.ways:
-        # A library's numbers are its own, or said to be an estimate.
+        # The numbers are from the library itself or marked as an estimate.
         assert each.source.startswith((library, "estimate: ")) and 0 < each.bandwidth_share <= 1
         assert each.node_step >= 0 and each.network_step > 0

@@ -1,4 +1,4 @@
-"""Plans that cannot be: each is refused in one sentence, with the nearest that can where there is one."""
+"""Plans that are rejected, each with one sentence, which names the nearest plan that fits if there is one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ DEVICE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
         (["--site", "frontier", "--set", "plan.atoms.oc21=70"], "plan: 'oc21' is not a task of the run file"),
     ],
 )
-def test_plans_that_cannot_be_are_one_sentence(arguments, said, tmp_path):
+def test_rejected_plans_are_one_sentence(arguments, said, tmp_path):
     assert said in refused("--bench", write_bench(tmp_path), *arguments)
 
 
@@ -77,7 +77,7 @@ def test_plans_that_cannot_be_are_one_sentence(arguments, said, tmp_path):
         ('"tree"', "site frontier: collectives.ways has no algorithm that can gather; add a ring."),
     ],
 )
-def test_ways_of_collectives_that_cannot_be(new, said, tmp_path):
+def test_faulty_algorithms_of_collectives(new, said, tmp_path):
     assert refused("--site", write_site(tmp_path, ('"ring"', new))).startswith(f"Error: {said}")
 
 
@@ -150,7 +150,7 @@ def test_states_that_are_offloaded_go_into_the_main_memory_page_locked():
     assert node.stream == 8 * 2 * 100e6 and node.dies == 0
 
 
-def test_where_ranks_compute_on_cores_a_node_holds_all_that_they_take(tmp_path):
+def test_ranks_on_cpu_cores_take_all_their_memory_from_the_node(tmp_path):
     document = plan(tmp_path, "local", 1, 0, "batch.atoms=400", "batch.slots=18400", "batch.edges=16000")
     own = next(row for row in document["memory"] if row["own"])
     assert document["memory_of_node"]["dies"] == pytest.approx(2 * own["total"])

@@ -1,4 +1,4 @@
-"""Ranks that leave records, and what is made of them."""
+"""The records of ranks, and the verdicts of the post-mortem."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def verdict_of(folder: Path, progress: RunProgress = HALF) -> Verdict:
     return judge(read_attempt(folder), progress)
 
 
-def test_the_rank_that_was_killed_is_the_first_though_another_noted_its_end_before(tmp_path):
+def test_the_rank_that_was_killed_is_the_first_though_another_recorded_its_end_earlier(tmp_path):
     start(tmp_path, "n1", 0), start(tmp_path, "n2", 1)
     end(tmp_path, "n1", 0, 75, LOST)
     end(tmp_path, "n2", 1, -9, ["step 19", "step 20"])
@@ -69,7 +69,7 @@ def test_the_rank_that_was_killed_is_the_first_though_another_noted_its_end_befo
     assert verdict.details[2:] == ("last output of rank 1:", "    step 19", "    step 20")
 
 
-def test_what_a_rank_raised_is_told_and_what_the_launcher_ended_is_no_cause(tmp_path):
+def test_the_error_of_a_rank_is_reported_and_the_end_by_the_launcher_is_no_cause(tmp_path):
     start(tmp_path, "n1", 0, 1)
     told(tmp_path, "n1", 0, "SIGTERM")
     end(tmp_path, "n1", 0, -15)
@@ -137,7 +137,7 @@ def ends(*kinds_and_steps: tuple[str, int]) -> list[Verdict]:
     return [Verdict(kind=kind, sentence="", details=(), step=step) for kind, step in kinds_and_steps]
 
 
-def test_a_job_goes_on_as_long_as_it_gets_further():
+def test_a_job_is_restarted_as_long_as_it_makes_progress():
     assert should_restart(ends((STOPPED, 10)), 0)[0] and should_restart(ends((STOPPED, 10), (STOPPED, 20)), 0)[0]
     again, why = should_restart(ends((STOPPED, 10), (STOPPED, 10)), 3)
     assert not again and "request more hours" in why
@@ -166,7 +166,7 @@ def test_the_command(tmp_path):
 
 
 def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path, monkeypatch):
-    """Until they have noted their ends; not where their node is silent, and no longer than is asked for."""
+    """Until they have recorded their ends, but not if their node is silent, and not longer than the limit."""
     monkeypatch.setattr("hydrazero.launch.postmortem.LOOK_EVERY", 0.05)
     attempt = tmp_path / "launch" / "attempt-0001"
     attempt.mkdir(parents=True)
@@ -200,7 +200,7 @@ def rows(attempt: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (attempt / "n7.jsonl").read_text().splitlines()]
 
 
-def test_a_watched_rank_leaves_its_end(tmp_path):
+def test_a_watched_rank_records_its_end(tmp_path):
     process = watched(tmp_path, "sh", "-c", "echo rank $RANK of $WORLD_SIZE on $LOCAL_RANK; echo oh >&2; exit 7")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 7 and output == b"rank 3 of 4 on 0\noh\n"
@@ -209,7 +209,7 @@ def test_a_watched_rank_leaves_its_end(tmp_path):
     assert (last["event"], last["status"], last["tail"]) == ("end", 7, ["rank 3 of 4 on 0", "oh"])
 
 
-def test_signals_are_passed_on_and_noted(tmp_path):
+def test_signals_are_forwarded_and_recorded(tmp_path):
     script = "trap 'echo stops; exit 0' USR1; echo ready; while :; do sleep 0.05; done"
     process = watched(tmp_path, "bash", "-c", script)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -238,7 +238,7 @@ def test_the_time_of_a_job_and_its_own_end_reach_the_rank(tmp_path):
 
 
 def test_a_rank_continues_where_no_records_can_be_written(tmp_path):
-    """A folder that is not there, and one that vanishes on the way."""
+    """The folder does not exist, or it is removed while the rank runs."""
     told = "Warning: the record 'start' of rank 3 on n7 cannot be written to .*absent \\(No such [a-z ]*\\); the rank"
     process = watched(tmp_path / "absent", "sh", "-c", "echo trains", options=("--remove", str(tmp_path / "copies")))
     output = process.communicate(timeout=60)[0].decode()
@@ -254,7 +254,7 @@ def test_a_rank_continues_where_no_records_can_be_written(tmp_path):
     assert process.returncode == 0 and output.count("Warning: ") == 1 and output.endswith("stops\n"), output
 
 
-def test_the_last_rank_of_a_node_takes_along_what_was_on_its_disk(tmp_path):
+def test_the_last_rank_of_a_node_removes_folders_on_its_disk(tmp_path):
     copies, attempt = tmp_path / "copies", tmp_path / "attempt"
     copies.mkdir(), attempt.mkdir()
     options = ("--remove", str(copies))

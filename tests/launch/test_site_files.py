@@ -1,4 +1,4 @@
-"""Site files that are refused: one sentence that names the file and the key."""
+"""Faulty site files: one sentence names the file and the key."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_faulty_site_files(old, new, said, tmp_path):
         load_site(str(path))
 
 
-def test_steps_that_take_no_time_and_jobs_that_are_not_tried_again_may_be(tmp_path):
+def test_steps_without_latency_and_jobs_without_retries_are_allowed(tmp_path):
     text = (SITES / "slurm.toml").read_text()
     path = tmp_path / "mine.toml"
     path.write_text(text.replace("node_step = 2.0e-6", "node_step = 0.0").replace("[job]", "[job]\nretries = 0", 1))
