@@ -40,7 +40,7 @@ def summary(plan: dict[str, Any]) -> Table:
     batches = "1 batch" if batch["accumulation"] == 1 else f"{batch['accumulation']} batches"
     jobs, run_jobs = _jobs(epoch["jobs"]), _jobs(epoch["run_jobs"])
     copies = " with copying" if files["seconds_of_copying"] else ""
-    loading = "" if pace["atoms_of_worker"] is None else f"; data loading: {show_seconds(step['data'])} beside it"
+    loading = "" if pace["atoms_of_worker"] is None else f"; meanwhile, data loading takes {show_seconds(step['data'])}"
     table = _table(f"{plan['run']} on {site['name']}", ["", "value"])
     table.show_header = False
     for name, value in (

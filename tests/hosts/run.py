@@ -1,9 +1,9 @@
-"""`make hosts-test`: a run on two hosts, network namespaces with ssh between them, one of which vanishes.
+"""`make hosts-test`: a run on two hosts, which are network namespaces with ssh between them; one of them is lost.
 
-`hydrazero launch --site local --hostfile` starts it there through the deepspeed launcher. When the other host has
-vanished the first one must stop within a minute and say why, and the post-mortem must name the host. A host that does
-not answer is refused before anything is started. Status 0 if all this was so, 1 if not; 77, with a sentence, where
-tools or rights are missing.
+`hydrazero launch --site local --hostfile` starts the run through the deepspeed launcher. After the loss of one host,
+the other must stop within a minute with the reason, and the post-mortem must name the lost host. A host that does not
+respond is rejected before anything is started. The exit status is 0 if all this holds, 1 if not, and 77, with a
+sentence, if tools or rights are missing.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CHANGES = ("train.timeout_minutes=0.25", "train.evaluate_every=100000", "train.c
 
 
 class Failed(Exception):
-    """What should have been and was not."""
+    """An expectation that does not hold."""
 
 
 def main() -> int:
-    """Do it all; returns the exit status."""
+    """Run all tests; return the exit status."""
     if (why := missing()) is not None:
         print(f"skipped: {why}")
         return SKIPPED
@@ -61,13 +61,13 @@ def main() -> int:
 
 
 def launch(network: Network, run_file: Path, hosts: list[str], *options: str) -> subprocess.Popen[str]:
-    """Launch a run on the first host, on a rank of each of some hosts."""
+    """Launch a run from the first host, with one rank on each of several hosts."""
     hostfile = run_file.with_name("hosts")
     hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts))
     command = [str(BIN / "hydrazero"), "launch", str(run_file), "--site", "local", "--hostfile", str(hostfile)]
     command += ["--nodes", "2", "--ranks-per-node", "1", "--submit", *options]
     command += [word for change in CHANGES for word in ("--set", change)]
-    # ssh has to say its name before it may leave the host's namespace for good: the whole runs inside of it.
+    # All of it runs inside the namespace of the host, whose name is set first.
     return subprocess.Popen(
         network.inside(HOSTS[0], "sh", "-c", f'hostname {HOSTS[0]}; exec "$@"', "sh", *command),
         env={**network.environment, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"},
@@ -80,7 +80,7 @@ def launch(network: Network, run_file: Path, hosts: list[str], *options: str) ->
 
 
 def refused(network: Network, run_file: Path, hosts: list[str], host: str, *options: str) -> None:
-    """Raise Failed unless a launch is refused for a host that does not answer, with one sentence."""
+    """Raise Failed unless a launch is rejected with one sentence because a host does not respond."""
     process = launch(network, run_file, hosts, *options)
     output, _ = process.communicate(timeout=ENOUGH)
     said = rf"Error: not reached by ssh .*{re.escape(host)} \(.*\).*\n"

@@ -1,11 +1,11 @@
-"""`make slurm-test`: jobs that `hydrazero launch` writes, on a Slurm of two nodes that is started for it on this host.
+"""`make slurm-test`: jobs that `hydrazero launch` writes, on a Slurm of two nodes that is started on this host.
 
-A job trains on two nodes with a rank each. Its time is over (the signal that Slurm sends then): it stops with a
-checkpoint, goes back into the queue and on. A rank of it is killed: the post-mortem names it, and the job goes back
-once more. It ends with the losses, weights and moments of a run that nothing has interrupted, bit for bit. Another job
-loses a node: the post-mortem of the next attempt says so, and the job ends well. Jobs that are cancelled, while they
-train or before, never go back, the former with a checkpoint, and leave nodes clean. A node that hangs is named. Status
-0 if all this was so, 1 if not; 77, with a sentence, where Slurm or root is missing.
+A job trains on two nodes with one rank each. It receives the signal for its time limit, stops with a checkpoint, is put
+back into the queue and continues. One of its ranks is killed; the post-mortem names it, and the job is put back once
+more. It ends with the losses, weights and moments of an uninterrupted run, bit for bit. Another job loses a node; the
+post-mortem of the next attempt reports it, and the job succeeds. Jobs that are cancelled before or during training are
+never put back and leave the nodes clean; during training they write a checkpoint. A node that hangs is named. The exit
+status is 0 if all this holds, 1 if not, and 77, with a sentence, if Slurm is not installed or the user is not root.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ STEPS, MANY = 40, 100000
 CHANGES = ("train.evaluate_every=20", "train.checkpoint_every=5", "data.workers=0")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 ENOUGH = 200.0
-"""Seconds that anything may take on a busy machine; it takes a tenth of that on an idle one."""
+"""Time limit of each step in seconds, for a busy machine; on an idle one, a tenth is enough."""
 
 
 class Failed(Exception):
-    """What should have been and was not."""
+    """An expectation that does not hold."""
 
 
 def main() -> int:
-    """Do it all; returns the exit status."""
+    """Run all tests; return the exit status."""
     if (why := missing()) is not None:
         print(f"skipped: {why}")
         return SKIPPED
     began = time.monotonic()
-    # Ctrl-C and a kill end it the same way: everything that was started is ended.
+    # After Ctrl-C or a kill, everything that was started is ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="hydrazero-slurm-") as folder:
         root = Path(folder)
@@ -61,7 +61,7 @@ def main() -> int:
         with Cluster(root) as cluster:
             say(f"Slurm {cluster.ask('sinfo', '--version').split()[-1]} is up with 2 nodes")
             try:
-                # sbatch and the script must read such a folder as it is meant.
+                # sbatch and the script must handle the name of this folder correctly.
                 first = write_run(root / "first job, 100%", data, STEPS)
                 time_over_and_rank_killed(cluster, first, site, whole.parent / "run")
                 node_lost(cluster, write_run(root / "second", data, STEPS), site, whole.parent / "run")
@@ -94,7 +94,7 @@ def sets() -> list[str]:
 
 
 def hanging_on_n2(root: Path) -> Path:
-    """Write a command that ends on all nodes but n2."""
+    """Write a command that ends on all nodes except n2."""
     path = root / "health"
     path.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" = n1 ] || exec sleep 600\n')
     path.chmod(0o755)
@@ -102,7 +102,7 @@ def hanging_on_n2(root: Path) -> Path:
 
 
 def write_site(root: Path, *job: str) -> Path:
-    """The site that comes with the package, on cores, with a disk on each node; `job` are more lines of its [job]."""
+    """Write the packaged site file for CPU cores and with a disk on each node; `job` are more lines of [job]."""
     root.mkdir(exist_ok=True)
     text = (ROOT / "launch" / "sites" / "slurm.toml").read_text()
     text = text.replace('kind = "gpu"', 'kind = "cpu"')
@@ -127,32 +127,32 @@ class RunningJob:
         self.number = done.stdout.split(":")[0].removeprefix("job ").strip()
 
     def wait(self, holds: Callable[[], bool], what: str) -> None:
-        """Wait for something, and tell what the job has printed if it does not come."""
+        """Wait until a condition holds; raise Failed with the output of the job if it never does."""
         try:
             self.cluster.wait(holds, what, ENOUGH)
         except TimeoutError as error:
             raise Failed(f"{error}\n--- the job\n{self.output()}") from error
 
     def output(self) -> str:
-        """What the job has printed."""
+        """Return the output of the job."""
         path = self.run / "launch" / f"job-{self.number}.out"
         return path.read_text() if path.exists() else ""
 
     def restarts(self) -> int:
-        """Times that it has gone back into the queue."""
+        """Return how many times the job has been put back into the queue."""
         return int(self.cluster.job(self.number).get("Restarts", "0"))
 
     def runs(self, restarts: int) -> bool:
-        """Whether it runs, after so many restarts."""
+        """Return whether the job is running after this number of restarts."""
         return self.restarts() == restarts and self.cluster.job(self.number).get("JobState") == "RUNNING"
 
     def step(self) -> int:
-        """Of the last checkpoint."""
+        """Return the step of the last checkpoint."""
         found = checkpoints(self.run)
         return step_of(found[-1]) if found else 0
 
     def trainer(self, node: str) -> int:
-        """Process of the rank on a node."""
+        """Return the process number of the rank on a node."""
         for pid in self.cluster.of_node(node):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             if b"hydrazero.trainer.train" in words and b"hydrazero.launch.node.rank" not in words:
@@ -160,17 +160,17 @@ class RunningJob:
         raise Failed(f"no rank on {node}")
 
     def expect(self, pattern: str) -> None:
-        """Raise Failed unless the job has printed something."""
+        """Raise Failed unless the output of the job matches a pattern."""
         if not re.search(pattern, self.output()):
             raise Failed(f"the job does not say '{pattern}':\n{self.output()}")
 
     def end(self) -> str:
-        """Wait for the end; returns Slurm's word for it."""
+        """Wait for the end of the job; return its state in Slurm."""
         self.wait(lambda: self.cluster.job(self.number).get("JobState") in OVER, "end of the job")
         return self.cluster.job(self.number)["JobState"]
 
     def finish(self, whole: Path) -> None:
-        """Wait for a good end, and compare it with a run that was never interrupted."""
+        """Wait until the job has succeeded, and compare its run with an uninterrupted one."""
         if (state := self.end()) != "COMPLETED":
             raise Failed(f"the job ended as {state}:\n{self.output()}")
         if found := differences(self.run, whole):
@@ -228,12 +228,12 @@ def cancelled_in_the_check(cluster: Cluster, run_file: Path, site: Path) -> None
 
 
 def over(job: RunningJob, expected: str, pattern: str) -> None:
-    """Raise Failed unless a job that was cancelled ends so, with a word from the post-mortem, and stays away."""
+    """Raise Failed unless a cancelled job ends in a state, with a line of the post-mortem, and is not restarted."""
     if (state := job.end()) != expected:
         raise Failed(f"the job ended as {state}:\n{job.output()}")
     job.wait(lambda: re.search(pattern, job.output()) is not None, f"'{pattern}' of the post-mortem")
     if job.restarts() or "put back" in job.output():
-        raise Failed(f"the job that was cancelled has gone back into the queue:\n{job.output()}")
+        raise Failed(f"the job that was cancelled was put back into the queue:\n{job.output()}")
     job.wait(lambda: not list(job.run.parent.parent.glob("**/disk/*")), "clean disks")
     say(last_postmortem(job.output()))
 
