@@ -19,8 +19,8 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.evaluation.errors import schema_of
 from hydrazero.trainer.plots.parity import cloud, parity_plots
 from hydrazero.trainer.records.run_files import read_metrics, truncate_metrics
-from hydrazero.trainer.report import parity_picture, write_report
 from hydrazero.trainer.records.task_errors import Evaluation, TaskErrors
+from hydrazero.trainer.report import parity_picture, write_report
 from hydrazero.trainer.report.errors_by import error_bins
 from hydrazero.trainer.report.history import cosines
 from hydrazero.trainer.report.run_data import Parity, read_predictions, read_run, run_labels
