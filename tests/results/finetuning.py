@@ -75,7 +75,7 @@ def points_of(spec: dict[str, Any], name: str) -> list[Point]:
 
 
 def run_finetunings(spec: dict[str, Any], name: str, data: Path) -> Path:
-    """Pretrain, then compute every missing point and rewrite page and picture after each; returns the page's path."""
+    """Pretrain, then compute every missing point and rewrite page and picture after each; return the page's path."""
     known = tuple(each for each in spec["data"] if not each.get("held_out"))
     pretraining = ResultRun(spec=spec, name=name, datasets=known, run=spec["pretraining"])
     make("plan", pretraining, data)
@@ -91,7 +91,7 @@ def run_finetunings(spec: dict[str, Any], name: str, data: Path) -> Path:
 
 
 def errors_of(point: Point, model: Path) -> dict[str, Any]:
-    """Fine-tune and train from scratch; returns the errors of all three ways and the seconds that two of them took."""
+    """Fine-tune and train from scratch; return the errors of all three ways and the seconds that two of them took."""
     tuned, scratch = point.folder / "finetuned", point.folder / "scratch"
     data, ranks = point.subset(), point.spec["ranks"]
     for out in (tuned, scratch):
@@ -133,7 +133,7 @@ def from_scratch(planned: dict[str, Any], out: Path, spec: dict[str, Any]) -> di
 
 
 def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path:
-    """Write NAME.md and NAME.png with the points that are finished; returns the page's path."""
+    """Write NAME.md and NAME.png with the points that are finished; return the page's path."""
     results = {point: read_json(point.path) for point in points if point.path.exists()}
     lines = [f"# {spec['title']}", "", spec["text"].strip(), ""]
     if results:

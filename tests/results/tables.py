@@ -18,7 +18,7 @@ UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
 
 
 def write_table(spec: dict[str, Any], name: str, jobs: Sequence[ResultRun]) -> Path:
-    """Write NAME.md with the results that exist so far; returns its path."""
+    """Write NAME.md with the results that exist so far; return its path."""
     together = any(job.run.get("together") for job in jobs)
     lines = [f"# {spec['title']}", "", spec["text"], ""]
     lines += methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs)

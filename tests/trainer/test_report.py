@@ -19,6 +19,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.evaluation.errors import schema_of
 from hydrazero.trainer.plots.parity import cloud, parity_plots
 from hydrazero.trainer.records.run_files import read_metrics, truncate_metrics
+from hydrazero.trainer.records.task_errors import Evaluation, TaskErrors
 from hydrazero.trainer.report import parity_picture, write_report
 from hydrazero.trainer.report.errors_by import error_bins
 from hydrazero.trainer.report.history import cosines
@@ -250,3 +251,36 @@ def test_truncate_leaves_what_came_before(tmp_path):
     run = made_run(tmp_path / "run")
     truncate_metrics(run, 7)
     assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == list(range(1, 8))
+
+
+def test_errors_keep_their_names_and_order_in_json():
+    row = {
+        "structures": 3,
+        "energy_mae_mev_per_atom": 1.5,
+        "force_mae_mev_per_angstrom": None,
+        "stress_mae_mev_per_angstrom3": None,
+        "energy_spread_mev_per_atom": 0.5,
+        "target_mae": {"gap": 0.1, "dipole": None},
+        "energy_loss": 2.0,
+        "forces_loss": None,
+    }
+    errors = TaskErrors.from_json(row)
+    assert json.dumps(errors.to_json()) == json.dumps(row)
+    assert json.dumps(TaskErrors.from_json({**row, "unseen": 0}).to_json()) == json.dumps({**row, "unseen": 0})
+    assert errors.scalars() == {
+        **{key: value for key, value in row.items() if key not in ("structures", "target_mae")},
+        "gap_mae": 0.1,
+        "dipole_mae": None,
+    }
+
+
+def test_evaluations_of_older_versions_are_read():
+    spread = {"count": 2, "mean_mev_per_atom": 1.0, "most_mev_per_atom": 2.0, "error_over_spread": 1.1}
+    spread |= {"within_one": 0.5, "within_two": 1.0}
+    target = {"unit": "eV", "count": 2, "mae": 0.1, "trivial_mae": 0.3}
+    task = {"structures": 2, "energy_mae_mev_per_atom": 1.0, "energy_spread": spread, "targets": {"gap": target}}
+    evaluation = Evaluation.from_json({"split": "test", "tasks": {"a": task}})
+    found = evaluation.tasks["a"]
+    assert (evaluation.weights, found.energy_mae, found.stress_mae, found.fidelity) == (None, 1.0, None, None)
+    assert found.energy_spread is not None and found.energy_spread.quantile_99 == 2.0
+    assert found.to_json()["energy_spread"] == spread and found.to_json()["targets"] == {"gap": target}

@@ -306,7 +306,7 @@ def test_a_run_learns_targets_stress_and_spread_and_its_model_predicts_them(shar
     reported = CliRunner().invoke(main, ["report", str(tmp_path / "run")])
     assert reported.exit_code == 0, reported.output
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "polarizability" in page and "calibration" in page
+    assert "polarizability" in page and "calibration of the ensemble" in page
 
 
 @pytest.mark.parametrize(

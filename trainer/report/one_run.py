@@ -124,7 +124,7 @@ def _spread(run: RunData) -> list[str]:
                 )
             )
     return [
-        "<h2>Uncertainty: errors against the spread of the ensemble</h2>",
+        "<h2>Uncertainty: calibration of the ensemble's spread</h2>",
         picture(figure, "errors of energies against the spread of the ensemble"),
         *sentences,
     ]
