@@ -1,4 +1,4 @@
-"""Screening as the command `hydrazero screen` does it: sources opened, a model loaded, progress and a summary shown."""
+"""The work of `hydrazero screen`: load the model, open the sources, screen, and show progress and a summary."""
 
 from __future__ import annotations
 
