@@ -1,4 +1,4 @@
-"""Screening for the command `hydrazero screen`, which opens sources, loads a model and shows progress and a summary."""
+"""The work of `hydrazero screen`: load the model, open the sources, screen, and show progress and a summary."""
 
 from __future__ import annotations
 

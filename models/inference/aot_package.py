@@ -107,7 +107,7 @@ def package_function(model: AtomisticModel) -> Function:
 
 
 def trace_model(model: AtomisticModel) -> tuple[GraphModule, list[Tensor]]:
-    """Return the graph of a model of one task, for energies and their gradients and any sizes, and example inputs."""
+    """Return the graph of energy and gradients of a model of one task, for any sizes, and the inputs that traced it."""
     example = package_inputs(model, probe_structure(model.tasks[0].elements[:1] * 3))
     with torch.enable_grad():
         graph = make_fx(package_function(model), tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)

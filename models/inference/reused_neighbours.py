@@ -23,7 +23,7 @@ class ReusedNeighbours:
     """Make the batches of successive structures of a relaxation or of molecular dynamics."""
 
     def __init__(self, potential: Potential, task: str, skin: float, *, fixed_shape: bool = False) -> None:
-        """Search neighbours up to the cutoff plus `skin`, Å.
+        """Search for neighbours up to the cutoff plus `skin`, Å.
 
         With `fixed_shape`, the batch has spare rows, so that a slightly longer neighbour list still fits its shape.
         """

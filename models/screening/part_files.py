@@ -1,4 +1,4 @@
-"""Parts of a screen's result: Parquet files of complete chunks that name these chunks, so that a screen can resume."""
+"""Parts of a screen's result: Parquet files that list the chunks they hold, so that a screen can be resumed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHUNKS_KEY = b"hydrazero.screen"
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRecord:
-    """What the metadata of a part says of one of its chunks."""
+    """An entry for one chunk in the metadata of a part."""
 
     structures: int
     rejected: Counter[str]

@@ -136,13 +136,13 @@ class Prototype:
     def _substitutions(self) -> NDArray[np.int64]:
         """Return the numbers of all allowed substitutions, [N].
 
-        A number has one digit per site, its base is the length of the site's list of elements.
+        A number has one digit per site, with the length of the site's list of elements as base.
         """
         lists = [self.section.sites[site] for site in self.sites]
         count = prod(len(elements) for elements in lists)
         if count > MAX_SUBSTITUTIONS:
             raise ConfigError(
-                f"{self.where} has {count:,} substitutions, more than {MAX_SUBSTITUTIONS:,}; split it into several."
+                f"{self.where} has {count:,} substitutions, more than {MAX_SUBSTITUTIONS:,}; divide the prototype."
             )
         numbers = np.arange(count)
         if not self.settings.distinct or len(lists) < 2:

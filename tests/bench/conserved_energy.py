@@ -1,4 +1,4 @@
-"""Dynamics at constant energy with an exported model: how the total energy drifts, in numbers and as a picture.
+"""Drift of the total energy in dynamics at constant energy with an exported model, in numbers and as a figure.
 
 python tests/bench/conserved_energy.py MODEL.safetensors --out energy.png [--picoseconds 10]
 """
@@ -21,39 +21,39 @@ from hydrazero.models import Potential, load_model
 from hydrazero.shards.errors import HydrazeroError
 
 TEMPERATURE = 300.0
-"""K, at the start; half of it goes into the potential energy."""
+"""Temperature at the start, K; half of it becomes potential energy."""
 SAMPLES = 1000
-"""Total energies that are kept of a run."""
+"""Number of total energies that are kept from a run."""
 SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What moves, by which head, in which steps."""
+    """A system with the task that moves it and its time step."""
 
     label: str
     atoms: Atoms
     task: str
     step: float
-    """fs."""
+    """Time step, fs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conserved:
-    """Total energies of a run."""
+    """Total energies over a run, with their drift."""
 
     times: NDArray[np.float64]
-    """ps."""
+    """Times, ps."""
     energies: NDArray[np.float64]
-    """meV/atom, from the first one on."""
+    """Total energies relative to the first one, meV/atom."""
     drift: float
-    """meV/atom/ps: slope of a straight line through them."""
+    """Slope of a straight line fitted to the energies, meV/atom/ps."""
     temperature: float
-    """K, mean."""
+    """Mean temperature, K."""
 
 
 def systems(molecule_task: str, crystal_task: str) -> list[System]:
-    """A molecule of nine atoms and a crystal of 32."""
+    """Return a molecule of 9 atoms and a crystal of 32 atoms."""
     return [
         System(label="ethanol", atoms=molecule("CH3CH2OH"), task=molecule_task, step=0.5),
         System(label="copper, 32 atoms", atoms=bulk("Cu", cubic=True) * (2, 2, 2), task=crystal_task, step=2.0),
@@ -61,12 +61,12 @@ def systems(molecule_task: str, crystal_task: str) -> list[System]:
 
 
 def run_at_constant_energy(potential: Potential, system: System, picoseconds: float, *, compile: bool) -> Conserved:
-    """Relax, heat to TEMPERATURE, and follow the total energy with velocity Verlet."""
+    """Relax, heat to TEMPERATURE and integrate with velocity Verlet; return the total energies."""
     atoms = system.atoms.copy()
     atoms.calc = potential.calculator(system.task)
     BFGS(atoms, logfile=None).run(fmax=0.02, steps=200)
     atoms.calc = potential.calculator(system.task, skin=0.5, compile=compile)
-    # Twice the temperature: the atoms start where the potential energy is lowest.
+    # The atoms start at the minimum of the potential energy, which takes up half of the kinetic energy.
     thermalize_momenta(atoms, temperature_K=2 * TEMPERATURE, rng=np.random.default_rng(SEED))
     Stationary(atoms)
     if not atoms.pbc.any():
@@ -86,7 +86,7 @@ def run_at_constant_energy(potential: Potential, system: System, picoseconds: fl
 
 
 def draw(runs: dict[str, Conserved], out: Path) -> None:
-    """Write a picture of total energies over time, the drift in the legend."""
+    """Write a figure of total energies over time, with the drift in the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
@@ -110,7 +110,7 @@ def draw(runs: dict[str, Conserved], out: Path) -> None:
 @click.option("--crystal-task", default="emt", show_default=True)
 @click.option("--compile", is_flag=True, help="Compile the steps.")
 def main(model: Path, out: Path, picoseconds: float, molecule_task: str, crystal_task: str, compile: bool) -> None:
-    """Follow the total energy of a molecule and a crystal at constant energy."""
+    """Measure the drift of the total energy of a molecule and a crystal in dynamics at constant energy."""
     try:
         potential = load_model(model)
         runs = {}

@@ -1,4 +1,4 @@
-"""Rates of the data side on one core: reading, neighbours, the whole input pipeline, beside what others offer."""
+"""Rates of data loading on one core: reading, neighbour lists and the complete pipeline, next to other packages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def labelled(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, numbe
 
 
 def molecules() -> list[Structure]:
-    """Molecules of about 20 atoms: two g2 molecules side by side, rattled."""
+    """Return molecules of about 20 atoms: two molecules of the g2 set side by side, rattled."""
     generator = np.random.default_rng(0)
     parents = [g2[name] for name in g2.names if 8 <= len(g2[name]) <= 14]
     structures = []
@@ -67,7 +67,7 @@ def molecules() -> list[Structure]:
 
 
 def metals() -> list[Structure]:
-    """Rattled cells of 32 Cu atoms."""
+    """Return rattled cells of 32 Cu atoms."""
     cell = bulk("Cu", cubic=True) * (2, 2, 2)
     generator = np.random.default_rng(1)
     return [
@@ -99,39 +99,39 @@ def write_shards(folder: Path, structures: list[Structure]) -> None:
 
 
 def rate(run: Callable[[], int]) -> float:
-    """Of what `run` counts, per second."""
+    """Return the number that `run` returns, per second."""
     started = time.perf_counter()
     count = run()
     return count / (time.perf_counter() - started)
 
 
 def decode_columns(folder: Path) -> int:
-    """Tar read, checksum, columns."""
+    """Read a tar file, check its checksum and decode its columns; return the number of structures."""
     reader = BlockReader(folder, "train")
     return sum(len(reader.read(number)) for number in range(len(reader)))
 
 
 def decode_structures(folder: Path) -> int:
-    """The same, and each structure on its own, as the per-sample formats give it."""
+    """Decode columns, and make each structure an object, as formats with one record per structure do."""
     reader = BlockReader(folder, "train")
     blocks = (reader.read(number) for number in range(len(reader)))
     return sum(1 for block in blocks for row in range(len(block)) if len(block.structure(row)))
 
 
 def pipeline(stream: Iterator[GraphBatch], batches: int) -> int:
-    """Read, decode, neighbours, pack, tensors, hand over: as fast as the stream gives them."""
+    """Take batches from a stream as fast as it makes them; return the number of structures."""
     return sum(int(batch.structure_mask.sum()) for batch in islice(stream, batches))
 
 
 def pipeline_rate(settings: StreamSettings) -> float:
-    """Structures/s once the worker is under way and what it had prefetched is taken."""
+    """Return structures/s of a running worker, measured after its prefetched batches have been taken."""
     stream = iter(TrainStream(settings, 0, 1))
     pipeline(stream, 12)
     return rate(lambda: pipeline(stream, 80))
 
 
 def write_npz_samples(path: Path, structures: list[Structure]) -> None:
-    """The usual webdataset layout: one sample a structure, as npz."""
+    """Write structures in the usual layout of webdataset, one npz file per structure."""
     with webdataset.TarWriter(str(path), encoder=False) as tar:
         for number, s in enumerate(structures):
             buffer = io.BytesIO()
@@ -166,7 +166,10 @@ def read_aselmdb(path: Path) -> int:
 
 
 def edges_over_vesin(structures: list[Structure]) -> float:
-    """Seconds of our neighbours, laid out in slots for batches of 32, over bare vesin's, in turn."""
+    """Return the time of our neighbour lists, in slots for batches of 32, divided by that of vesin alone.
+
+    Both are timed alternately.
+    """
     bare = NeighborList(cutoff=CUTOFF, full_list=True, n_threads=1)
     ours, theirs = [], []
     for first in range(0, 1024, 32):
@@ -182,21 +185,21 @@ def edges_over_vesin(structures: list[Structure]) -> float:
 
 
 def worker_memory(folders: list[str]) -> float:
-    """MB that a process of its own takes for a stream of the folders, at its peak, on top of the imports."""
+    """Return the peak memory of a separate process that reads the folders, MB, beyond its imports."""
     code = f"import data_rates; data_rates.print_worker_memory({folders!r})"
     here = Path(__file__).parent
     return float(subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, check=True).stdout)
 
 
 def resident(kind: str) -> float:
-    """MB of this process: 'VmRSS' now, 'VmHWM' at its peak."""
+    """Return the memory of this process, MB: 'VmRSS' is the current value, 'VmHWM' the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(kind + ":"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def print_worker_memory(folders: list[str]) -> None:
-    """What `worker_memory` runs."""
+    """Print the memory of this process for `worker_memory`."""
     before = resident("VmRSS")
     settings = StreamSettings(folders=tuple(folders), cutoff=CUTOFF, shape=SHAPES["metals"], workers=0)
     pipeline(iter(TrainStream(settings, 0, 1)), 200)
@@ -217,7 +220,7 @@ def main() -> None:
         for kind, structures in made.items():
             (root / kind).mkdir()
             write_shards(root / kind, structures)
-            # One worker process, which has a core to itself while this one only takes what it hands over.
+            # One worker process has a core to itself; this process only receives its batches.
             streams[kind] = StreamSettings(folders=(str(root / kind),), cutoff=CUTOFF, shape=SHAPES[kind], workers=1)
         few = made["molecules"][:2048]
         (root / "few").mkdir()

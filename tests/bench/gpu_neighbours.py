@@ -1,4 +1,4 @@
-"""Seconds of neighbour lists found on the GPU, and of those with slots laid out: batches of 64-atom cells at 5 Å."""
+"""Time of neighbour lists on a GPU, without and with their layout in slots, for batches of 64-atom cells at 5 Å."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CELLS = 4096
 
 
 def batch_of(count: int) -> GraphBatch:
-    """Cells of 64 silicon atoms, rattled."""
+    """Return a batch of rattled cells of 64 silicon atoms."""
     cells = []
     for seed in range(16):
         atoms = bulk("Si", cubic=True) * (2, 2, 2)

@@ -1,9 +1,9 @@
-"""Seconds per step of our PaiNN on a GPU, eager and compiled, in float32, tf32 and bfloat16, and arithmetic done.
+"""Time per step of our PaiNN on a GPU, eager and compiled, in float32, tf32 and bfloat16, and arithmetic per step.
 
     python tests/bench/gpu_steps.py REPEATS [DEVICE]
 
-Handed over are seconds, and in `flops_*` the multiplications and additions of matrix products in an eager step;
-`peak_*` are those of one second of large matrix products in the same precision on the same device.
+The output holds seconds. `flops_*` are the multiplications and additions of matrix products in an eager step, and
+`peak_*` those of one second of large matrix products in the same precision on the same device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 PRECISIONS = ("float32", "tf32", "bf16")
 SIDE = 8192
-"""Of the matrices by which the peak is measured; on a CPU a sixteenth."""
+"""Side of the matrices with which the peak is measured; a sixteenth of it on a CPU."""
 
 
 def wait(device: str) -> None:
@@ -27,7 +27,7 @@ def wait(device: str) -> None:
 
 
 def peak(device: str, precision: str) -> float:
-    """Floating-point operations per second of a product of large matrices."""
+    """Return the floating-point operations per second of a product of large matrices."""
     side = SIDE if device != "cpu" else SIDE // 16
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
 

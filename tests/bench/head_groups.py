@@ -1,9 +1,9 @@
-"""Heads of two tasks on every rank, or each on the ranks of a group: the same data-parallel training in both.
+"""Data-parallel training with the heads of two tasks on every rank, or each head on a group of ranks.
 
-Four ranks, two tasks. *Everywhere*: each rank has the stacked heads of both tasks and structures of both; all gradients
-are summed over all ranks. *In groups*: two ranks have one task's head and structures, two the other's; a head's
-gradients are summed over its two ranks, all others over all four. A step's structures are the same in both, and so is
-its loss: each task's sum over its count on all ranks.
+There are four ranks and two tasks. *Everywhere*: each rank has the stacked heads of both tasks and structures of both;
+all gradients are summed over all ranks. *In groups*: two ranks have the head and structures of one task, two those of
+the other; the gradients of a head are summed over its two ranks, all others over all four. Both use the same structures
+in a step and the same loss, in which each task's sum is divided by its count on all ranks.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from hydrazero.trainer.ranks import distributed
 
 RANKS, TASKS = 4, 2
 GROUP = RANKS // TASKS
-"""Ranks of a task, in groups."""
+"""Number of ranks per task with heads in groups."""
 STRUCTURES = 8
-"""Of a rank in a step; half of them of each task, or all of one."""
+"""Number of structures per rank and step; half belong to each task, or all to one."""
 BATCHES = 2
-"""Steps with structures of their own; then they come again."""
+"""Number of steps with different structures, which are then repeated."""
 CUTOFF = 5.0
 RATE = 5e-4
-"""Of Adam."""
+"""Learning rate of Adam."""
 EVERYWHERE, GROUPS = "everywhere", "groups"
 
 
@@ -79,12 +79,12 @@ CELLS_AGAIN: System = (cell, lennard_jones)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained."""
+    """The systems and the size of the heads in a comparison."""
 
     systems: tuple[System, System] = (CELLS, CELLS_AGAIN)
-    """Structures and method of each task."""
+    """Structures and calculator of each task."""
     heads: float = 0.0
-    """Parameters of both heads together over all others; 0: heads as the size 'small' has them."""
+    """Number of parameters of both heads divided by that of all others; 0 keeps the heads of the size 'small'."""
 
 
 CASES = {
@@ -96,32 +96,32 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What came of a step."""
+    """Results of a step."""
 
     loss: float
-    """Of all ranks."""
+    """Loss over all ranks."""
     sums: float
-    """s that gradients took to be summed, from when all ranks had theirs."""
+    """Seconds of the sum of gradients, from the moment when all ranks have theirs."""
     sums_processor: float
-    """s of this rank's processor in it."""
+    """Processor seconds of this rank in the sum."""
 
 
 class Side:
-    """A rank's part in data-parallel training with Adam."""
+    """The part of one rank in data-parallel training with Adam."""
 
     def __init__(self, model: AtomisticModel, batches: Sequence[GraphBatch], group: dist.ProcessGroup | None) -> None:
-        """Heads are summed over the ranks of `group` where there is one, which has one of the TASKS."""
+        """Sum the gradients of heads over `group`, the ranks of one of the TASKS, or over all ranks if it is None."""
         self.model, self.batches, self.group = model.train(), batches, group
         self.trained = ModelWithLoss(model, make_objective(model, LossSection(), [1.0] * len(model.tasks)))
         self.share = len(model.tasks) / TASKS
-        """Of this model's tasks in the loss, which is a mean over all tasks."""
+        """Share of this model's tasks in the loss, which is a mean over all tasks."""
         named = dict(model.named_parameters())
         self.heads = {name: parameter for name, parameter in named.items() if name.startswith(STACKED)}
         self.shared = {name: parameter for name, parameter in named.items() if name not in self.heads}
         self.optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
 
     def step(self, number: int) -> Step:
-        """Do a step on the structures of this number."""
+        """Train on the structures of a numbered step; return its results."""
         batch = self.batches[number % len(self.batches)]
         self.optimizer.zero_grad()
         counts = self.trained.objective.counts(batch)
@@ -144,7 +144,7 @@ class Side:
             sum_gradients(list(self.heads.values()), self.group)
 
     def state_bytes(self) -> int:
-        """Return the bytes of weights, gradients and Adam's moments, after a step."""
+        """Return the number of bytes of weights, gradients and Adam's moments, after a step."""
         weights = list(self.model.parameters())
         moments = [self.optimizer.state[weight][key] for weight in weights for key in ("exp_avg", "exp_avg_sq")]
         return sum(tensor.numel() * tensor.element_size() for tensor in [*weights, *gradients_of(weights), *moments])
@@ -169,7 +169,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup |
 
 
 def make_sides(case: Case) -> dict[str, Side]:
-    """Return both sides of a case, with the same weights at the start; called on all ranks."""
+    """Return both sides of a case with the same initial weights; all ranks must call this."""
     made = [labelled(f"task{number}", *system) for number, system in enumerate(case.systems)]
     facts, structures = [of_task[0] for of_task in made], [of_task[1] for of_task in made]
     torch.manual_seed(0)
@@ -212,43 +212,43 @@ def labelled(
 
 
 def model_settings(case: Case, facts: Sequence[TaskFacts]) -> ModelSettings:
-    """Return the size 'small', with heads as large as the case wants them."""
+    """Return the settings of the size 'small' with heads of the size that the case requires."""
     sizes = size_settings("painn", "small")
     hidden = sizes.pop("head_features")
     encoder = EncoderSettings(cutoff=CUTOFF, **sizes)
     if case.heads:
         shared = parameters_of(AtomisticModel(ModelSettings(encoder=encoder, head_features=hidden), facts))[0]
-        # A hidden feature has weights for all that the encoder gives, a bias, and a weight of its own for the energy.
+        # A hidden feature has a weight for each feature of the encoder, a bias, and a weight for the energy.
         hidden = round(case.heads * shared / (TASKS * (encoder.features + 2)))
     return ModelSettings(encoder=encoder, head_features=hidden)
 
 
 def parameters_of(model: AtomisticModel) -> tuple[int, int]:
-    """Return the numbers of parameters that tasks share, and of those in heads."""
+    """Return the numbers of parameters that tasks share, and of parameters in heads."""
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     heads = sum(count for name, count in counts.items() if name.startswith(STACKED))
     return sum(counts.values()) - heads, heads
 
 
 def by_step(structures: Sequence[Structure]) -> list[Sequence[Structure]]:
-    """Return a task's structures of each step, for all ranks."""
+    """Return the structures of a task by step, for all ranks together."""
     return [part(structures, step, BATCHES) for step in range(BATCHES)]
 
 
 def part(structures: Sequence[Structure], number: int, parts: int) -> Sequence[Structure]:
-    """Return one of so many equal parts."""
+    """Return the part of a number when structures are divided into equal parts."""
     size = len(structures) // parts
     return structures[number * size : (number + 1) * size]
 
 
 def batch_of(of_tasks: Sequence[Sequence[Structure]]) -> GraphBatch:
-    """Return a float32 batch of structures of tasks in order, of a shape that just holds them."""
+    """Return the smallest float32 batch that holds the structures of the tasks in order."""
     samples = [graph_sample(s, task, CUTOFF) for task, structures in enumerate(of_tasks) for s in structures]
     return collate(samples, shape_holding(samples), torch.float32)
 
 
 def weight_differences(sides: dict[str, Side]) -> dict[str, float]:
-    """Return the largest differences of this rank's weights between the sides: of 'shared' ones and of 'heads'."""
+    """Return the largest differences between this rank's weights on both sides, of 'shared' weights and 'heads'."""
     everywhere, groups = sides[EVERYWHERE], sides[GROUPS]
     row = [task.name for task in everywhere.model.tasks].index(groups.model.tasks[0].name)
     shared = [everywhere.shared[name] - weight for name, weight in groups.shared.items()]

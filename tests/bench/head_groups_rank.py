@@ -1,6 +1,6 @@
-"""Run on every rank: steps with heads everywhere and in groups, in turn; hands over what they gave and took.
+"""Program of each rank: steps with heads everywhere and in groups, alternately; reports their results and costs.
 
-Arguments: the number of steps, and the names of cases, by default all.
+The arguments are the number of steps and the names of cases, by default all.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from collective_count import Collectives
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.exit_status import exit_rank
 
-Found = dict[str, list[float]]
+Measurements = dict[str, list[float]]
 
 
-def compare(name: str, steps: int, counter: Collectives) -> Found:
-    """Return what this rank saw of a case: lists with an entry a step, of each side; and single numbers."""
+def compare(name: str, steps: int, counter: Collectives) -> Measurements:
+    """Return the measurements of this rank in a case: lists with an entry per step and side, and single numbers."""
     sides = make_sides(CASES[name])
-    found: Found = {}
+    found: Measurements = {}
     gc.collect()
     for number in range(steps):
         for side_name, side in sides.items():
@@ -53,9 +53,9 @@ def compare(name: str, steps: int, counter: Collectives) -> Found:
     return found
 
 
-def together(everybody: list[Found]) -> Found:
-    """Return the largest of all ranks, step by step, and that of their processor times over the mean."""
-    found: Found = {}
+def maxima(everybody: list[Measurements]) -> Measurements:
+    """Return the maximum over all ranks per step, and the maximum of their processor times over the mean."""
+    found: Measurements = {}
     for name in everybody[0]:
         by_step = list(zip(*(rank[name] for rank in everybody), strict=True))
         found[name] = [max(of_ranks) for of_ranks in by_step]
@@ -71,12 +71,12 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     distributed.start_ranks()
     gc.freeze()
-    found: Found = {}
+    found: Measurements = {}
     for name in names:
         found |= compare(name, steps, counter)
     everybody = distributed.gather_to_first(found)
     if distributed.rank() == 0:
-        hand_over(together(everybody))
+        hand_over(maxima(everybody))
     distributed.wait_for_all()
     exit_rank(0)
 

@@ -1,4 +1,4 @@
-"""Seconds per atom of training steps on batches mixed from the sixteen real tasks, and of each task alone."""
+"""Time per atom of training steps on batches of the sixteen real tasks together, and of each task alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ BATCHES = 5
 
 
 def seconds_per_atom(folders: tuple[str, ...]) -> float:
-    """Of batches of the size that is proposed for these tasks; with the kernels, not compiled: seventeen shapes."""
+    """Return the seconds per atom of a training step on batches of the shape proposed for these tasks.
+
+    Steps use the kernels but are not compiled, since there are seventeen shapes.
+    """
     plain = StreamSettings(folders=folders, cutoff=CUTOFF, shape=BatchShape(structures=1, atoms=1, slots=8), workers=0)
     reader = SplitReader(plain, "train")
     shape = propose(demand_of(reader), reader, STRUCTURES)
@@ -46,7 +49,7 @@ def main() -> None:
     ]
     atoms = [reader.readers[0].manifest.atoms("train") for reader in readers]
     alone = [seconds_per_atom((folder,)) for folder in folders]
-    # The time that the mixture's atoms would take in batches of their own tasks.
+    # This is the time that the atoms of the mixed batches would take in batches of single tasks.
     mean = sum(count * seconds for count, seconds in zip(atoms, alone, strict=True)) / sum(atoms)
     hand_over({"mixed": [seconds_per_atom(tuple(folders))], "alone": [mean], "tasks": [float(len(folders))]})
 

@@ -1,4 +1,4 @@
-"""Seconds per step of our PaiNN, energy and forces, training and inference: eager, compiled, and with bfloat16."""
+"""Time per step of our PaiNN with energies and forces, training and inference: eager, compiled, and with bfloat16."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_of(tasks: int) -> AtomisticModel:
 
 
 def batch_of(name: str, tasks: int, count: int | None = None) -> GraphBatch:
-    """The system's structures, or the first of them, labelled, dealt to the tasks in turn."""
+    """Return a batch of a system's first `count` structures, by default all, labelled and assigned to tasks in turn."""
     structures = [structure_from_atoms(atoms) for atoms in SYSTEMS[name]()[:count]]
     samples = [graph_sample(structure, number % tasks, CUTOFF) for number, structure in enumerate(structures)]
     batch = collate(samples, shape_holding(samples), torch.float32)
@@ -72,7 +72,10 @@ class Steps:
 
 
 def balance_seconds(rounds: int) -> dict[str, list[float]]:
-    """Seconds of EVERY training steps of sixteen tasks, with gradients measured in the last of them, and without."""
+    """Return the seconds of EVERY training steps of sixteen tasks, with and without a gradient-norm measurement.
+
+    Gradients are measured in the last of the steps.
+    """
     facts = BalanceFacts(structures=tuple(range(1, MANY_HEADS + 1)))
     batch = batch_of("benzene", MANY_HEADS)
     runs = {}
@@ -117,7 +120,7 @@ def main() -> None:
             seconds[f"memory_{name}{suffix}"] = [peak_megabytes(steps.train)]
     one, many = (Steps(model_of(n), batch_of("benzene", n), compiled=True) for n in (1, MANY_HEADS))
     for kind in ("train", "energies"):
-        for _ in range(3):  # in turn: what else the machine does falls on both
+        for _ in range(3):  # alternately, so that other load on the machine affects both
             for label, steps in (("one", one), ("many", many)):
                 seconds.setdefault(f"heads_{kind}_{label}", []).extend(step_seconds(getattr(steps, kind), repeats))
     seconds.update(balance_seconds(7))

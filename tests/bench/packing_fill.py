@@ -1,4 +1,4 @@
-"""How full batches of the sixteen real tasks are, and how equal the ranks of the largest machine: by simulation."""
+"""Fill of batches of the sixteen real tasks, and a simulation of the imbalance of ranks on the largest machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RANKS = 16_384
 STRUCTURES = 48
 STEPS = 6
 COUNTED = 2
-"""Of the last steps: the first ones choose from structures that have not been chosen from before, and fill better."""
+"""Number of final steps that count; the first steps choose from more structures, and fill batches better."""
 
 
 def real_fill(folders: tuple[str, ...], shape: BatchShape) -> tuple[float, float, float]:
-    """Shares of atoms and slots that the real stream fills, and the largest batch's edges over the mean."""
+    """Return the fractions of atoms and slots that real batches fill, and the largest batch's edges over the mean."""
     settings = StreamSettings(folders=folders, cutoff=CUTOFF, shape=shape, workers=0)
     held = []
     for _, batch in zip(range(120), TrainStream(settings, 0, 1), strict=False):
@@ -32,7 +32,7 @@ def real_fill(folders: tuple[str, ...], shape: BatchShape) -> tuple[float, float
 
 
 def imbalance(demand: Demand, shape: BatchShape) -> float:
-    """Edges of the rank that has most over the mean of all ranks, mean over steps."""
+    """Return the maximum number of edges of a rank over the mean of all ranks, averaged over steps."""
     edges = np.zeros((RANKS, STEPS))
     for rank in range(RANKS):
         edges[rank] = simulate(demand, shape, np.random.default_rng(rank), STEPS)[:, 3]

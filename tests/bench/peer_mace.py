@@ -1,4 +1,4 @@
-"""Seconds of a batch of what is screened by MACE (mace-torch), its neighbours found before; in its own environment."""
+"""Time of MACE (mace-torch) on a batch of screened structures with known neighbours; runs in its own environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from systems import CUTOFF, SCREENED, THREADS
 from timing import hand_over, step_seconds
 
 CHANNELS = 112
-"""Chosen so that it has about as many parameters as the other two (PaiNN of 128 features)."""
+"""Number of channels with which MACE has about as many parameters as the other two models (PaiNN of 128 features)."""
 ELEMENTS = [1, 6, 29]
 
 

@@ -1,4 +1,4 @@
-"""Seconds per step of SchNetPack's PaiNN on the same systems; runs in SchNetPack's own environment."""
+"""Time per step of SchNetPack's PaiNN on the same systems; runs in an environment of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from timing import hand_over, peak_megabytes, step_seconds
 
 
 def inputs_of(structures: list) -> dict[str, torch.Tensor]:
-    """One batch in SchNetPack's form."""
+    """Return a batch of structures in SchNetPack's format."""
     columns: dict[str, list] = {name: [] for name in ("z", "r", "i", "j", "offset", "m", "n", "cell", "pbc")}
     first = 0
     for number, atoms in enumerate(structures):
@@ -48,7 +48,7 @@ def inputs_of(structures: list) -> dict[str, torch.Tensor]:
 
 
 def potential(*, forces: bool) -> NeuralNetworkPotential:
-    """PaiNN with one head for energies, and with their gradient or without."""
+    """Return PaiNN with one head for energies, and with their gradient if `forces` is true."""
     torch.manual_seed(0)
     painn = PaiNN(
         n_atom_basis=FEATURES,
@@ -66,7 +66,7 @@ def potential(*, forces: bool) -> NeuralNetworkPotential:
 
 
 def screen_seconds(repeats: int) -> dict[str, list[float]]:
-    """Seconds of a batch of what is screened, its neighbours found before."""
+    """Return the seconds of a batch of screened structures whose neighbours are known."""
     seconds = {}
     for name, make in SCREENED.items():
         inputs = inputs_of(make())

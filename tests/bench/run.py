@@ -1,6 +1,6 @@
-"""All benchmarks: prints a table and writes a list of rows {name, value, unit, peer, peer_value, ratio}.
+"""Run all benchmarks, print a table and write a list of rows {name, value, unit, peer, peer_value, ratio}.
 
-Both sides run in processes of their own, in turn, several times; figures are medians over all steps of all rounds.
+Both sides run alternately in separate processes, several times; values are medians over all steps of all rounds.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ PARTS = ["data", "steps", "screen", "scaling", "groups"]
 ALONE = "sixteen models of one head in turn"
 STACKED = "heads of all tasks on every rank"
 FIRST_STEPS = 3
-"""Of either placement of heads, which warm up and are not counted."""
+"""Number of first steps with each placement of heads that warm up and are not counted."""
 REFERENCE_STRUCTURES, REFERENCE_SECONDS = 1.1e9, 50.0
-"""What HydraGNN screened (arXiv 2604.15380)."""
+"""Number of structures that HydraGNN screened, and the seconds it took (arXiv 2604.15380)."""
 
 
 def run_worker(python: str, script: str, *arguments: str, threads: int = THREADS) -> dict[str, list[float]]:
-    """Run a worker and return what it hands over."""
+    """Run a benchmark script and return its measurements."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if "mace" in script:
-        environment["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # e3nn 0.4 keeps its constants in a pickle
+        environment["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # e3nn 0.4 stores its constants in a pickle file
     command = [python, str(HERE / script), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith("SECONDS ")]
@@ -51,13 +51,13 @@ def run_worker(python: str, script: str, *arguments: str, threads: int = THREADS
 
 
 def row(name: str, value: float, unit: str, peer: str | None = None, peer_value: float | None = None) -> dict[str, Any]:
-    """One row of the result."""
+    """Return one row of the result."""
     ratio = None if peer_value is None else value / peer_value
     return {"name": name, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value, "ratio": ratio}
 
 
 def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """Steps against the peer, in turn."""
+    """Return rows that compare steps with the peer's, measured alternately."""
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -87,7 +87,7 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
 
 
 def run_ranks(script: str, ranks: int, *arguments: str) -> dict[str, list[float]]:
-    """Run a worker on several ranks, each with one thread, and return what the first hands over."""
+    """Run a benchmark script on several ranks of one thread each; return the measurements of the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -112,7 +112,7 @@ def run_ranks(script: str, ranks: int, *arguments: str) -> dict[str, list[float]
 
 
 def scaling_rows(rounds: int) -> list[dict[str, Any]]:
-    """ZeRO stages against plain PyTorch DDP on the same work, on 1, 2 and 4 ranks with a thread each."""
+    """Return rows that compare ZeRO stages with PyTorch DDP on the same work, on 1, 2 and 4 ranks of one thread."""
     rows = []
     for ranks in (2, 1, 4):
         found = run_ranks("scaling_ranks.py", ranks, str(rounds))
@@ -128,10 +128,11 @@ def scaling_rows(rounds: int) -> list[dict[str, Any]]:
 
 
 def group_rows(steps: int) -> list[dict[str, Any]]:
-    """Steps of four ranks with heads in groups by task, against stacked heads on every rank: the same training.
+    """Return rows that compare heads in groups of ranks by task with stacked heads on every rank.
 
-    On fewer cores than ranks, one that waits leaves its core to the others: then the time of a step shows nothing of
-    it, and what it would be with a core for each rank is the processor time of the busiest.
+    Both train in the same way on four ranks. With fewer cores than ranks, a rank that waits leaves its core to others,
+    so that the wall-clock time of a step hides an imbalance. The processor time of the busiest rank is what the step
+    would take with a core per rank.
     """
     found = run_ranks("head_groups_rank.py", RANKS, str(steps))
     units = {
@@ -159,7 +160,10 @@ def group_rows(steps: int) -> list[dict[str, Any]]:
 
 
 def screen_rows(peer_python: str, mace_python: str | None, rounds: int, repeats: int) -> list[dict[str, Any]]:
-    """Screening from shards to parquet by sixteen heads, against one head at a time and the peers' bare models."""
+    """Return rows on screening from shards to Parquet by sixteen heads.
+
+    It is compared with one head at a time, and with the peers' models alone.
+    """
     sides = [(sys.executable, "screening.py", ()), (peer_python, "peer_schnetpack.py", (str(repeats), "screen"))]
     sides += [] if mace_python is None else [(mace_python, "peer_mace.py", (str(repeats),))]
     seconds: list[dict[str, list[float]]] = [{} for _ in sides]
@@ -186,12 +190,12 @@ def screen_rows(peer_python: str, mace_python: str | None, rounds: int, repeats:
 
 
 def rate_of(seconds: dict[str, float], system: str) -> float:
-    """Structures/s of a screen of energies by all heads."""
+    """Return structures/s of a screen of energies by all heads."""
     return 1.0 / seconds[f"screen_energy_{system}_all"]
 
 
 def gpu_rows(repeats: int) -> list[dict[str, Any]]:
-    """Steps on the GPU, with the share of its peak arithmetic that matrix products reach."""
+    """Return rows on steps on a GPU, with the fraction of its peak arithmetic that matrix products reach."""
     near = run_worker(sys.executable, "gpu_neighbours.py", str(repeats))
     rows = [
         row("gpu_neighbour_lists", 1.0 / statistics.median(near["lists"]), "atoms/s, 64-atom cells"),
@@ -213,7 +217,7 @@ def gpu_rows(repeats: int) -> list[dict[str, Any]]:
 
 
 def data_rows(sixteen: Path | None) -> list[dict[str, Any]]:
-    """The data side, on one core."""
+    """Return rows on data loading, on one core."""
     handed = run_worker(sys.executable, "data_rates.py", threads=1)
     value = {name: statistics.median(values) for name, values in handed.items()}
     per_s = "structures/s/core"
@@ -229,7 +233,7 @@ def data_rows(sixteen: Path | None) -> list[dict[str, Any]]:
         row("worker_memory", value["worker_memory"], "MB"),
     ]
     if sixteen is None or not sixteen.is_dir():
-        sys.stderr.write("packing is left out: the sixteen real tasks are not there (make sixteen)\n")
+        sys.stderr.write("packing is skipped: the sixteen real tasks are missing (run make sixteen)\n")
         return rows
     mixed = {name: values[0] for name, values in run_worker(sys.executable, "mixed_batches.py", str(sixteen)).items()}
     rows.append(row("mixed_batch_efficiency", mixed["alone"] / mixed["mixed"], "atoms/s over those of the tasks alone"))
@@ -245,10 +249,15 @@ def data_rows(sixteen: Path | None) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer-python", help="of an environment with SchNetPack; without it, only the data side")
-    parser.add_argument("--mace-python", help="of an environment with mace-torch; without it, screening without MACE")
-    parser.add_argument("--only", choices=PARTS, help="a part; other rows of --out are kept")
-    parser.add_argument("--sixteen", type=Path, help="folder of the sixteen real tasks, for the packing")
+    parser.add_argument(
+        "--peer-python", help="Python of an environment with SchNetPack; without it, steps and screening are skipped"
+    )
+    parser.add_argument(
+        "--mace-python",
+        help="Python of an environment with mace-torch; without it, screening is not compared with MACE",
+    )
+    parser.add_argument("--only", choices=PARTS, help="run this part only; other rows of --out are kept")
+    parser.add_argument("--sixteen", type=Path, help="folder of the sixteen real tasks, for the fill of batches")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,4 +1,4 @@
-"""Seconds per step of plain PyTorch DDP and of each ZeRO stage on the same batch, in turn, and bytes of collectives."""
+"""Time per step of PyTorch DDP and of each ZeRO stage on the same batch, alternately, and bytes of collectives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from hydrazero.trainer.ranks.exit_status import exit_rank
 STAGES = (0, 1, 2, 3)
 TASKS, STRUCTURES = 4, 64
 STEPS = 3
-"""In a row of each side, of which the first, which finds other memory in the caches, is not counted."""
+"""Number of consecutive steps per side. The first is not counted, since the caches hold another side's memory."""
 
 
 def trained_model() -> ModelWithLoss:
@@ -42,7 +42,7 @@ def trained_model() -> ModelWithLoss:
 
 
 def ddp_step() -> Callable[[], None]:
-    """What the engine's step does, in plain PyTorch: sums over ranks, mean of gradients, clipping, AdamW."""
+    """Return a step in PyTorch that does what the engine's does: sums over ranks, mean gradients, clipping, AdamW."""
     trained = trained_model()
     model, batch = DistributedDataParallel(trained), batch_of("benzene", TASKS, STRUCTURES)
     config = deepspeed_config({"config": "zero0"}, steps=1000)
@@ -76,7 +76,7 @@ def zero_step(stage: int) -> Callable[[], None]:
 
 def main() -> None:
     rounds, only = int(sys.argv[1]), sys.argv[2:]
-    counter = Collectives()  # before DeepSpeed takes torch.distributed's functions
+    counter = Collectives()  # before DeepSpeed imports the functions of torch.distributed
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     distributed.start_ranks()
     makers: dict[str, Callable[[], Callable[[], None]]] = {"ddp": ddp_step}
@@ -84,10 +84,10 @@ def main() -> None:
     sides = {name: make() for name, make in makers.items() if not only or name in only}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     sent: dict[str, list[float]] = {}
-    # DDP sends its gradients from C++.
+    # DDP sends its gradients from C++, where they cannot be counted.
     unseen = {"ddp": sum(4 * p.numel() for p in model_of(TASKS).parameters())}
     for step in sides.values():
-        for _ in range(3):  # ZeRO 3 learns in its first steps what it will need when
+        for _ in range(3):  # ZeRO 3 records in its first steps when it needs each parameter
             step()
     gc.freeze()
     for _ in range(rounds):

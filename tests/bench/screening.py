@@ -1,4 +1,4 @@
-"""Screening, from shards to parquet: structures/s with all heads, and the share of the time that the model has."""
+"""Screening from shards to Parquet: structures/s with all heads, and the model's share of the time."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COUNTS = {
     ("metals", "energy"): 6_144,
     ("metals", "forces"): 3_072,
 }
-"""Structures that are screened: some ten seconds each."""
+"""Number of structures to screen per case, which takes about ten seconds each."""
 
 
 def make_shards(folder: Path, structures: list[Structure]) -> None:
-    """Write structures as one shard."""
+    """Write structures to a folder of one shard."""
     blocks = [
         block_from_structures(structures[first : first + BLOCK_STRUCTURES])
         for first in range(0, len(structures), BLOCK_STRUCTURES)
@@ -55,7 +55,7 @@ def make_shards(folder: Path, structures: list[Structure]) -> None:
 
 
 def run(root: Path, name: str, kind: str, heads: int) -> ScreenSummary:
-    """Screen a system by all heads of a model, in a new output each time."""
+    """Screen a system by all heads of a model, with a new output in each call; return the summary."""
     potential = Potential(model_of(heads), "cuda" if torch.cuda.is_available() else "cpu")
     tasks = tuple(potential.tasks)
     settings = ScreenSettings(tasks=tasks, forces=tasks[:1] if kind == "forces" else ())

@@ -1,4 +1,4 @@
-"""The two systems that speeds are measured on; needs ase and numpy alone, for the peer's environment too."""
+"""The systems on which speeds are measured; only ase and numpy are needed, as in the peers' environments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ THREADS = 2
 
 
 def copper_cells(count: int = 16) -> list[Atoms]:
-    """Rattled cells of 32 Cu atoms."""
+    """Return rattled cells of 32 Cu atoms."""
     cells = []
     for seed in range(count):
         atoms = bulk("Cu", cubic=True) * (2, 2, 2)
@@ -22,7 +22,7 @@ def copper_cells(count: int = 16) -> list[Atoms]:
 
 
 def benzenes(count: int = 64) -> list[Atoms]:
-    """Rattled benzene molecules."""
+    """Return rattled benzene molecules."""
     molecules = []
     for seed in range(count):
         atoms = molecule("C6H6")
@@ -32,7 +32,7 @@ def benzenes(count: int = 64) -> list[Atoms]:
 
 
 def hexanes(count: int = 96) -> list[Atoms]:
-    """Rattled molecules of 20 atoms, C6H14."""
+    """Return rattled C6H14 molecules of 20 atoms."""
     carbons = [(1.27 * n, 0.44 * (-1) ** n, 0.0) for n in range(6)]
     hydrogens = [(x, y + np.sign(y) * 0.63, z) for x, y, _ in carbons for z in (0.89, -0.89)]
     ends = [(-0.9, -0.19, 0.0), (7.25, 0.19, 0.0)]
@@ -46,5 +46,5 @@ def hexanes(count: int = 96) -> list[Atoms]:
 
 
 SCREENED = {"molecules": hexanes, "metals": copper_cells}
-"""What is screened: 20-atom molecules and 32-atom metal cells."""
+"""The systems of the screening benchmark: 20-atom molecules and 32-atom metal cells."""
 SYSTEMS = {"cu": copper_cells, "benzene": benzenes}

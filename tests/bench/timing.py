@@ -1,4 +1,4 @@
-"""Timing of a step, the same for both sides."""
+"""Measurement of a step's time and memory, the same for both sides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def step_seconds(step: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after one that warms up."""
+    """Return the seconds of each of `repeats` calls, after one that warms up."""
     step()
     seconds = []
     for _ in range(repeats):
@@ -23,22 +23,22 @@ def step_seconds(step: Callable[[], object], repeats: int) -> list[float]:
 
 
 def peak_megabytes(step: Callable[[], object]) -> float:
-    """Most memory that a step takes on top of what the process holds before it, after one that warms up."""
+    """Return the peak memory that a step needs beyond that held before it, after one that warms up, MB."""
     step()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step()
     return (status("VmHWM") - before) / 1e3
 
 
 def status(key: str) -> float:
-    """A field of the process's memory, kB."""
+    """Return a field of the process's memory status, kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(key)))
 
 
 def hand_over(seconds: dict[str, list[float]]) -> None:
-    """Give the times to the parent process."""
+    """Print the measurements for the parent process."""
     sys.stdout.write("\nSECONDS " + json.dumps(seconds) + "\n")

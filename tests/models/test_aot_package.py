@@ -1,4 +1,4 @@
-"""Packages compiled ahead of time: the graph for any sizes against the model, and the package without this library."""
+"""Packages compiled ahead of time: the graph agrees with the model for any sizes, and needs no code of this library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hydrazero.shards.errors import ModelFileError
 
 WITHOUT_US = """
 import sys
-sys.modules["hydrazero"] = None  # whatever would import it fails
+sys.modules["hydrazero"] = None  # an import of it fails
 import numpy as np, torch
 from ase.io import read
 from ase.neighborlist import neighbor_list

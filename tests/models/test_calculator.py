@@ -1,4 +1,4 @@
-"""The ASE calculator: neighbours used again, compiled steps, several tasks, warnings of extrapolation."""
+"""The ASE calculator: reused neighbour lists, compiled steps, several tasks, warnings of extrapolation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hydrazero.shards.errors import ModelFileError, StructureError
 
 
 def steps_of(atoms: Atoms, steps: int = 12, seed: int = 0) -> list[Atoms]:
-    """A walk in which atoms move by more than the skin, and leave and enter the cutoff."""
+    """Return frames in which atoms move by more than the skin, and pairs leave and enter the cutoff."""
     rng = np.random.default_rng(seed)
     frames = []
     for _ in range(steps):
@@ -169,7 +169,7 @@ def test_distances_shorter_than_in_training_are_warned_of_once():
     assert warned(calculator, near) == []
     (text,) = warned(calculator, molecule("CO2"))
     assert "C-O at" in text and "in the training data they are never neighbours" in text
-    assert warned(Potential(small_model()).calculator("task0"), near) == []  # nobody has counted
+    assert warned(Potential(small_model()).calculator("task0"), near) == []  # the model has no statistics of distances
 
 
 def test_an_ensemble_that_disagrees_more_than_before_is_warned_of():

@@ -1,4 +1,4 @@
-"""What heads give beside conservative energies and forces: symmetries, masks, conditioning, uncertainty, exports."""
+"""Heads for other quantities than conservative energies and forces: symmetry, masks, conditions, uncertainty."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_direct_heads_and_targets_turn_with_the_structure(atoms, reflect, encode
 
 
 def test_direct_stress_tells_shear_where_every_site_is_a_centre_of_inversion():
-    """There all node vectors are zero, and stay so in any homogeneous strain."""
+    """In this crystal all node vectors are zero, and stay zero under any homogeneous strain."""
     model = model_of({"forces": "direct", "stress": "direct"})
     atoms = bulk("NaCl", "rocksalt", a=5.64, cubic=True)
     (still,) = predict(model, atoms).stress
@@ -115,7 +115,7 @@ def test_direct_forces_are_no_gradient_and_conservative_ones_stay_in_the_same_ba
 
 
 def test_from_direct_to_conservative_the_encoder_stays():
-    """Fine-tuning takes encoder and energy head over; forces are then the gradient of the same energy."""
+    """Fine-tuning copies encoder and energy head; forces are then the gradient of the same energy."""
     direct = model_of({"forces": "direct", "stress": "direct"})
     conservative = model_of({})
     own = conservative.state_dict().keys()
@@ -292,7 +292,7 @@ def test_a_multiplicity_that_training_always_knew_must_be_given():
 @pytest.mark.parametrize("encoder", ["painn", "mace"])
 @pytest.mark.parametrize("kind", ["told", "repelled"])
 def test_a_compiled_step_holds_every_head(kind, encoder, monkeypatch):
-    """Gradients of all losses, traced against eager; test_compiled.py takes the traces through the compiler."""
+    """Traced and eager gradients of all losses agree; test_compiled.py compiles the traces."""
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     targets = {"gap": GAP, "charges": CHARGES, "dipoles": DIPOLES}
     if kind == "told":

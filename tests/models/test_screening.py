@@ -1,4 +1,4 @@
-"""Screening: every structure once with every head's numbers, whatever is wrong with some, killed or shared out."""
+"""Screening: each structure gets one row with the numbers of every head, also after errors, kills and on many ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ IN_PROCESS = ScreenPlan(workers=0)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks; the second has not seen carbon."""
+    """Return a model of two tasks, the second of which was not trained on carbon."""
     small = small_model(dtype=torch.float32)
     small.tasks[1] = facts("task1", scale=2.0, elements=["H", "O"])
     path = tmp_path_factory.mktemp("model") / "m.safetensors"
@@ -80,11 +80,11 @@ def test_every_head_gives_what_predictions_give(model, tmp_path):
         np.testing.assert_allclose(np.reshape(row["forces_task0"], (-1, 3)), want["forces"], atol=1e-4)
         longest = np.linalg.norm(want["forces"], axis=1).max()
         assert row["max_force_task0"] == pytest.approx(longest, abs=1e-4)
-        assert (row["energy_task1"] is None) == (set(row["formula"]) & set("CN") != set())  # C, Na, Cl are not known
+        assert (row["energy_task1"] is None) == (set(row["formula"]) & set("CN") != set())  # it lacks C, Na, Cl
     assert "forces_task1" not in rows[0] and {row["reason"] for row in rows} == {None}
 
 
-def test_ensembles_say_how_sure_they_are(tmp_path):
+def test_ensembles_give_a_spread(tmp_path):
     alone = small_model()
     ensemble = AtomisticModel(alone.settings.model_copy(update={"ensemble": 3}), alone.tasks)
     save_model(ensemble, tmp_path / "m.safetensors")
@@ -98,7 +98,7 @@ def test_ensembles_say_how_sure_they_are(tmp_path):
     assert row["energy_spread_task1"] == pytest.approx(want["energy_spread"], rel=1e-4)
 
 
-def test_what_cannot_be_computed_is_a_row_with_a_reason(model, tmp_path):
+def test_a_structure_that_cannot_be_computed_is_a_row_with_a_reason(model, tmp_path):
     on_top = Atoms("OH2", positions=[[0, 0, 0], [0, 0, 0.01], [0, 1, 0]])
     frames = [rattled_molecule("H2O"), bulk("Au", cubic=True), bulk("Na", cubic=True) * (6, 6, 6), on_top]
     source, out = write_extxyz(tmp_path / "s.extxyz", frames), tmp_path / "s.parquet"
@@ -125,7 +125,7 @@ def test_what_cannot_be_computed_is_a_row_with_a_reason(model, tmp_path):
 
 
 @pytest.mark.parametrize("by", ["", "abs(energy_task0 - energy_task1) / atoms", "-max_force_task0"])
-def test_the_top_is_that_of_all(model, tmp_path, by):
+def test_the_top_is_that_of_the_complete_screen(model, tmp_path, by):
     potential, source = load_model(model), waters(300)
     whole = ScreenSettings(tasks=("task0", "task1"), forces=("task0",))
     screen(potential, [source], tmp_path / "all.parquet", whole, IN_PROCESS)
@@ -145,7 +145,7 @@ VALUES = st.sampled_from([0.5, 1.0, 2.0, 3.0, float("nan")])
 
 @given(st.lists(st.lists(VALUES, max_size=40), max_size=60), st.integers(1, 50))
 @settings(max_examples=50)
-def test_the_best_of_tables(values, top):
+def test_top_rows_of_tables(values, top):
     schema = pa.schema([("index", pa.int64()), ("energy_a", pa.float64()), ("reason", pa.string())])
     best = TopRows(ScreenSettings(tasks=("a",), top=top, by="energy_a"), schema)
     rows, everything = 0, []
@@ -159,8 +159,8 @@ def test_the_best_of_tables(values, top):
         assert best.table()["index"].to_pylist() == [index for _, index in sorted(everything)[:top]]
 
 
-def test_a_killed_screen_goes_on(model, tmp_path):
-    """Killed at any moment, begun again with other numbers of ranks: each structure once, as if nothing had been."""
+def test_a_killed_screen_resumes(model, tmp_path):
+    """A screen that is killed and resumed with another number of ranks gives each structure once."""
     count = 6 * CHUNK + 100
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
@@ -190,7 +190,7 @@ screen(load_model({str(model)!r}), [waters({count})], out, ScreenSettings(tasks=
         summary = screen(potential, [waters(count)], tmp_path / "s.parquet", settings_, plan)
         seen += summary.structures
     assert summary.totals == {"structures": count, "written": count, "refused": {}}
-    assert 0 < seen < count  # what was there has not been done again
+    assert 0 < seen < count  # complete chunks are not computed again
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["index"].to_pylist() == list(range(count)) and not parts.exists()
     expected = potential.predict([rattled_molecule("H2O", 6 * CHUNK + 1)], tasks=["task0"])[0]["energy"]
@@ -211,13 +211,13 @@ def test_ranks_of_a_launcher_share_a_screen(model, tmp_path, monkeypatch):
     assert f"of {total:,} structures computed" in done.stdout
     rows = [row for path in out.glob("part-*.parquet") for row in rows_of(path)]
     assert Counter(row["index"] for row in rows) == Counter(range(total))
-    assert len(list(out.glob("part-*.parquet"))) == 2  # each rank has had a chunk
+    assert len(list(out.glob("part-*.parquet"))) == 2  # each rank has computed a chunk
     again = command(model, source, shards, "--out", out, "--tasks", "task0")
     assert again.exit_code == 1 and "complete" in again.output
 
 
 def test_forces_stay_with_their_structures(model, tmp_path):
-    """Where a head cannot take every second structure."""
+    """Forces belong to the right structures even if a head does not support every second structure."""
     frames = [rattled_molecule(name, seed) for seed in range(5) for name in ("H2O", "CH4")]
     source, out = write_extxyz(tmp_path / "s.extxyz", frames), tmp_path / "s.parquet"
     assert command(model, source, "--out", out, "--forces", "--forces-of", "task1").exit_code == 0
@@ -231,7 +231,7 @@ def test_forces_stay_with_their_structures(model, tmp_path):
             np.testing.assert_allclose(np.reshape(row["forces_task1"], (-1, 3)), want, atol=1e-4)
 
 
-def test_what_has_no_numbers_is_never_in_the_top(model, tmp_path):
+def test_structures_without_numbers_are_never_in_the_top(model, tmp_path):
     source = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule(n, 0) for n in ("H2O", "CH4", "CH3CH2OH", "H2O")])
     for by in ("-atoms", "where(energy_task1 > -1e9, 1, 0)", "energy_task1**0"):
         out = tmp_path / f"{len(by)}.parquet"
@@ -266,7 +266,7 @@ def test_atoms_without_neighbours(model, tmp_path):
 
 
 def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path, monkeypatch):
-    """As where a launcher's variables are not known, and each takes itself for the only one."""
+    """This happens if a launcher's variables are unknown, so that each process believes to be the only one."""
     monkeypatch.setattr("hydrazero.models.screening.part_files.PART_SECONDS", 0.0)
     potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s.parquet"
     count = 3 * CHUNK
@@ -291,7 +291,7 @@ def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path,
     content = first.read_bytes()
     first.unlink()
     begin(0, 1, 2 * CHUNK + 400)
-    first.write_bytes(content)  # the other's, with a chunk that is there twice now
+    first.write_bytes(content)  # the part of the other process, so that one chunk is in two parts
     summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
     assert summary.totals == {"structures": count, "written": count, "refused": {}}
     assert pq.read_table(out)["index"].to_pylist() == list(range(count))
@@ -309,7 +309,7 @@ def test_a_rank_that_is_late_finds_nothing_to_do(model, tmp_path):
 
 
 def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_path):
-    """As when a node that was thought lost lives on, while its job goes on with fewer."""
+    """This happens if a node that was believed lost still runs, while its job continues with fewer nodes."""
     potential, settings_, out = load_model(model), ScreenSettings(tasks=("task0",)), tmp_path / "s"
     count = 3 * CHUNK + 50
     held = tmp_path / "held"
@@ -321,7 +321,7 @@ def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_pa
     (first,) = out.glob("part-*.parquet")
     first.rename(held)
     part(1000)
-    held.rename(first)  # chunks 0 and 2, and chunk 0
+    held.rename(first)  # one part has chunks 0 and 2, the other has chunk 0
     summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
     assert summary.totals == {"structures": count, "written": count, "refused": {}}
     assert sorted(pq.read_table(out)["index"].to_pylist()) == list(range(count))
@@ -329,7 +329,7 @@ def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_pa
 
 
 def test_workers_end_with_their_rank(model, tmp_path):
-    """However it ends: those that wait to hand over a batch would wait for ever, and keep the rank's lock."""
+    """Workers of a killed rank end; otherwise they would wait for ever to pass a batch on, and keep the rank's lock."""
     code = f"""
 import sys, time; sys.path[:0] = {sys.path!r}
 from test_screening import *
@@ -340,7 +340,7 @@ plan, out = ScreenPlan(workers=3, atoms=512), Path({str(tmp_path / "s.parquet")!
 screen(load_model({str(model)!r}), [waters(20 * CHUNK)], out, ScreenSettings(tasks=("task0",)), plan, print)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline()  # a batch is there, and more wait
+    assert process.stdout is not None and process.stdout.readline()  # one batch is done, and more are waiting
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) >= 3
     process.kill()
@@ -384,7 +384,7 @@ def test_a_source_that_cannot_be_read_is_named(model, tmp_path, workers):
         screen(load_model(model), [FunctionSource("broken", broken)], tmp_path / "s.parquet", settings_, plan)
 
 
-def test_files_of_one_name_are_told_apart(model, tmp_path):
+def test_files_of_one_name_are_distinguished(model, tmp_path):
     for folder in ("a/x", "b/x", "c"):
         (tmp_path / folder).mkdir(parents=True)
         write_extxyz(tmp_path / folder / "s.extxyz", [rattled_molecule("H2O")])
@@ -394,7 +394,7 @@ def test_files_of_one_name_are_told_apart(model, tmp_path):
 
 
 def test_nothing_computed_is_an_error_with_its_rows(model, tmp_path):
-    """Unknown elements, and atoms too far from each other for a neighbour list."""
+    """Structures with unknown elements, or with atoms too far apart for a neighbour list, are rows with a reason."""
     far = rattled_molecule("CH3CH2OH")
     far.positions[0, 0] += 1e6
     source, out = write_extxyz(tmp_path / "s.extxyz", [bulk("Au"), far]), tmp_path / "s.parquet"
@@ -418,7 +418,7 @@ def test_many_sources_are_not_all_looked_at(model, tmp_path):
     assert len(looked) <= 300 + 64
 
 
-def test_a_screen_goes_on_with_the_same_reading_alone(model, tmp_path, spec):
+def test_a_screen_resumes_only_with_the_same_reading_settings(model, tmp_path, spec):
     source, out = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule("H2O")]), tmp_path / "s.parquet"
     settings_ = ScreenSettings(tasks=("task0",))
     before = [each.identity() for each in [*sources_of([source]), *sources_like(spec)]]
@@ -430,7 +430,7 @@ def test_a_screen_goes_on_with_the_same_reading_alone(model, tmp_path, spec):
     assert not list(tmp_path.glob(".s.parquet*"))  # neither parts nor locks
 
 
-def test_no_room_is_a_sentence(model, tmp_path):
+def test_an_output_that_cannot_be_written_is_one_sentence(model, tmp_path):
     source = write_extxyz(tmp_path / "s.extxyz", [rattled_molecule("H2O")])
     (tmp_path / "file").write_text("")
     done = command(model, source, "--out", tmp_path / "file" / "s.parquet")
@@ -449,8 +449,8 @@ def test_labels_do_not_matter(model, tmp_path):
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
-def test_relaxed_on_the_way(model, tmp_path):
-    """Molecules and crystals, and among them what cannot be relaxed; all heads see the relaxed structures."""
+def test_relaxation_before_prediction(model, tmp_path):
+    """Molecules and crystals are relaxed, and all heads get the relaxed structures; some cannot be relaxed."""
     pytest.importorskip("torch_sim")
     slab = bulk("Na", cubic=True)
     slab.pbc = (True, True, False)
@@ -475,7 +475,7 @@ def test_relaxed_on_the_way(model, tmp_path):
 
 
 def test_relaxations_that_fail_say_why(model, monkeypatch):
-    """Memory for two at once suffices, one falls apart, and what is no fault of a structure is an error."""
+    """Memory suffices for two structures, one relaxation fails, and an error that no structure causes is raised."""
     pytest.importorskip("torch_sim")
     relaxer = Relaxer(load_model(model), "task0", 5, 100)
     items = [Item(index=n, source_id=str(n), read=partial(to_structure, rattled_molecule("H2O", n))) for n in range(5)]
@@ -534,7 +534,10 @@ def spec(tmp_path):
 
 
 def test_generated_structures(model, tmp_path, spec):
-    """3 x 2 ways to fill the sites of the first less one that is the same twice, 2 of the second, 6 strains each."""
+    """Generate 7 substitutions with 6 strains each.
+
+    The first prototype has 3 x 2 substitutions, less one with the same element twice, and the second has 2.
+    """
     out = tmp_path / "s.parquet"
     done = command(model, "--generate", spec, "--out", out, "--tasks", "task0")
     assert done.exit_code == 0 and "42 of 42 structures" in done.output, done.output
@@ -637,7 +640,7 @@ def test_compiled_and_eager_agree(model, tmp_path):
 
 @pytest.mark.compiler
 def test_neighbours_found_in_batch_are_those_of_the_workers(model, tmp_path):
-    """Of molecules, crystals with atoms outside of the cell, slabs; and where slots are more than was expected."""
+    """Neighbours agree for molecules, slabs, crystals with atoms outside of the cell, and more slots than estimated."""
     pytest.importorskip("nvalchemiops")
     far = rattled_crystal(2)
     far.positions += np.random.default_rng(0).integers(-3, 4, (len(far), 3)) @ far.cell[:]

@@ -1,4 +1,4 @@
-"""The model for torch-sim: its own check, batched against single systems and ASE, batched relaxation and dynamics."""
+"""The model for torch-sim: torch-sim's own check, batches against single systems and ASE, relaxation and dynamics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported models in use: reload, chosen heads, precision, ASE calculator, predictions, screening."""
+"""Use of exported models: loading, selected heads, precision, the ASE calculator and predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_balance.py on one or two ranks: gradients of three tasks, each rank with structures of its own."""
+"""Program of each rank in test_balance.py: gradients of three tasks on one or two ranks with different structures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main(folder: Path) -> None:
     trained = trained_model()
     balance = RunBalance(BalanceSection(method="gradnorm", every=1), BalanceFacts(structures=(1, 1, 1)), trained)
     batches = [labelled_batch(0), labelled_batch(1)]
-    for batch in batches:  # task 2 has labels in the first alone
+    for batch in batches:  # only the first batch has labels of task 2
         known = batch.task != 2 if batch is batches[1] else torch.ones_like(batch.task, dtype=torch.bool)
         batch.energy_mask = batch.energy_mask & known
         batch.forces_mask = batch.forces_mask & known[batch.structure]

@@ -1,4 +1,4 @@
-"""Counts what collectives carry, whoever calls them: torch.distributed's functions are wrapped first of all."""
+"""Count of the bytes of all collectives: the functions of torch.distributed are wrapped before others import them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-WHOLE = {
+MESSAGES = {
     "all_reduce": lambda args, kwargs: _of(args, kwargs, 0, "tensor"),
     "broadcast": lambda args, kwargs: _of(args, kwargs, 0, "tensor"),
     "reduce": lambda args, kwargs: _of(args, kwargs, 0, "tensor"),
@@ -21,7 +21,7 @@ WHOLE = {
     "reduce_scatter_tensor": lambda args, kwargs: _of(args, kwargs, 1, "input"),
     "barrier": lambda args, kwargs: [],
 }
-"""Collective -> the tensors that make up its message: whole, as the output of a gather, the input of a scatter."""
+"""Function per collective that returns the complete message: the output of a gather, the input of a scatter."""
 
 
 def _of(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> list[Tensor]:
@@ -30,11 +30,11 @@ def _of(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) ->
 
 
 class Collectives:
-    """Calls and bytes of each collective since the last `reset`."""
+    """Count the calls and bytes of each collective since the last `reset`."""
 
     def __init__(self) -> None:
         self.reset()
-        for name, message in WHOLE.items():
+        for name, message in MESSAGES.items():
             wrapped = self._wrapped(name, getattr(distributed_c10d, name), message)
             setattr(distributed_c10d, name, wrapped)
             setattr(dist, name, wrapped)

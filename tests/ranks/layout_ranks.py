@@ -1,7 +1,7 @@
-"""Run by test_recovery.py on every rank: checkpoints go from engine to engine, each cut in another way than the last.
+"""Program of each rank in test_recovery.py: checkpoints pass between engines that partition them differently.
 
-Two ranks train, and hand a checkpoint through all ZeRO stages; one rank takes the last one on. What each engine has got
-must be what was saved, bit for bit; the losses after it are written down.
+Two ranks train, and pass a checkpoint through all ZeRO stages; then one rank loads some of them. The state of each
+engine must be identical to what was saved, bit for bit. The losses of the steps after it are recorded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hydrazero.trainer.ranks.exit_status import exit_rank
 
 RETENTION = Retention(last=9, best=None)
 STAGES = (1, 0, 2, 3, 0, 3, 1)
-"""That two ranks hand the checkpoint through, in both directions between no ZeRO and each stage."""
+"""Stages through which two ranks pass the checkpoint, in both directions between no ZeRO and each stage."""
 
 
 def ds_config(stage: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def ds_config(stage: int, dtype: torch.dtype) -> dict[str, Any]:
         "gradient_clipping": 0.5,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 1e-3, "torch_adam": True}},
         "scheduler": {"type": "WarmupPlateauLR", "params": {"warmup_num_steps": 9}},
-        # Some parameters are held whole under ZeRO 3, others are not.
+        # With this threshold, ZeRO 3 partitions some parameters and keeps others complete.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 50},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
@@ -48,7 +48,7 @@ def ds_config(stage: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 class Rank:
-    """An engine with what goes with it."""
+    """An engine with its average of the weights and its checkpoints."""
 
     def __init__(self, stage: int, dtype: torch.dtype) -> None:
         model = small_model(tasks=3, dtype=dtype).train()
@@ -77,7 +77,7 @@ class Rank:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint by name: weights, moments, counts of steps, what is not trained, the schedule."""
+    """Return everything in a checkpoint by name: weights, moments, step counts, frozen parameters, the schedule."""
     checkpoint = folder_of(folder, 1)
     layout = partition_in(read_state(checkpoint)["layout"])
     saved = ZeroFiles(checkpoint, layout)
@@ -104,7 +104,7 @@ def two_ranks(root: Path) -> dict[str, Any]:
     first.save(root / "0")
     result: dict[str, Any] = {"losses": [first.step() for _ in range(3)], "after": {}, "differing": {}}
     for number, stage in enumerate(STAGES[1:], start=1):
-        rank = Rank(stage, torch.float64 if number == 3 else torch.float32)  # double numbers hold single ones exactly
+        rank = Rank(stage, torch.float64 if number == 3 else torch.float32)  # float64 represents float32 exactly
         rank.load(root / str(number - 1))
         rank.save(root / str(number))
         name = f"{number}: stage {STAGES[number - 1]} to {stage}"

@@ -1,4 +1,4 @@
-"""Run by test_plan_ranks.py on every rank: peak memory and collectives of real steps, beside what the plan says."""
+"""Program of each rank in test_plan_ranks.py: peak memory and collectives of real steps, and those of the plan."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def measured(name: str, settings: ModelSettings, counter: Collectives, *, warm_u
     activations = 0.0 if warm_up else StepMemory(settings).bytes_of(shape)
     trim()
     before = megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     torch.manual_seed(0)
     model = AtomisticModel(settings, tasks).to(dtype).train()
     trained = ModelWithLoss(model, make_objective(model, LossSection(), [1.0] * TASKS))
@@ -90,16 +90,16 @@ def trim() -> None:
 
 def main() -> None:
     out, features, head_features, *names = sys.argv[1:]
-    # Memory goes back to the system when it is let go of, so that the peak is the program's, not the allocator's.
+    # Freed memory returns to the system at once, so that the peak is the program's, not the allocator's.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     encoder = EncoderSettings(features=int(features), layers=3, cutoff=4.0)
     settings = ModelSettings(encoder=encoder, head_features=int(head_features))
-    counter = Collectives()  # before DeepSpeed takes torch.distributed's functions
+    counter = Collectives()  # before DeepSpeed imports the functions of torch.distributed
     distributed.start_ranks()
-    gc.freeze()  # what was imported is not looked through again
+    gc.freeze()  # imported objects are not searched again
     found = {}
     for name in names:
-        measured(name, SMALL, counter, warm_up=True)  # what is loaded once only
+        measured(name, SMALL, counter, warm_up=True)  # loads what is loaded only once
         found[name] = measured(name, settings, counter, warm_up=False)
         trim()
     if distributed.rank() == 0:

@@ -1,4 +1,4 @@
-"""Run by test_training.py on every rank, as hydrazero.trainer.train is, but with a fault that rank 1 alone meets."""
+"""Program of each rank in test_training.py: hydrazero.trainer.train with an error that only rank 1 meets."""
 
 from __future__ import annotations
 

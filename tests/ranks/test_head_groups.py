@@ -1,4 +1,4 @@
-"""Heads in groups of ranks by task train as stacked heads on every rank do, and send and hold what counting says."""
+"""Heads in groups of ranks train as stacked heads on every rank do, with the expected messages and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "head_groups_rank.py"
 
 @pytest.mark.ranks
 def test_groups_train_as_stacked_heads_do():
-    """On four ranks, with large heads and with structures that differ in size."""
+    """Compare both on four ranks, with large heads and with structures that differ in size."""
     statuses, output = finished_ranks([SCRIPT, STEPS, "large", "unequal"], RANKS)
     assert not any(statuses), output
     handed = next(line for line in output.splitlines() if line.startswith("SECONDS "))
@@ -28,7 +28,7 @@ def test_groups_train_as_stacked_heads_do():
         shared, heads = found[f"{case}_{EVERYWHERE}_parameters"]
         assert found[f"{case}_{GROUPS}_parameters"] == [shared, heads / 2]
         for side, parameters, tasks in ((EVERYWHERE, shared + heads, 2), (GROUPS, shared + heads / 2, 1)):
-            counts_and_loss = 8 * (2 * tasks + 1)  # labels of energies and forces, of each task
+            counts_and_loss = 8 * (2 * tasks + 1)  # numbers of energy and force labels per task, and the loss
             assert set(found[f"{case}_{side}_sent"]) == {4 * parameters + counts_and_loss}
             assert set(found[f"{case}_{side}_states"]) == {4 * 4 * parameters}
     assert found[f"large_{EVERYWHERE}_parameters"][1] == pytest.approx(3 * shared, rel=0.01)

@@ -1,4 +1,4 @@
-"""What plans say of memory and traffic, beside real ranks of DeepSpeed with gloo under every ZeRO stage."""
+"""Memory and traffic of a plan compared with real ranks of DeepSpeed with gloo under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_hold_and_send_what_is_planned(ranks, tmp_path):
-    """Peak memory within 20%; on several ranks bytes of each kind of collective, counted in torch, within 5%."""
+    """Peak memory agrees within 20%; on several ranks, the bytes of each kind of collective agree within 5%."""
     run_ranks("memory_ranks.py", ranks, [str(tmp_path / "found.json"), "384", "512", *STAGES])
     measured = json.loads((tmp_path / "found.json").read_text())
     assert tuple(measured) == STAGES

@@ -1,4 +1,4 @@
-"""Every ZeRO stage in every precision, on two ranks with different tasks, gives what plain PyTorch gives on one."""
+"""Every ZeRO stage in every precision, on two ranks with different tasks, gives the results of PyTorch on one rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ranks
 
 
 class PlainPyTorch:
-    """The same steps without DeepSpeed: all micro-batches of both ranks summed, one AdamW on the master weights."""
+    """The same steps without DeepSpeed: a sum over all micro-batches of both ranks, and AdamW on the master weights."""
 
     def __init__(
         self, weights: torch.dtype, *, masters: torch.dtype, encoder: torch.dtype | None = None, layers: int = 2
@@ -36,7 +36,7 @@ class PlainPyTorch:
         self.counts = torch.stack([self.goal.counts(batch) for batch in self.batches]).sum(0)
 
     def step(self) -> tuple[float, float]:
-        """Return loss and norm of the gradient; gradients are summed in the precision of the master weights."""
+        """Return loss and gradient norm; gradients are summed in the precision of the master weights."""
         self.optimizer.zero_grad()
         total = 0.0
         for batch in self.batches:
@@ -91,10 +91,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return json.loads((folder / "result.json").read_text())
 
 
-# Of losses, of the gradient's norm before clipping (a factor that Adam would hide shows there), and of weights over how
-# far the steps have moved those of the same parameter. In float64 the norm for clipping is DeepSpeed's, in float32,
-# which Adam all but divides out. With bfloat16, where the order of sums differs by an ulp of float32 some
-# feature may be rounded the other way, to a part in 256, and Adam makes steps of full size of small gradients.
+# Relative tolerances of losses, of the gradient norm before clipping (which shows a factor that Adam would hide), and
+# of weights, relative to the change of the same parameter by the steps. In float64, clipping uses DeepSpeed's norm in
+# float32, which Adam almost divides out. With bfloat16, sums in another order differ by an ulp of float32, which may
+# round a feature to the next bfloat16 number, 1/256 away, and Adam makes full steps of small gradients.
 TOLERANCES = {
     "float32": {"loss": 1e-5, "norm": 1e-4, "change": 1e-3},
     "compiled": {"loss": 1e-5, "norm": 1e-4, "change": 1e-3},
@@ -119,8 +119,8 @@ PAIRS = [
 def test_equal_to_plain_pytorch(precision, name, found, plain):
     expected, tolerance = plain[precision], TOLERANCES[precision]
     assert found[name]["losses"] == pytest.approx(expected["losses"], rel=tolerance["loss"])
-    assert len(set(expected["losses"])) == zero_ranks.STEPS + 1  # the steps did something
-    if "zero0" not in name:  # without ZeRO, DeepSpeed does not tell it
+    assert len(set(expected["losses"])) == zero_ranks.STEPS + 1  # the steps changed the loss
+    if "zero0" not in name:  # DeepSpeed does not report the norm without ZeRO
         assert found[name]["norms"] == pytest.approx(expected["norms"], rel=tolerance["norm"])
     for kind in ("weights", "averaged"):
         assert expected["weights"] != expected["averaged"]
@@ -135,7 +135,7 @@ def float64(values: list[float]) -> torch.Tensor:
 
 
 def test_precisions_differ(plain):
-    """The tolerances above would not take one precision for another."""
+    """The tolerances above distinguish the precisions from each other."""
     for one, other in (("float64", "float32"), ("float32", "autocast"), ("autocast", "bf16")):
         ratios = []
         for key, values in plain[one]["weights"].items():

@@ -2,9 +2,9 @@
 
     python tests/ranks/torture.py --kills 20 --seed 0      (or `make torture`)
 
-Two ranks under ZeRO 1, with an average of the weights, evaluations, checkpoints and balancing by gradient norms. All
-ranks are killed, or one of them, in which case the other must end by itself within a minute. Ends with status 1 if a
-loss, a weight, a moment of the optimizer or the average differs in a single bit.
+The run has two ranks under ZeRO 1, an average of the weights, validation, checkpoints and balancing by gradient norms.
+Either all ranks are killed, or one of them; then the other must end by itself within a minute. The exit status is 1 if
+a loss, a weight, a moment of the optimizer or the average differs in a single bit.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from hydrazero.trainer.records.run_files import RUN_NAME, read_metrics
 
 RANKS = 2
 STEPS_PER_KILL = 20
-"""More than any life gains: it is killed after at most eight steps, or the evaluation or checkpoint after them."""
+"""Steps of the run per kill, more than a start can complete: it is killed within eight steps or shortly after."""
 MINUTE = 60.0
 AIMS = ("any moment", "step", "evaluation", "checkpoint", "start")
 CLOCKED = ("structures_per_s", "atoms_per_s", "steps_per_s", "data_wait_share", "memory_mb", "trained_seconds")
-"""Of rows of the metrics, what depends on the clock, or on how the process came to be."""
+"""Keys of the metrics that depend on the clock or on when a process started."""
 
 
 def make_data(root: Path) -> Path:
@@ -58,15 +58,15 @@ def write_run(folder: Path, data: Path, steps: int) -> Path:
 
 
 @dataclass
-class Life:
-    """The ranks of a run between its start and its end, by itself or by a kill."""
+class RunStart:
+    """The ranks of one start of a run, until they end by themselves or are killed."""
 
     run_file: Path
     notes: list[Path] = field(default_factory=list)
     processes: list[Rank] = field(default_factory=list)
     _exits: ExitStack = field(default_factory=ExitStack)
 
-    def __enter__(self) -> Life:
+    def __enter__(self) -> RunStart:
         run_dir = self.run_file.parent / "run"
         resume = ["--resume"] if (run_dir / RUN_NAME).exists() else []
         self.notes = [self.run_file.with_name(f"doing-{rank}") for rank in range(RANKS)]
@@ -81,26 +81,26 @@ class Life:
         self._exits.close()
 
     def doing(self, rank: int) -> tuple[int, str]:
-        """Steps that a rank has begun in this life, and what it is doing, or was when it was killed."""
+        """Return the number of steps that a rank has begun since this start, and its current or last activity."""
         words = self.notes[rank].read_text().split() if self.notes[rank].exists() else []
         return (int(words[0]), words[1]) if len(words) == 2 else (0, "start")
 
     def output(self) -> str:
-        """Return the end of what the ranks of all lives have printed."""
+        """Return the end of the output of the ranks of all starts."""
         return self.run_file.with_name("output.txt").read_text()[-3000:]
 
     def ended(self) -> bool:
-        """Whether a rank has ended."""
+        """Return whether a rank has ended."""
         return any(process.poll() is not None for process in self.processes)
 
     def finish(self) -> None:
-        """Wait for a good end."""
+        """Wait until all ranks have ended; raise RuntimeError if one failed."""
         for process in self.processes:
             if (status := process.wait()) != 0:
                 raise RuntimeError(f"a rank ended with {status}: {self.output()}")
 
     def wait_for(self, rank: int, aim: str, generator: random.Random) -> None:
-        """Return when a rank should be killed: somewhere in what is aimed at, after up to eight steps."""
+        """Wait for the moment of a kill: during the activity `aim` of a rank, after up to eight steps."""
         if aim == "start":
             time.sleep(generator.uniform(0.0, 10.0))
             return
@@ -110,13 +110,13 @@ class Life:
             if begun >= steps and aim in (doing, "any moment"):
                 break
             time.sleep(0.0005)
-        # What is aimed at takes some hundredths of a second, so that the kill falls anywhere in it, or just behind it.
+        # The activity takes some hundredths of a second, so that the kill falls anywhere in it, or just after it.
         time.sleep(generator.uniform(0.0, 0.15 if aim == "any moment" else 0.06))
 
     def kill(self, ranks: list[int]) -> float:
-        """Kill ranks, wait for the others to end, return how many seconds that took.
+        """Kill ranks and wait for the others to end; return the seconds that this took.
 
-        Ranks that have yet to meet cannot miss one; launchers kill them, and so does this.
+        Ranks that are not connected yet cannot notice that one is missing. Launchers kill them, and so does this.
         """
         began = time.monotonic()
         for rank in ranks:
@@ -127,7 +127,7 @@ class Life:
                 status = process.wait(timeout=MINUTE if together else GRACE)
             except TimeoutError as error:
                 if together:
-                    raise RuntimeError(f"rank {rank} lives on a minute after rank {ranks[0]} was killed") from error
+                    raise RuntimeError(f"rank {rank} still runs a minute after rank {ranks[0]} was killed") from error
                 process.kill()
                 status = process.wait()
             if together and rank not in ranks and status != MAY_PASS:
@@ -136,34 +136,34 @@ class Life:
 
 
 def train(run_file: Path) -> None:
-    """Train to the end, from the start or from where a kill has left the run."""
-    with Life(run_file) as life:
-        life.finish()
+    """Train to the end, from the beginning or from the last checkpoint."""
+    with RunStart(run_file) as start:
+        start.finish()
 
 
 def kill_once(run_file: Path, aim: str, one: bool, generator: random.Random) -> tuple[str, float]:
-    """Start or resume a run and kill it; returns what it was doing, and the seconds that survivors took to end.
+    """Start or resume a run and kill it; return its activity, and the seconds until the surviving ranks ended.
 
-    Raises RuntimeError if it ends before, or lives on.
+    Raises RuntimeError if the run ends before the kill, or if a surviving rank does not end.
     """
-    with Life(run_file) as life:
+    with RunStart(run_file) as start:
         rank = generator.randrange(RANKS)
-        life.wait_for(rank, aim, generator)
-        if life.ended():
-            raise RuntimeError(f"the run ended by itself: {life.output()}")
-        seconds = life.kill([rank] if one else list(range(RANKS)))
-        return life.doing(rank)[1], seconds
+        start.wait_for(rank, aim, generator)
+        if start.ended():
+            raise RuntimeError(f"the run ended by itself: {start.output()}")
+        seconds = start.kill([rank] if one else list(range(RANKS)))
+        return start.doing(rank)[1], seconds
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """Name everything that differs between the ends of two runs, bit by bit."""
+    """Return the names of everything that differs in any bit between the ends of two runs."""
     found = []
     rows, expected = (comparable(read_metrics(each)) for each in (run, whole))
     for kind in ("train", "evaluation", "balance"):
         if rows[kind] != expected[kind]:
             found.append(f"rows of kind '{kind}'")
     if not all(expected.values()):
-        found.append("metrics of the whole run, which lack a kind")
+        found.append("metrics of the complete run, which lack a kind")
     tensors, wanted = (all_tensors(latest_checkpoint(each)) for each in (run, whole))
     if set(tensors) != set(wanted):
         found.append("names of tensors")
@@ -176,7 +176,7 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 
 def comparable(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Sort rows of the metrics by kind, without what depends on the clock."""
+    """Return the rows of the metrics by kind, without keys that depend on the clock."""
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "balance": []}
     for row in rows:
         kinds[row["kind"]].append({key: value for key, value in row.items() if key not in CLOCKED})
@@ -196,7 +196,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def torture(root: Path, kills: int, seed: int) -> int:
-    """Do it all, print the tally; returns the exit status."""
+    """Run the complete test and print the counts; return the exit status."""
     generator, steps = random.Random(seed), STEPS_PER_KILL * kills
     data = make_data(root / "data")
     whole, run_file = (write_run(root / name, data, steps) for name in ("whole", "killed"))

@@ -1,7 +1,7 @@
-"""Run by torture.py on every rank, as hydrazero.trainer.train is, but noting in a file what it is doing.
+"""Program of each rank in torture.py: hydrazero.trainer.train, which records its activity in a file.
 
-The first argument is the file: how many steps this process has begun, and 'step', 'evaluation', 'checkpoint', 'loading'
-or 'between'.
+The first argument is the file. It holds the number of steps that this process has begun, and 'step', 'evaluation',
+'checkpoint', 'loading' or 'between'.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from hydrazero.trainer import loop, train
 
 
-class Note:
-    """The file, of one short line, overwritten in place."""
+class ActivityFile:
+    """A file of one short line, which is overwritten in place."""
 
     def __init__(self, path: str) -> None:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -27,26 +27,26 @@ class Note:
         os.pwrite(self.file, f"{self.steps:6d} {doing:12s}".encode(), 0)
 
 
-def noted(module: Any, name: str, doing: str, note: Note) -> None:
-    """Let a function of a module be noted while it runs."""
+def record_calls(module: Any, name: str, doing: str, file: ActivityFile) -> None:
+    """Replace a function of a module by one that records the activity while it runs."""
     function: Callable[..., Any] = getattr(module, name)
 
     @functools.wraps(function)
-    def noting(*arguments: Any, **named: Any) -> Any:
-        note.steps += doing == "step"
-        note.write(doing)
+    def recorder(*arguments: Any, **named: Any) -> Any:
+        file.steps += doing == "step"
+        file.write(doing)
         try:
             return function(*arguments, **named)
         finally:
-            note.write("between")
+            file.write("between")
 
-    setattr(module, name, noting)
+    setattr(module, name, recorder)
 
 
 if __name__ == "__main__":
-    note = Note(sys.argv.pop(1))
-    noted(loop, "train_step", "step", note)
-    noted(loop, "validate", "evaluation", note)
-    noted(loop, "save_checkpoint", "checkpoint", note)
-    noted(train, "load_checkpoint", "loading", note)
+    file = ActivityFile(sys.argv.pop(1))
+    record_calls(loop, "train_step", "step", file)
+    record_calls(loop, "validate", "evaluation", file)
+    record_calls(loop, "save_checkpoint", "checkpoint", file)
+    record_calls(train, "load_checkpoint", "loading", file)
     train.main()

@@ -1,4 +1,4 @@
-"""Run by test_zero.py on every rank: a few steps in each ZeRO stage and precision, what came of them into a JSON."""
+"""Program of each rank in test_zero.py: a few steps in each ZeRO stage and precision, with results in a JSON file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from hydrazero.trainer.ranks.exit_status import exit_rank
 
 STEPS = 4
 BROKEN = 2
-"""Before this step comes one whose labels are not finite on one rank; it must leave no trace."""
+"""Step before which a step with non-finite labels on one rank is run, which must not change anything."""
 TASKS = 3
 OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.999], "weight_decay": 1e-3}
 CLIP = 0.5
 AVERAGE = 0.6
 FLOAT32 = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 COMPILED = ("zero1 compiled", "zero2 compiled")
-"""In float32, of one layer: compiling takes most of the time, and hands gradients over in the same way."""
+"""Names with a model of one layer in float32: compilation takes most of the time, and more layers test nothing new."""
 FLOAT64 = ("zero1_fp64", "zero2_fp64", "zero3_fp64", "zero2_offload_fp64", "zero3_offload_fp64")
 AUTOCAST = (
     "zero0_bf16_autocast",
@@ -56,7 +56,7 @@ def labelled(atoms, seed: int):
 
 
 def micro_batches(rank: int, dtype: torch.dtype) -> list[GraphBatch]:
-    """Two micro-batches a rank; tasks 0 and 1 are on rank 0 alone, task 2 on rank 1 alone (and 1 on both once)."""
+    """Return two micro-batches of a rank: task 0 is only on rank 0, task 2 only on rank 1, and task 1 on both."""
     if rank == 0:
         first = [labelled(rattled_molecule(seed=1), 1), labelled(rattled_molecule("H2O", seed=2), 2)]
         return [batch(first, [0, 0], dtype), batch([labelled(rattled_crystal(3), 3)], [1], dtype)]
@@ -65,7 +65,7 @@ def micro_batches(rank: int, dtype: torch.dtype) -> list[GraphBatch]:
 
 
 def batch(structures: list[Structure], tasks: list[int], dtype: torch.dtype) -> GraphBatch:
-    """All of one shape, so that a compiled step is compiled once."""
+    """Return a batch of a shape that all batches share, so that a compiled step is compiled once."""
     samples = [graph_sample(structure, task, CUTOFF) for structure, task in zip(structures, tasks, strict=True)]
     return collate(samples, BatchShape(structures=3, atoms=24, slots=512), dtype)
 
@@ -76,13 +76,13 @@ def objective(model: AtomisticModel) -> Objective:
 
 
 def ds_config(name: str) -> dict:
-    """A packaged configuration with settings under which its parts do something in a few steps."""
+    """Return a packaged configuration with settings that take effect within a few steps."""
     changes = {
         "config": name,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": CLIP,
         "optimizer": {"params": OPTIMIZER},
-        # Small weights would all be kept whole.
+        # With the default threshold, ZeRO 3 would partition none of these small weights.
         "zero_optimization": {"stage3_param_persistence_threshold": 0 if "offload" not in name else 300},
     }
     document = deepspeed_config(changes, STEPS)
@@ -123,7 +123,7 @@ def train_under(name: str, folder: Path) -> dict:
     averaged = average.full()
     with average.applied():
         rounded_average = whole_model(engine)
-    assert all(torch.equal(whole_model(engine)[key], rounded[key]) for key in named)  # it is over without a trace
+    assert all(torch.equal(whole_model(engine)[key], rounded[key]) for key in named)  # restored
     for key, p in named.items():
         assert weights[key].dtype == averaged[key].dtype == dtype  # float32 or float64, never lower
         torch.testing.assert_close(rounded[key], weights[key].to(p.dtype), rtol=0, atol=0)
@@ -146,7 +146,7 @@ def train_under(name: str, folder: Path) -> dict:
 
 
 def whole_model(engine) -> dict[str, torch.Tensor]:
-    """The weights that the model computes with."""
+    """Return the weights with which the model computes."""
     import deepspeed
 
     parameters = list(engine.module.parameters())
