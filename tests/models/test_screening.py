@@ -80,9 +80,7 @@ def test_every_head_gives_what_predictions_give(model, tmp_path):
         np.testing.assert_allclose(np.reshape(row["forces_task0"], (-1, 3)), want["forces"], atol=1e-4)
         longest = np.linalg.norm(want["forces"], axis=1).max()
         assert row["max_force_task0"] == pytest.approx(longest, abs=1e-4)
-        assert (row["energy_task1"] is None) == (
-            set(row["formula"]) & set("CN") != set()
-        )  # it lacks C, Na, Cl
+        assert (row["energy_task1"] is None) == (set(row["formula"]) & set("CN") != set())  # it lacks C, Na, Cl
     assert "forces_task1" not in rows[0] and {row["reason"] for row in rows} == {None}
 
 
