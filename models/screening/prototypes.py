@@ -142,7 +142,7 @@ class Prototype:
         count = prod(len(elements) for elements in lists)
         if count > MAX_SUBSTITUTIONS:
             raise ConfigError(
-                f"{self.where} has {count:,} substitutions, more than {MAX_SUBSTITUTIONS:,}; divide the prototype."
+                f"{self.where} has {count:,} substitutions, more than {MAX_SUBSTITUTIONS:,}; use several prototypes."
             )
         numbers = np.arange(count)
         if not self.settings.distinct or len(lists) < 2:
