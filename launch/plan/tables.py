@@ -34,16 +34,21 @@ def _jobs(number: float) -> str:
 
 def summary(plan: dict[str, Any]) -> Table:
     """Return the table of the run, its step, its files and its epoch."""
-    site, batch, step, files, epoch = (plan[key] for key in ("site", "batch", "step", "files", "epoch"))
+    table = _table(f"{plan['run']} on {plan['site']['name']}", ["", "value"])
+    table.show_header = False
+    for name, value in (*_step_rows(plan), *_file_rows(plan["files"]), *_epoch_rows(plan["epoch"], plan["files"])):
+        table.add_row(name, value)
+    return table
+
+
+def _step_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on the size of the run, its memory, and one step."""
+    site, batch, step = (plan[key] for key in ("site", "batch", "step"))
     model, pace, by = plan["model"], plan["pace"], plan["deepspeed"]
     own = next(row for row in plan["memory"] if row["own"])
     batches = "1 batch" if batch["accumulation"] == 1 else f"{batch['accumulation']} batches"
-    jobs, run_jobs = _jobs(epoch["jobs"]), _jobs(epoch["run_jobs"])
-    copies = " with copying" if files["seconds_of_copying"] else ""
     loading = "" if pace["atoms_of_worker"] is None else f"; meanwhile, data loading takes {show_seconds(step['data'])}"
-    table = _table(f"{plan['run']} on {site['name']}", ["", "value"])
-    table.show_header = False
-    for name, value in (
+    return [
         ("ranks", f"{site['ranks']:,} on {site['nodes']:,} nodes"),
         (
             "model",
@@ -65,6 +70,12 @@ def summary(plan: dict[str, Any]) -> Table:
             f"{loading}",
         ),
         ("speed", f"{pace['share']:.0%} of the roofline ({pace['source']})"),
+    ]
+
+
+def _file_rows(files: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on shards, copies of them, and the load on the file system."""
+    return [
         (
             "shards",
             f"{files['shards']:,} files, {show_bytes(files['bytes'])}; {files['shards_per_rank']:.2g} per rank; every "
@@ -87,6 +98,14 @@ def summary(plan: dict[str, Any]) -> Table:
             f"{show_bytes(files['bandwidth'])}/s by all ranks, {_share(files['bandwidth_share'])} the file system's "
             "bandwidth",
         ),
+    ]
+
+
+def _epoch_rows(epoch: dict[str, Any], files: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on one epoch and on the complete run."""
+    jobs, run_jobs = _jobs(epoch["jobs"]), _jobs(epoch["run_jobs"])
+    copies = " with copying" if files["seconds_of_copying"] else ""
+    return [
         (
             "one epoch",
             f"{epoch['structures']:,} structures, {epoch['steps']:,} steps, {_hours(epoch['hours'])}, "
@@ -97,9 +116,7 @@ def summary(plan: dict[str, Any]) -> Table:
             f"{epoch['run_epochs']:.2g} epochs, {_hours(epoch['run_hours'])}; {run_jobs}{copies}: "
             f"{_hours(epoch['run_hours_with_copies'])}, {epoch['run_node_hours']:,.0f} node-hours",
         ),
-    ):
-        table.add_row(name, value)
-    return table
+    ]
 
 
 def memory(plan: dict[str, Any]) -> Table:
