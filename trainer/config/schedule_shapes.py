@@ -13,37 +13,49 @@ from hydrazero.shards.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class StableDecay:
-    """A warm-up, a stable phase, and a linear decay (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
+class WarmUp:
+    """A linear rise of the learning rate in the first steps, with which both schedules begin."""
 
-    total_num_steps: int
-    """Number of steps of the run; "auto" in the JSON stands for it."""
     warmup_num_steps: int = 100
     """Number of steps in which the learning rate rises to its full value."""
     warmup_min_ratio: float = 0.01
     """Learning rate before the first step, as a fraction of the full one."""
+
+    def ratio(self, step: int, reductions: int) -> float:
+        """Return the learning rate of a step, counted from 1, as a fraction of the full one.
+
+        `reductions` is the number of times that a plateau of the validation loss has lowered it.
+        """
+        if step <= self.warmup_num_steps:
+            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
+        return self._ratio_after(step, reductions)
+
+    def _ratio_after(self, step: int, reductions: int) -> float:
+        """Return the ratio of a step after the warm-up."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableDecay(WarmUp):
+    """A warm-up, a stable phase, and a linear decay (Hu et al. 2024, MiniCPM, arXiv 2404.06395, sec. 4.2)."""
+
+    total_num_steps: int
+    """Number of steps of the run; "auto" in the JSON stands for it."""
     decay_share: float = 0.2
     """Fraction of the steps in which the learning rate decays, at the end of the run."""
     min_ratio: float = 0.001
     """Learning rate of the last step, as a fraction of the full one."""
 
-    def ratio(self, step: int, reductions: int) -> float:
-        """Return the learning rate of a step, counted from 1, as a fraction of the full one."""
-        if step <= self.warmup_num_steps:
-            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
+    def _ratio_after(self, step: int, reductions: int) -> float:
         decay = max(round(self.decay_share * self.total_num_steps), 1)
         left = min(max(self.total_num_steps - step, 0) / decay, 1.0)
         return self.min_ratio + (1 - self.min_ratio) * left
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plateau:
+class Plateau(WarmUp):
     """A warm-up, then a learning rate that is lowered whenever the validation loss has stopped falling."""
 
-    warmup_num_steps: int = 100
-    """Number of steps in which the learning rate rises to its full value."""
-    warmup_min_ratio: float = 0.01
-    """Learning rate before the first step, as a fraction of the full one."""
     factor: float = 0.5
     """Factor by which the learning rate is lowered each time."""
     patience: int = 3
@@ -51,10 +63,7 @@ class Plateau:
     min_ratio: float = 0.001
     """Lowest learning rate, as a fraction of the full one."""
 
-    def ratio(self, step: int, reductions: int) -> float:
-        """Return the learning rate of a step, counted from 1, as a fraction of the full one."""
-        if step <= self.warmup_num_steps:
-            return self.warmup_min_ratio + (1 - self.warmup_min_ratio) * step / self.warmup_num_steps
+    def _ratio_after(self, step: int, reductions: int) -> float:
         return max(self.factor**reductions, self.min_ratio)
 
 
