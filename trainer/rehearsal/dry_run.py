@@ -15,6 +15,7 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.manifest import Manifest, check_shard_files
 from hydrazero.shards.stream.stream import SplitReader, evaluation_batches
 from hydrazero.trainer.config.run_file import RunConfig
+from hydrazero.trainer.config.sections import DataSection, TaskSection
 from hydrazero.trainer.cost.device_memory import device_memory
 from hydrazero.trainer.cost.run_memory import RunMemory, check_memory, memory_of_ranks, step_bytes
 from hydrazero.trainer.cost.step_cost import ModelSize
@@ -31,7 +32,7 @@ from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.records.run_log import SilentLog
-from hydrazero.trainer.rehearsal.dry_run_tables import Findings, Tried, run_table, tasks_table
+from hydrazero.trainer.rehearsal.dry_run_tables import Findings, MeasuredSteps, run_table, tasks_table
 from hydrazero.trainer.setup import (
     CheckedRun,
     check_same_model,
@@ -46,7 +47,7 @@ LOOKED_AT = 8
 
 
 def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
-    """Check everything, do two steps and a validation batch, print what the run will take.
+    """Check everything, do two steps and a validation batch, and print what the run will take.
 
     Raises HydrazeroError on every rank that a fault concerns.
     """
@@ -61,11 +62,12 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
     log = SilentLog()
     average = weight_average_of(engine, config.train.average)
     parts = run_parts(config, checked, engine, average, stop=StopRequest(0.0), log=log)
-    tried = _try(Trainer(Path(config.run.out), config.train, parts), log)
+    measured = _measure(Trainer(Path(config.run.out), config.train, parts), log)
     found = Findings(
-        config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, tried=tried
+        config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, measured=measured
     )
-    said = [*heads, *checked.warnings, *_file_faults(config, manifests), *_elements_left_out(manifests), *log.sentences]
+    faults = _file_faults(config.tasks, config.data, manifests)
+    said = [*heads, *checked.warnings, *faults, *_elements_left_out(manifests), *log.sentences]
     if distributed.rank() == 0:
         console = wide_console(stderr=False)
         console.print(tasks_table(found))
@@ -94,7 +96,7 @@ def _state_bytes(config: RunConfig, checked: CheckedRun, engine: TrainingEngine)
     return device_memory(run, distributed.ranks(), activations=0.0, gpu=has_gpu(), workers=config.data.workers).states
 
 
-def _try(trainer: Trainer, log: SilentLog) -> Tried:
+def _measure(trainer: Trainer, log: SilentLog) -> MeasuredSteps:
     """Do two steps and a validation batch; measure how full some batches are."""
     seen: list[GraphBatch] = []
     batches = _remembered(iter(trainer.parts.stream), seen)
@@ -108,7 +110,7 @@ def _try(trainer: Trainer, log: SilentLog) -> Tried:
     for _ in range(LOOKED_AT - len(seen)):
         next(batches)
     structures, atoms, slots, in_batch = _fill(seen)
-    return Tried(
+    return MeasuredSteps(
         loss=interval.loss,
         step_seconds=distributed.max_over_ranks(seconds),
         wait_seconds=distributed.max_over_ranks(interval.waited),
@@ -160,13 +162,13 @@ def _fill(batches: Sequence[GraphBatch]) -> list[float]:
     return mean
 
 
-def _file_faults(config: RunConfig, manifests: Sequence[Manifest]) -> list[str]:
+def _file_faults(tasks: Sequence[TaskSection], data: DataSection, manifests: Sequence[Manifest]) -> list[str]:
     """Return warnings about missing files, or files of another size, that the run would skip."""
     faults = []
-    if config.data.on_bad_shard == "skip":
-        for task, manifest in zip(config.tasks, manifests, strict=True):
+    if data.on_bad_shard == "skip":
+        for task, manifest in zip(tasks, manifests, strict=True):
             try:
-                check_shard_files(manifest, task.shards)
+                check_shard_files(manifest, data.folder(task))
             except ShardError as error:
                 faults.append(f"warning: {error} (data.on_bad_shard = 'skip': the run leaves it out)")
     return faults

@@ -21,8 +21,8 @@ from hydrazero.trainer.records.progress_line import duration
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
-    """Results of the steps of a dry run."""
+class MeasuredSteps:
+    """What the steps of a dry run have shown."""
 
     loss: float
     """Loss of the second step."""
@@ -50,10 +50,10 @@ class Findings:
     ds_config: dict[str, Any]
     """DeepSpeed JSON."""
     manifests: Sequence[Manifest]
-    """Of each task."""
+    """The manifest of each task's shards."""
     engine: TrainingEngine
     memory: RunMemory
-    tried: Tried
+    measured: MeasuredSteps
 
 
 def _table(title: str) -> Table:
@@ -93,32 +93,33 @@ def _trained_on(found: Findings, number: int) -> list[str]:
 
 def run_table(found: Findings) -> Table:
     """Return the table of what the run will take."""
-    config, memory, tried, engine = found.config, found.memory, found.tried, found.engine
+    config, memory, measured, engine = found.config, found.memory, found.measured, found.engine
     accumulated = engine.gradient_accumulation_steps()
     sizes = ", ".join(f"{size:,} {name}" for name, size in config.batch if size)
-    fill = f"{tried.structures:.0%} of the structures, {tried.atoms:.0%} of the atoms, {tried.slots:.0%} of the slots"
+    filled = (f"{getattr(measured, name):.0%} of the {name}" for name in ("structures", "atoms", "slots"))
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     trained = sum(full_size(parameter) for parameter in parameters)
     optimizer, scheduler = (found.ds_config.get(key, {}).get("type") for key in ("optimizer", "scheduler"))
     states = f"{megabytes(memory.states)} of weights, gradients, optimizer"
     eager = ", eagerly; compiled, the run is faster" if config.train.compile else ""
     seconds, evaluations = whole_run(found)
+    evaluated = f"{evaluations} evaluation{'' if evaluations == 1 else 's'}"
     table = _table("the run")
     table.show_header = False
     for name, value in (
         ("ranks", f"{ranks()}, {accumulated} batches of each a step" if accumulated > 1 else str(ranks())),
         ("batch", sizes),
-        ("filled", fill),
+        ("filled", ", ".join(filled)),
         ("model", f"{config.model.encoder}, {trained:,} trained parameters"),
         ("DeepSpeed", f"ZeRO {engine.zero_optimization_stage()}, {optimizer}, {scheduler or 'no schedule'}"),
         (
             "memory of a rank",
-            f"about {megabytes(memory.step)} in a step, {states}; {megabytes(memory.at_hand)} are there",
+            f"about {megabytes(memory.step)} in a step, {states}; {megabytes(memory.at_hand)} are available",
         ),
-        ("peak so far", f"{peak_memory_mb():,.0f} MB on rank 0, all of the process"),
-        ("loss", f"{tried.loss:.4g} in the second step"),
-        ("a step", f"{tried.step_seconds:.3g} s, of which {tried.wait_seconds:.2g} s wait for data{eager}"),
-        ("the whole run", f"about {duration(seconds)} for {config.train.steps:,} steps and {evaluations} evaluations"),
+        ("peak so far", f"{peak_memory_mb():,.0f} MB on rank 0, for the whole process"),
+        ("loss", f"{measured.loss:.4g} in the second step"),
+        ("a step", f"{measured.step_seconds:.3g} s, of which {measured.wait_seconds:.2g} s wait for data{eager}"),
+        ("the whole run", f"about {duration(seconds)} for {config.train.steps:,} steps and {evaluated}"),
     ):
         table.add_row(name, value)
     return table
@@ -126,8 +127,8 @@ def run_table(found: Findings) -> Table:
 
 def whole_run(found: Findings) -> tuple[float, int]:
     """Return the seconds of the complete run at the rate of the second step, and its number of evaluations."""
-    train, tried = found.config.train, found.tried
+    train, measured = found.config.train, found.measured
     evaluations = -(-train.steps // train.evaluate_every)
     validated = sum(manifest.structures("val") for manifest in found.manifests)
-    batches = validated / (max(tried.in_batch, 1.0) * ranks())
-    return train.steps * tried.step_seconds + evaluations * batches * tried.validation_seconds, evaluations
+    batches = validated / (max(measured.in_batch, 1.0) * ranks())
+    return train.steps * measured.step_seconds + evaluations * batches * measured.validation_seconds, evaluations
