@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import ShardError
+from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import write_text
 from hydrazero.shards.location import address, is_remote, read_whole
 from hydrazero.shards.targets import TargetStatistics
@@ -204,6 +205,14 @@ def read_manifest(folder: Path | str) -> Manifest:
         return _manifest_from_document(document)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardError(f"{path} has a missing or wrong field ({error}); convert the task again.") from error
+
+
+def check_different_tasks(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
+    """Raise ConfigError if two folders hold tasks of the same name."""
+    names = [manifest.task for manifest in manifests]
+    for name, folder in zip(names, folders, strict=True):
+        if names.count(name) > 1:
+            raise ConfigError(f"two of the folders hold a task '{name}' ({folder}); a run needs different names.")
 
 
 def manifest_sha256(folder: Path | str) -> str:

@@ -83,16 +83,13 @@ def inspect_command(
 
 def _checked_manifests(folders: Sequence[Path], verify: bool) -> list[Manifest]:
     """Return the folders' manifests; raise ConfigError or ShardError for what is not a set of complete shards."""
-    from hydrazero.shards.manifest import check_shard_files, read_manifest
+    from hydrazero.shards.manifest import check_different_tasks, check_shard_files, read_manifest
     from hydrazero.trainer.records.run_files import RUN_NAME
 
     for run in (path for path in folders if (path / RUN_NAME).is_file()):
         raise ConfigError(f"{run} is a run, which 'hydrazero report {run}' shows; inspect is for shards and models.")
     manifests = [read_manifest(folder) for folder in folders]
-    names = [manifest.task for manifest in manifests]
-    for name, folder in zip(names, folders, strict=True):
-        if names.count(name) > 1:
-            raise ConfigError(f"two of the folders hold a task '{name}' ({folder}); a run needs different names.")
+    check_different_tasks(manifests, folders)
     for manifest, folder in zip(manifests, folders, strict=True):
         check_shard_files(manifest, folder, checksums=verify)
     return manifests

@@ -168,6 +168,9 @@ def test_a_proposed_batch_holds_what_it_says(shards, tmp_path):
     assert small.exit_code == 1 and "ask for fewer --structures" in small.stderr
     off = CliRunner().invoke(main, [*arguments, "--cutoff", "7"])
     assert off.exit_code == 1 and "degree_cutoffs = [7]" in off.stderr
+    for option, value in (("--cutoff", "0"), ("--cutoff", "nan"), ("--temperature", "0")):
+        wrong = CliRunner().invoke(main, [*arguments, option, value])
+        assert wrong.exit_code == 1 and f"{option} is {value}; it must be" in wrong.stderr
 
 
 def test_elements_stand_where_they_should():

@@ -26,6 +26,7 @@ class ProposedBatch:
     structures: int
     """Mean number of structures in a batch."""
     shape: BatchShape
+    """Size of the batch."""
     fill: Fill
     """How full simulated batches of this shape are."""
     step_bytes: float
@@ -123,11 +124,15 @@ class BatchRequest:
 
 def batch_text(request: BatchRequest) -> str:
     """Return a section [batch] for a run file, with comments; raises ConfigError and ShardError."""
+    if request.structures < 1:
+        raise ConfigError(f"--structures is {request.structures}; it must be at least 1.")
+    if not 0 < request.cutoff < float("inf"):
+        raise ConfigError(f"--cutoff is {request.cutoff:g}; it must be a distance in Å above 0.")
+    if not 1 <= request.temperature < float("inf"):
+        raise ConfigError(f"--temperature is {request.temperature:g}; it must be a number of at least 1.")
     model = ModelSettings(encoder=EncoderSettings(cutoff=request.cutoff))
     if request.run_file is not None:
         model = load_run_config(request.run_file).model.settings()
-    if request.structures < 1:
-        raise ConfigError(f"--structures is {request.structures}; it must be at least 1.")
     available = SHARE * (memory_at_hand(1) if request.memory is None else request.memory * 1e9)
     proposed = propose_batch(
         request.folders, model, request.structures, temperature=request.temperature, available=available

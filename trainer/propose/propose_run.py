@@ -14,7 +14,7 @@ from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.device import gpu_module
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import replacing
-from hydrazero.shards.manifest import Manifest, check_shard_files, read_manifest
+from hydrazero.shards.manifest import Manifest, check_different_tasks, check_shard_files, read_manifest
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
 from hydrazero.trainer.propose.propose_batch import propose_batch
@@ -45,11 +45,13 @@ class InitRequest:
     out: Path
     """Run file to write; the run's folder gets its name, without the suffix."""
     encoder: str
+    """Name of the encoder."""
     size: str
+    """Size of the model: tiny, small, base or large."""
     cutoff: float
-    """Å."""
+    """Distance in Å up to which two atoms are neighbours."""
     hours: float
-    """Time that the run may take."""
+    """Time that the run may take, in hours."""
     ranks: int | None
     """Number of training processes; None: chosen for this machine."""
 
@@ -95,12 +97,8 @@ def _check_request(request: InitRequest) -> None:
 def _manifests(request: InitRequest) -> tuple[Manifest, ...]:
     """Return the folders' manifests; raise ConfigError or ShardError for folders that cannot be trained on."""
     manifests = tuple(read_manifest(folder) for folder in request.folders)
-    names = [manifest.task for manifest in manifests]
+    check_different_tasks(manifests, request.folders)
     for manifest, folder in zip(manifests, request.folders, strict=True):
-        if names.count(manifest.task) > 1:
-            raise ConfigError(
-                f"two of the folders hold a task '{manifest.task}' ({folder}); a run needs different names."
-            )
         if not manifest.structures("train"):
             raise ConfigError(f"{folder} holds no training structures; convert the data with some for training.")
         check_shard_files(manifest, folder)

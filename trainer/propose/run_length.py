@@ -30,24 +30,34 @@ class RunLength:
     """The values of [train], and what their comments say."""
 
     steps: int
+    """Number of steps of the run."""
     every: int
-    """Steps between evaluations, and between checkpoints."""
+    """Number of steps between evaluations, and between checkpoints."""
     log_every: int
+    """Number of steps between rows of the log."""
     keep_best: bool
+    """Whether the checkpoint with the lowest validation loss is kept."""
     patience: int
+    """Number of evaluations without improvement after which the run stops early; 0: it does not stop early."""
     average: float
+    """Decay per step of the moving average of the weights."""
     compile: bool
+    """Whether steps are compiled."""
     why_steps: str
+    """Comment on `steps`."""
     why_best: str
+    """Comment on `keep_best`."""
     why_patience: str
+    """Comment on `patience`."""
     why_compile: str
+    """Comment on `compile`."""
 
 
 def run_length(*, hours: float, ranks: int, train: int, val: int, times: StepTimes | None) -> RunLength:
     """Return the values of [train] for a run of `hours` on `ranks` ranks.
 
-    `train` and `val` are the numbers of training and validation structures. Without measured times, a run whose steps
-    are to be measured is described. Raises ConfigError if there is not enough time for one step.
+    `train` and `val` are the numbers of training and validation structures. Without measured times, return
+    those of a run whose steps are to be measured. Raises ConfigError if there is not enough time for one step.
     """
     if times is None:
         steps, why_steps = 1_000_000, ""
@@ -104,7 +114,7 @@ def _steps(hours: float, ranks: int, val: int, times: StepTimes) -> tuple[int, b
             f"Compiling takes {times.compiling:.0f} s at the start; a step then takes {times.compiled:.3g} s "
             f"instead of {times.eager:.3g} s."
         )
-        why += "" if compiled else " That does not pay here."
+        why += "" if compiled else " In this run, compiling takes longer than it saves."
     if steps < 1:
         raise ConfigError(
             f"--hours is {hours:g}, which is too short: one training step takes {times.eager:.3g} s here; ask for more."

@@ -20,23 +20,31 @@ class RunProposal:
     """Everything that a proposed run file says."""
 
     run_file: Path
+    """Run file to write."""
     run_dir: Path
+    """Run folder, which the run file names."""
     folders: tuple[Path, ...]
     """Shard folders."""
     manifests: tuple[Manifest, ...]
     """Manifest of each task."""
     encoder: str
+    """Name of the encoder."""
     size: str
+    """Size of the model."""
     cutoff: float
-    """Å."""
+    """Distance in Å up to which two atoms are neighbours."""
     temperature: float
+    """Value of `data.temperature`."""
     batch: ProposedBatch
+    """The batch of each rank."""
     ranks: int
+    """Number of training processes."""
     device: str
     """Description of the devices on which the ranks compute."""
     rate: float
     """Maximum learning rate."""
     length: RunLength
+    """The values of [train]."""
 
     @property
     def labels(self) -> set[str]:
