@@ -26,7 +26,7 @@ RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"
 
 @dataclass(frozen=True, kw_only=True)
 class LauncherRank:
-    """The rank of a process, as its launcher has told it."""
+    """The rank of a process, as its launcher has set it."""
 
     rank: int
     ranks: int
@@ -40,7 +40,7 @@ class LauncherRank:
 
 
 def launcher_rank_in(environment: Mapping[str, str]) -> LauncherRank | None:
-    """Return the rank that a launcher has put into an environment; None unless one has told all about it."""
+    """Return the rank that a launcher has put into an environment; None unless it has set all three numbers."""
     for names in FAMILIES:
         values = [environment.get(name, "") for name in names]
         if all(value.isdigit() for value in values):
@@ -50,7 +50,7 @@ def launcher_rank_in(environment: Mapping[str, str]) -> LauncherRank | None:
 
 
 def launcher_rank() -> int:
-    """Return this process's rank by its launcher, known before there is a process group; 0 without a launcher."""
+    """Return the rank that the launcher gave this process, known before it joins a group; 0 without a launcher."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
@@ -76,7 +76,7 @@ def is_under_mpi() -> bool:
 
 
 def mpi_sizes() -> dict[str, int]:
-    """Return the number of processes by each variable in which mpirun or srun has told it."""
+    """Return the number of processes by each variable in which mpirun or srun has set it."""
     return {name: int(os.environ[name]) for name in MPI_SIZES if os.environ.get(name, "").isdigit()}
 
 

@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, whatever ends that one."""
+"""Processes that end when the process that started them ends, however that happens."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def end_with_parent(parent: int, status: int) -> None:
 def end_with_creator() -> None:
     """Let a process made by `multiprocessing` end when the process that made it ends.
 
-    A thread waits for that end, since the maker need not be the parent: a fork server may stand between them, and a
-    thread of the maker that forks may end long before it.
+    A thread waits for that end, since the creator need not be the parent process: a fork server may stand between
+    them. Nor does `kill_with_parent` help: the thread of the creator that forks may end long before the creator.
     """
     creator = parent_process()
     if creator is None:

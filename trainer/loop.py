@@ -113,7 +113,7 @@ class Trainer:
             reason = reason or self._out_of_patience(evaluated)
             ends = bool(reason) or self.over
             if (self._due(settings.checkpoint_every) or is_best or ends) and not self._save(ends=ends):
-                self.best = before if is_best else self.best  # it must be there to be evaluated and exported
+                self.best = before if is_best else self.best  # evaluations and exports need a checkpoint that exists
         if self.step < settings.steps:
             self.parts.log.say(f"stopped after step {self.step}: {reason}; --resume continues from here.")
 

@@ -1,4 +1,4 @@
-"""The command line: `hydrazero COMMAND`. Commands import what costs time when they run, so that help comes at once."""
+"""The command line: `hydrazero COMMAND`. Commands import slow modules only when they run, so that --help is quick."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Retention:
     """The checkpoints of a run that are kept when a new one is written."""
 
     last: int
-    """Number of the last checkpoints that are retention."""
+    """Number of most recent checkpoints that are kept."""
     best: dict[str, float] | None
     """Step and validation loss of the best checkpoint, which is kept too; None if only the last ones are kept."""
 

@@ -77,8 +77,8 @@ def make_engine(
     wide = precision.weights == torch.float64
     rates = _rates(config, factors or {})
     if config.get("zero_optimization", {}).get("stage") == 3:
-        # All parameters are gathered at once for each batch. DeepSpeed would gather them module by module, and gather
-        # those again, one by one, that the differentiation inside the forward pass has released.
+        # All parameters are gathered at once for each batch. Otherwise DeepSpeed would gather them module by module,
+        # and once more, one by one, those that the differentiation inside the forward pass has released.
         deepspeed.utils.set_z3_leaf_modules(model, [ModelWithLoss])
         warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
     try:

@@ -77,7 +77,8 @@ def start_ranks(timeout_minutes: float = 10.0) -> None:
         _ask_mpi()
     elif not is_ready_for_torch():
         alone = LauncherRank(rank=0, ranks=1, local=0).variables()
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any free port: nobody else asks for it
+        # Port 0 stands for any free port; no other rank has to know it.
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     _check_started()
     backend = BACKENDS[device_kind()]
     timeout = timedelta(minutes=timeout_minutes)

@@ -34,7 +34,8 @@ def run_record(run_file: Mapping[str, Any], ds_config: dict[str, Any], ranks: in
 
 
 def _start(ranks: int) -> dict[str, Any]:
-    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]  # one rank is the command itself
+    # With one rank, this process is the command `hydrazero train` or `hydrazero finetune` itself.
+    words = sys.argv[1:] if sys.argv[1:2] != ["train"] else sys.argv[2:]
     command = [] if words[:1] == ["finetune"] else ["train"]
     return {
         "command": " ".join(["hydrazero", *command, *(word for word in words if not word.startswith(OF_LAUNCHERS))]),

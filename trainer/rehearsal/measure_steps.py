@@ -11,7 +11,8 @@ from hydrazero.shards.files import read_json, write_json
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.engine.zero_layout import full_size
-from hydrazero.trainer.loop import Interval, Trainer
+from hydrazero.trainer.evaluation.interval import Interval
+from hydrazero.trainer.loop import Trainer
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.run_log import SilentLog
