@@ -51,4 +51,4 @@ def did_you_mean(wrong: str, known: list[str]) -> str:
     close = get_close_matches(wrong, known, n=1, cutoff=0.6)
     if close:
         return f" (did you mean '{close[0]}'?)"
-    return f" (known: {', '.join(sorted(known))})" if known else ""
+    return f" (known: {', '.join(sorted(filter(None, known)))})" if known else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hydrazero.shards.convert.presets import load_preset
 from hydrazero.shards.errors import did_you_mean
@@ -69,7 +69,7 @@ class ConvertSettings(Section):
     """Precision of positions, forces and stress in the shards. Energies are always stored in float64."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Whether to 'keep' or 'drop' frames whose geometry has occurred before."""
-    degree_cutoffs: ListOf[float] = (4.0, 5.0, 6.0)
+    degree_cutoffs: ListOf[PositiveFloat] = (4.0, 5.0, 6.0)
     """Distances in Å within which neighbours are counted for the manifest, which the size of batches is worked out
     from. The largest one takes most of the time."""
     energy_per_atom: bool = False

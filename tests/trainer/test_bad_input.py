@@ -235,7 +235,8 @@ def test_bad_run_files(shards, tmp_path):
     refused(run(tasks=weightless), "every task has the weight 0")
     zero = "[loss]\nenergy_weight = 0.0\nforces_weight = 0.0\nstress_weight = 0.0\n"
     refused(run(zero), "trains nothing", "look at [loss]")
-    refused(run("", "--set", "model.encoder=pain"), "'pain'", "did you mean 'painn'")
+    refused(run("", "--set", "model.encoder=pain"), "toml: model.encoder: unknown", "'pain'", "did you mean 'painn'")
+    refused(run('encoder = "pain"\nsize = "tiny"\n'), "toml: model.encoder: unknown", "'pain'")
     refused(run("", "--set", "model.repulsion=zbll"), "model.repulsion 'zbll'", "did you mean 'zbl'")
     refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "did you mean")
     refused(run("[loss]\nkind = 'hubber'\n"), "hubber", "did you mean 'huber'")

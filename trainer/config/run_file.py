@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from hydrazero.models.encoders import size_settings
+from hydrazero.models.encoders import ENCODERS, size_settings
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_toml
@@ -65,6 +65,11 @@ class RunConfig(Section):
                 raise ValueError(f"task '{name}' is named twice; give each task its own name.")
         if not any(task.weight for task in self.tasks):
             raise ValueError("every task has the weight 0; at least one weight must be above 0.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_encoder(self) -> RunConfig:
+        _check_encoder_name(self.model.encoder)
         return self
 
     @model_validator(mode="after")
@@ -139,7 +144,18 @@ def _apply_size(table: dict[str, Any], where: str) -> None:
     if not isinstance(model, dict) or not isinstance(model.get("size"), str):
         return
     encoder = model.get("encoder", EncoderSettings.model_fields["encoder"].default)
+    if not isinstance(encoder, str):
+        return
     try:
-        table["model"] = {**size_settings(str(encoder), model["size"]), **model}
+        _check_encoder_name(encoder)
+        table["model"] = {**size_settings(encoder, model["size"]), **model}
     except ConfigError as error:
         raise ConfigError(f"{where} {error}") from error
+
+
+def _check_encoder_name(name: str) -> None:
+    """Raise ConfigError, with the key of the run file, if there is no encoder of this name."""
+    try:
+        ENCODERS.check(name)
+    except ConfigError as error:
+        raise ConfigError(f"model.encoder: {error}") from error
