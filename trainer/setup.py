@@ -55,7 +55,7 @@ from hydrazero.trainer.start.methods import prepare, rate_factors
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedRun:
-    """What the checks before a run have found out."""
+    """Results of the checks before a run."""
 
     ds_config: dict[str, Any]
     """Complete DeepSpeed configuration, with the overrides of the run file."""

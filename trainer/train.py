@@ -44,7 +44,7 @@ from hydrazero.trainer.start.head_starts import started_from
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How a run is started on this machine."""
+    """Options with which a run is started on this machine."""
 
     ranks: int
     """Number of ranks."""

@@ -13,7 +13,7 @@ from hydrazero.shards.settings_parser import Section, parse_settings
 
 
 class About(Section):
-    """What a user wants to know about a dataset before downloading it."""
+    """Facts that a user wants to know about a dataset before downloading it."""
 
     title: str
     """Name of the dataset, with its number of structures."""

@@ -19,7 +19,7 @@ GROUPS = ("geometry", "composition", "file")
 
 
 class LabelSection(Section):
-    """Which labels a frame must have."""
+    """The labels that a frame must have."""
 
     require: ListOf[str] = ("energy", "forces")
     """Labels without which a frame is an error: 'energy', 'forces', 'stress', 'charge', 'multiplicity', or the name of
@@ -30,7 +30,7 @@ class LabelSection(Section):
 
 
 class SplitSection(Section):
-    """How frames are divided among the splits: by a hash of their group, so that frames of a group stay together."""
+    """The division of frames among the splits, by a hash of their group: frames of a group stay together."""
 
     group: str = "geometry"
     """What makes frames a group: 'geometry' (each frame is on its own), 'composition', 'file', or 'info:KEY' for the

@@ -15,7 +15,7 @@ from hydrazero.shards.settings_parser import Section
 
 
 class BalanceSection(Section):
-    """How the losses of the tasks are weighted against each other; each task's own `weight` multiplies the result."""
+    """The weighting of the tasks' losses against each other; each task's own `weight` multiplies the result."""
 
     method: str = "gradnorm"
     """Balancing method: 'uniform', 'static', 'uncertainty', 'famo' or 'gradnorm', or one that another package adds."""

@@ -16,7 +16,7 @@ NEAREST, MEAN, NEW, OWN = "nearest", "mean", "new", "own"
 
 
 class FinetuneSection(Section):
-    """Which weights change in a run that starts from another model, and by how much."""
+    """The method of fine-tuning, for a run that starts from another model."""
 
     method: Literal["full", "heads", "lora", "layerwise"] = "full"
     """Which weights are trained: 'full' trains all of them; 'heads' those of the heads alone; 'lora' the heads, the

@@ -18,7 +18,7 @@ Way = Literal["conservative", "direct", "none"]
 
 
 class RunSection(Section):
-    """Where the run is stored, and what it starts from."""
+    """The folder of the run, and the model from which it starts."""
 
     out: str
     """Run folder, in which everything that the run writes is stored. A relative path counts from the folder in which
@@ -66,7 +66,7 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    """How structures are read from the shards."""
+    """The reading of structures from the shards."""
 
     temperature: Annotated[float, Field(ge=1)] = 1.0
     """Tasks are sampled in proportion to (number of structures) ** (1 / temperature): at 1 in proportion to their size,
@@ -160,7 +160,7 @@ class LossSection(Section):
 
 
 class TrainSection(Section):
-    """How long the run trains, and how often it evaluates, writes checkpoints and logs; steps are optimizer steps."""
+    """Length of the run, and intervals between evaluations, checkpoints and rows of the log, in optimizer steps."""
 
     steps: PositiveInt
     """Number of steps of the run."""
@@ -202,7 +202,7 @@ class TrainSection(Section):
 
 
 class PlanSection(Section):
-    """What `hydrazero plan` assumes about shards that do not exist yet."""
+    """Assumptions of `hydrazero plan` about shards that do not exist yet."""
 
     structures: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """Number of training structures, by task. It is not needed for a task that is named like a preset which knows the

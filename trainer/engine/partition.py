@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterPlace:
-    """Where a parameter lies among the flat tensors."""
+    """The place of a parameter among the flat tensors."""
 
     flat: int
     """Number of its flat tensor."""
@@ -39,7 +39,7 @@ class ParameterPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """How all parameters are partitioned; the same on all ranks."""
+    """The partition of all parameters; the same on all ranks."""
 
     stage: int
     """ZeRO stage."""

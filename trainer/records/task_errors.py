@@ -89,7 +89,7 @@ class TaskErrors(JsonFields):
 
 @dataclass(frozen=True, kw_only=True)
 class EnergySpread(JsonFields):
-    """How well the spread of an ensemble predicts the errors of its energies."""
+    """Comparison of the spread of an ensemble's energies with their errors, which it is to predict."""
 
     count: int
     """Number of structures."""

@@ -22,7 +22,7 @@ from hydrazero.trainer.records.progress_line import duration
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredSteps:
-    """What the steps of a dry run have shown."""
+    """Results of the steps of a dry run."""
 
     loss: float
     """Loss of the second step."""

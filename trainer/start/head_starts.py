@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStart:
-    """How the head of a task starts."""
+    """The start of the head of a task."""
 
     rows: tuple[int, ...]
     """Heads of the starting model whose mean it is; empty for random weights."""
