@@ -227,6 +227,8 @@ def _manifest_bytes(folder: str) -> bytes:
         except Exception as error:  # whatever the command of webdataset's gopen raises
             raise ShardError(f"{address(folder, MANIFEST_NAME)} cannot be read ({error}).") from error
     path = Path(folder) / MANIFEST_NAME
+    if not path.parent.exists():
+        raise ShardError(f"{folder} does not exist; name a folder that 'hydrazero convert' has written.")
     if not path.is_file():
         raise ShardError(
             f"{folder} holds no {MANIFEST_NAME}, so it is not a finished conversion; run 'hydrazero convert'."

@@ -115,7 +115,10 @@ def _sources_in(folder: Path, name: str | None) -> list[Path]:
         found = [path for path in files if {plain_suffix(path), path.suffix.lower()} & suffixes]
         missing = f"file with the suffix {' or '.join(sorted(suffixes))}"
     if not found:
-        raise SourceError(f"folder {folder} holds no {missing}; name the files themselves.")
+        raise SourceError(
+            f"folder {folder} holds no {missing}; name the files themselves, and their format with --format (see "
+            "'hydrazero convert --list-formats')."
+        )
     return sorted(found)
 
 

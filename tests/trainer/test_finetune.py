@@ -281,7 +281,7 @@ def test_elements_that_the_model_has_not_seen(teacher, tmp_path):
         (["--replay", "1.5", "--replay-data", "{data}/task0"], "--replay is 1.5; it must be above 0 and below 1"),
         (["--replay", "0.2", "--replay-data", "{data}/task0", "--method", "heads"], "changes no old task"),
         (["--replay-data", "{data}/new"], "contains task 'new'"),
-        (["--replay-data", "{data}/nothing"], "holds no manifest.json"),
+        (["--replay-data", "{data}/nothing"], "does not exist; name a folder"),
         (["--set", "finetune.rank=0"], "finetune.rank is 0"),
         (["--set", "finetune.layer_decay=2.0"], "finetune.layer_decay is 2.0"),
     ],

@@ -57,5 +57,5 @@ def read_run_or_model(source: str) -> AtomisticModel:
     """
     path = Path(source)
     if not path.exists():
-        raise ConfigError(f"run.start_from: {path} does not exist; name a run folder or an exported model.")
+        raise ConfigError(f"{path} does not exist; name a run folder or an exported model.")
     return model_of_run(path) if path.is_dir() else read_model(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,8 @@ def model_to_start_from(source: str, settings: EncoderSettings) -> AtomisticMode
 
     Raises HydrazeroError if `source` is neither, or if its encoder differs from the one that `settings` describe.
     """
+    if not Path(source).exists():
+        raise ConfigError(f"run.start_from: {source} does not exist; name a run folder or an exported model.")
     model = read_run_or_model(source)
     there, here = vars(model.settings.encoder), vars(settings)
     if there != here:
