@@ -9,6 +9,8 @@ from hydrazero.trainer.rehearsal.measure_steps import StepTimes
 
 EVALUATIONS = 20
 """Number of evaluations in a run, if they do not take too long."""
+MIN_INTERVAL = 50
+"""Minimum number of steps between evaluations, of which short runs need only a few."""
 EVALUATION_SHARE = 0.2
 """Maximum fraction of the time for evaluations."""
 MOST_EPOCHS = 1000
@@ -74,7 +76,7 @@ def run_length(*, hours: float, ranks: int, train: int, val: int, times: StepTim
     )
     return RunLength(
         steps=steps,
-        every=max(-(-steps // _evaluations(hours, ranks, val, times)), 1),
+        every=max(-(-steps // _evaluations(hours, ranks, val, times)), min(MIN_INTERVAL, steps)),
         log_every=min(max(steps // 200, 1), 50),
         keep_best=val >= FEW,
         patience=patience,
