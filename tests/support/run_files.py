@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tomli_w
+from hydrazero.shards.files import toml_text
 
 
 def write_small_run(folder: Path, data_folder: Path, /, **sections: Any) -> Path:
@@ -25,5 +25,5 @@ def write_small_run(folder: Path, data_folder: Path, /, **sections: Any) -> Path
         table[name] = {**table.get(name, {}), **section} if isinstance(section, dict) else section
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.toml"
-    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    path.write_text(toml_text(table), encoding="utf-8")
     return path

@@ -214,7 +214,7 @@ def test_from_direct_to_conservative_the_encoder_stays(data, tmp_path):
     task = 'name = "metals"'
     for phase, forces in (("first", "direct"), ("second", "conservative")):
         path = write_run(tmp_path / phase, data)
-        path.write_text(path.read_text().replace(task, f'{task}, forces = "{forces}"'))
+        path.write_text(path.read_text().replace(task, f'{task}\nforces = "{forces}"'))
         changes = ["train.steps=2", "train.average=0.0"]
         if phase == "second":
             changes += [f"run.start_from={tmp_path}/first/run", "deepspeed.optimizer.params.lr=0.0", "run.seed=5"]
