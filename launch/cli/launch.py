@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hydrazero.launch.cli.options import FOLDER, set_option
+from hydrazero.launch.cli.options import FOLDER, NODES, RANKS_PER_NODE, SITE, set_option
 
 
 def _list_sites(context: click.Context, _: Any, requested: bool) -> None:
@@ -27,9 +27,7 @@ def _list_sites(context: click.Context, _: Any, requested: bool) -> None:
 
 @click.command("launch")
 @click.argument("run_file", metavar="RUN.toml", type=FOLDER)
-@click.option(
-    "--site", "site_name", required=True, metavar="NAME|FILE.toml", help="Cluster: the name of a site, or a site file."
-)
+@SITE
 @click.option(
     "--list-sites",
     is_flag=True,
@@ -38,13 +36,8 @@ def _list_sites(context: click.Context, _: Any, requested: bool) -> None:
     callback=_list_sites,
     help="List the sites and exit.",
 )
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Number of nodes.")
-@click.option(
-    "--ranks-per-node",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Number of training processes on each node.  [default: one for each of the node's devices]",
-)
+@NODES
+@RANKS_PER_NODE
 @click.option(
     "--hours",
     type=click.FloatRange(0, min_open=True),

@@ -36,3 +36,17 @@ def task_list(text: str | None) -> list[str] | None:
     if not names:
         raise ConfigError(f"--tasks '{text}' names no task; give names, or leave it out for all tasks.")
     return names
+
+
+SITE = click.option(
+    "--site", "site_name", required=True, metavar="NAME|FILE.toml", help="Cluster: the name of a site, or a site file."
+)
+NODES = click.option(
+    "--nodes", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Number of nodes."
+)
+RANKS_PER_NODE = click.option(
+    "--ranks-per-node",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of training processes on each node.  [default: one for each of the node's devices]",
+)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hydrazero.launch.cli.options import FOLDER, set_option
+from hydrazero.launch.cli.options import FOLDER, NODES, RANKS_PER_NODE, SITE, set_option
 from hydrazero.shards.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,16 +20,9 @@ BENCH = Path("runs/bench.json")
 
 @click.command("plan")
 @click.argument("run_file", metavar="RUN.toml", type=FOLDER)
-@click.option(
-    "--site", "site_name", required=True, metavar="NAME|FILE.toml", help="Cluster: the name of a site, or a site file."
-)
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), metavar="N", help="Number of nodes.")
-@click.option(
-    "--ranks-per-node",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Number of training processes on each node.  [default: one for each of the node's devices]",
-)
+@SITE
+@NODES
+@RANKS_PER_NODE
 @click.option(
     "--global-batch",
     default=0,
