@@ -211,12 +211,12 @@ def test_the_command_keeps_what_is_there_and_names_what_is_wrong(out, tmp_path, 
     assert second.exit_code == 0 and second.output.count("kept") == 2
     few["bo2_pbe"] = type(few["bo2_pbe"])(sources=few["bo2_pbe"].sources, structures=296)
     third = CliRunner().invoke(main, [str(DATA), str(tmp_path / "out")])
-    assert third.exit_code == 1 and "holds 295 structures instead of 296" in third.stderr
+    assert third.exit_code == 1 and "has 295 structures instead of 296" in third.stderr
     assert "{'not_selected': 885} frames set aside instead of {}" in third.stderr
     fourth = CliRunner().invoke(main, [str(DATA), str(tmp_path / "other")])
     assert fourth.exit_code == 1 and "task 'bo2_pbe' has 295 structures instead of 296" in fourth.stderr
 
 
 def test_pickles_are_not_loaded_unasked(tmp_path):
-    with one_worker() as worker, pytest.raises(SourceError, match=r"give --trust-pickle"):
+    with one_worker() as worker, pytest.raises(SourceError, match=r"use --trust-pickle"):
         convert_task("lips", expected_tasks()["lips"], DATA, tmp_path, workers=worker, trust_pickle=False)
