@@ -44,11 +44,30 @@ class ModelFileError(HydrazeroError):
     """An exported model cannot be read, or lacks what is requested of it."""
 
 
+MOST_NAMES = 20
+"""Largest number of known names in a message."""
+
+
 def did_you_mean(wrong: str, known: list[str]) -> str:
-    """Return ' (did you mean X?)' with the closest known name, or a list of the known names if none is close."""
+    """Return ' (did you mean X?)' with the closest known name, or a list of the known names if none is close.
+
+    A name that has other numbers, but is alike otherwise, is not suggested: 'float32' is no spelling of 'float16'.
+    """
     from difflib import get_close_matches
 
-    close = get_close_matches(wrong, known, n=1, cutoff=0.6)
+    close = get_close_matches(wrong, [name for name in known if not _differs_by_numbers(wrong, name)], n=1, cutoff=0.6)
     if close:
         return f" (did you mean '{close[0]}'?)"
-    return f" (known: {', '.join(sorted(filter(None, known)))})" if known else ""
+    names = sorted(filter(None, known))
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return f" (known: {', '.join(names[:MOST_NAMES])}{more})" if names else ""
+
+
+def _differs_by_numbers(one: str, other: str) -> bool:
+    """Return whether two names have the same letters, but other digits; digits in another order are a misspelling."""
+    letters, digits = zip(*(_parts(name) for name in (one, other)), strict=True)
+    return letters[0] == letters[1] and digits[0] != digits[1] and bool(digits[0])
+
+
+def _parts(name: str) -> tuple[str, list[str]]:
+    return "".join(c for c in name if not c.isdigit()), sorted(filter(str.isdigit, name))

@@ -33,8 +33,9 @@ class TargetSection(Section):
     kind: Literal["scalar", "vector"] = "scalar"
     """'scalar', or 'vector' for three components that turn with the structure."""
     unit: str = ""
-    """Unit in the source, such as 'eV', 'Hartree', 'e', 'Debye', 'muB' or 'Bohr^3'; values are converted into eV, e,
-    eÅ, µB or Å³. It stays empty for a quantity without a unit."""
+    """Unit in the source: one of energies (see `units.energy`), 'e', 'muB', 'e*Angstrom', 'e*Bohr', 'Debye',
+    'Angstrom^3' or 'Bohr^3'; values are converted into eV, e, eÅ, µB or Å³. It stays empty for a quantity without a
+    unit."""
     extensive: bool = False
     """For a scalar of structures: whether it is a sum over atoms, such as a polarizability, or a property of the whole
     structure, such as a band gap."""

@@ -45,14 +45,17 @@ class SourceUnits(Section):
     """Units of the source; values are converted into Å, eV, eV/Å and eV/Å³."""
 
     length: Annotated[str, AfterValidator(known_unit(length_factor))] = "Angstrom"
-    """Unit of positions and cells: 'Angstrom', 'Bohr' or 'nm'."""
+    """Unit of positions and cells: 'Angstrom' (also 'Å', 'Ang', 'A'), 'Bohr' ('a0'), 'nm' or 'pm'. Of every kind, 'au'
+    or 'a.u.' is the atomic unit."""
     energy: Annotated[str, AfterValidator(known_unit(energy_factor))] = "eV"
-    """Unit of energies: 'eV', 'meV', 'Hartree', 'Ry', 'kcal/mol' or 'kJ/mol'."""
+    """Unit of energies: 'eV', 'meV', 'Hartree' (also 'Ha', 'Eh'), 'mHartree' ('mHa'), 'Ry', 'kcal/mol' or 'kJ/mol'."""
     forces: Annotated[str, AfterValidator(known_unit(force_factor))] = "eV/Angstrom"
-    """Unit of forces: a unit of energy over a unit of length, such as 'Hartree/Bohr'."""
+    """Unit of forces: a unit of energy over a unit of length, such as 'Hartree/Bohr'; with a minus sign, as in
+    '-Hartree/Bohr', if the source holds gradients."""
     stress: Annotated[str, AfterValidator(known_unit(stress_factor))] = "eV/Angstrom^3"
-    """Unit of the stress, with its sign: 'eV/Angstrom^3', 'GPa', 'kbar' or 'bar' if it is positive under tension, as in
-    ASE; '-GPa', '-kbar' and so on if it is positive under compression, as in VASP."""
+    """Unit of the stress, with its sign: 'eV/Angstrom^3', 'Hartree/Bohr^3', 'Pa', 'kPa', 'MPa', 'GPa', 'bar', 'kbar' or
+    'Mbar' if it is positive under tension, as in ASE; '-GPa', '-kbar' and so on if it is positive under compression, as
+    in VASP."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,7 @@ def test_an_optional_target_may_be_in_no_source(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[targets.gap]\nfield = "gap"\nunit = "hartree"', "settings.toml: targets.gap.unit: .*did you mean 'Hartree'"),
+        ('[targets.gap]\nfield = "gap"\nunit = "hartee"', "settings.toml: targets.gap.unit: .*did you mean 'Hartree'"),
         ('[targets.gap_mask]\nfield = "gap"', "must be a word without '_mask'"),
         ('[targets."band gap"]\nfield = "gap"', "targets.band gap: the name must be a word"),
         ('[targets.mu]\nfield = "mu"\nkind = "vector"\nabsolute = true', "absolute is for scalars alone"),

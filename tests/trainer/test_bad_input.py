@@ -238,7 +238,7 @@ def test_bad_run_files(shards, tmp_path):
     refused(run("", "--set", "model.encoder=pain"), "toml: model.encoder: unknown", "'pain'", "did you mean 'painn'")
     refused(run('encoder = "pain"\nsize = "tiny"\n'), "toml: model.encoder: unknown", "'pain'")
     refused(run("", "--set", "model.repulsion=zbll"), "model.repulsion 'zbll'", "did you mean 'zbl'")
-    refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "did you mean")
+    refused(run("[deepspeed]\nconfig = 'zero7'\n"), "zero7", "known: zero0, ")
     refused(run("[loss]\nkind = 'hubber'\n"), "hubber", "did you mean 'huber'")
     refused(run("[batch]\nstructures = 4\natoms = 3\nslots = 400\n"), "'emt'", "batch.atoms to at least 8")
     absent = '[[tasks]]\nname = "x"\nshards = "nowhere"\n'
