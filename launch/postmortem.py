@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,9 @@ def judge_attempts(run_dir: Path, wait: float = 0.0) -> list[tuple[Path, Verdict
     for folder in folders:
         kept = folder / VERDICT_NAME
         if kept.is_file():
-            table = read_json(kept)
-            verdict = Verdict(**{**table, "details": tuple(table["details"])})
+            table = read_json(kept, shape=Verdict, hint="remove it, and the attempt is judged again")
+            known = {each.name: table[each.name] for each in fields(Verdict)}
+            verdict = Verdict(**{**known, "details": tuple(known["details"])})
         else:
             if folder == folders[-1]:
                 wait_for_ends(folder, wait)
@@ -272,7 +273,7 @@ def _details(order: Sequence[RankLife], first: RankLife | None) -> tuple[str, ..
 def job_of(folder: Path) -> str:
     """Return the name of an attempt's job; empty if it is not known."""
     try:
-        document: Any = read_json(folder / JOB_NAME)
+        document = read_json(folder / JOB_NAME, shape=dict[str, Any])
     except ConfigError:
         return ""
     return f"job {document['job']}" if document.get("job") else ""

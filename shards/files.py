@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
 import os
 import shutil
@@ -12,7 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, HydrazeroError
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
@@ -35,6 +37,11 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # A full disk is reported without a name, and the temporary one would mean nothing to the user.
+        if error.filename is None or os.fspath(error.filename) == os.fspath(temporary):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -58,17 +65,68 @@ def write_json(path: Path, document: Any, *, shared: bool = False, durable: bool
     write_text(path, json.dumps(document, indent=1) + "\n", shared=shared, durable=durable)
 
 
-def read_json(source: Path | Traversable, what: str = "", *, hint: str = "") -> Any:
+def read_json(source: Path | Traversable, what: str = "", *, shape: Any = Any, hint: str = "") -> Any:
     """Return the content of a JSON file.
 
     `what` says what the file is for, such as 'run file'; `hint` ends the sentence about a file that cannot be read.
-    Raises ConfigError if the file cannot be read or is not valid JSON.
+    `shape` is a type that pydantic knows, such as `dict[str, int]` or a model; the content must fit it, and is returned
+    as it is. Raises ConfigError if the file cannot be read, is not valid JSON, or has other content.
     """
     name = f"{what} {source}".lstrip()
+    return parse_json(_read_bytes(source, name, hint), name, shape=shape, hint=hint)
+
+
+def parse_json(
+    text: bytes | str, name: str, *, shape: Any = Any, hint: str = "", error: type[HydrazeroError] = ConfigError
+) -> Any:
+    """Return the content of a JSON text that `name` describes; see `read_json` for its `shape` and `hint`.
+
+    Raises `error` with one sentence if the text is not valid JSON, is nested too deeply, or has other content.
+    """
+    advice = f"; {hint}" if hint else ""
     try:
-        return json.loads(_read_text(source, name, hint))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}.") from error
+        document = json.loads(decoded(text) if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as fault:  # a text that is no UTF-8, no JSON, or has a number of 5,000 digits
+        reason = "it is nested too deeply" if isinstance(fault, RecursionError) else fault
+        raise error(f"{name} is not valid JSON: {reason}{advice}.") from fault
+    if shape is not Any:
+        check_shape(document, name, shape, hint=hint, error=error)
+    return document
+
+
+def check_shape(
+    document: Any, name: str, shape: Any, *, hint: str = "", error: type[HydrazeroError] = ConfigError
+) -> None:
+    """Raise `error`, with the place of the first fault, unless a document fits a type that pydantic knows."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(shape).validate_python(document)
+    except ValidationError as faults:
+        fault = faults.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, fault["loc"])) or "its top level"
+        message = fault["msg"][:1].lower() + fault["msg"][1:200]
+        advice = f"; {hint}" if hint else ""
+        raise error(f"{name} has other content than it should have ({place}: {message}){advice}.") from faults
+
+
+def read_json_lines(path: Path, *, shape: Any = Any) -> list[Any]:
+    """Return the documents of a file with one on each line, without an incomplete last line, which a writer may leave.
+
+    Raises ConfigError, with the number of the line, for one that is not valid JSON or does not fit `shape`.
+    """
+    found = []
+    lines = _read_bytes(path, str(path)).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found.append(parse_json(line, f"{path}, line {number},", shape=shape))
+        except ConfigError:
+            if number == len(lines):  # without its line end: the writer was killed, or is writing
+                break
+            raise
+    return found
 
 
 def read_toml(source: Path | Traversable, what: str) -> dict[str, Any]:
@@ -78,14 +136,45 @@ def read_toml(source: Path | Traversable, what: str) -> dict[str, Any]:
     """
     name = f"{what} {source}"
     try:
-        return tomllib.loads(_read_text(source, name))
+        return tomllib.loads(decoded(_read_bytes(source, name)))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name} is not valid TOML: it is nested too deeply.") from error
 
 
-def _read_text(source: Path | Traversable, name: str, hint: str = "") -> str:
+def read_text(source: Path | Traversable, what: str = "", *, hint: str = "") -> str:
+    """Return the content of a text file in UTF-8, or in UTF-16 with a byte order mark; see `read_json`."""
+    name = f"{what} {source}".lstrip()
     try:
-        return source.read_text(encoding="utf-8")
+        return decoded(_read_bytes(source, name, hint))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not a text in UTF-8: {error}.") from error
+
+
+def file_fault(error: OSError) -> str | None:
+    """Return the sentence for users about a file that cannot be read or written; None for errors of other kinds."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if error.filename is None and not full:
+        return None
+    name = "a file" if error.filename is None else os.fsdecode(error.filename)
+    advice = "free some space there, or name a folder on another disk" if full else "check its path and permissions"
+    return f"{name} cannot be {'written' if full else 'read or written'} ({error.strerror}); {advice}."
+
+
+def encoding_of(start: bytes) -> str:
+    """Return the encoding of a text that begins with the given bytes: UTF-8 unless its byte order mark says UTF-16."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def decoded(data: bytes) -> str:
+    """Return a text in UTF-8 or UTF-16, without its byte order mark; raise UnicodeDecodeError for any other."""
+    return data.decode(encoding_of(data))
+
+
+def _read_bytes(source: Path | Traversable, name: str, hint: str = "") -> bytes:
+    try:
+        return source.read_bytes()
     except OSError as error:
         advice = f"; {hint}" if hint else ""
         raise ConfigError(f"{name} cannot be read ({error.strerror}){advice}.") from error

@@ -21,6 +21,7 @@ from hydrazero.launch.cli.screen import screen_command
 from hydrazero.launch.cli.search import search_command
 from hydrazero.launch.cli.train import train_command
 from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.files import file_fault
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Data": (convert_command, subset_command, inspect_command),
@@ -36,12 +37,22 @@ class HydrazeroGroup(click.Group):
     """A group that lists its commands under headings and reports errors of users in one sentence."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; HydrazeroError becomes 'Error: ...' and its exit status, 1 for errors of users."""
+        """Run the command; HydrazeroError becomes 'Error: ...' and its exit status, 1 for errors of users.
+
+        So does an OSError about a file, such as a full disk or a folder that may not be written.
+        """
         try:
             return super().invoke(ctx)
         except HydrazeroError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_status)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough; click ends the process
+        except OSError as error:
+            if (sentence := file_fault(error)) is None:
+                raise
+            click.echo(f"Error: {sentence}", err=True)
+            ctx.exit(1)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each heading and, for each of its commands, the first line of its help, which is never cut."""

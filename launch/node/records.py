@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import parse_json
+
 ATTEMPTS = "attempt-*"
 """Folders of a job's attempts in the launch folder of a run; their names sort in order."""
 LAUNCH = "launch"
@@ -23,6 +26,14 @@ RECORDS = ".jsonl"
 """Suffix of the file of a node."""
 PASSED, UNFIT = "passed", "unfit"
 """Events of a node before ranks start: it has done its check or its copies, or it cannot take part."""
+FACTS: dict[str, dict[str, Any]] = {
+    "start": {"rank": int, "ranks": int},
+    "told": {"rank": int, "signal": str},
+    "end": {"rank": int, "status": int},
+    PASSED: {"part": str},
+    UNFIT: {"reason": str},
+}
+"""Event -> the facts that belong to it, with their types."""
 BY_SHELL = 128
 """Number that shells add to the number of a signal for the exit status of a command that it has killed."""
 SIGN_EVERY = 10.0
@@ -115,10 +126,20 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path))
+        except ConfigError:
             continue
+        if _is_event(row):
+            rows.append(row)
     return rows
+
+
+def _is_event(row: Any) -> bool:
+    """Return whether a line holds an event with the values that its readers use; other lines are damaged."""
+    if not isinstance(row, dict):
+        return False
+    wanted = {"event": str, "time": (int, float), "node": str, **FACTS.get(str(row.get("event")), {})}
+    return all(isinstance(row.get(key), kind) for key, kind in wanted.items())
 
 
 def _add_to(life: RankLife, row: dict[str, Any]) -> None:

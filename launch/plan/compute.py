@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from pydantic import BaseModel
+
 from hydrazero.launch.job.site_file import DeviceSection, load_site
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json
@@ -130,13 +132,17 @@ def _share(rates: dict[str, float]) -> float:
     )
 
 
+class BenchRow(BaseModel):
+    """A row that `make bench` writes."""
+
+    name: str
+    value: float
+
+
 def _rates(path: Path) -> tuple[dict[str, float], list[str]]:
     """Return the rows that a plan needs and the names of missing ones; raise ConfigError if the file is damaged."""
-    rows = read_json(path, "--bench", hint="create it with `make bench`")
-    try:
-        values = {row["name"]: float(row["value"]) for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--bench {path} is not a list of rows as `make bench` writes them.") from error
+    rows = read_json(path, "--bench", shape=list[BenchRow], hint="create it with `make bench`")
+    values = {row["name"]: float(row["value"]) for row in rows}
     rates = {name: values[name] for name in NEEDED if name in values}
     for name, value in rates.items():
         if not 0 < value < math.inf:

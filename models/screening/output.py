@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from hydrazero.models.screening.part_files import ChunkRecord, read_chunk_records, write_part
 from hydrazero.models.screening.ranking import TopRows
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import ConfigError, SourceError
-from hydrazero.shards.files import locked, replacing, try_lock, write_bytes, write_json
+from hydrazero.shards.files import locked, read_json, replacing, try_lock, write_bytes, write_json
 
 RECORD_NAME, SUMMARY_NAME = "_screen.json", "_summary.json"
 """Names that begin with an underscore are ignored by programs that read a folder of Parquet files as one table."""
@@ -39,6 +40,12 @@ OTHER_FILES = {".arrow", ".csv", ".db", ".extxyz", ".feather", ".h5", ".hdf5", "
 
 PartRecords = dict[Path, dict[int, ChunkRecord]]
 """The chunks of each part."""
+
+
+class ScreenRecord(BaseModel):
+    """What is relied on of the record of an unfinished screen."""
+
+    settings: dict[str, Any]
 
 
 class ScreenOutput:
@@ -72,7 +79,7 @@ class ScreenOutput:
                 raise SourceError(f"{self.out} is a file; name a file that ends in .parquet, or a new folder.")
             file = self.parts / RECORD_NAME
             if file.exists():
-                self._check_same(record, json.loads(file.read_text(encoding="utf-8")))
+                self._check_same(record, read_json(file, shape=ScreenRecord, hint="remove the folder to begin anew"))
                 return True
             if self.parts.is_dir() and any(self.parts.iterdir()):
                 raise SourceError(
@@ -127,7 +134,7 @@ class ScreenOutput:
     def summary(self) -> dict[str, Any] | None:
         """Return the summary that `finish` wrote into the folder, None if there is none."""
         file = self.parts / SUMMARY_NAME
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(file, shape=dict[str, Any]) if file.is_file() else None
 
     def finish(self, total: int, settings: ScreenSettings, rank: int, ranks: int) -> dict[str, Any] | None:
         """Merge all parts into the result if this rank is the last one, and return the summary; otherwise return None.

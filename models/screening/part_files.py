@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from hydrazero.models.screening.ranking import TopRows
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import SourceError
-from hydrazero.shards.files import replacing
+from hydrazero.shards.files import parse_json, replacing
 
 PART_ROWS = 262_144
 """Number of rows at which a part is written."""
@@ -38,7 +38,8 @@ class ChunkRecord:
 def read_chunk_records(path: Path) -> dict[int, ChunkRecord]:
     """Return the chunks of a part in the order of their rows; raise SourceError if it cannot be read."""
     try:
-        document = json.loads((pq.read_schema(path).metadata or {})[CHUNKS_KEY])
+        text = (pq.read_schema(path).metadata or {})[CHUNKS_KEY]
+        document = parse_json(text, str(path), shape=list[tuple[int, int, dict[str, int]]])
         return {
             int(chunk): ChunkRecord(structures=structures, rejected=Counter(rejected))
             for chunk, structures, rejected in document

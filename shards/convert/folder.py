@@ -13,7 +13,7 @@ from typing import Any
 
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.files import try_lock, write_json
+from hydrazero.shards.files import read_json, try_lock, write_json
 from hydrazero.shards.manifest import FORMAT_VERSION
 
 
@@ -84,7 +84,7 @@ def working_folder(job: Conversion) -> Iterator[None]:
     with lock:
         about = job.folder / "job.json"
         wanted = job.fingerprint()
-        if not about.is_file() or json.loads(about.read_text(encoding="utf-8")) != wanted:
+        if not about.is_file() or _content(about) != wanted:
             about.unlink(missing_ok=True)
             for folder in (job.frames, job.shards, job.notes):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -94,6 +94,14 @@ def working_folder(job: Conversion) -> Iterator[None]:
         for folder in (job.frames, job.shards, job.notes):
             folder.mkdir(exist_ok=True)
         yield
+
+
+def _content(path: Path) -> Any:
+    """Return what a JSON file holds; None if it is damaged, and what it describes is to be made anew."""
+    try:
+        return read_json(path)
+    except ConfigError:
+        return None
 
 
 def distinct_names(sources: Sequence[Path]) -> tuple[str, ...]:

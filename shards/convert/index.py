@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
-from hydrazero.shards.files import write_bytes
+from hydrazero.shards.files import read_json, write_bytes
 from hydrazero.shards.manifest import SPLITS
 
 SET_ASIDE_NAME = "set_aside.jsonl"
@@ -72,7 +72,7 @@ def build_index(job: Conversion) -> Index:
 def chunks_of(job: Conversion) -> Iterator[tuple[int, int]]:
     """Yield (source, chunk) of all chunks, in order."""
     for source in range(len(job.sources)):
-        frames = json.loads(frames_path(job, source).read_text())
+        frames = read_json(frames_path(job, source), shape=int)
         for chunk in range(-(-frames // CHUNK_FRAMES)):
             yield source, chunk
 

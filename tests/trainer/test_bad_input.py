@@ -251,7 +251,7 @@ def test_bad_run_files(shards, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     refused(run(), "holds a run already", "--resume")
-    refused(run("", "--resume"), "run.json", "does not say how many ranks")
+    refused(run("", "--resume"), "run.json", "other content", "tasks: field required")
     shutil.rmtree(tmp_path / "run")
     refused(run("", "--resume"), "holds no run to resume")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, write_json
@@ -23,6 +24,13 @@ REMOVED = ".removed"
 """Ending of a folder's name while it is being removed."""
 DAMAGED = ".damaged"
 """Ending of the name of a folder whose files are damaged."""
+
+
+class BestCheckpoint(BaseModel):
+    """The content of `best.json`."""
+
+    step: int
+    loss: float | None = None
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -62,7 +70,7 @@ def best_checkpoint(run_dir: Path) -> Path:
     pointer = run_dir / CHECKPOINTS / BEST_NAME
     if not pointer.is_file():
         return latest_checkpoint(run_dir)
-    step = int(read_json(pointer)["step"])
+    step = read_json(pointer, shape=BestCheckpoint)["step"]
     if not has_checkpoint(run_dir, step):
         raise ConfigError(f"{pointer} names step {step}, whose checkpoint does not exist; use the checkpoint 'last'.")
     return folder_of(run_dir, step)
@@ -90,7 +98,7 @@ def file_sum(path: Path) -> str:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, as part of a sentence; None if they are intact."""
     try:
-        sums = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
+        sums = read_json(folder / CHECKSUMS_NAME, shape=dict[str, str])
         if not sums:
             return f"{folder / CHECKSUMS_NAME} names no file"
         for name, expected in sums.items():
@@ -98,7 +106,9 @@ def damage(folder: Path) -> str | None:
                 return f"{folder / name} is missing"
             if file_sum(folder / name) != expected:
                 return f"{folder / name} is damaged: its checksum differs from the one in {CHECKSUMS_NAME}"
-    except (OSError, ValueError, AttributeError) as error:
+    except ConfigError as error:
+        return str(error).removesuffix(".")
+    except (OSError, ValueError) as error:
         return f"{folder} cannot be read ({error})"
     return None
 

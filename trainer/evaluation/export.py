@@ -11,13 +11,12 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_card import Origin, weights_fingerprint
 from hydrazero.models.inference.model_file import save_model, with_tasks
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.files import read_json
 from hydrazero.trainer.checkpoint.folders import checkpoint_named, step_of
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.checkpoint.old_heads import with_old_heads
 from hydrazero.trainer.records.run_files import EVALUATION_NAME
 from hydrazero.trainer.records.run_record import read_record
-from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation
+from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation, read_evaluation
 
 SUFFIX = ".safetensors"
 ROUNDED = "bfloat16 rounds the weights that the run evaluated; 'hydrazero evaluate MODEL DIR' measures the errors"
@@ -55,7 +54,7 @@ def export_run(
 
 def _evaluation(run_dir: Path) -> Evaluation | None:
     path = run_dir / EVALUATION_NAME
-    return Evaluation.from_json(read_json(path)) if path.is_file() else None
+    return read_evaluation(path) if path.is_file() else None
 
 
 def _set_largest_spreads(model: AtomisticModel, tasks: Mapping[str, TaskEvaluation]) -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.files import file_fault
 
 MAY_PASS = 75
 """Exit status of a rank that has lost another one (EX_TEMPFAIL of sysexits.h)."""
@@ -40,8 +41,8 @@ def end_process_after(
 ) -> NoReturn:
     """Do the job of this process, then end the process with the exit status that belongs to the outcome.
 
-    An error of a user is printed as one sentence if `prints` says so, any other one with its traceback; `interrupted`
-    is the exit status after Ctrl-C.
+    An error of a user is printed as one sentence if `prints` says so, one about a file as a sentence, and any other one
+    with its traceback; `interrupted` is the exit status after Ctrl-C.
     """
     try:
         job()
@@ -54,7 +55,11 @@ def end_process_after(
         exit_rank(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         exit_rank(interrupted)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        sentence = file_fault(error) if isinstance(error, OSError) else None
+        if sentence is None:
+            traceback.print_exc()
+        else:
+            click.echo(f"Error: {sentence}", err=True)
         exit_rank(FAILED)
     exit_rank(0)

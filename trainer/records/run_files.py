@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.files import read_json, write_text
+from hydrazero.shards.files import read_json, read_json_lines, write_text
+from hydrazero.trainer.records.file_shapes import EVALUATION_NAME, MODEL_FACTS_NAME, RUN_NAME, SHAPES, MetricsRow
 
-RUN_NAME = "run.json"
-"""File with the settings, versions, command and start of the run."""
-MODEL_FACTS_NAME = "model.json"
-"""File with the settings of the model and the facts of its tasks."""
 METRICS_NAME = "metrics.jsonl"
-EVALUATION_NAME = "evaluation.json"
 PREDICTIONS = "predictions"
 """Folder of files TASK.parquet with one row for each structure of the evaluated split."""
 REPORT_NAME = "report.html"
+
+__all__ = [
+    "EVALUATION_NAME",
+    "METRICS_NAME",
+    "MODEL_FACTS_NAME",
+    "PREDICTIONS",
+    "REPORT_NAME",
+    "RUN_NAME",
+    "MetricsWriter",
+    "read_metrics",
+    "read_run_json",
+    "truncate_metrics",
+    "writing",
+]
 
 
 def writing(run_dir: Path, write: Callable[[], None]) -> None:
@@ -34,8 +44,11 @@ def writing(run_dir: Path, write: Callable[[], None]) -> None:
 
 
 def read_run_json(run_dir: Path, name: str) -> Any:
-    """Return the content of a JSON file of a run folder; raise ConfigError if it is missing or damaged."""
-    return read_json(run_dir / name, hint=f"check that {run_dir} is a run folder")
+    """Return the content of a JSON file of a run folder; raise ConfigError if it is missing, damaged, or another one.
+
+    What the readers of a file rely on is checked, see `SHAPES`.
+    """
+    return read_json(run_dir / name, shape=SHAPES.get(name, Any), hint=f"check that {run_dir} is a run folder")
 
 
 class MetricsWriter:
@@ -65,20 +78,7 @@ class MetricsWriter:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl; raise ConfigError for a damaged line, unless it is an incomplete last one."""
     path = run_dir / METRICS_NAME
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # without its line end: the writer was killed, or is writing
-                break
-            raise ConfigError(f"{path}, line {number}, is not valid JSON ({error}).") from error
-    return rows
+    return read_json_lines(path, shape=MetricsRow) if path.is_file() else []
 
 
 def truncate_metrics(run_dir: Path, step: int) -> None:

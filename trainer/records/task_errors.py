@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
+
+from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import check_shape, read_json
+from hydrazero.trainer.records.file_shapes import EvaluationShape
 
 KEYS = {
     "energy_mae": "energy_mae_mev_per_atom",
@@ -177,3 +182,16 @@ class Evaluation(JsonFields):
         return super().from_json(
             {**row, "tasks": {name: TaskEvaluation.from_json(task) for name, task in row["tasks"].items()}}
         )
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Return what an evaluation.json holds; raise ConfigError if it cannot be read, or holds something else."""
+    again = "run 'hydrazero evaluate' again"
+    document = read_json(path, shape=EvaluationShape, hint=again)
+    try:
+        evaluation = Evaluation.from_json(document)
+        table = asdict(evaluation)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} lacks or misuses a field ({error}); {again}.") from error
+    check_shape(table, str(path), Evaluation, hint=again)
+    return evaluation

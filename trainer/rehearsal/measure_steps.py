@@ -82,7 +82,7 @@ def measure_steps(config: RunConfig, checked: CheckedRun) -> None:
 
 def read_step_times(run_dir: Path) -> StepTimes:
     """Return the times that `measure_steps` has written."""
-    return StepTimes(**read_json(run_dir / FILE_NAME))
+    return StepTimes(**read_json(run_dir / FILE_NAME, shape=StepTimes))
 
 
 def _counting(batches: Iterator[GraphBatch], counted: list[float]) -> Iterator[GraphBatch]:

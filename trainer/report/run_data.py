@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.plots.parity import Array, OtherParity, Parity
 from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_metrics, read_run_json
-from hydrazero.trainer.records.task_errors import KEYS, Evaluation, TargetErrors
+from hydrazero.trainer.records.task_errors import KEYS, Evaluation, TargetErrors, read_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def read_run(run_dir: Path, label: str) -> RunData:
     run = RunData(path=run_dir, label=label, record=read_run_json(run_dir, RUN_NAME), metrics=read_metrics(run_dir))
     if not (run_dir / EVALUATION_NAME).is_file():
         return run
-    evaluation = Evaluation.from_json(read_run_json(run_dir, EVALUATION_NAME))
+    evaluation = read_evaluation(run_dir / EVALUATION_NAME)
     predictions = {
         name: read_predictions(run_dir / PREDICTIONS / f"{name}.parquet", task.targets)
         for name, task in evaluation.tasks.items()

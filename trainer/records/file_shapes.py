@@ -1,0 +1,91 @@
+"""What the JSON files of a run folder must hold, so that whoever reads them can rely on it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+
+RUN_NAME = "run.json"
+"""File with the settings, versions, command and start of the run."""
+MODEL_FACTS_NAME = "model.json"
+"""File with the settings of the model and the facts of its tasks."""
+EVALUATION_NAME = "evaluation.json"
+
+
+class RunTask(BaseModel):
+    """A task in `run.json`."""
+
+    name: str
+    shards: str
+
+
+class RunSteps(BaseModel):
+    """The table `train` of `run.json`."""
+
+    steps: PositiveInt
+
+
+class Resume(BaseModel):
+    """An entry of `resumes` in `run.json`."""
+
+    step: NonNegativeInt
+    steps: PositiveInt
+
+
+class Commit(BaseModel):
+    """The commit of the work tree in which a run was started."""
+
+    commit: str
+    changed: bool
+
+
+class RunRecordShape(BaseModel):
+    """The content of `run.json`: the tables of the run file, and how the run was started."""
+
+    tasks: Annotated[list[RunTask], Field(min_length=1)]
+    train: RunSteps
+    model: dict[str, Any]
+    ranks: PositiveInt | None = None
+    command: str
+    started: str
+    versions: dict[str, str]
+    manifests: dict[str, str] = {}
+    git: Commit | None = None
+    resumes: list[Resume] = []
+
+
+class NamedTable(BaseModel):
+    """A table that at least has a name."""
+
+    name: str
+
+
+class ModelFactsShape(BaseModel):
+    """The content of `model.json`, whose values are checked where models are made from it."""
+
+    settings: dict[str, Any]
+    tasks: Annotated[list[NamedTable], Field(min_length=1)]
+
+
+class EvaluationShape(BaseModel):
+    """The content of `evaluation.json`, whose errors are checked by `Evaluation.from_json`."""
+
+    split: str
+    weights: str | None = None
+    tasks: dict[str, dict[str, Any]]
+
+
+class MetricsRow(BaseModel):
+    """A row of `metrics.jsonl`."""
+
+    step: NonNegativeInt
+    kind: str
+
+
+SHAPES: dict[str, Any] = {
+    RUN_NAME: RunRecordShape,
+    MODEL_FACTS_NAME: ModelFactsShape,
+    EVALUATION_NAME: EvaluationShape,
+}
+"""File of a run folder -> type of its content."""
