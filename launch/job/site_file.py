@@ -97,8 +97,8 @@ class FilesSection(Section):
     def _check_node_local(cls, folder: str) -> str:
         if not re.fullmatch(r"([/$][\w/.,+=@%:${}-]*)?", folder, re.ASCII):
             raise ValueError(
-                f"{folder!r} is no folder of a node; it begins with '/' or a variable such as $TMPDIR and holds letters, "
-                "digits, variables and . , + = @ % : - only."
+                f"{folder!r} is no folder of a node; it begins with '/' or a variable such as $TMPDIR and holds "
+                "letters, digits, variables and . , + = @ % : - only."
             )
         return folder
 
