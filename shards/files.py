@@ -31,6 +31,8 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
     """
     owner = f"-{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}.part{owner}{suffix}")
+    if temporary.is_symlink() or (temporary.exists() and not (temporary.is_file() or temporary.is_dir())):
+        temporary.unlink()  # what is written must not go where a link of somebody else leads
     try:
         yield temporary
         if durable:
@@ -47,6 +49,14 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def without_links(path: str, flags: int) -> int:
+    """Open a file that several steps write, for `open(..., opener=without_links)`.
+
+    A symbolic link is an error (OSError), and so is a pipe that nobody reads, for which opening would wait otherwise.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def write_bytes(path: Path, data: bytes, *, shared: bool = False, durable: bool = False) -> None:
@@ -173,6 +183,9 @@ def decoded(data: bytes) -> str:
 
 
 def _read_bytes(source: Path | Traversable, name: str, hint: str = "") -> bytes:
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        what = "is a folder" if source.is_dir() else "is not a regular file"  # to open a pipe would wait for a writer
+        raise ConfigError(f"{name} {what}; name a file.")
     try:
         return source.read_bytes()
     except OSError as error:
@@ -242,6 +255,8 @@ def _acquire(path: Path, *, blocking: bool) -> AcquireReturnProxy | None:
             pass
         raise _ReplacedError
 
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"{path} is not a regular file and cannot be used as a lock; remove it.")
     # Only the kernel's own lock will do: a marker file would outlive a process that is killed.
     lock = FileLock(path, fallback_to_soft=False, thread_local=False, on_acquired=check)
     try:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import write_text
-from hydrazero.shards.location import address, is_remote, read_whole
+from hydrazero.shards.location import Location, address, check_file, is_remote, read_whole
+from hydrazero.shards.names import check_name, path_fault
 from hydrazero.shards.targets import TargetStatistics
 from hydrazero.shards.units import INTERNAL_UNITS
 
@@ -41,6 +42,9 @@ class Shard:
     """Number of structures in each block."""
     block_crc32: list[int]
     """CRC-32 of the bytes of each block, which is checked at every read."""
+
+    def __post_init__(self) -> None:
+        check_name(self.file, "the shard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +166,9 @@ class Manifest:
     """Free text: method, basis, code, citation, licence, files."""
     units: dict[str, str] = field(default_factory=lambda: dict(INTERNAL_UNITS))
 
+    def __post_init__(self) -> None:
+        check_name(self.task, "the task")
+
     def structures(self, split: str | None = None) -> int:
         """Return the number of structures in a split, or in all splits."""
         names = SPLITS if split is None else (split,)
@@ -184,11 +191,11 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     write_text(folder / MANIFEST_NAME, json.dumps(document, indent=1, allow_nan=False), durable=True)
 
 
-def read_manifest(folder: Path | str) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """Return the manifest of a folder; raise ShardError if it is missing, incomplete, or of another version."""
-    path = address(str(folder), MANIFEST_NAME)
+    path = address(folder, MANIFEST_NAME)
     try:
-        document = json.loads(_manifest_bytes(str(folder)).decode("utf-8"))
+        document = json.loads(_manifest_bytes(folder).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ShardError(f"{path} is not readable JSON ({error}); convert the task again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -215,24 +222,25 @@ def check_different_tasks(manifests: Sequence[Manifest], folders: Sequence[Path]
             raise ConfigError(f"two of the folders hold a task '{name}' ({folder}); a run needs different names.")
 
 
-def manifest_sha256(folder: Path | str) -> str:
+def manifest_sha256(folder: Location) -> str:
     """Return the SHA-256 of a manifest in hexadecimal; it identifies the shards too, since their own are in it."""
-    return hashlib.sha256(_manifest_bytes(str(folder))).hexdigest()
+    return hashlib.sha256(_manifest_bytes(folder)).hexdigest()
 
 
-def _manifest_bytes(folder: str) -> bytes:
+def _manifest_bytes(folder: Location) -> bytes:
     if is_remote(folder):
         try:
             return read_whole(folder, MANIFEST_NAME)
         except Exception as error:  # whatever the command of webdataset's gopen raises
             raise ShardError(f"{address(folder, MANIFEST_NAME)} cannot be read ({error}).") from error
-    path = Path(folder) / MANIFEST_NAME
+    path = Path(str(folder)) / MANIFEST_NAME
     if not path.parent.exists():
         raise ShardError(f"{folder} does not exist; name a folder that 'hydrazero convert' has written.")
     if not path.is_file():
         raise ShardError(
             f"{folder} holds no {MANIFEST_NAME}, so it is not a finished conversion; run 'hydrazero convert'."
         )
+    check_file(str(folder), MANIFEST_NAME)
     return path.read_bytes()
 
 
@@ -252,19 +260,19 @@ def _manifest_from_document(document: dict[str, Any]) -> Manifest:
     return Manifest(**values)
 
 
-def check_shard_files(manifest: Manifest, folder: Path | str, *, checksums: bool = False) -> None:
+def check_shard_files(manifest: Manifest, folder: Location, *, checksums: bool = False) -> None:
     """Raise ShardError if a shard is missing or its size differs from that in the manifest.
 
     With `checksums`, every byte is read and the SHA-256 is compared too; without it, damage is found by the CRC-32 of
     each block when it is read. Remote shards are not checked before they are read.
     """
-    if is_remote(str(folder)):
+    if is_remote(folder):
         return
     for split, shards in manifest.splits.items():
         for shard in shards:
-            path = Path(folder) / shard.file
-            if not path.is_file():
-                raise ShardError(f"shard {path} ({split}) is missing; copy it again or convert the task again.")
+            path = Path(str(folder)) / shard.file
+            if (fault := path_fault(Path(str(folder)), shard.file)) is not None:
+                raise ShardError(f"shard {path} ({split}) {fault}; copy it again or convert the task again.")
             size = path.stat().st_size
             if size != shard.bytes:
                 raise ShardError(

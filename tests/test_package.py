@@ -57,7 +57,7 @@ ONLY_IN = {
     "deepspeed": {"trainer"},
     "tensorboard": {"trainer"},
     "mpi4py": {"shards/convert/workers.py"},
-    "webdataset": {"shards/convert/writer.py", "shards/stream/block_reader.py", "shards/location.py"},
+    "webdataset": {"shards/convert/writer.py", "shards/stream/block_reader.py"},
 }
 
 

@@ -8,6 +8,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.location import Location
 
 
 @click.command("evaluate")
@@ -27,21 +28,23 @@ def evaluate_command(run_or_model: Path, folders: tuple[Path, ...], split: str, 
 
     A run is evaluated on its own shards unless other folders are named.
     """
-    from hydrazero.trainer.evaluation.evaluate import evaluate, open_run_or_model, results_in
+    from hydrazero.trainer.evaluation.evaluate import check_no_commands, evaluate, open_run_or_model, results_in
     from hydrazero.trainer.evaluation.tables import print_evaluation
     from hydrazero.trainer.records.run_log import progress_bar
 
     potential, own_folders, files = open_run_or_model(run_or_model)
     if not folders and not own_folders:
         raise ConfigError("name the shard folders to evaluate the model on: hydrazero evaluate MODEL DIR...")
-    chosen, total = _with_structures(list(folders) or own_folders, split)
+    if not folders:
+        check_no_commands(run_or_model, own_folders)
+    chosen, total = _with_structures(list(folders) or list(own_folders), split)
     bar, advance = progress_bar("evaluating", total)
     with bar:
         evaluation = evaluate(potential, chosen, split, files if out is None else results_in(out), advance)
     print_evaluation(evaluation)
 
 
-def _with_structures(folders: list[Path], split: str) -> tuple[list[Path], int]:
+def _with_structures(folders: list[Location], split: str) -> tuple[list[Location], int]:
     """Return the folders that have structures in the split, or all if none has, and the number of structures."""
     from hydrazero.shards.manifest import read_manifest
 

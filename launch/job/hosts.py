@@ -14,7 +14,9 @@ SECONDS = 10
 """Seconds within which a host must respond."""
 AT_ONCE = 64
 """Number of hosts that are checked at the same time."""
-LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+HOST = r"(?:\w[\w.-]*@)?\w[\w.:-]*"
+"""A host, perhaps with a user: a name or an address, so that no program takes it for an option or a pattern."""
+LINE = re.compile(rf"({HOST})\s+slots=([0-9]{{1,6}})\s*(#.*)?", re.ASCII)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -23,6 +25,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"hostfile {path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"hostfile {path} is not a text in UTF-8 ({error.reason}).") from error
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -30,7 +34,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = LINE.fullmatch(line.strip())
         if match is None:
             raise ConfigError(
-                f"hostfile {path}, line {number}: '{line.strip()}' does not have the form 'HOST slots=N'."
+                f"hostfile {path}, line {number}: {line.strip()!r} does not have the form 'HOST slots=N', where HOST "
+                "holds letters, digits and . - _ : and begins with a letter or a digit."
             )
         if int(match[2]) == 0:
             raise ConfigError(f"hostfile {path}, line {number}: host {match[1]} has no slots; leave it out.")
@@ -79,7 +84,7 @@ def check_hosts(hosts: tuple[str, ...]) -> None:
 
 def _fault(host: str) -> str:
     """Return why a host cannot be reached; empty if it can."""
-    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}", host, "true"]
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}", "--", host, "true"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=2 * SECONDS, stdin=subprocess.DEVNULL, check=False

@@ -10,6 +10,7 @@ from hydrazero.launch.node.records import LAUNCH
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import read_manifest
+from hydrazero.shards.names import check_plain
 from hydrazero.trainer.config.sections import TaskSection
 
 
@@ -40,6 +41,14 @@ class Job:
     command: str
     """Command line of the user."""
 
+    def __post_init__(self) -> None:
+        check_plain(self.account, "--account")
+        check_plain(self.queue, "--queue")
+        for override in self.overrides:
+            check_plain(override, "--set")
+        for what, path in (("the path of the run file,", self.run_file), ("--hostfile", self.hostfile)):
+            check_plain(str(path), what)
+
     @property
     def launch_dir(self) -> Path:
         """Folder with the script, the outputs of jobs, and the records of attempts."""
@@ -59,7 +68,7 @@ class Job:
         """Return the folders of shards that are copied to the nodes' own disks, by task; remote ones are not copied."""
         if not self.stage:
             return {}
-        return {t.name: Path(t.shards).absolute() for t in self.tasks if not is_remote(t.shards)}
+        return {t.name: Path(t.shards).absolute() for t in self.tasks if not is_remote(t.location)}
 
     def staged_bytes(self) -> int:
         """Return the size of the shards that are copied."""

@@ -11,6 +11,7 @@ from hydrazero.launch.job.job import Job
 from hydrazero.launch.job.schedulers import OVER_SSH, SCHEDULERS
 from hydrazero.launch.job.site_texts import SiteTexts
 from hydrazero.launch.node.records import SIGNALS_NAME
+from hydrazero.shards.foreign_text import escaped
 
 SCRIPT_NAME = "job.sh"
 RESPONSE_SECONDS = 120.0
@@ -55,7 +56,7 @@ def _head(job: Job, texts: SiteTexts) -> str:
             *(f"{scheduler.prefix} {line}" for line in texts.directives() if scheduler.prefix),
             "#",
             comment(f"Trains {job.run_file} on {nodes} of {job.site.name} with {ranks} on each. Written by"),
-            *(f"#     {line}" for line in job.command.splitlines()),
+            f"#     {escaped(job.command)}",
             "# and started with",
             f"#     {scheduler.submit[0]} {shlex.quote(str(script))}",
         ]
@@ -228,7 +229,7 @@ def _ranks(job: Job, texts: SiteTexts) -> str:
         carry = f"""
     # Variables for the other hosts, since the deepspeed launcher passes on only a few.
     for name in {names} $(compgen -e | grep -E '^(GLOO|NCCL|RCCL|FI|UCX|OMP|DS)_'); do
-        printf '%s=%s\\n' "$name" "${{!name-}}"
+        case "${{!name-}}" in *$'\\n'*) ;; *) printf '%s=%s\\n' "$name" "${{!name-}}" ;; esac
     done | sort -u > "$attempt/environment"
     export DS_ENV_FILE=$attempt/environment"""
     group = alone = pause = ""

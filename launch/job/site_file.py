@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.files import read_toml
-from hydrazero.shards.settings_parser import ListOf, Name, Section, parse_settings
+from hydrazero.shards.names import OneLine
+from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 
 Precision = Literal["float64", "float32", "tf32", "bf16", "fp16"]
 
@@ -86,9 +87,20 @@ class FilesSection(Section):
     opens: Measure
     """Number of files that the whole machine can open per second."""
     node_local: str = ""
-    """Folder on the local disk of each node, if there is one, to which shards are copied."""
+    """Folder on the local disk of each node, if there is one, to which shards are copied. It may hold variables of the
+    shell, but no spaces, quotes or commands."""
     node_local_write: Measure | None = None
     """Bandwidth at which a node writes to its local disk, in bytes/s."""
+
+    @field_validator("node_local")
+    @classmethod
+    def _check_node_local(cls, folder: str) -> str:
+        if not re.fullmatch(r"([/$][\w/.,+=@%:${}-]*)?", folder, re.ASCII):
+            raise ValueError(
+                f"{folder!r} is no folder of a node; it begins with '/' or a variable such as $TMPDIR and holds "
+                "letters, digits, variables and . , + = @ % : - only."
+            )
+        return folder
 
 
 class NodesSection(Section):
@@ -111,7 +123,7 @@ class VariableSection(Section):
 
     name: str
     """Name of the variable."""
-    value: str
+    value: OneLine
     """Value of the variable."""
     reason: str
     """Why the variable is set, which is written into the job as a comment."""
@@ -131,7 +143,7 @@ class LimitSection(Section):
     """Largest number of nodes of these jobs."""
     hours: PositiveFloat
     """Time limit of these jobs in hours."""
-    queue: str = ""
+    queue: OneLine = ""
     """Queue of these jobs; the queue of the site if it is empty."""
 
 
@@ -146,23 +158,23 @@ class JobSection(Section):
     reads commands, and folders and variables are put into double quotes.
     """
 
-    directives: ListOf[str] = ()
+    directives: ListOf[OneLine] = ()
     """Directives for the scheduler."""
-    queue: str = ""
+    queue: OneLine = ""
     """Queue, unless --queue names another one."""
     account_needed: bool = False
     """Whether the scheduler rejects jobs without an account."""
     oldest: str = ""
     """Oldest version of the scheduler that supports these directives, such as '20.11'."""
-    setup: ListOf[str] = ()
+    setup: ListOf[OneLine] = ()
     """Commands that come before everything else, such as loading modules."""
-    launcher: Name
+    launcher: Annotated[OneLine, Field(min_length=1)]
     """Command that starts the ranks; the arguments of hydrazero.launch.node.rank follow."""
     one_device: bool = False
     """Whether the launcher shows each rank only its own GPU."""
-    node_folders: ListOf[str] = ()
+    node_folders: ListOf[OneLine] = ()
     """Folders that every node creates on its local disk before the ranks start, and removes at the end."""
-    health: str = ""
+    health: OneLine = ""
     """Command that must succeed on each node before the node takes part, besides the checks of its GPUs and its
     disk."""
     check_within: PositiveFloat = 600.0
@@ -171,7 +183,7 @@ class JobSection(Section):
     """Seconds within which each node must have copied the shards."""
     stop_before: PositiveFloat = 300.0
     """Seconds before its end at which a job asks its ranks to write a checkpoint and stop."""
-    requeue: str = ""
+    requeue: OneLine = ""
     """Command that puts a job back into the queue; without one, the job ends."""
     retries: NonNegativeInt = 3
     """Number of times that a job is put back into the queue after a failure without a new checkpoint since the last
@@ -196,9 +208,9 @@ class JobSection(Section):
 class Site(Section):
     """A complete site file: one machine."""
 
-    name: str
+    name: OneLine
     """Name of the site."""
-    about: str
+    about: OneLine
     """One sentence about the machine."""
     scheduler: Literal["none", "slurm", "pbs"]
     """Scheduler of the machine: 'none', 'slurm' or 'pbs'."""

@@ -43,7 +43,7 @@ SIGN_EVERY = 10.0
 def add_event(folder: Path, node: str, event: str, **facts: Any) -> None:
     """Append a line to a node's file, atomically, since all ranks of the node write to it."""
     line = json.dumps({"event": event, "time": time.time(), "node": node, **facts}) + "\n"
-    descriptor = os.open(folder / f"{node}{RECORDS}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / f"{node}{RECORDS}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         os.write(descriptor, line.encode())
     finally:

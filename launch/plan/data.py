@@ -73,7 +73,7 @@ def planned_data(tasks: Sequence[TaskSection], section: PlanSection) -> list[Tas
 
 
 def _data_of(task: TaskSection, section: PlanSection) -> TaskData:
-    if not is_remote(task.shards) and (Path(task.shards) / "manifest.json").is_file():
+    if not is_remote(task.location) and (Path(task.shards) / "manifest.json").is_file():
         manifest = read_manifest(task.shards)
         count = manifest.structures("train")
         if not count:

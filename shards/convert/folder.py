@@ -92,6 +92,8 @@ def working_folder(job: Conversion) -> Iterator[None]:
             write_json(about, wanted, durable=True)
         job.stop.unlink(missing_ok=True)
         for folder in (job.frames, job.shards, job.notes):
+            if folder.is_symlink():  # never made by a conversion, and would lead what it writes elsewhere
+                folder.unlink()
             folder.mkdir(exist_ok=True)
         yield
 

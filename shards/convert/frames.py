@@ -17,7 +17,7 @@ from hydrazero.shards.block import StructureBlock, block_from_structures, column
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.files import write_bytes
+from hydrazero.shards.files import write_bytes, write_text
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
 from hydrazero.shards.structure import Structure
@@ -115,14 +115,14 @@ def read_part(job: Conversion, source: int, part: int, parts: int) -> int:
             written = number // CHUNK_FRAMES
             mine = written % parts == part and not chunk_path(job, source, written).exists()
             chunk = Chunk()
-            status_path(job, source, part).write_text(f"{read} {unread_frame.fraction:.6f}")
+            write_text(status_path(job, source, part), f"{read} {unread_frame.fraction:.6f}")
         if mine:
             read += 1
             frame = _named(unread_frame.read(), job.sources[source].name, job.names[source])
             chunk.add(frame, job, job.sources[source])
     if mine:
         _write(job, source, written, chunk)
-    status_path(job, source, part).write_text(f"{read} 1")
+    write_text(status_path(job, source, part), f"{read} 1")
     return number + 1
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
-from hydrazero.shards.files import read_json, write_bytes
+from hydrazero.shards.files import read_json, without_links, write_bytes
 from hydrazero.shards.manifest import SPLITS
 
 SET_ASIDE_NAME = "set_aside.jsonl"
@@ -145,7 +145,7 @@ def _order(database: sqlite3.Connection, job: Conversion, number: int, split: st
     query = "SELECT source, chunk, row FROM frames WHERE split = ? ORDER BY key, number"
     cursor = database.execute(query, (number,))
     # Written as a file and mapped only for reading: writing to a map on a full disk would end the process.
-    with open(path, "wb") as file:
+    with open(path, "wb", opener=without_links) as file:
         while rows := cursor.fetchmany(100_000):
             file.write(np.array(rows, dtype=np.int64).tobytes())
     return np.memmap(path, mode="r", dtype=np.int64, shape=(count, 3))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from
 from hydrazero.shards.convert.folder import Conversion
@@ -51,7 +54,7 @@ def make_shard(job: Conversion, split: str, number: int, places: NDArray[np.int6
     If the note exists already, the shard is complete, and only the note is read.
     """
     name = f"{split}-{number:06d}"
-    note_path = job.notes / f"{name}.pickle"
+    note_path = job.notes / f"{name}.safetensors"
     if (noted := _read_note(note_path)) is not None:
         return noted
     structures = _gather(job, np.asarray(places))
@@ -65,22 +68,42 @@ def make_shard(job: Conversion, split: str, number: int, places: NDArray[np.int6
         extensive = [name for name, target in job.settings.targets.items() if target.extensive]
         statistics.add(block, split, job.settings.degree_cutoffs, extensive)
     note = ShardNote(shard=shard, statistics=statistics)
-    write_bytes(note_path, pickle.dumps(note), durable=True)
+    write_bytes(note_path, _written_note(note), durable=True)
     return note
+
+
+NOTE = "note"
+"""Key of the metadata of a note's file under which everything but arrays is, as JSON."""
+
+
+def _written_note(note: ShardNote) -> bytes:
+    """Return a note as safetensors: the arrays of the statistics as tensors, everything else as JSON."""
+    statistics = asdict(note.statistics)
+    arrays = {name: value for name, value in statistics.items() if isinstance(value, np.ndarray)}
+    others = {name: value for name, value in statistics.items() if name not in arrays}
+    document = json.dumps({"shard": asdict(note.shard), "statistics": others}, default=sorted)  # sets become lists
+    return safetensors.numpy.save(arrays, metadata={NOTE: document})
 
 
 def _read_note(path: Path) -> ShardNote | None:
     """Return the note of a finished shard, or None if there is none.
 
-    A note of another version, in which classes have other names, is ignored: the same shard is then written again.
+    A note that does not fit the classes of this version is ignored: the same shard is then written again.
     """
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
-        note: ShardNote = pickle.loads(path.read_bytes())  # written by this program, in a folder that is locked
-    except (ImportError, AttributeError):
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            document = json.loads(file.metadata()[NOTE])
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        hints = get_type_hints(Statistics)
+        values |= {
+            name: TypeAdapter(hints[name]).validate_python(value) for name, value in document["statistics"].items()
+        }
+        statistics = Statistics(**{each.name: values[each.name] for each in fields(Statistics)})
+        return ShardNote(shard=TypeAdapter(Shard).validate_python(document["shard"]), statistics=statistics)
+    except (safetensors.SafetensorError, ValidationError, KeyError, TypeError, ValueError):
         return None
-    return note
 
 
 def _gather(job: Conversion, places: NDArray[np.int64]) -> list[Columns]:

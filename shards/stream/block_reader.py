@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import zlib
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from hydrazero.shards.block import StructureBlock, decode_block
 from hydrazero.shards.errors import ShardError
-from hydrazero.shards.location import open_at
+from hydrazero.shards.location import Location, open_at
 from hydrazero.shards.manifest import Manifest, Shard, read_manifest
 
 CACHE_BYTES = 96_000_000
@@ -26,9 +25,9 @@ RETRY_AFTER = (0.2, 2.0)
 class BlockReader:
     """Reads the blocks of one split of one task by their numbers."""
 
-    def __init__(self, folder: Path | str, split: str, manifest: Manifest | None = None) -> None:
+    def __init__(self, folder: Location, split: str, manifest: Manifest | None = None) -> None:
         """Read the manifest unless it is given; raise ShardError if it cannot be read."""
-        self.folder, self.split = str(folder), split
+        self.location, self.folder, self.split = folder, str(folder), split
         self.manifest = read_manifest(folder) if manifest is None else manifest
         self._blocks: list[tuple[Shard, int]] = [
             (shard, index)
@@ -83,7 +82,7 @@ class BlockReader:
         begin = shard.block_offsets[index]
         end = shard.block_offsets[index + 1] if index + 1 < len(shard.block_offsets) else shard.bytes
         try:
-            with open_at(self.folder, shard.file, begin, end) as stream:
+            with open_at(self.location, shard.file, begin, end) as stream:
                 for member in tar_file_iterator(stream):
                     return member["data"]
         except Exception as error:  # OSError, tarfile.ReadError or EOFError, depending on the damage

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
+from hydrazero.shards.location import Location
 from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, to_buffer
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
@@ -40,8 +41,8 @@ PREFETCHED_BATCHES = 4
 class StreamSettings:
     """Settings of a stream."""
 
-    folders: tuple[str, ...]
-    """Location of the shards of each task, in the order of task ids: a folder, a web address, or a pipe with '{}'."""
+    folders: tuple[Location, ...]
+    """Location of the shards of each task, in the order of task ids: a folder, a web address, or a command."""
     cutoff: float
     """Distance in Å within which atoms are neighbours."""
     shape: BatchShape

@@ -17,6 +17,7 @@ from sources import make_shards, metals, molecules
 
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.graphs.graph import BatchShape
+from hydrazero.shards.location import Location, ShardCommand
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream import block_reader
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
@@ -32,11 +33,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("sources"), "molecules", molecules(700))
 
 
-def settings_for(folder: str, **values: object) -> StreamSettings:
+def settings_for(folder: Location, **values: object) -> StreamSettings:
     return StreamSettings(folders=(folder,), cutoff=4.0, shape=SHAPE, workers=0, **values)  # type: ignore[arg-type]
 
 
-def first_names(folder: str, batches: int = 6) -> list[list[str]]:
+def first_names(folder: Location, batches: int = 6) -> list[list[str]]:
     return [batch.source_ids() for batch in islice(TrainStream(settings_for(folder), 0, 1), batches)]
 
 
@@ -104,7 +105,7 @@ def test_a_broken_read_is_tried_again(shards, server, monkeypatch):
 
 
 def test_shards_through_a_pipe(shards):
-    assert first_names(f"pipe:cat {shards}/{{}}") == first_names(str(shards))
+    assert first_names(ShardCommand(line=f"cat {shards}/{{}}")) == first_names(str(shards))
 
 
 def damage(shards: Path, folder: Path, block: int = 1) -> Path:

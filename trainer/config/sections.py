@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.model_settings import HeadSettings, ModelSettings
-from hydrazero.shards.location import is_remote
+from hydrazero.shards.location import ShardCommand, is_remote, location_in_run_file
+from hydrazero.shards.names import FileName
 from hydrazero.shards.settings_parser import ListOf, Section
 
 LOSS_PARTS = ("energy", "forces", "stress", "spread")
@@ -36,11 +37,11 @@ class RunSection(Section):
 class TaskSection(Section):
     """One task: a dataset that has its own head in the model."""
 
-    name: str
+    name: FileName
     """Name of the task, under which its head is found in the exported model."""
     shards: str
     """Folder that `hydrazero convert` has written, its web address, or 'pipe:COMMAND {}' with a command that prints the
-    file {} of the folder."""
+    file {} of the folder. The shell runs the command, so start only run files that you have read."""
     weight: NonNegativeFloat = 1.0
     """Weight of the task's loss in the sum over all tasks."""
     share: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -64,6 +65,11 @@ class TaskSection(Section):
     targets: ListOf[str] | None = None
     """Names of the targets in the shards that are trained. If it is not set, all of them are."""
 
+    @property
+    def location(self) -> str | ShardCommand:
+        """Return where the shards are: a folder, a web address, or a command of this run file."""
+        return location_in_run_file(self.shards)
+
 
 class DataSection(Section):
     """The reading of structures from the shards."""
@@ -81,9 +87,9 @@ class DataSection(Section):
     """Folder on the local disk of each node that holds a copy of every task's shards, each in a folder of the task's
     name; the copies are read instead of the originals. Jobs that `hydrazero launch` writes make these copies."""
 
-    def folder(self, task: TaskSection) -> str:
-        """Return the folder or address from which a task's shards are read."""
-        return f"{self.copies}/{task.name}" if self.copies and not is_remote(task.shards) else task.shards
+    def folder(self, task: TaskSection) -> str | ShardCommand:
+        """Return the location from which a task's shards are read."""
+        return f"{self.copies}/{task.name}" if self.copies and not is_remote(task.location) else task.location
 
 
 class ModelSection(EncoderSettings, HeadSettings):

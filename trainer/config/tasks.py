@@ -45,7 +45,7 @@ def task_manifest(task: TaskSection, data: DataSection, shape: BatchShape, cutof
     with its neighbours within `cutoff` Å.
     """
     shards = data.folder(task)
-    if not is_remote(shards) and not Path(shards).is_dir():
+    if not is_remote(shards) and not Path(str(shards)).is_dir():
         raise ConfigError(f"task '{task.name}' has no shards: {shards} does not exist; run 'hydrazero convert'.")
     manifest = read_manifest(shards)
     if data.on_bad_shard == "stop":

@@ -14,6 +14,7 @@ from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, load_
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import replacing, write_json
 from hydrazero.shards.graphs.graph import GraphSample
+from hydrazero.shards.location import PIPE, Location
 from hydrazero.shards.manifest import SPLITS, check_shard_files, read_manifest
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
 from hydrazero.trainer.evaluation.errors import AbsoluteErrors
@@ -46,7 +47,7 @@ def results_beside(model: Path) -> ResultFiles:
 
 def evaluate(
     potential: Potential,
-    folders: Sequence[Path],
+    folders: Sequence[Location],
     split: str,
     files: ResultFiles,
     progress: Callable[[int], None] | None = None,
@@ -88,10 +89,10 @@ def _write_table(table: pa.Table, path: Path) -> None:
 
 
 def evaluate_task(
-    potential: Potential, folder: Path, task: int, split: str, progress: Callable[[int], None] | None
+    potential: Potential, folder: Location, task: int, split: str, progress: Callable[[int], None] | None
 ) -> AbsoluteErrors:
     """Return the errors of one head on a split, without structures that contain elements on which it is not trained."""
-    settings = StreamSettings(folders=(str(folder),), cutoff=potential.cutoff, shape=DEFAULT_SHAPE)
+    settings = StreamSettings(folders=(folder,), cutoff=potential.cutoff, shape=DEFAULT_SHAPE)
     errors = AbsoluteErrors(facts=potential.model.tasks[task])
 
     def seen() -> Iterator[GraphSample]:
@@ -111,11 +112,21 @@ def evaluate_task(
     return errors
 
 
-def open_run_or_model(path: Path) -> tuple[Potential, list[Path], ResultFiles]:
-    """Return the potential, the run's own shard folders (none for a model file) and the paths of the results."""
+def open_run_or_model(path: Path) -> tuple[Potential, list[str], ResultFiles]:
+    """Return the potential, where the run's own shards are (empty for a model file) and the paths of the results."""
     if path.is_dir():
         from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 
         record = read_run_json(path, RUN_NAME)
-        return Potential(model_of_run(path)), [Path(task["shards"]) for task in record["tasks"]], results_in(path)
+        return Potential(model_of_run(path)), [str(task["shards"]) for task in record["tasks"]], results_in(path)
     return load_model(path), [], results_beside(path)
+
+
+def check_no_commands(run_dir: Path, shards: Sequence[str]) -> None:
+    """Raise ConfigError if a run's record names a command, which is not run: others may have written the record."""
+    for each in shards:
+        if each.lstrip().startswith(PIPE):
+            raise ConfigError(
+                f"{run_dir / RUN_NAME} names a command for its shards ({each}), which is run only by the run file itself; "
+                f"name folders of shards instead: hydrazero evaluate {run_dir} DIR..."
+            )

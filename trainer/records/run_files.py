@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.files import read_json, read_json_lines, write_text
+from hydrazero.shards.files import read_json, read_json_lines, without_links, write_text
 from hydrazero.trainer.records.file_shapes import EVALUATION_NAME, MODEL_FACTS_NAME, RUN_NAME, SHAPES, MetricsRow
 
 METRICS_NAME = "metrics.jsonl"
@@ -63,7 +63,7 @@ class MetricsWriter:
         self._waiting.append((json.dumps(row) + "\n").encode())
         try:
             # Unbuffered: a buffer would try to write again when the file is closed.
-            with open(self.path, "ab", buffering=0) as file:
+            with open(self.path, "ab", buffering=0, opener=without_links) as file:
                 while self._waiting:
                     end = file.tell()
                     if file.write(self._waiting[0]) < len(self._waiting[0]):

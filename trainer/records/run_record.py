@@ -12,6 +12,7 @@ from typing import Any
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import write_json
+from hydrazero.shards.location import location_in_run_file
 from hydrazero.shards.manifest import manifest_sha256
 from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
@@ -28,7 +29,7 @@ def run_record(run_file: Mapping[str, Any], ds_config: dict[str, Any], ranks: in
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed as a package"
-    manifests = {task["name"]: manifest_sha256(task["shards"]) for task in run_file["tasks"]}
+    manifests = {task["name"]: manifest_sha256(location_in_run_file(task["shards"])) for task in run_file["tasks"]}
     facts = {"deepspeed": ds_config, "versions": versions, "manifests": manifests}
     return {**run_file, **facts, **_start(ranks), "resumes": []}
 

@@ -94,7 +94,7 @@ def trivial_errors(
         counted = {q for q, held in wanted.items() if held and (loss.weight(q) or loss.final_weight(q))}
         if not task.weight or not counted:
             continue
-        means = _trivial(BlockReader(task.shards, "val"), set(facts.elements), skip_damaged)
+        means = _trivial(BlockReader(task.location, "val"), set(facts.elements), skip_damaged)
         errors = {q: mean.values(1000.0)[1] for q, mean in means.items() if q in counted}
         found[task.name] = {q: error for q, error in errors.items() if error is not None}
         if not found[task.name]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
+from hydrazero.shards.location import Location
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.search.space import WANTED_STRUCTURES, Value
 
@@ -55,7 +56,7 @@ def trial_overrides(run_file: Path | str, values: Mapping[str, Value]) -> list[s
     if WANTED_STRUCTURES not in values:
         return own
     config = load_run_config(run_file, own)
-    folders = tuple(task.shards for task in config.tasks)
+    folders = tuple(task.location for task in config.tasks)
     wanted = int(values[WANTED_STRUCTURES])
     shape = _proposed(folders, config.model.cutoff, config.data.temperature, wanted)
     return [*own, *(f"batch.{key}={getattr(shape, key)}" for key in ("structures", "atoms", "slots", "edges"))]
@@ -67,7 +68,7 @@ def _toml(value: Value) -> str:
 
 
 @lru_cache(maxsize=64)
-def _proposed(folders: tuple[str, ...], cutoff: float, temperature: float, structures: int) -> BatchShape:
+def _proposed(folders: tuple[Location, ...], cutoff: float, temperature: float, structures: int) -> BatchShape:
     from hydrazero.shards.stream.batch_proposal import demand_of, propose
     from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.files import without_links
 from hydrazero.shards.launcher_variables import forget_launcher
 from hydrazero.shards.processes import end_with_parent
 from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
@@ -77,7 +78,7 @@ def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
     run_dir = journal.run_dir(held.number)
     resume = (run_dir / RUN_NAME).exists()
     options = _options(journal, held, seconds)
-    with open(journal.output(held.number), "ab") as output:
+    with open(journal.output(held.number), "ab", opener=without_links) as output:
         resuming = ["--resume"] if resume else []
         command = [*train_command(journal.run_file), *options, *resuming]
         with Ranks(command, journal.space.search.ranks, output) as running:

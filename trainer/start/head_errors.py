@@ -16,6 +16,7 @@ from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, shape
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.convert.references import reference_energies
 from hydrazero.shards.graphs.graph import GraphSample
+from hydrazero.shards.location import Location
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_places
 from hydrazero.trainer.start.initial_weights import start_from
 from hydrazero.trainer.start.unit_check import Likeness, energy_likeness, likeness
@@ -61,7 +62,7 @@ def head_model(start: AtomisticModel, facts: TaskFacts, rows: Sequence[int]) -> 
     return model.eval()
 
 
-def spread_samples(shards: str, cutoff: float, most: int) -> list[GraphSample]:
+def spread_samples(shards: Location, cutoff: float, most: int) -> list[GraphSample]:
     """Return at most `most` training structures that are spread evenly over the shards; raise ShardError."""
     reader = SplitReader(StreamSettings(folders=(shards,), cutoff=cutoff, shape=DEFAULT_SHAPE), "train")
     total = reader.readers[0].manifest.structures("train")

@@ -76,7 +76,7 @@ def compare_heads(
     start: AtomisticModel, task: TaskSection, facts: TaskFacts, heads: Sequence[tuple[int, ...]]
 ) -> list[HeadErrors]:
     """Return the errors of heads, or of means of heads, on a sample of a task's structures, nearest first."""
-    samples = spread_samples(task.shards, start.settings.encoder.cutoff, COMPARED)
+    samples = spread_samples(task.location, start.settings.encoder.cutoff, COMPARED)
     found = []
     for rows in heads:
         bare = taken_over(task, facts, [start.tasks[row] for row in rows], {})
@@ -148,7 +148,7 @@ def refit(start: AtomisticModel, task: TaskSection, own: TaskFacts, rows: Sequen
     # An element that does not occur in the fit keeps its energy from the head, or else from the shards.
     references = {symbol: before.get(symbol, energy) for symbol, energy in own.reference_energies.items()}
     if own.has_energy:
-        samples = spread_samples(task.shards, start.settings.encoder.cutoff, FITTED)
+        samples = spread_samples(task.location, start.settings.encoder.cutoff, FITTED)
         samples = [sample for sample in samples if sample.structure.energy is not None]
         left = [sample.structure.energy or 0.0 for sample in samples] - interactions(
             head_model(start, bare, rows), samples
