@@ -7,9 +7,11 @@ import errno
 import json
 import os
 import shutil
+import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,11 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of file systems without locks, such as Lustre mounted without flock."""
+LONGEST_NOTE = 300
+"""Bytes of the note on the process that holds a lock."""
 
 
 @contextmanager
@@ -237,23 +244,38 @@ def try_lock(path: Path) -> AcquireReturnProxy | None:
     """Lock the file `path`, or return None at once if another process holds its lock.
 
     The lock is released at the end of a `with` block of the returned object, by its `lock.release()`, or when this
-    process ends, however that happens. Raises ConfigError where the file cannot be opened, or its file system has no
+    process ends, however that happens; processes forked from this one do not hold it. The file names this process, for
+    `lock_holder`. Raises ConfigError where the file cannot be opened, and NoLocksError where its file system has no
     locks.
     """
-    return _acquire(path, blocking=False)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return _acquire(path, blocking=False, note=f"process {os.getpid()} on host {socket.gethostname()} since {started}")
 
 
-def _acquire(path: Path, *, blocking: bool) -> AcquireReturnProxy | None:
+def lock_holder(path: Path) -> str:
+    """Return what `try_lock` has noted about the process that holds the lock of a file, as part of a sentence."""
+    try:
+        with open(path, "rb") as file:
+            note = file.read(LONGEST_NOTE).decode(errors="replace")
+    except OSError:
+        note = ""
+    return "".join(letter for letter in note if letter.isprintable()) or "another process"
+
+
+def _acquire(path: Path, *, blocking: bool, note: str = "") -> AcquireReturnProxy | None:
     """Return the held lock of a file; None if another process holds it, or has removed the file meanwhile."""
     from filelock import FileLock, Timeout  # their import takes 50 ms, and few commands need them
 
     def check(descriptor: int) -> None:
         try:
-            if os.path.samestat(path.stat(), os.fstat(descriptor)):
-                return
-        except FileNotFoundError:
-            pass
-        raise _ReplacedError
+            if not os.path.samestat(path.stat(), os.fstat(descriptor)):
+                raise _ReplacedError
+        except FileNotFoundError as error:
+            raise _ReplacedError from error
+        if note:
+            with suppress(OSError):  # a full disk does not make the lock less of one
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, note.encode(), 0)
 
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ConfigError(f"{path} is not a regular file and cannot be used as a lock; remove it.")
@@ -264,7 +286,12 @@ def _acquire(path: Path, *, blocking: bool) -> AcquireReturnProxy | None:
     except (Timeout, _ReplacedError):
         return None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be locked ({error.strerror}); choose a folder on another disk.") from error
+        kind = NoLocksError if error.errno in NO_LOCKS else ConfigError
+        raise kind(f"{path} cannot be locked ({error.strerror}); choose a folder on another disk.") from error
+
+
+class NoLocksError(ConfigError):
+    """A file cannot be locked, since its file system has no locks."""
 
 
 class _ReplacedError(Exception):

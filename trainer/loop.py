@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.stream.stream import SplitReader, TrainStream
 from hydrazero.trainer.checkpoint.folders import Retention, has_checkpoint
 from hydrazero.trainer.checkpoint.save_load import save_checkpoint
+from hydrazero.trainer.config.resume_rules import BALANCE, BEST, LOSSES, PATIENCE
 from hydrazero.trainer.config.sections import TrainSection
 from hydrazero.trainer.cost.step_memory import peak_memory_mb
 from hydrazero.trainer.engine.engine import StepResult, train_step
+from hydrazero.trainer.engine.optimizer_settings import forget_plateau
 from hydrazero.trainer.engine.run_balance import RunBalance
 from hydrazero.trainer.engine.schedules import Schedule
 from hydrazero.trainer.engine.step_guard import StepGuard
@@ -44,6 +46,8 @@ class RunParts:
     guard: StepGuard
     stop: StopRequest
     log: RunLog
+    settings: dict[str, Any]
+    """All settings of the run by key, which checkpoints hold, since a resume may change them."""
 
 
 class Trainer:
@@ -65,18 +69,28 @@ class Trainer:
         self.names = [task.name for task in self.engine.module.model.tasks]
         self._said_of: set[str] = set()
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
+    def load(self, state: dict[str, Any], anew: Collection[str] = ()) -> None:
+        """Continue from the state of a checkpoint; `anew` names what starts anew, since settings have changed."""
+        parts = self.parts
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
         self.skipped_before = self.skipped_structures = state["skipped_structures"]
-        self.interval = interval_in(state["interval"])
-        self.parts.stop.trained = state.get("trained_seconds", 0.0)  # not in checkpoints of earlier versions
-        # The best checkpoint may have been damaged, or replaced by one of steps that are now done again.
-        is_there = self.best is not None and has_checkpoint(self.run_dir, int(self.best["step"]))
-        self.best = self.best if gather_objects(is_there)[0] else None
-        if (sentence := self.parts.balance.load(state["balance"])) is not None:
-            self.parts.log.say(sentence)
-        self.parts.guard.load(state["guard"])
+        parts.stop.trained = state.get("trained_seconds", 0.0)  # not in checkpoints of earlier versions
+        if self.settings.keep_best and self.best is not None:
+            # The best checkpoint may have been damaged, or replaced by one of steps that are now done again.
+            is_there = has_checkpoint(self.run_dir, int(self.best["step"]))
+            self.best = self.best if gather_objects(is_there)[0] else None
+        parts.guard.load(state["guard"])
+        if LOSSES in anew:
+            parts.guard.forget_losses()
+        else:
+            self.interval = interval_in(state["interval"])
+        if BALANCE not in anew and state["balance"]["method"] == parts.balance.method:
+            parts.balance.load(state["balance"])
+        if BEST in anew:
+            self.best = None
+        if PATIENCE in anew:
+            self.stale = 0
+            forget_plateau(self.engine, best=BEST in anew)
 
     def _state(self) -> dict[str, Any]:
         stream = self.parts.stream
@@ -90,6 +104,7 @@ class Trainer:
             "stream": stream.saved_state(gather_to_first(stream.state())),
             "balance": self.parts.balance.state(),
             "guard": self.parts.guard.state(),
+            "settings": self.parts.settings,
         }
 
     def train(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 
-from hydrazero.models.atomistic import AtomisticModel, model_from_facts
+from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.model_settings import check_model
 from hydrazero.models.task_facts import TaskFacts, targets_of
 from hydrazero.shards.device import device_kind
-from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.stream.stream import StreamSettings, TrainStream
 from hydrazero.shards.targets import TargetColumn
@@ -22,6 +20,7 @@ from hydrazero.trainer.balance import BalanceFacts
 from hydrazero.trainer.checkpoint.folders import checkpoints
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.precision import check_device, precision_of
+from hydrazero.trainer.config.resume_rules import flat_settings
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.tasks import (
     budget_warning,
@@ -33,6 +32,7 @@ from hydrazero.trainer.config.tasks import (
     task_facts,
     task_manifests,
 )
+from hydrazero.trainer.config.validation import check_validation_labels, check_validation_split, needs_validation
 from hydrazero.trainer.engine.engine import make_engine
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
@@ -44,13 +44,12 @@ from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.loop import RunParts
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.stop_signals import StopRequest
-from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_run_json
 from hydrazero.trainer.records.run_log import RunLog
-from hydrazero.trainer.records.run_record import read_record
 from hydrazero.trainer.records.scalar_log import check_wandb
 from hydrazero.trainer.start.head_starts import HeadStart, check_heads, head_starts, resumed_facts
 from hydrazero.trainer.start.initial_weights import model_to_start_from, rows_of_same_name, start_from
 from hydrazero.trainer.start.methods import prepare, rate_factors
+from hydrazero.trainer.start.resume import check_resume, check_run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +66,8 @@ class CheckedRun:
     """Warnings that are logged at the start of the run."""
     start: AtomisticModel | None
     """Model whose weights the run starts with; None for random weights."""
+    settings: dict[str, Any]
+    """All settings by key: those of the run file, and the complete DeepSpeed JSON."""
     rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """For each task, by its index: the heads of `start` whose mean its own head starts as."""
 
@@ -83,16 +84,24 @@ def check_run(
     `has_gpu` says whether the machine of the run has a GPU, if that is another machine; manifests are read unless they
     are given.
     """
-    checked = check_settings(config, has_gpu=has_gpu, manifests=manifests)
     run_dir = Path(config.run.out)
+    check_run_folder(run_dir, resume)
+    return check_start(config, resume, has_gpu=has_gpu, manifests=manifests)
+
+
+def check_start(
+    config: RunConfig, resume: bool, *, has_gpu: bool | None = None, manifests: Sequence[Manifest] | None = None
+) -> CheckedRun:
+    """Check what `check_run` does, except whether the run folder holds a run already."""
+    run_dir = Path(config.run.out)
+    checked = check_settings(config, has_gpu=has_gpu, manifests=manifests)
+    # Files of the run, and blocks of shards, are read by one rank.
+    is_first = distributed.rank() == 0
     if resume:
-        if not (run_dir / RUN_NAME).exists():
-            raise ConfigError(f"run folder {run_dir} holds no run to resume; leave out --resume, or set run.out.")
-        read_record(run_dir)
-    elif (run_dir / RUN_NAME).exists():
-        raise ConfigError(
-            f"run folder {run_dir} holds a run already; use --resume to continue it, remove the folder, or set run.out."
-        )
+        check_resume(run_dir, checked.settings, config.tasks, shards=is_first)
+    if is_first:
+        needed = needs_validation(config.train, checked.ds_config)
+        check_validation_labels(needed, config.loss, config.data, config.tasks, checked.facts)
     # A run that is resumed before its first checkpoint starts again from the same model.
     if config.run.start_from and not checkpoints(run_dir):
         start = model_to_start_from(config.run.start_from, config.model.settings().encoder)
@@ -134,12 +143,14 @@ def check_settings(
         check_copies(config.tasks, config.data, manifests)
     facts = [task_facts(task, manifest) for task, manifest in zip(config.tasks, manifests, strict=True)]
     check_model(config.model.settings(), facts)
+    check_validation_split(needs_validation(config.train, ds_config), config.tasks, manifests)
     check_weights(config.loss, facts)
     for task, found, manifest in zip(config.tasks, facts, manifests, strict=True):
         check_labels(task, config.loss, found, manifest)
     return CheckedRun(
         start=None,
         ds_config=ds_config,
+        settings=flat_settings({**config.model_dump(), "deepspeed": ds_config}),
         facts=facts,
         manifests=tuple(manifests),
         warnings=[
@@ -200,19 +211,6 @@ def compile_steps(engine: TrainingEngine) -> str:
     return f"compile: each step is one graph, but without the CPU kernels: {reason}."
 
 
-def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
-    """Raise ConfigError unless the run file still describes the model and tasks that the run was started with."""
-    known = model_from_facts(read_run_json(run_dir, MODEL_FACTS_NAME)).facts()  # that of an older run has fewer fields
-    if json.loads(json.dumps(known)) != json.loads(json.dumps(described)):
-        width, own = (facts["settings"]["encoder"]["norm_width"] for facts in (known, described))
-        if width != own:
-            raise ConfigError(f"{run_dir} was started with model.norm_width = {width:g}; set the same to resume it.")
-        raise ConfigError(
-            f"{run_dir} was started with another model, other tasks or other shards than the run file names now; "
-            "resume with the same ones, or start a new run (remove the folder, or set run.out)."
-        )
-
-
 def weight_average_of(engine: TrainingEngine, decay: float) -> WeightAverage | None:
     """Return the moving average of an engine's weights; None if the decay is 0."""
     return WeightAverage(engine, decay) if decay else None
@@ -237,4 +235,5 @@ def run_parts(
         guard=StepGuard(config.train.max_skipped, config.train.skip_spikes),
         stop=stop,
         log=log,
+        settings=checked.settings,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from hydrazero.shards.launcher_variables import launcher_rank
 from hydrazero.shards.processes import end_with_parent
 from hydrazero.trainer.checkpoint.folders import latest_checkpoint, step_of, usable_checkpoint
 from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
+from hydrazero.trainer.config.resume_rules import sentences_on, starts_anew
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
+from hydrazero.trainer.config.setting_change import SettingChange
 from hydrazero.trainer.config.tasks import task_manifests
+from hydrazero.trainer.engine.optimizer_settings import apply_settings, group_settings
 from hydrazero.trainer.engine.parameter_groups import frozen
 from hydrazero.trainer.loop import Trainer
 from hydrazero.trainer.ranks import distributed
@@ -25,6 +29,7 @@ from hydrazero.trainer.ranks.exit_status import FAILED, end_process_after
 from hydrazero.trainer.ranks.launcher import train_ranks
 from hydrazero.trainer.ranks.stop_signals import StopRequest
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, truncate_metrics, writing
+from hydrazero.trainer.records.run_lock import RUN_LOCK, folder_in_use
 from hydrazero.trainer.records.run_log import RunLog
 from hydrazero.trainer.records.run_record import add_resume, run_record
 from hydrazero.trainer.records.scalar_log import hyperparameters
@@ -32,7 +37,6 @@ from hydrazero.trainer.rehearsal.rehearse import rehearse
 from hydrazero.trainer.setup import (
     CheckedRun,
     check_run,
-    check_same_model,
     compile_steps,
     engine_of,
     run_parts,
@@ -40,6 +44,7 @@ from hydrazero.trainer.setup import (
     with_heads,
 )
 from hydrazero.trainer.start.head_starts import started_from
+from hydrazero.trainer.start.resume import changes_since, check_run_folder, check_same_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +80,27 @@ def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
     `used_hours` of `train.max_hours` have been used by earlier attempts.
     """
 
+    run_dir = Path(config.run.out)
+
     def job() -> None:
         # All ranks check before any continues: rank 0 would create the folder that must not exist for the others.
         manifests = distributed.from_first(lambda: task_manifests(config))
         checked = distributed.together(lambda: check_run(config, resume, manifests=manifests))
-        _train(config, resume, checked, used_hours)
+        with _alone_in(run_dir) as warnings:
+            # Another process may have used the folder between the check and the lock.
+            distributed.together(lambda: check_run_folder(run_dir, resume) if distributed.rank() == 0 else None)
+            _train(config, resume, replace(checked, warnings=[*warnings, *checked.warnings]), used_hours)
 
     distributed.within_ranks(config.train.timeout_minutes, job)
+
+
+@contextlib.contextmanager
+def _alone_in(run_dir: Path) -> Iterator[list[str]]:
+    """Hold the lock of the run folder on rank 0; yield a warning if its file system has none. Called on every rank."""
+    with contextlib.ExitStack() as held:
+        lock = folder_in_use(run_dir, RUN_LOCK, "run folder") if distributed.rank() == 0 else contextlib.nullcontext()
+        warning = distributed.together(lambda: held.enter_context(lock))
+        yield [warning] if warning else []
 
 
 def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: float) -> None:
@@ -92,6 +111,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
     average = weight_average_of(engine, config.train.average)
     state: dict[str, Any] = {"step": 0, "stream": None}
     said: list[str] = []
+    changes: list[SettingChange] = []
     if checked.start is not None:
         said = [*started_from(config.tasks, checked.start, checked.rows, config.run.start_from), *heads]
     said += [sentence] if (sentence := frozen(trained)) is not None else []
@@ -99,22 +119,29 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
         check_same_model(run_dir, described)
         folder, damaged = _checkpoint_to_resume(run_dir)
         said += damaged
+        configured = group_settings(engine)
         if folder is not None:
             state = load_checkpoint(engine, folder, average)
             said.append(resumed_from(state, engine))
+        changes = distributed.from_first(lambda: changes_since(run_dir, state, checked.settings))
+        if folder is not None:
+            apply_settings(engine, configured, [change.key for change in changes])
+        said += sentences_on(changes, state)
 
     log = RunLog(run_dir, config.train.steps, start=state["step"], settings=hyperparameters(config.model_dump()))
     stop = StopRequest(config.train.max_hours, used_hours, config.train.budget_seconds)
     parts = run_parts(config, checked, engine, average, stop=stop, log=log, stream_state=state["stream"])
 
+    tables = {**config.model_dump(), "deepspeed": checked.ds_config}
+
     def note_start() -> None:
         if resume:
             truncate_metrics(run_dir, state["step"])
-            add_resume(run_dir, step=state["step"], steps=config.train.steps, ranks=distributed.ranks())
+            add_resume(run_dir, tables, changes, step=state["step"], ranks=distributed.ranks())
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / MODEL_FACTS_NAME, described)
-            write_json(run_dir / RUN_NAME, run_record(config.model_dump(), checked.ds_config, distributed.ranks()))
+            write_json(run_dir / RUN_NAME, run_record(tables, distributed.ranks()))
 
     # Only now, after everything has started, does the run folder record a run or a further resume.
     distributed.together(lambda: writing(run_dir, note_start) if distributed.rank() == 0 else None)
@@ -127,7 +154,7 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             log.say(compile_steps(engine))
         trainer = Trainer(run_dir, config.train, parts)
         if state["step"]:
-            trainer.load(state)
+            trainer.load(state, starts_anew(changes))
         trainer.train()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hydrazero.trainer.balance.base import Balancer, bounded
@@ -18,3 +20,6 @@ class Static(Balancer):
         """Set the weights once."""
         sizes = torch.tensor(self.facts.structures, dtype=torch.float64)
         self.weights = bounded(1.0 / sizes, self.settings.smallest, self.settings.largest)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Keep the weights that were set, which depend on the settings alone."""

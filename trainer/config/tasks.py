@@ -172,11 +172,16 @@ def check_labels(task: TaskSection, loss: LossSection, facts: TaskFacts, manifes
     }
     counted = [name for name, found in held.items() if found and (loss.weight(name) or loss.final_weight(name))]
     if task.weight and not counted:
-        labels = ", ".join(sorted({*manifest.labels, *manifest.targets})) or "no labels"
+        labels = ", ".join(sorted({*map(_label_name, manifest.labels), *manifest.targets})) or "no labels"
         raise ConfigError(
             f"task '{task.name}' trains nothing: of what {task.shards} holds ({labels}), nothing is predicted with a "
             "weight above 0; look at [loss] and at the task's forces, stress and targets, or set its weight to 0."
         )
+
+
+def _label_name(statistics: str) -> str:
+    """Return the label that an entry of the manifest's statistics belongs to, such as 'energy_residual_per_atom'."""
+    return statistics.partition("_")[0]
 
 
 def charge_warning(facts: TaskFacts, manifest: Manifest) -> str | None:

@@ -33,8 +33,12 @@ RELAXED_MOLECULE, RELAXED_TASK = "CH3CH2OH", "gfn2"
 
 def run_demo(out: Path) -> None:
     """Run the demo in the new folder `out`; raise ConfigError if it exists, DemoError if a method fails."""
-    if out.exists():
-        raise ConfigError(f"{out} exists; remove it or choose another --out.")
+    try:
+        out.mkdir(parents=True)  # fails where another demo has made it a moment ago
+    except FileExistsError as error:
+        raise ConfigError(f"{out} exists; remove it or choose another --out.") from error
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made ({error.strerror}); choose another --out.") from error
     started, console = time.monotonic(), Console(stderr=True)
     console.rule("1/6 label structures with five methods")
     shards = _make_shards(out)

@@ -94,14 +94,10 @@ class RunBalance:
         """Return everything that a resumed run needs."""
         return {"method": self.method, **self.balancer.state()}
 
-    def load(self, state: dict[str, Any]) -> str | None:
-        """Continue from a state; return a sentence if the state is of another method, and so is not used."""
-        method, own = state["method"], {name: value for name, value in state.items() if name != "method"}
-        if method != self.method:
-            return f"balance.method was {method} and is now {self.method}, which starts as at the beginning of a run."
-        self.balancer.load(own)
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a state of the same method."""
+        self.balancer.load({name: value for name, value in state.items() if name != "method"})
         self._use()
-        return None
 
 
 def _plain(values: Tensor) -> list[float | None]:

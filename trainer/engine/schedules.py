@@ -43,6 +43,10 @@ class Schedule:
             self.reductions, self.stale = self.reductions + 1, 0
             self._set()
 
+    def count_anew(self, *, best: bool) -> None:
+        """Start anew to count evaluations without a lower validation loss; with `best`, forget the lowest one too."""
+        self.best, self.stale = None if best else self.best, 0
+
     def get_lr(self) -> list[float]:
         """Return the learning rates of the next step, one for each group of parameters."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]

@@ -95,3 +95,8 @@ class StepGuard:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         vars(self).update(state)
+
+    def forget_losses(self) -> None:
+        """Start anew with the statistics of losses, since losses from now on cannot be compared with those before."""
+        self.mean = self.variance = 0.0
+        self.steps = 0

@@ -57,6 +57,9 @@ class TrainingEngine(Protocol):
     def gradient_accumulation_steps(self) -> int:
         """Return the number of batches of each rank in a step."""
 
+    def gradient_clipping(self) -> float:
+        """Return the largest norm of a gradient; 0 without a limit."""
+
     def is_gradient_accumulation_boundary(self) -> bool:
         """Return whether the batch at hand is the last one of a step."""
 

@@ -19,6 +19,7 @@ from hydrazero.shards.manifest import SPLITS, check_shard_files, read_manifest
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
 from hydrazero.trainer.evaluation.errors import AbsoluteErrors
 from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_run_json
+from hydrazero.trainer.records.run_lock import folder_in_use
 from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation
 
 
@@ -57,10 +58,23 @@ def evaluate(
     The trivial predictor knows the task's reference energies, and predicts zero forces and stress and the mean of the
     training labels for targets; its errors are those on the same structures. Structures with elements that no training
     structure of the task contains are counted, but not evaluated. Raise ShardError for missing or damaged shards or an
-    empty split, ModelFileError for a task without a head, ConfigError for an unknown split.
+    empty split, ModelFileError for a task without a head, ConfigError for an unknown split, or if another process
+    writes the same files.
     """
     if split not in SPLITS:
         raise ConfigError(f"split '{split}' is not known (known: {', '.join(SPLITS)}).")
+    # A run in progress may be evaluated, but not twice at the same time.
+    with folder_in_use(files.evaluation.parent, f".{files.evaluation.name}.lock", "folder of the evaluation"):
+        return _evaluate(potential, folders, split, files, progress)
+
+
+def _evaluate(
+    potential: Potential,
+    folders: Sequence[Path],
+    split: str,
+    files: ResultFiles,
+    progress: Callable[[int], None] | None,
+) -> Evaluation:
     tasks: dict[str, TaskEvaluation] = {}
     results = {}
     for folder in folders:

@@ -68,7 +68,7 @@ def measure_outcome(
             document["old"][name] = {"split": old_split, **errors}
         else:
             document["old"][name] = None
-    write_json(run_dir / OUTCOME_NAME, document)
+    write_json(run_dir / OUTCOME_NAME, document, shared=True)
     return document
 
 

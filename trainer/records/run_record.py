@@ -1,10 +1,15 @@
-"""The file `run.json`: the settings and the environment of a run, and every time that it was resumed."""
+"""The file `run.json`: the settings and the environment of a run, and every time that it was resumed.
+
+Its tables of the run file, and the DeepSpeed JSON in it, are those with which the run was started or resumed last; each
+entry under 'resumes' lists the settings that it changed.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +19,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.location import location_in_run_file
 from hydrazero.shards.manifest import manifest_sha256
+from hydrazero.trainer.config.setting_change import SettingChange
 from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
@@ -21,17 +27,20 @@ OF_LAUNCHERS = ("--local_rank", "--launched-by", "--used-hours")
 """Options that launchers add to the command; users do not write them."""
 
 
-def run_record(run_file: Mapping[str, Any], ds_config: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """Return the content of `run.json` at the start: the tables of the run file, versions, data, commit, command."""
+def run_record(settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """Return the content of `run.json` at the start: settings, versions, data, commit, command.
+
+    `settings` are the tables of the run file, with the complete DeepSpeed JSON as 'deepspeed'.
+    """
     versions = {}
     for name in VERSIONED_PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed as a package"
-    manifests = {task["name"]: manifest_sha256(location_in_run_file(task["shards"])) for task in run_file["tasks"]}
-    facts = {"deepspeed": ds_config, "versions": versions, "manifests": manifests}
-    return {**run_file, **facts, **_start(ranks), "resumes": []}
+    manifests = {task["name"]: manifest_sha256(location_in_run_file(task["shards"])) for task in settings["tasks"]}
+    facts = {"versions": versions, "manifests": manifests}
+    return {**settings, **facts, **_start(ranks), "resumes": []}
 
 
 def _start(ranks: int) -> dict[str, Any]:
@@ -69,8 +78,27 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     return record
 
 
-def add_resume(run_dir: Path, *, step: int, steps: int, ranks: int) -> None:
-    """Add to `run.json` that the run continues from `step`, and that it will have `steps` steps."""
+def add_resume(
+    run_dir: Path, settings: Mapping[str, Any], changes: Sequence[SettingChange], *, step: int, ranks: int
+) -> None:
+    """Add to `run.json` that the run continues from `step` with `settings`, which differ by `changes` from before.
+
+    `settings` are the tables of the run file, with the complete DeepSpeed JSON as 'deepspeed'.
+    """
     record = read_record(run_dir)
-    resumes = [*record.get("resumes", []), {"step": step, "steps": steps, **_start(ranks)}]
-    write_json(run_dir / RUN_NAME, {**record, "resumes": resumes})
+    resumed = {"step": step, "steps": settings["train"]["steps"], "changes": [asdict(change) for change in changes]}
+    resumes = [*record.get("resumes", []), {**resumed, **_start(ranks)}]
+    write_json(run_dir / RUN_NAME, {**record, **settings, "resumes": resumes})
+
+
+def lasting_changes(record: Mapping[str, Any]) -> list[tuple[int, list[SettingChange]]]:
+    """Return the changes of settings by the step at which they took effect.
+
+    A resume from an earlier step undoes those of the steps that it does again.
+    """
+    resumes = record.get("resumes", [])
+    lasting = [
+        resume for n, resume in enumerate(resumes) if all(later["step"] > resume["step"] for later in resumes[n + 1 :])
+    ]
+    found = [(resume["step"], [SettingChange(**each) for each in resume.get("changes", [])]) for resume in lasting]
+    return [(step, changes) for step, changes in found if changes]

@@ -35,12 +35,12 @@ from hydrazero.trainer.records.run_log import SilentLog
 from hydrazero.trainer.rehearsal.dry_run_tables import Findings, MeasuredSteps, run_table, tasks_table
 from hydrazero.trainer.setup import (
     CheckedRun,
-    check_same_model,
     engine_of,
     run_parts,
     weight_average_of,
     with_heads,
 )
+from hydrazero.trainer.start.resume import check_run_folder, check_same_model
 
 LOOKED_AT = 8
 """Number of batches of each rank, including those of the steps, whose filling is measured."""
@@ -72,8 +72,19 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
         console = wide_console(stderr=False)
         console.print(tasks_table(found))
         console.print(run_table(found))
-        for sentence in [*said, "dry run: the run can start; nothing was written."]:
+        for sentence in [*said, _result(Path(config.run.out), resume)]:
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _result(run_dir: Path, resume: bool) -> str:
+    """Return the last sentence of a dry run."""
+    if resume:
+        return "dry run: the run can be resumed; nothing was written."
+    try:
+        check_run_folder(run_dir, resume)
+    except ConfigError as error:
+        return f"dry run: nothing was written; the settings can be used, but {error}"
+    return "dry run: the run can start; nothing was written."
 
 
 def _step_bytes(config: RunConfig) -> float:

@@ -77,7 +77,7 @@ def measure_steps(config: RunConfig, checked: CheckedRun) -> None:
     if distributed.rank() == 0:
         folder = Path(config.run.out)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE_NAME, asdict(times))
+        write_json(folder / FILE_NAME, asdict(times), shared=True)
 
 
 def read_step_times(run_dir: Path) -> StepTimes:

@@ -64,7 +64,7 @@ def _write_trace(profiler: Any, folder: Path) -> Path:
     """Write this rank's trace to a temporary file and rename it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"trace-rank{distributed.rank()}.json"
-    with replacing(path) as part:
+    with replacing(path, shared=True) as part:
         profiler.export_chrome_trace(str(part))
     return path
 

@@ -11,7 +11,7 @@ from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.rehearsal.dry_run import dry_run
 from hydrazero.trainer.rehearsal.measure_steps import measure_steps
 from hydrazero.trainer.rehearsal.profile_steps import profile_steps
-from hydrazero.trainer.setup import CheckedRun, check_run, check_settings
+from hydrazero.trainer.setup import CheckedRun, check_run, check_settings, check_start
 
 PROFILE, MEASURE = "profile", "measure"
 
@@ -21,11 +21,13 @@ def check_rehearsal(
 ) -> CheckedRun:
     """Check everything that can be checked before the first step; raises HydrazeroError.
 
-    A profile does not depend on what the run folder holds.
+    A profile does not depend on what the run folder holds. A dry run changes nothing in it, and says what it holds.
     """
     if kind == PROFILE:
         return check_settings(config, manifests=manifests)
-    return check_run(config, resume, manifests=manifests)
+    if kind == MEASURE or resume:
+        return check_run(config, resume, manifests=manifests)
+    return check_start(config, resume, manifests=manifests)
 
 
 def rehearse(kind: str, config: RunConfig, resume: bool) -> None:

@@ -57,7 +57,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 def write_page(title: str, parts: Sequence[str], out: Path) -> Path:
     """Write a page to a file, making its folder, and return its path."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page(title, parts))
+    write_text(out, page(title, parts), shared=True)
     return out
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from hydrazero.trainer.evaluation.tables import OTHER_HEADINGS, other_rows
 from hydrazero.trainer.plots.parity import other_parity_plots, parity_plots
 from hydrazero.trainer.records.run_log import left_out, shown
+from hydrazero.trainer.records.run_record import lasting_changes
 from hydrazero.trainer.records.task_errors import TaskEvaluation
 from hydrazero.trainer.report.errors_by import calibration_plots, element_errors, force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput
@@ -215,7 +216,7 @@ def _balance_table(run: RunData) -> str:
 
 
 def configuration(run: RunData) -> list[str]:
-    """Return the configuration, data and code with which a run was started."""
+    """Return the configuration, data and code of a run, and how settings were changed at resumes."""
     record = run.record
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     parts = ["<h2>Configuration</h2>", facts(versions), facts(commit(record))]
@@ -227,6 +228,8 @@ def configuration(run: RunData) -> list[str]:
     parts.append(table(["task", "shards", "SHA-256 of the manifest"], rows, texts=(0, 1, 2)))
     for resume in record.get("resumes", []):
         parts.append(facts(f"resumed from step {resume['step']:,} on {resume['started']}; {commit(resume)}"))
+    for step, changes in lasting_changes(record):
+        parts.append(paragraph(f"Settings changed at step {step:,}: {', '.join(map(str, changes))}."))
     parts.append(f"<details><summary>run.json</summary><pre>{escape(json.dumps(record, indent=1))}</pre></details>")
     return parts
 
