@@ -15,7 +15,6 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import ShardError
 from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
@@ -185,11 +184,3 @@ def block_from(columns: dict[str, NDArray[Any]]) -> StructureBlock:
 def encode_block(block: StructureBlock) -> bytes:
     """Serialise a block as safetensors."""
     return safetensors.numpy.save(columns_of(block))
-
-
-def decode_block(data: bytes, where: str) -> StructureBlock:
-    """Return the block in `data`; raise ShardError, naming `where`, if the bytes are not a block."""
-    try:
-        return block_from(safetensors.numpy.load(data))
-    except Exception as error:  # safetensors has errors of its own; missing columns raise TypeError
-        raise ShardError(f"{where} is not a readable block of structures ({error}); convert the task again.") from error
