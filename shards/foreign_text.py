@@ -20,7 +20,7 @@ direction round), halves of characters, line and paragraph separators."""
 
 
 def escaped(text: object) -> str:
-    r"""Return a text on one line in which letters that are not shown as themselves are like '\x1b' or '\u202e'."""
+    r"""Return a text on one line in which letters that are not shown as themselves are written like '\x1b'."""
     shown = str(text)
     if shown.isascii() and shown.isprintable():
         return shown

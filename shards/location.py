@@ -1,8 +1,7 @@
 """Locations of shards: a local folder, a web address, or a command that prints a file (`pipe:`).
 
-A location in a text or a path is a folder or a web address. A command is a `ShardCommand`, which only the tasks of a
-run file are turned into: arguments of commands, manifests and records of runs, which others may have written, cannot
-start one.
+A text or a path is the location of a folder or a web address. A command is a `ShardCommand`, and only a task of a run
+file becomes one: arguments of commands, manifests and records of runs, which others may have written, start none.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -78,11 +78,16 @@ NOTE = "note"
 
 def _written_note(note: ShardNote) -> bytes:
     """Return a note as safetensors: the arrays of the statistics as tensors, everything else as JSON."""
-    statistics = asdict(note.statistics)
+    statistics = vars(note.statistics)
     arrays = {name: value for name, value in statistics.items() if isinstance(value, np.ndarray)}
     others = {name: value for name, value in statistics.items() if name not in arrays}
-    document = json.dumps({"shard": asdict(note.shard), "statistics": others}, default=sorted)  # sets become lists
+    document = json.dumps({"shard": note.shard, "statistics": others}, default=_plain)
     return safetensors.numpy.save(arrays, metadata={NOTE: document})
+
+
+def _plain(value: Any) -> Any:
+    """Return a dataclass or a set as a type that JSON has; raise TypeError for anything else."""
+    return sorted(value) if isinstance(value, set) else {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 def _read_note(path: Path) -> ShardNote | None:

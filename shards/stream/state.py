@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -68,7 +70,7 @@ def start_of_stream(
 def _parsed(saved: dict[str, Any] | None) -> tuple[Lanes, tuple[int, ...], tuple[Lanes, ...]]:
     if not saved:
         return (), (), ()
-    states = [pickle.loads(state) if isinstance(state, bytes) else state for state in saved["ranks"]]
+    states = [_of_rank(state) if isinstance(state, bytes) else state for state in saved["ranks"]]
     of_ranks = [_lanes(state["lanes"]) for state in states]
     ranks, workers = len(of_ranks), len(of_ranks[0])
     by_number = {lane_number(r, w, ranks): of_ranks[r][w] for r in range(ranks) for w in range(workers)}
@@ -91,12 +93,30 @@ def _lanes(documents: Sequence[dict[str, Any]]) -> Lanes:
 
 
 def rank_state(lanes: Sequence[LaneState], turn: int) -> bytes:
-    """Return the state of one rank for `saved_state`, as a pickle of plain types.
+    """Return the state of one rank for `saved_state`, as JSON.
 
     As bytes, 16,384 of them are gathered and saved in a second or two; `torch.save` takes a minute for the millions of
     numbers in them.
     """
-    return pickle.dumps({"turn": turn, "lanes": [asdict(lane) for lane in lanes]}, protocol=4)
+    document = {"turn": turn, "lanes": [asdict(lane) for lane in lanes]}
+    return json.dumps(document, separators=(",", ":"), default=int).encode()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads the pickles of plain types that earlier versions wrote; any class or function in one is an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raise UnpicklingError: dicts, lists and numbers need no class."""
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _of_rank(state: bytes) -> dict[str, Any]:
+    """Return the content of a `rank_state`; raise ConfigError if it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(state) if state[:1] == b"{" else _PlainUnpickler(io.BytesIO(state)).load()
+    except (ValueError, pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the checkpoint's position in the data cannot be read ({error}).") from error
+    return found
 
 
 def saved_state(fingerprint: str, past: tuple[Lanes, ...], of_ranks: Sequence[bytes]) -> dict[str, Any]:

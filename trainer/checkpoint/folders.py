@@ -12,12 +12,15 @@ from pydantic import BaseModel
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, write_json
+from hydrazero.shards.names import path_fault
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS_NAME = "checksums.json"
 """File with the SHA-256 of each file of a checkpoint; written last, so that a folder that has it is complete."""
 BEST_NAME = "best.json"
 """File beside the checkpoints: step and validation loss of the best one."""
+READ_ENDINGS = (".pt", ".safetensors")
+"""Endings of the files of a checkpoint that are read."""
 PART = ".part"
 """Ending of a folder's name while it is being written."""
 REMOVED = ".removed"
@@ -102,10 +105,14 @@ def damage(folder: Path) -> str | None:
         if not sums:
             return f"{folder / CHECKSUMS_NAME} names no file"
         for name, expected in sums.items():
-            if not (folder / name).is_file():
-                return f"{folder / name} is missing"
+            if (fault := path_fault(folder, name)) is not None:
+                return f"{folder / name} {fault}"
             if file_sum(folder / name) != expected:
                 return f"{folder / name} is damaged: its checksum differs from the one in {CHECKSUMS_NAME}"
+        for ending in READ_ENDINGS:
+            for path in folder.glob(f"*{ending}"):
+                if path.name not in sums:
+                    return f"{path} is not among the files in {CHECKSUMS_NAME}"
     except ConfigError as error:
         return str(error).removesuffix(".")
     except (OSError, ValueError) as error:

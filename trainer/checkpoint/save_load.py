@@ -24,6 +24,7 @@ from hydrazero.trainer.checkpoint.folders import (
     remove_leftovers,
 )
 from hydrazero.trainer.checkpoint.reshard import load_from_partition
+from hydrazero.trainer.checkpoint.safe_load import safe_load
 from hydrazero.trainer.engine.partition import partition_in
 from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
@@ -136,7 +137,7 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the part of a checkpoint that all ranks share."""
-    state: dict[str, Any] = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=False)
+    state: dict[str, Any] = safe_load(folder / STATE_NAME)
     return state
 
 
@@ -159,8 +160,11 @@ def load_checkpoint(engine: TrainingEngine, folder: Path, average: WeightAverage
     layout = layout_of(engine)
     if saved != layout.partition():
         load_from_partition(engine, folder, saved)
-    elif engine.load_checkpoint(str(folder.parent), tag=folder.name)[0] is None:
-        raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
+    else:
+        with layout.reading_with(safe_load):
+            found = engine.load_checkpoint(str(folder.parent), tag=folder.name)[0]
+        if found is None:
+            raise ConfigError(f"checkpoint {folder} cannot be loaded with this run's configuration.")
     layout.release_gathered()
     set_random_states(state["random"])
     if average is not None and "average_steps" in state:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.checkpoint.safe_load import safe_load
 from hydrazero.trainer.engine.partition import Partition
 from hydrazero.trainer.engine.zero_layout import STATE_KEYS
 
@@ -29,7 +30,7 @@ class ZeroFiles:
     def __init__(self, folder: Path, partition: Partition) -> None:
         self.folder, self.partition = folder, partition
         first = MODEL_PART_FILE.format(rank=0) if partition.stage == 3 else MODEL_FILE
-        self.facts = _load(folder / first)
+        self.facts = safe_load(folder / first)
         """Document of rank 0, with what DeepSpeed keeps beside weights: counts of steps, schedule."""
         self._opened: dict[int, tuple[list[Tensor], dict[str, Any]]] = {}
 
@@ -42,8 +43,11 @@ class ZeroFiles:
     def _open(self, number: int) -> tuple[list[Tensor], dict[str, Any]]:
         if self.partition.stage == 0:
             return [self.facts["module"][name] for name in self.partition.places], self.facts["optimizer"]
-        (path,) = self.folder.glob(OPTIMIZER_FILE.format(rank=number))
-        document = _load(path)["optimizer_state_dict"]
+        found = list(self.folder.glob(OPTIMIZER_FILE.format(rank=number)))
+        if len(found) != 1:
+            raise ConfigError(f"{self.folder} has {len(found)} files of the optimizer of rank {number}, not one.")
+        (path,) = found
+        document = safe_load(path)["optimizer_state_dict"]
         flats, inner = (next(document[key] for key in keys if key in document) for keys in (WEIGHT_KEYS, STATE_KEYS))
         return flats, inner
 
@@ -82,7 +86,7 @@ class ZeroFiles:
         yield from ((name, module[name]) for name in self.facts["buffer_names"])
         shapes = self.facts["frozen_param_shapes"] or {}
         ranks = range(self.partition.ranks if shapes else 0)
-        files = [_load(self.folder / MODEL_PART_FILE.format(rank=number)) for number in ranks]
+        files = [safe_load(self.folder / MODEL_PART_FILE.format(rank=number)) for number in ranks]
         for name, shape in shapes.items():
             parts = [file["frozen_param_fragments"][name].reshape(-1) for file in files]
             yield name, torch.cat(parts)[: shape.numel()].view(shape)
@@ -98,8 +102,3 @@ class ZeroFiles:
             for name, place in self.partition.places.items()
         }
         return dict(self.untrained()) | trained
-
-
-def _load(path: Path) -> Any:
-    # Memory-mapped, so that a rank which needs a little of each file does not read all of them.
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(path))

@@ -141,6 +141,6 @@ def check_no_commands(run_dir: Path, shards: Sequence[str]) -> None:
     for each in shards:
         if each.lstrip().startswith(PIPE):
             raise ConfigError(
-                f"{run_dir / RUN_NAME} names a command for its shards ({each}), which is run only by the run file itself; "
-                f"name folders of shards instead: hydrazero evaluate {run_dir} DIR..."
+                f"{run_dir / RUN_NAME} names a command for its shards ({each}), and only a run file that you start "
+                f"yourself runs commands; name folders of shards instead: hydrazero evaluate {run_dir} DIR..."
             )

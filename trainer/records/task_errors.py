@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import check_shape, read_json
+from hydrazero.shards.names import check_name
 from hydrazero.trainer.records.file_shapes import EvaluationShape
 
 KEYS = {
@@ -180,7 +181,12 @@ class Evaluation(JsonFields):
     def from_json(cls, row: Mapping[str, Any]) -> Self:
         """Return what evaluation.json holds."""
         return super().from_json(
-            {**row, "tasks": {name: TaskEvaluation.from_json(task) for name, task in row["tasks"].items()}}
+            {
+                **row,
+                "tasks": {
+                    check_name(name, "the task"): TaskEvaluation.from_json(task) for name, task in row["tasks"].items()
+                },
+            }
         )
 
 

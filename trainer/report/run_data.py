@@ -127,6 +127,8 @@ def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPre
     Raise ConfigError if the file is missing or damaged.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         table = pq.read_table(path).combine_chunks()
     except (OSError, pa.ArrowInvalid) as error:
         raise ConfigError(f"{path} cannot be read ({error}); run 'hydrazero evaluate' again.") from error

@@ -47,7 +47,7 @@ def check_resume(run_dir: Path, settings: Mapping[str, Any], tasks: Sequence[Tas
         )
     known = record.get("manifests", {}) if shards else {}
     for task in tasks:
-        if known.get(task.name, "") and manifest_sha256(task.shards) != known[task.name]:
+        if known.get(task.name, "") and manifest_sha256(task.location) != known[task.name]:
             raise ConfigError(
                 f"task '{task.name}': {task.shards} holds other shards than those that run {run_dir} was started with "
                 "(the manifest has another checksum); resume with the same ones, or start a new run."
