@@ -26,7 +26,7 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     maker = FrameMaker(settings)
     number = 0
     try:
-        if filetype(str(path), parallel=False) in XYZ:
+        if filetype(str(path)) in XYZ:
             yield from read_extxyz(path, settings)  # ASE's own reader loses cells, and fields in other spellings
             return
         # Not parallel: under mpirun ASE would wait for all ranks to read this file together.
