@@ -18,12 +18,6 @@ MIN_DISTANCE = 0.05
 MAX_MAGNITUDE = 1e10
 """Largest accepted number in Å, eV/Å or eV/Å³; far larger ones would become infinite in float32."""
 
-MAX_WHOLE = 32767
-"""Largest absolute charge and multiplicity, since blocks store them as int16."""
-
-WHOLE = 1e-6
-"""Largest distance of a charge or multiplicity from a whole number; sources compute or round them."""
-
 FloatArray = NDArray[np.float64]
 
 
@@ -73,22 +67,6 @@ class Structure:
         digest.update(self.pbc.tobytes())
         digest.update(np.array([self.charge, self.multiplicity], dtype=np.int64).tobytes())
         return digest.digest()
-
-
-def whole_number(value: float, name: str) -> int:
-    """Return the charge or multiplicity that a number is within 1e-6; raise StructureError if there is none.
-
-    `name` is 'charge' or 'multiplicity'; a multiplicity is at least 1.
-    """
-    if not np.isfinite(value) or abs(value - round(value)) > WHOLE:
-        raise StructureError(f"bad_{name}", f"the {name} is {value}, not a whole number")
-    if abs(value) > MAX_WHOLE:
-        raise StructureError(f"bad_{name}", f"the {name} is {value:g}, beyond {MAX_WHOLE}")
-    if name == "multiplicity" and round(value) < 1:
-        raise StructureError(
-            f"bad_{name}", f"the multiplicity is {value:g}, but 2S+1 is at least 1; leave it out if it is unknown"
-        )
-    return round(value)
 
 
 def check_structure(structure: Structure) -> None:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator
 
+from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
 from hydrazero.shards.settings_parser import Section
-from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure, whole_number
+from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
 from hydrazero.shards.units import energy_factor, force_factor, known_unit, length_factor, stress_factor
 
@@ -179,7 +180,6 @@ class FrameMaker:
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
         numbers = _atomic_numbers(raw.numbers)
         cell = self._length * _array(raw.cell, "cell")
-        charge, multiplicity = _known(raw.charge, "charge"), _known(raw.multiplicity, "multiplicity")
         return Structure(
             numbers=numbers,
             positions=self._length * _array(raw.positions, "positions"),
@@ -188,10 +188,8 @@ class FrameMaker:
             energy=self._energy_of(raw, len(numbers)),
             forces=self._unless_zero("forces", self._forces, _known(raw.forces, "forces")),
             stress=self._stress_of(raw, cell),
-            charge=0 if charge is None else whole_number(_scalar(charge, "charge"), "charge"),
-            multiplicity=0
-            if multiplicity is None
-            else whole_number(_scalar(multiplicity, "multiplicity"), "multiplicity"),
+            charge=charge_of(_known(raw.charge, "charge")),
+            multiplicity=multiplicity_of(_known(raw.multiplicity, "multiplicity")),
             targets=self._targets("structure", raw, info, len(numbers)),
             atom_targets=self._targets("atom", raw, info, len(numbers)),
             source_id=source_id,

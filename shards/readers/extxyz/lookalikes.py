@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.extxyz.comment_line import Entry
@@ -90,6 +91,7 @@ def _letters(key: str) -> str:
     return re.sub(r"[^a-z]", "", key.lower())
 
 
+@lru_cache(maxsize=1024)  # frames repeat their keys
 def _alike(word: str, other: str) -> bool:
     return SequenceMatcher(None, word, other).ratio() >= SIMILAR
 
