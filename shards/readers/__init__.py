@@ -29,7 +29,7 @@ READERS: Registry[Reader | ReadFunction] = Registry(
     group="hydrazero.readers",
     builtin={
         "ase": f"{_PACKAGE}.ase_reader:read_ase",
-        "extxyz": f"{_PACKAGE}.ase_reader:read_extxyz",
+        "extxyz": f"{_PACKAGE}.extxyz.text:read_extxyz",
         "db": f"{_PACKAGE}.ase_reader:read_database",
         "npz": f"{_PACKAGE}.npz_reader:read_npz",
         "hdf5": f"{_PACKAGE}.hdf5_reader:read_hdf5",
@@ -42,7 +42,7 @@ READERS: Registry[Reader | ReadFunction] = Registry(
         "hdf5_groups": f"{_PACKAGE}.hdf5_groups:read_hdf5_groups",
         "mptrj": f"{_PACKAGE}.json_datasets:read_mptrj",
         "alexandria": f"{_PACKAGE}.json_datasets:read_alexandria",
-        "extxyz_tar": f"{_PACKAGE}.extxyz_tar:read_extxyz_tar",
+        "extxyz_tar": f"{_PACKAGE}.extxyz.tar:read_extxyz_tar",
         "parquet": f"{_PACKAGE}.table_reader:read_parquet",
     },
     error=SourceError,

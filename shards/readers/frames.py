@@ -10,14 +10,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator
 
+from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.readers.missing_labels import missing_label
 from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
 from hydrazero.shards.units import energy_factor, force_factor, known_unit, length_factor, stress_factor
-
-MAX_WHOLE = 32767
-"""Largest absolute charge and multiplicity, since blocks store them as int16."""
 
 ASE_STRESS_ORDER = "xx yy zz yz xz xy"
 """Order of the six numbers of a symmetric stress in ASE; VASP writes xx yy zz xy yz xz."""
@@ -76,7 +75,7 @@ class ReadSettings:
     energy_per_atom: bool = False
     """Whether the energies of the source are divided by the number of atoms."""
     stress_order: str = ASE_STRESS_ORDER
-    """Order of the six numbers of a stress or virial."""
+    """Order of the six numbers of a stress or virial in the source."""
     targets: Mapping[str, TargetSection] = field(default_factory=dict)
     """Name -> further quantity."""
     trust_pickle: bool = False
@@ -149,7 +148,7 @@ class RawFrame:
     energy: Any = None
     forces: Any = None
     stress: Any = None
-    """Stress of shape [3, 3], [9], or [6] in the order of the settings."""
+    """Stress of shape [3, 3], [9], or [6] in the order of the settings. A label whose numbers are all NaN is absent."""
     virial: Any = None
     charge: Any = None
     """Total charge; None counts as 0 unless the settings require it. The same holds for the multiplicity."""
@@ -173,7 +172,7 @@ class FrameMaker:
         try:
             structure = self._structure(raw, source_id, info)
             check_structure(structure)
-            self._check_required(raw, structure)
+            self._check_required(raw, structure, info)
         except StructureError as error:
             return Frame(source_id=source_id, error=error, info=info)
         return Frame(source_id=source_id, structure=structure, info=info)
@@ -187,10 +186,10 @@ class FrameMaker:
             cell=cell,
             pbc=np.broadcast_to(np.asarray(raw.pbc, dtype=bool), (3,)).copy(),
             energy=self._energy_of(raw, len(numbers)),
-            forces=None if raw.forces is None else self._unless_zero("forces", self._forces, raw.forces),
+            forces=self._unless_zero("forces", self._forces, _known(raw.forces, "forces")),
             stress=self._stress_of(raw, cell),
-            charge=_whole(raw.charge, "charge"),
-            multiplicity=_whole(raw.multiplicity, "multiplicity"),
+            charge=charge_of(_known(raw.charge, "charge")),
+            multiplicity=multiplicity_of(_known(raw.multiplicity, "multiplicity")),
             targets=self._targets("structure", raw, info, len(numbers)),
             atom_targets=self._targets("atom", raw, info, len(numbers)),
             source_id=source_id,
@@ -205,30 +204,28 @@ class FrameMaker:
         return {name: value for name, value in found.items() if value is not None}
 
     def _energy_of(self, raw: RawFrame, atoms: int) -> float | None:
-        if raw.energy is None:
+        value = _known(raw.energy, "energy")
+        if value is None:
             return None
-        energy = self._energy * _scalar(raw.energy, "energy")
+        energy = self._energy * _scalar(value, "energy")
         return energy * atoms if self.settings.energy_per_atom else energy
 
     def _stress_of(self, raw: RawFrame, cell: np.ndarray) -> np.ndarray | None:
-        if raw.virial is not None:
+        virial, stress = _known(raw.virial, "virial"), _known(raw.stress, "stress")
+        if virial is not None:
             volume = abs(np.linalg.det(cell))
             if volume < 1e-6:
                 raise StructureError("singular_cell", "a virial is given, but the cell has no volume")
-            return -self._energy * self._matrix(raw.virial, "virial") / volume
-        return (
-            None
-            if raw.stress is None
-            else self._unless_zero("stress", self._stress, self._matrix(raw.stress, "stress"))
-        )
+            return -self._energy * self._matrix(virial, "virial") / volume
+        return self._unless_zero("stress", self._stress, None if stress is None else self._matrix(stress, "stress"))
 
-    def _unless_zero(self, label: str, factor: float, value: Any) -> np.ndarray | None:
-        values = factor * _array(value, label)
-        return None if label in self.settings.absent_if_zero and not values.any() else values
+    def _unless_zero(self, label: str, factor: float, values: np.ndarray | None) -> np.ndarray | None:
+        if values is None or (label in self.settings.absent_if_zero and not values.any()):
+            return None
+        return factor * values
 
-    def _matrix(self, value: Any, name: str) -> np.ndarray:
+    def _matrix(self, array: np.ndarray, name: str) -> np.ndarray:
         """Return a symmetric matrix [3, 3] from numbers of shape [3, 3], [9] or [6]."""
-        array = _array(value, name)
         if array.size == 9:
             matrix = array.reshape(3, 3)
             return 0.5 * (matrix + matrix.T)
@@ -236,22 +233,40 @@ class FrameMaker:
             return array[self._places]
         raise StructureError(f"{name}_shape", f"the {name} has shape {array.shape}, not (3, 3), (9,) or (6,)")
 
-    def _check_required(self, raw: RawFrame, structure: Structure) -> None:
+    def _check_required(self, raw: RawFrame, structure: Structure, info: Mapping[str, Any]) -> None:
         for label in self.settings.require:
+            given, because = getattr(raw, label, None), "NaN"
             # A structure always has a charge and a multiplicity, even if the source does not.
             if label in self.settings.targets:
-                held = {**structure.targets, **structure.atom_targets}.get(label)
-                name = self.settings.targets[label].field
+                held, name = (
+                    {**structure.targets, **structure.atom_targets}.get(label),
+                    self.settings.targets[label].field,
+                )
             else:
-                held = getattr(raw if label in ("charge", "multiplicity") else structure, label)
+                in_source = label in ("charge", "multiplicity")
+                held = _known(given, label) if in_source else getattr(structure, label)
                 name = getattr(self.settings.fields, label)
             if held is None:
-                raise StructureError(f"no_{label}", f"the frame has no {label} (field '{name}')")
+                if label in self.settings.absent_if_zero and _known(given, label) is not None:
+                    because = "zero"
+                fields = {**raw.other, **info}
+                raise missing_label(label, name, fields, len(structure), because="" if given is None else because)
+
+
+def _known(value: Any, name: str) -> np.ndarray | None:
+    """Return a label as an array, None if it is absent: not given, or NaN throughout."""
+    if value is None:
+        return None
+    array = _array(value, name)
+    return None if array.size and np.isnan(array).all() else array
 
 
 def _array(value: Any, name: str) -> np.ndarray:
     try:
-        return np.asarray(value, dtype=np.float64)
+        array = np.asarray(value)
+        if array.dtype.kind == "b":
+            raise TypeError("true or false")
+        return np.asarray(array, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
 
@@ -269,20 +284,11 @@ def _atomic_numbers(value: Any) -> np.ndarray:
     return numbers.astype(np.uint8)
 
 
-def _scalar(value: Any, name: str) -> float:
-    array = _array(value, name).reshape(-1)
+def _scalar(value: np.ndarray, name: str) -> float:
+    array = value.reshape(-1)
     if array.size != 1:
         raise StructureError(f"{name}_shape", f"the {name} has {array.size} numbers, not one")
     return float(array[0])
-
-
-def _whole(value: Any, name: str) -> int:
-    number = _scalar(0 if value is None else value, name)
-    if not np.isfinite(number) or number != round(number):
-        raise StructureError(f"bad_{name}", f"the {name} is {number}, not a whole number")
-    if abs(number) > MAX_WHOLE:
-        raise StructureError(f"bad_{name}", f"the {name} is {number:g}, beyond {MAX_WHOLE}")
-    return round(number)
 
 
 def stress_places(order: str) -> np.ndarray:

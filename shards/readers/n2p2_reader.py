@@ -12,7 +12,7 @@ import ase.io
 from ase import Atoms
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.ase_reader import frame_from_atoms
+from hydrazero.shards.readers.ase_atoms import frame_from_atoms
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_text, optional_module
 

@@ -151,9 +151,11 @@ def test_hdf5_without_lengths(tmp_path):
 
 
 def test_a_bad_frame_of_hdf5_is_one_frame(tmp_path):
-    energies = np.array([1.0, np.nan, 2.0])
+    energies = np.array([np.nan, np.inf, 2.0])
     path = write_hdf5(tmp_path / "a.h5", samples(), E=energies)
-    assert reasons(frames(path, columns={**COLUMNS, "ptr": "data/first"})) == ["", "non_finite_energy", ""]
+    columns = {**COLUMNS, "ptr": "data/first"}
+    assert reasons(frames(path, columns=columns)) == ["", "non_finite_energy", ""]
+    assert reasons(frames(path, columns=columns, require=BOTH)) == ["no_energy", "non_finite_energy", ""]
 
 
 # JSON

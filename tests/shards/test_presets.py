@@ -371,7 +371,7 @@ def test_tars_of_extxyz(tmp_path, preset):
     result = convert(preset, tmp_path / "out", write_tar(tmp_path), options=("--skip-bad", "--config", str(config)))
     assert result.exit_code == 0, result.stderr
     manifest = read_manifest(tmp_path / "out")
-    assert manifest.set_aside == {"non_finite_energy": 1} and manifest.structures() == COUNT - 1 + 3
+    assert manifest.set_aside == {"no_energy": 1} and manifest.structures() == COUNT - 1 + 3
 
 
 def write_aselmdb(folder: Path, frames: list[tuple[Atoms, dict[str, Any]]]) -> Path:

@@ -48,7 +48,7 @@ PERIODIC = 'Lattice="{}" Properties=species:S:1:pos:R:3:forces:R:3 energy=-1.0 p
 BAD_FRAMES: dict[str, tuple[str, tuple[str, ...]]] = {
     "no energy": (GOOD.replace("energy=-1.0", ""), ("no energy", "'energy'")),
     "no forces": (frame("H 0 0 0", header="Properties=species:S:1:pos:R:3 energy=-1.0"), ("no forces",)),
-    "NaN energy": (GOOD.replace("energy=-1.0", "energy=nan"), ("energy is nan",)),
+    "NaN energy": (GOOD.replace("energy=-1.0", "energy=nan"), ("no energy (field 'energy')", "NaN")),
     "infinite energy": (GOOD.replace("energy=-1.0", "energy=inf"), ("energy is inf",)),
     "NaN force": (frame("O 0 0 0 0 0 0", "H 0 0 1 0 nan 0"), ("force on atom 1",)),
     "forces of the wrong shape": (

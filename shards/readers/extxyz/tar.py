@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.ase_reader import extxyz_frames
+from hydrazero.shards.readers.extxyz.text import extxyz_frames
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, plain_suffix
 
