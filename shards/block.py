@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from hydrazero.shards.structure import Structure
+from hydrazero.shards.structure import Structure, volumes
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
 BLOCK_STRUCTURES = 256
@@ -64,6 +64,11 @@ class StructureBlock:
     def starts(self) -> NDArray[np.int64]:
         """Index of the first atom of each structure, and the number of atoms at the end, [S + 1]."""
         return np.concatenate([[0], np.cumsum(self.n_atoms, dtype=np.int64)])
+
+    @cached_property
+    def has_volume(self) -> NDArray[np.bool_]:
+        """Whether each structure has a volume to which a stress refers, [S]; see `Structure.volume`."""
+        return volumes(self.cell, self.pbc) > 0
 
     @cached_property
     def names(self) -> list[str]:

@@ -105,7 +105,8 @@ class Outlier:
 
     source_id: str
     value: Number
-    """Energy minus reference energies, relative to the mean, in eV/atom; or the largest force norm in eV/Å."""
+    """Energy minus reference energies, relative to the mean, in eV/atom; the largest force norm in eV/Å; or the largest
+    component of the stress in eV/Å³."""
 
 
 @dataclass(kw_only=True)
@@ -171,10 +172,22 @@ class Manifest:
     """Statistics of the training split: 'energy_per_atom', 'energy_residual_per_atom' (the energy minus reference
     energies), 'forces' and 'stress'."""
     reference_energies: dict[Element, Number]
-    """Element -> energy per atom in eV, fitted by least squares to the training split."""
+    """Element -> energy per atom in eV, by the way in `references`."""
     required_labels: list[str]
     """Labels that every structure has."""
     periodic_structures: Count
+    references: str = "fit"
+    """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (isolated atoms)."""
+    isolated_atoms: dict[Element, Number] = field(default_factory=dict)
+    """Element -> energy in eV of a neutral isolated atom in the training split, the lowest if there are several."""
+    undetermined_sums: list[dict[Element, Number]] = field(default_factory=list)
+    """Combinations of elements, each element -> coefficient, that the training compositions leave open: any multiple
+    of one may be added to the reference energies. Energies of compositions that are not orthogonal to all of them are
+    arbitrary."""
+    unused_stresses: Count = 0
+    """Number of structures with a stress that is not used, since they have no volume to which it refers."""
+    warnings: list[str] = field(default_factory=list)
+    """What is doubtful in the labels, in sentences."""
     targets: dict[TargetName, TargetStatistics] = field(default_factory=dict)
     """Name -> statistics of a further quantity of the training split."""
     charged_structures: Count = 0
@@ -192,7 +205,7 @@ class Manifest:
     distributions: dict[str, Histogram] = field(default_factory=dict)
     """Histograms of the training split: 'energy_residual_per_atom' in eV/atom and 'force_norm' in eV/Å."""
     outliers: dict[str, list[Outlier]] = field(default_factory=dict)
-    """The same labels -> the most extreme structures of all splits."""
+    """The same labels, and 'stress' in eV/Å³ -> the most extreme structures of all splits."""
     duplicates: list[str] = field(default_factory=list)
     """Duplicates as 'source id = earlier source id', at most the first 1000."""
     duplicate_count: Count = 0

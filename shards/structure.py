@@ -57,6 +57,14 @@ class Structure:
     def __len__(self) -> int:
         return len(self.numbers)
 
+    @property
+    def volume(self) -> float:
+        """Volume in Å³ to which the stress refers: that of the cell of a structure that is periodic in some direction.
+
+        It is 0 where there is no such volume: for molecules, and for a cell without three independent vectors.
+        """
+        return float(volumes(self.cell[None], self.pbc[None])[0])
+
     def geometry_hash(self) -> bytes:
         """Return 16 bytes that are equal for structures with equal atoms, positions, cells, charges and multiplicities.
 
@@ -71,6 +79,12 @@ class Structure:
         digest.update(self.pbc.tobytes())
         digest.update(np.array([self.charge, self.multiplicity], dtype=np.int64).tobytes())
         return digest.digest()
+
+
+def volumes(cells: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
+    """Return `Structure.volume` of S structures in Å³, [S], from their cells [S, 3, 3] and pbc [S, 3]."""
+    found: FloatArray = np.abs(np.linalg.det(cells))
+    return np.where(pbc.any(axis=1) & (found > 1e-4 * np.linalg.norm(cells, axis=2).prod(axis=1)), found, 0.0)
 
 
 def check_structure(structure: Structure) -> None:

@@ -6,10 +6,10 @@ inputs describe a structure of A atoms and P pairs of neighbours, each pair once
     numbers [A] int64, positions [A, 3] Å, first [P] int64, second [P] int64, shifts [P, 3] Å, cell [3, 3] Å
 
 Packages of tasks that depend on charge and spin also take charge [1] int64 and multiplicity [1] int64. The vector of a
-pair is positions[second] + shifts - positions[first]; pairs beyond the cutoff add nothing. The cell must be zero if the
-structure is not periodic in three directions. The outputs are energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3]
-eV/Å³ (zero without a cell), and then the task's other quantities. `get_metadata()` returns the names of inputs and
-outputs, the precision, the cutoff in Å and the model card.
+pair is positions[second] + shifts - positions[first]; pairs beyond the cutoff add nothing. The cell is that to whose
+volume the stress refers; it must be zero if the structure is not periodic or the cell lacks a vector. The outputs are
+energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3] eV/Å³ (zero without a cell), and then the task's other
+quantities. `get_metadata()` returns the names of inputs and outputs, the precision, the cutoff in Å and the model card.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def package_inputs(model: AtomisticModel, structure: Structure) -> list[Tensor]:
     pairs = graph_sample(structure, 0, model.settings.encoder.cutoff).pairs
     integer, number = torch.int64, model.dtype
     shifts = torch.zeros(len(pairs.first), 3) if pairs.shift is None else torch.from_numpy(pairs.shift)
-    cell = torch.from_numpy(structure.cell) * bool(structure.pbc.all())
+    cell = torch.from_numpy(structure.cell) * bool(structure.volume)
     inputs = [
         torch.from_numpy(structure.numbers).to(integer),
         torch.from_numpy(structure.positions).to(number),

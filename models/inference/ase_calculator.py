@@ -91,7 +91,7 @@ class HydrazeroCalculator(Calculator):
         if row["stress"] is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(row["stress"])
         elif properties and "stress" in properties:
-            raise PropertyNotImplementedError("stress needs a structure that is periodic in three directions.")
+            raise PropertyNotImplementedError("stress needs a periodic structure whose cell has three vectors.")
 
     def _take_list(self) -> None:
         """Check a structure whose neighbours were just found."""

@@ -143,7 +143,7 @@ class Potential:
         """Predict with the heads of `tasks`, by default all; return a row per structure and task, in their order.
 
         A row holds 'structure' (index), 'task', 'energy' eV, 'energy_spread' eV (the standard deviation of an ensemble
-        of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3] eV/Å³ (for cells periodic in three directions), each None
+        of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3] eV/Å³ (for periodic structures whose cell has three vectors), each None
         where the task has none, 'reference_energy' eV (the sum of the reference energies of all atoms), and 'targets',
         the task's other quantities by name. Raises StructureError for a structure that is not valid or that a task does
         not support, ModelFileError for a task that the model does not have.
@@ -184,13 +184,12 @@ class Potential:
             atoms = slice(first, first + len(sample.structure))
             first = atoms.stop
             facts = self.model.tasks[sample.task]
-            periodic = bool(sample.structure.pbc.all())
             yield {
                 "energy": float(energy[number]) if facts.has_energy else None,
                 "reference_energy": float(reference[number]),
                 "energy_spread": float(spread[number]) if facts.has_energy and self.has_spread else None,
                 "forces": forces[atoms].copy() if facts.forces != NONE else None,
-                "stress": stress[number].copy() if periodic and facts.stress != NONE else None,
+                "stress": stress[number].copy() if sample.structure.volume and facts.stress != NONE else None,
                 "targets": {
                     name: targets[name][atoms].copy() if target.of == "atom" else targets[name][number].copy()
                     for name, target in facts.targets.items()

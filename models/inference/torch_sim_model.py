@@ -23,7 +23,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
     """One task of a model as a torch-sim model of S systems with A atoms in total.
 
     It gives energy [S] eV, forces [A, 3] eV/Å and stress [S, 3, 3] eV/Å³, with the sign that ASE uses. The stress of a
-    system that is not periodic in three directions is zero. States and results have the type `dtype`; the model
+    system that is not periodic is zero. States and results have the type `dtype`; the model
     computes in the precision of its weights.
     """
 

@@ -16,15 +16,16 @@ from pathlib import Path
 
 from ase.data import chemical_symbols
 
+from hydrazero.shards.convert.checks.label_warnings import label_warnings
 from hydrazero.shards.convert.element_pairs import closest_pairs
 from hydrazero.shards.convert.folder import Conversion, distinct_names, working_folder
 from hydrazero.shards.convert.frames import SLICED_BYTES, frames_path, read_part, status_path
 from hydrazero.shards.convert.index import Index, build_index
 from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_statistics
-from hydrazero.shards.convert.references import reference_energies
+from hydrazero.shards.convert.references import chosen_references, undetermined_sums
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.convert.shards import ShardNote, make_shard, shard_calls
-from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.task_statistics import Statistics, isolated_atoms
 from hydrazero.shards.convert.workers import Workers, one_worker
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.files import write_json
@@ -168,7 +169,8 @@ def _no_training_frames(job: Conversion, index: Index) -> str:
 def _manifest(
     job: Conversion, index: Index, splits: dict[str, list[Shard]], total: Statistics, workers: Workers
 ) -> Manifest:
-    references = reference_energies(total.triangle)
+    isolated = isolated_atoms(total)
+    references = chosen_references(total.triangle, isolated, job.settings.references, job.task)
     calls = [(job.shards, shard, references) for shards in splits.values() for shard in shards]
     residuals = workers.run_all(residuals_of, calls, lambda: None) if references else []
     found = label_statistics(total, residuals, len(splits["train"]))
@@ -187,6 +189,11 @@ def _manifest(
         size_histogram=dict(sorted(total.sizes.items())),
         labels=found.labels,
         reference_energies=references,
+        references=job.settings.references,
+        isolated_atoms=isolated,
+        undetermined_sums=undetermined_sums(total.triangle),
+        unused_stresses=total.unused_stresses,
+        warnings=label_warnings(job, index.evidence, index.equal_geometries, total),
         required_labels=list(job.settings.labels.require),
         periodic_structures=total.periodic,
         targets=targets,

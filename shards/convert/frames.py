@@ -14,6 +14,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
+from hydrazero.shards.convert.checks.work import WorkPairs
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
@@ -40,6 +41,8 @@ class Chunk:
     not_selected: int = 0
     bad: list[dict[str, str]] = field(default_factory=list)
     """Source id, reason and message of each skipped bad frame."""
+    work: WorkPairs = field(default_factory=WorkPairs)
+    """Pairs of successive frames whose labels can be compared."""
 
     def add(self, frame: Frame, job: Conversion, source: Path) -> None:
         """Add a frame; raise SourceError for a bad one unless bad frames are skipped."""
@@ -54,7 +57,7 @@ class Chunk:
                 raise frame.error or StructureError("unreadable", "the frame cannot be read")
             key = group_key(frame, frame.structure, settings.split.group)
             split = split_of_file(source, settings.split)
-            if split is None and settings.split.train and is_isolated_atom(frame.structure):
+            if split is None and settings.split.train and is_isolated_atom(frame.structure, settings.degree_cutoffs):
                 split = "train"  # reference energies that are fitted without it could be wrong by any amount
             split = split or split_of(key, settings.split)
         except StructureError as error:
@@ -67,6 +70,7 @@ class Chunk:
         self.structures.append(frame.structure)
         self.hashes.append(frame.structure.geometry_hash())
         self.splits.append(SPLITS.index(split))
+        self.work.add(frame.structure)
 
     def encode(self, float_dtype: str) -> bytes:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
@@ -78,6 +82,7 @@ class Chunk:
             lengths = [len(s.source_id.replace("\n", " ").encode()) + 1 for s in self.structures]
             columns["name_starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             columns["hashes"] = np.frombuffer(b"".join(self.hashes), dtype=np.uint8).reshape(-1, 16)
+            columns["work"] = self.work.table()
             columns["atom_starts"] = np.concatenate([[0], np.cumsum(columns["n_atoms"])]).astype(np.int64)
         return safetensors.numpy.save(columns, metadata=about)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from hydrazero.shards.convert.checks.equal_geometries import equal_geometry_warning, frame_name
+from hydrazero.shards.convert.checks.evidence import Evidence
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
 from hydrazero.shards.files import read_json, without_links, write_bytes
@@ -24,7 +26,7 @@ NAMED_DUPLICATES = 1000
 
 TABLE = """
 CREATE TABLE frames (number INTEGER PRIMARY KEY, hash BLOB, split INTEGER, key INTEGER, source INTEGER, chunk INTEGER,
-row INTEGER)
+row INTEGER, energy REAL, atoms INTEGER)
 """
 
 REPEATS = """
@@ -42,6 +44,10 @@ class Index:
     """Split -> array [structures, 3] of source, chunk and row, in the order of the shards; mapped from the disk."""
     duplicates: list[str] = field(default_factory=list)
     duplicate_count: int = 0
+    equal_geometries: str | None = None
+    """Sentence about equal geometries with different energies."""
+    evidence: Evidence
+    """What the checks of labels need."""
     set_aside: Counter[str] = field(default_factory=Counter)
 
 
@@ -49,14 +55,14 @@ def build_index(job: Conversion) -> Index:
     """Read all chunks, find duplicate geometries, and put the structures of each split into a random order."""
     path = job.folder / "index.sqlite"
     path.unlink(missing_ok=True)
-    index = Index()
+    index = Index(evidence=Evidence(sum(_frames_of(job, source) for source in range(len(job.sources)))))
     database = sqlite3.connect(path)
     try:
         # The index is built again if the machine fails; an fsync after every page would cost more.
         database.execute("PRAGMA journal_mode = OFF")
         database.execute("PRAGMA synchronous = OFF")
         database.execute(TABLE)
-        database.executemany("INSERT INTO frames VALUES (?, ?, ?, ?, ?, ?, ?)", _rows(job, index))
+        database.executemany("INSERT INTO frames VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", _rows(job, index))
         database.execute("CREATE INDEX by_hash ON frames (hash, number)")
         _mark_duplicates(database, job, index)
         database.execute("CREATE INDEX by_key ON frames (split, key, number)")
@@ -72,12 +78,20 @@ def build_index(job: Conversion) -> Index:
 def chunks_of(job: Conversion) -> Iterator[tuple[int, int]]:
     """Yield (source, chunk) of all chunks, in order."""
     for source in range(len(job.sources)):
-        frames = read_json(frames_path(job, source), shape=int)
-        for chunk in range(-(-frames // CHUNK_FRAMES)):
+        for chunk in range(-(-_frames_of(job, source) // CHUNK_FRAMES)):
             yield source, chunk
 
 
-def _rows(job: Conversion, index: Index) -> Iterator[tuple[int, bytes, int, int, int, int, int]]:
+def _frames_of(job: Conversion, source: int) -> int:
+    frames: int = read_json(frames_path(job, source), shape=int)
+    return frames
+
+
+Row = tuple[int, bytes, int, int, int, int, int, float | None, int]
+"""A row of the table."""
+
+
+def _rows(job: Conversion, index: Index) -> Iterator[Row]:
     """Yield the rows of the table; count and list the frames that are left out."""
     number = 0
     lines = bytearray()
@@ -92,9 +106,12 @@ def _rows(job: Conversion, index: Index) -> Iterator[tuple[int, bytes, int, int,
         if not len(splits):
             continue
         hashes = file.column("hashes")
+        energies, atoms = file.column("energy").tolist(), file.column("n_atoms").tolist()
+        index.evidence.add(source, number, file)
         keys = shuffling_keys(np.arange(number, number + len(splits)), job.settings.split.seed)
         for row, (split, key) in enumerate(zip(splits.tolist(), keys.tolist(), strict=True)):
-            yield number, hashes[row].tobytes(), split, key, source, chunk, row
+            energy = None if np.isnan(energies[row]) else energies[row]
+            yield number, hashes[row].tobytes(), split, key, source, chunk, row, energy, atoms[row]
             number += 1
     if lines:
         write_bytes(job.shards / SET_ASIDE_NAME, bytes(lines), durable=True)
@@ -117,6 +134,7 @@ def _mark_duplicates(database: sqlite3.Connection, job: Conversion, index: Index
     database.execute("CREATE TABLE repeats (number INTEGER PRIMARY KEY, first INTEGER, split INTEGER)")
     database.execute(f"INSERT INTO repeats {REPEATS}")
     (index.duplicate_count,) = database.execute("SELECT COUNT(*) FROM repeats").fetchone()
+    index.equal_geometries = equal_geometry_warning(database, job) if index.duplicate_count else None
     named = database.execute("SELECT number, first FROM repeats ORDER BY number LIMIT ?", (NAMED_DUPLICATES,))
     index.duplicates = [f"{_name(database, job, n)} = {_name(database, job, first)}" for n, first in named.fetchall()]
     if drop:
@@ -131,9 +149,7 @@ def _mark_duplicates(database: sqlite3.Connection, job: Conversion, index: Index
 def _name(database: sqlite3.Connection, job: Conversion, number: int) -> str:
     query = "SELECT source, chunk, row FROM frames WHERE number = ?"
     source, chunk, row = database.execute(query, (number,)).fetchone()
-    file = ChunkFile(chunk_path(job, source, chunk))
-    ((_, columns),) = file.structures(np.array([row]))
-    return columns["source_ids"].tobytes().decode()
+    return frame_name(job, source, chunk, row)
 
 
 def _order(database: sqlite3.Connection, job: Conversion, number: int, split: str) -> NDArray[np.int64]:

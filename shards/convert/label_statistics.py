@@ -89,6 +89,8 @@ def label_statistics(total: Statistics, residuals: Sequence[Residuals], training
         outliers["energy_residual_per_atom"] = strongest(found)
     if total.forces.any():
         distributions["force_norm"] = Histogram(edges=FORCE_EDGES.tolist(), counts=total.forces.tolist())
+    if total.most_stressed:
+        outliers["stress"] = total.most_stressed
     return LabelStatistics(
         labels={name: labels[name] for name in LABELS if name in labels},
         distributions=distributions,

@@ -74,6 +74,9 @@ class ConvertSettings(Section):
     from. The largest one takes most of the time."""
     energy_per_atom: bool = False
     """Whether the energies of the source are divided by the number of atoms."""
+    references: Literal["fit", "isolated"] = "fit"
+    """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (the isolated
+    atoms of the training split, of which there must be one for each of its elements)."""
     stress_order: str = ASE_STRESS_ORDER
     """Order of the six numbers of a stress or virial; that of VASP is "xx yy zz xy yz xz"."""
     fields: FieldNames = FieldNames()

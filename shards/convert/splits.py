@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ase.symbols import Symbols
 
 from hydrazero.shards.convert.settings import SplitSection
 from hydrazero.shards.errors import StructureError
+from hydrazero.shards.graphs.neighbours import half_pairs
 from hydrazero.shards.readers.frames import Frame
 from hydrazero.shards.structure import Structure
 
@@ -36,9 +38,19 @@ def split_of_file(source: Path, settings: SplitSection) -> str | None:
     return None
 
 
-def is_isolated_atom(structure: Structure) -> bool:
-    """Return whether a structure is a single atom, which matters for the reference energies only."""
-    return len(structure) == 1 and not structure.pbc.any()
+LONE_DISTANCE = 6.0
+"""Distance in Å within which an isolated atom has no neighbour, where the settings name no distance."""
+
+
+def is_isolated_atom(structure: Structure, cutoffs: Sequence[float]) -> bool:
+    """Return whether a structure is a single atom without a neighbour within the largest of the cutoffs, in Å.
+
+    It may stand in a large periodic box, since codes with plane waves know no other isolated atom.
+    """
+    if len(structure) != 1 or not structure.pbc.any():
+        return len(structure) == 1
+    within = max(cutoffs, default=LONE_DISTANCE)
+    return not len(half_pairs(structure.positions, structure.cell, structure.pbc, within).first)
 
 
 def split_of(key: bytes, settings: SplitSection) -> str:

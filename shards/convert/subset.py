@@ -12,8 +12,8 @@ from ase.data import chemical_symbols
 from hydrazero.shards.block import BLOCK_STRUCTURES, StructureBlock, block_from_structures
 from hydrazero.shards.convert.element_pairs import closest_pairs
 from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_statistics
-from hydrazero.shards.convert.references import reference_energies
-from hydrazero.shards.convert.task_statistics import Statistics
+from hydrazero.shards.convert.references import chosen_references, undetermined_sums
+from hydrazero.shards.convert.task_statistics import Statistics, isolated_atoms
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import replacing
@@ -58,7 +58,8 @@ def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[s
         splits[split] = _shards(part, split, blocks)
         for block in blocks:
             total.add(block, split, cutoffs, extensive)
-    references = reference_energies(total.triangle)
+    isolated = isolated_atoms(total)
+    references = chosen_references(total.triangle, isolated, manifest.references, manifest.task)
     residuals = [residuals_of(part, shard, references) for shards in splits.values() for shard in shards]
     found = label_statistics(total, residuals if references else [], len(splits["train"]))
     taken = ", ".join(f"{split} {count:,}" for split, count in counts.items())
@@ -70,6 +71,9 @@ def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[s
         size_histogram=dict(sorted(total.sizes.items())),
         labels=found.labels,
         reference_energies=references,
+        isolated_atoms=isolated,
+        undetermined_sums=undetermined_sums(total.triangle),
+        unused_stresses=total.unused_stresses,
         periodic_structures=total.periodic,
         targets={
             name: target_statistics(moments, of=old.of, kind=old.kind, unit=old.unit, extensive=old.extensive)

@@ -8,17 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock
 from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
+from hydrazero.shards.convert.splits import is_isolated_atom
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS, half_pairs
 from hydrazero.shards.manifest import Degrees, Histogram, LabelRange, Outlier
+from hydrazero.shards.structure import Structure
 
 NAMED_OUTLIERS = 10
 
 FORCE_EDGES = np.concatenate([[0.0], np.logspace(-4, 3, 57)])
 """Edges of the bins of force norms in eV/Å, eight bins per decade."""
+STRESS_EDGES = np.logspace(-8, 10, 289)
+"""Edges of the bins of stresses in eV/Å³, sixteen bins per decade."""
 
 
 @dataclass(kw_only=True)
@@ -79,10 +84,19 @@ class Statistics:
     triangle: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 120)))
     """Triangular factor of the rows (atoms of each element 0 to 118, energy in eV) of the training split, which is all
     that the least-squares fit of reference energies needs."""
+    isolated: dict[int, float] = field(default_factory=dict)
+    """Atomic number -> energy of a neutral isolated atom of the training split in eV, the lowest if there are several."""
     forces: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(FORCE_EDGES) - 1, dtype=np.int64))
     """Number of atoms of the training split by the norm of the force, in the bins of FORCE_EDGES."""
     strongest: list[Outlier] = field(default_factory=list)
     """Structures with the largest forces, of all splits."""
+    stresses: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(STRESS_EDGES) - 1, dtype=np.int64))
+    """Number of structures of all splits by the largest component of a stress that is not zero, in the bins of
+    STRESS_EDGES."""
+    most_stressed: list[Outlier] = field(default_factory=list)
+    """Structures with the largest components of the stress, of all splits."""
+    unused_stresses: int = 0
+    """Number of structures with a stress, but no volume to which it refers."""
     degrees: dict[float, Degrees] = field(default_factory=dict)
     """Cutoff in Å -> numbers of neighbours within it."""
     closest: NDArray[np.float32] = field(default_factory=lambda: np.full(ELEMENTS**2, np.inf, dtype=np.float32))
@@ -108,13 +122,19 @@ class Statistics:
             largest = np.maximum.reduceat(np.nan_to_num(norms, nan=-1.0), block.starts[:-1])
             found = [Outlier(source_id=block.names[i], value=float(largest[i])) for i in _top(largest)]
             self.strongest = strongest([*self.strongest, *(entry for entry in found if entry.value >= 0)])
+        if block.stress is not None:
+            self._add_stresses(block)
         for cutoff in cutoffs:
             self.degrees.setdefault(cutoff, Degrees())
         for index in range(len(block)):
-            self._add_pairs(block, index, split, cutoffs)
+            structure = block.structure(index)
+            self._add_pairs(structure, split, cutoffs)
+            if split == "train":
+                self._add_isolated(structure, cutoffs)
 
     def _add_labels(self, block: StructureBlock) -> None:
-        labels = {"energy_per_atom": block.energy / block.n_atoms, "forces": block.forces, "stress": block.stress}
+        stress = None if block.stress is None else block.stress[~np.isnan(block.stress).any((1, 2)) & block.has_volume]
+        labels = {"energy_per_atom": block.energy / block.n_atoms, "forces": block.forces, "stress": stress}
         for name, values in labels.items():
             if values is not None:
                 self.moments.setdefault(name, LabelSums()).add(values)
@@ -122,14 +142,27 @@ class Statistics:
         rows = np.column_stack([compositions(block)[labelled], block.energy[labelled]])
         self._add_rows(rows)
 
+    def _add_stresses(self, block: StructureBlock) -> None:
+        assert block.stress is not None
+        largest = np.abs(block.stress.astype(np.float64)).max(axis=(1, 2))  # NaN where there is no stress
+        self.unused_stresses += int((~np.isnan(largest) & ~block.has_volume).sum())
+        largest = np.where(block.has_volume, np.nan_to_num(largest, nan=0.0), 0.0)
+        self.stresses += np.histogram(largest[largest > 0], STRESS_EDGES)[0]
+        found = [Outlier(source_id=block.names[i], value=float(largest[i])) for i in _top(largest) if largest[i] > 0]
+        self.most_stressed = strongest([*self.most_stressed, *found])
+
+    def _add_isolated(self, structure: Structure, cutoffs: Sequence[float]) -> None:
+        if structure.energy is not None and not structure.charge and is_isolated_atom(structure, cutoffs):
+            number = int(structure.numbers[0])
+            self.isolated[number] = min(structure.energy, self.isolated.get(number, np.inf))
+
     def _add_rows(self, rows: NDArray[np.float64]) -> None:
         stacked: Any = np.linalg.qr(np.concatenate([self.triangle, rows]), mode="r")
         self.triangle = stacked
 
-    def _add_pairs(self, block: StructureBlock, index: int, split: str, cutoffs: Sequence[float]) -> None:
+    def _add_pairs(self, structure: Structure, split: str, cutoffs: Sequence[float]) -> None:
         if not cutoffs:
             return
-        structure = block.structure(index)
         pairs = half_pairs(structure.positions, structure.cell, structure.pbc, max(cutoffs))
         between = structure.positions[pairs.second] - structure.positions[pairs.first]
         distances = np.linalg.norm(between if pairs.shift is None else between + pairs.shift, axis=1)
@@ -158,8 +191,18 @@ class Statistics:
         self.forces = self.forces + other.forces
         self.closest = np.minimum(self.closest, other.closest)
         self.strongest = strongest([*self.strongest, *other.strongest])
+        for number, energy in other.isolated.items():
+            self.isolated[number] = min(energy, self.isolated.get(number, np.inf))
+        self.stresses = self.stresses + other.stresses
+        self.most_stressed = strongest([*self.most_stressed, *other.most_stressed])
+        self.unused_stresses += other.unused_stresses
         for cutoff, degrees in other.degrees.items():
             self.degrees.setdefault(cutoff, Degrees()).merge(degrees)
+
+
+def isolated_atoms(total: Statistics) -> dict[str, float]:
+    """Return the energy of the isolated atom of each element of which there is one, in eV."""
+    return {chemical_symbols[number]: energy for number, energy in sorted(total.isolated.items())}
 
 
 def _top(values: NDArray[np.float64]) -> NDArray[np.int64]:

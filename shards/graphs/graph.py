@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS, HalfPairs, half_pairs, lay_out
 from hydrazero.shards.settings_parser import Section
-from hydrazero.shards.structure import Structure
+from hydrazero.shards.structure import Structure, volumes
 from hydrazero.shards.targets import KINDS, TargetColumn
 
 
@@ -66,8 +66,8 @@ class GraphBatch(Data):
     whose neighbours a row holds), neighbours [R, K] int64 (an empty slot points at the row's own atom), shifts
     [R, K, 3] Å, reverse [R, K] int64 (flat index of the slot that holds the opposite pair; itself where empty),
     slot_mask [R, K], atom_mask [A], structure [A] int64 (index of the atom's structure), task [S] int64,
-    structure_mask [S], n_atoms [S] int64, cell [S, 3, 3] Å, volume [S] Å³ (1 where not periodic in 3 directions),
-    periodic [S], charge [S], multiplicity [S]; labels: energy [S] eV float64 with energy_mask [S], forces [A, 3] eV/Å
+    structure_mask [S], n_atoms [S] int64, cell [S, 3, 3] Å, volume [S] Å³ (1 without one), periodic [S] (whether there is a
+    volume to which the stress refers), charge [S], multiplicity [S]; labels: energy [S] eV float64 with energy_mask [S], forces [A, 3] eV/Å
     with forces_mask [A], stress [S, 3, 3] eV/Å³ with stress_mask [S], and for each target of the stream target_NAME
     ([S], [S, 3], [A] or [A, 3]) with target_NAME_mask ([S] or [A]).
     """
@@ -132,13 +132,14 @@ def _structure_columns(
 ) -> dict[str, Tensor]:
     n = len(structures)
     cell = np.array([s.cell for s in structures]).reshape(n, 3, 3)
-    periodic = np.array([s.pbc.all() for s in structures], dtype=bool)
     volume = np.ones(count)
-    volume[:n][periodic] = np.abs(np.linalg.det(cell[periodic]))
+    found = volumes(cell, np.array([s.pbc for s in structures]).reshape(n, 3))
+    has_volume = found > 0
+    volume[:n][has_volume] = found[has_volume]
     energy = np.array([np.nan if s.energy is None else s.energy for s in structures], dtype=np.float64)
     stress, has_stress = np.zeros((n, 3, 3)), np.zeros(n, dtype=bool)
     for row, structure in enumerate(structures):
-        if structure.stress is not None and periodic[row]:
+        if structure.stress is not None and has_volume[row]:
             stress[row], has_stress[row] = structure.stress, True
     whole, flag = torch.int64, torch.bool
     return {
@@ -147,7 +148,7 @@ def _structure_columns(
         "n_atoms": _padded(sizes, count, whole),
         "cell": _padded(cell, count, dtype, (3, 3)),
         "volume": torch.from_numpy(volume).to(dtype),
-        "periodic": _padded(periodic, count, flag),
+        "periodic": _padded(has_volume, count, flag),
         "charge": _padded(np.array([s.charge for s in structures], dtype=np.int64), count, whole),
         "multiplicity": _padded(np.array([s.multiplicity for s in structures], dtype=np.int64), count, whole),
         "energy": _padded(np.nan_to_num(energy, nan=0.0), count, torch.float64),

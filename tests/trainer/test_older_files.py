@@ -133,7 +133,7 @@ def same_files(now: Path, before: Path) -> None:
 def same_values(now: Any, before: Any, where: str) -> None:
     """Statistics and fitted references differ in their last digits from one processor's linear algebra to another's."""
     if isinstance(before, dict):
-        assert list(now) == list(before), where
+        assert before.keys() <= now.keys(), where  # manifests have gained fields
         for key in before:
             same_values(now[key], before[key], f"{where}, {key}")
     elif isinstance(before, list):

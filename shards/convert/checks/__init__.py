@@ -1,0 +1,1 @@
+"""Checks of the labels of a task, whose findings are sentences in its manifest."""
