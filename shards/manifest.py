@@ -6,18 +6,22 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, PositiveInt, TypeAdapter
 
+from hydrazero.shards.block import BLOCK_STRUCTURES
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import write_text
 from hydrazero.shards.location import Location, address, check_file, is_remote, read_whole
 from hydrazero.shards.names import check_name, path_fault
-from hydrazero.shards.targets import TargetStatistics
+from hydrazero.shards.settings_parser import STRICT, Count, Element, Name, parse_typed
+from hydrazero.shards.structure import MAX_MAGNITUDE
+from hydrazero.shards.targets import TargetName, TargetStatistics
 from hydrazero.shards.units import INTERNAL_UNITS
 
 FORMAT = "hydrazero-shards"
@@ -25,22 +29,42 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val", "test")
 
+TAR_RECORD = 512
+"""Members of a tar begin at multiples of this number of bytes."""
+SMALLEST_STRUCTURE = 88
+"""Number of bytes that a structure takes in a block at least: a cell of 72, a flag, a count and numbers, and an atom."""
+
+def _distance(text: str) -> str:
+    if not 0.0 < float(text) < 1e3:
+        raise ValueError(f"'{text}' is not a distance in Å.")
+    return text
+
+
+Distance = Annotated[str, AfterValidator(_distance)]
+"""A distance in Å as text."""
+Pair = Annotated[str, Field(pattern="^[A-Z][a-z]?-[A-Z][a-z]?$")]
+"""Two elements, such as 'Al-Cu'."""
+Number = Annotated[float, Field(ge=-MAX_MAGNITUDE * 1e6, le=MAX_MAGNITUDE * 1e6)]
+"""A number that may be the energy of a large structure in eV, or the sum of a few such numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One tar file and the blocks in it."""
 
-    file: str
+    __pydantic_config__ = STRICT
+
+    file: Name
     """Name of the file beside the manifest."""
-    bytes: int
-    sha256: str
-    structures: int
-    atoms: int
-    block_offsets: list[int]
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    structures: Count
+    atoms: Count
+    block_offsets: list[Count]
     """Byte offset of the tar member of each block."""
-    block_structures: list[int]
+    block_structures: list[Annotated[int, Field(ge=1, le=BLOCK_STRUCTURES)]]
     """Number of structures in each block."""
-    block_crc32: list[int]
+    block_crc32: list[Annotated[int, Field(ge=0, lt=2**32)]]
     """CRC-32 of the bytes of each block, which is checked at every read."""
 
     def __post_init__(self) -> None:
@@ -51,28 +75,34 @@ class Shard:
 class LabelRange:
     """Statistics of one label over the training split: force components, or energies per atom."""
 
-    count: int
-    minimum: float
-    maximum: float
-    mean: float
-    rms: float
+    __pydantic_config__ = STRICT
+
+    count: PositiveInt
+    minimum: Number
+    maximum: Number
+    mean: Number
+    rms: Annotated[Number, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
     """Histogram of a label."""
 
-    edges: list[float]
+    __pydantic_config__ = STRICT
+
+    edges: list[Number]
     """Edges of the bins, one more than bins; the outermost bins also contain the values beyond them."""
-    counts: list[int]
+    counts: list[Count]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outlier:
     """A structure with an extreme label."""
 
+    __pydantic_config__ = STRICT
+
     source_id: str
-    value: float
+    value: Number
     """Energy minus reference energies, relative to the mean, in eV/atom; or the largest force norm in eV/Å."""
 
 
@@ -80,13 +110,15 @@ class Outlier:
 class Degrees:
     """Numbers of neighbours within one cutoff."""
 
-    histogram: dict[int, int] = field(default_factory=dict)
+    __pydantic_config__ = STRICT
+
+    histogram: dict[Count, Count] = field(default_factory=dict)
     """Number of neighbours of an atom -> number of atoms."""
-    most_edges: int = 0
+    most_edges: Count = 0
     """Largest number of edges (neighbours of all atoms) of any structure."""
     most_edges_in: str = ""
     """Source id of the structure with the most edges."""
-    most_slots: int = 0
+    most_slots: Count = 0
     """Largest number of neighbour slots, in complete rows, of any structure."""
     most_slots_in: str = ""
     """Source id of the structure with the most slots."""
@@ -121,36 +153,38 @@ class Degrees:
 class Manifest:
     """Description of a task, which is known without opening its shards."""
 
-    task: str
-    splits: dict[str, list[Shard]]
-    float_dtype: str
+    __pydantic_config__ = STRICT | {"extra": "ignore"}
+
+    task: Name
+    splits: dict[Literal["train", "val", "test"], list[Shard]]
+    float_dtype: Literal["float32", "float64"]
     """Precision of positions, forces and stress in the blocks: 'float32' or 'float64'."""
-    elements: dict[str, int]
+    elements: dict[Element, PositiveInt]
     """Symbol -> number of atoms in all splits."""
-    trained_elements: list[str]
+    trained_elements: list[Element]
     """Elements of the training split; elements that only other splits contain have no reference energy."""
-    size_histogram: dict[int, int]
+    size_histogram: dict[PositiveInt, PositiveInt]
     """Number of atoms -> number of structures."""
     labels: dict[str, LabelRange]
     """Statistics of the training split: 'energy_per_atom', 'energy_residual_per_atom' (the energy minus reference
     energies), 'forces' and 'stress'."""
-    reference_energies: dict[str, float]
+    reference_energies: dict[Element, Number]
     """Element -> energy per atom in eV, fitted by least squares to the training split."""
     required_labels: list[str]
     """Labels that every structure has."""
-    periodic_structures: int
-    targets: dict[str, TargetStatistics] = field(default_factory=dict)
+    periodic_structures: Count
+    targets: dict[TargetName, TargetStatistics] = field(default_factory=dict)
     """Name -> statistics of a further quantity of the training split."""
-    charged_structures: int = 0
+    charged_structures: Count = 0
     """Number of structures with a charge, or a spin multiplicity other than 1."""
-    multiplicity_known: int = 0
+    multiplicity_known: Count = 0
     """Number of structures whose spin multiplicity is known."""
-    degrees: dict[str, Degrees] = field(default_factory=dict)
+    degrees: dict[Distance, Degrees] = field(default_factory=dict)
     """Cutoff in Å as text -> numbers of neighbours within it, over all splits."""
-    closest: dict[str, float] = field(default_factory=dict)
+    closest: dict[Pair, Annotated[float, Field(ge=0, le=1e3)]] = field(default_factory=dict)
     """Two elements as 'Al-Cu', the lighter one first -> smallest distance in the training split in Å, rounded down to
     hundredths."""
-    closest_within: float = 0.0
+    closest_within: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Distance in Å up to which pairs were searched: pairs that `closest` lacks are farther apart. 0 if there was no
     search."""
     distributions: dict[str, Histogram] = field(default_factory=dict)
@@ -159,8 +193,8 @@ class Manifest:
     """The same labels -> the most extreme structures of all splits."""
     duplicates: list[str] = field(default_factory=list)
     """Duplicates as 'source id = earlier source id', at most the first 1000."""
-    duplicate_count: int = 0
-    set_aside: dict[str, int] = field(default_factory=dict)
+    duplicate_count: Count = 0
+    set_aside: dict[str, Count] = field(default_factory=dict)
     """Reason -> number of frames that were left out."""
     source: dict[str, str] = field(default_factory=dict)
     """Free text: method, basis, code, citation, licence, files."""
@@ -171,12 +205,12 @@ class Manifest:
 
     def structures(self, split: str | None = None) -> int:
         """Return the number of structures in a split, or in all splits."""
-        names = SPLITS if split is None else (split,)
+        names: Sequence[str] = SPLITS if split is None else (split,)
         return sum(shard.structures for name in names for shard in self.splits.get(name, []))
 
     def atoms(self, split: str | None = None) -> int:
         """Return the number of atoms in a split, or in all splits."""
-        names = SPLITS if split is None else (split,)
+        names: Sequence[str] = SPLITS if split is None else (split,)
         return sum(shard.atoms for name in names for shard in self.splits.get(name, []))
 
     @property
@@ -194,24 +228,21 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Location) -> Manifest:
     """Return the manifest of a folder; raise ShardError if it is missing, incomplete, or of another version."""
     path = address(folder, MANIFEST_NAME)
-    try:
-        document = json.loads(_manifest_bytes(folder).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{path} is not readable JSON ({error}); convert the task again.") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    text = _manifest_bytes(folder)
+    head = parse_typed(_HEAD, text, f"{path} cannot be read:", ShardError)
+    if head.format != FORMAT:
         raise ShardError(
             f"{path} is not a manifest of hydrazero shards; name a folder that hydrazero convert has made."
         )
-    version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if head.format_version != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {version}, but this version of hydrazero reads format version "
+            f"{path} has format version {head.format_version}, but this version of hydrazero reads format version "
             f"{FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
         )
-    try:
-        return _manifest_from_document(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ShardError(f"{path} has a missing or wrong field ({error}); convert the task again.") from error
+    manifest = parse_typed(_MANIFEST, text, f"{path} has a missing or wrong field:", ShardError)
+    if fault := _contradiction(manifest):
+        raise ShardError(f"{path} contradicts itself ({fault}); convert the task again.")
+    return manifest
 
 
 def check_different_tasks(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
@@ -244,20 +275,68 @@ def _manifest_bytes(folder: Location) -> bytes:
     return path.read_bytes()
 
 
-def _manifest_from_document(document: dict[str, Any]) -> Manifest:
-    names = {f.name for f in fields(Manifest)}
-    values = {name: value for name, value in document.items() if name in names}
-    values["splits"] = {split: [Shard(**shard) for shard in shards] for split, shards in document["splits"].items()}
-    values["labels"] = {name: LabelRange(**value) for name, value in document["labels"].items()}
-    values["degrees"] = {
-        cutoff: Degrees(**{**value, "histogram": {int(degree): n for degree, n in value["histogram"].items()}})
-        for cutoff, value in document["degrees"].items()
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What a file says about its own format."""
+
+    format: object = None
+    format_version: object = None
+
+
+_HEAD, _MANIFEST = TypeAdapter(_Head), TypeAdapter(Manifest)
+
+
+def _contradiction(manifest: Manifest) -> str:
+    """Return what in a manifest does not fit the rest of it, "" if all fits."""
+    shards = [shard for each in manifest.splits.values() for shard in each]
+    if len({shard.file for shard in shards}) < len(shards):
+        return "two shards have the same file"
+    for shard in shards:
+        if fault := _shard_contradiction(shard):
+            return f"{shard.file}: {fault}"
+    if manifest.units != INTERNAL_UNITS:
+        return f"its units are {manifest.units}, not {INTERNAL_UNITS}"
+    for name, label in manifest.labels.items():
+        if not _consistent(label):
+            return f"labels.{name}: minimum, mean, rms and maximum cannot belong to the same numbers"
+    sizes = manifest.size_histogram
+    totals = {
+        "structures": (manifest.structures(), sum(sizes.values())),
+        "atoms": (manifest.atoms(), sum(size * count for size, count in sizes.items())),
+        "atoms by element": (manifest.atoms(), sum(manifest.elements.values())),
+        **{
+            f"atoms by neighbours within {cutoff} Å": (manifest.atoms(), sum(degrees.histogram.values()))
+            for cutoff, degrees in manifest.degrees.items()
+        },
     }
-    values["distributions"] = {name: Histogram(**value) for name, value in document["distributions"].items()}
-    values["outliers"] = {name: [Outlier(**one) for one in value] for name, value in document["outliers"].items()}
-    values["targets"] = {name: TargetStatistics(**value) for name, value in document.get("targets", {}).items()}
-    values["size_histogram"] = {int(size): count for size, count in document["size_histogram"].items()}
-    return Manifest(**values)
+    for what, (here, there) in totals.items():
+        if here != there:
+            return f"its shards hold {here:,} {what.split(' by ')[0]}, its counts of {what} add up to {there:,}"
+    if extra := set(manifest.trained_elements) - set(manifest.elements):
+        return f"trained_elements names {', '.join(sorted(extra))}, which no structure holds"
+    if manifest.reference_energies and (lost := set(manifest.trained_elements) - set(manifest.reference_energies)):
+        return f"reference_energies lacks {', '.join(sorted(lost))}"
+    most = max(manifest.periodic_structures, manifest.charged_structures, manifest.multiplicity_known)
+    return "" if most <= manifest.structures() else f"it counts {most:,} of {manifest.structures():,} structures"
+
+
+def _shard_contradiction(shard: Shard) -> str:
+    offsets, structures = shard.block_offsets, shard.block_structures
+    if not len(offsets) == len(structures) == len(shard.block_crc32):
+        return "its lists of blocks have different lengths"
+    if sum(structures) != shard.structures or shard.atoms < shard.structures:
+        return f"{shard.structures:,} structures and {shard.atoms:,} atoms do not fit its blocks"
+    for begin, end, count in zip(offsets, [*offsets[1:], shard.bytes], structures, strict=True):
+        if begin % TAR_RECORD or end - begin < TAR_RECORD + count * SMALLEST_STRUCTURE:
+            return f"no block of {count} structures fits between bytes {begin} and {end}"
+    return ""
+
+
+def _consistent(label: LabelRange) -> bool:
+    largest = max(abs(label.minimum), abs(label.maximum))
+    room = 1e-6 * largest + 1e-12
+    ordered = label.minimum <= label.mean + room and label.mean <= label.maximum + room
+    return ordered and abs(label.mean) <= label.rms + room and label.rms <= largest + room
 
 
 def check_shard_files(manifest: Manifest, folder: Location, *, checksums: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Settings files: the base class of every section, and one sentence for whatever is wrong in a file."""
+"""Settings files and JSON of other people: types of values, and one sentence for whatever is wrong in a file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.shards.errors import ConfigError, HydrazeroError, did_you_mean
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")
@@ -20,6 +20,23 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Name = Annotated[str, Field(min_length=1)]
 """A text that is not empty."""
+Count = Annotated[int, Field(ge=0, le=2**62)]
+"""A whole number that an array of int64 can hold, also after a few additions."""
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+"""Configuration of a dataclass that is read by `parse_typed`: its attribute `__pydantic_config__`."""
+
+
+def _element(symbol: str) -> str:
+    from ase.data import chemical_symbols  # ASE takes 0.1 s to import
+
+    if symbol not in chemical_symbols[1:]:
+        raise ValueError(f"'{symbol}' is not the symbol of an element.")
+    return symbol
+
+
+Element = Annotated[str, AfterValidator(_element)]
+"""The symbol of an element."""
 
 
 class Section(BaseModel):
@@ -58,6 +75,18 @@ def parse_settings(section: type[S], table: Any, where: str) -> S:
         raise ConfigError(_sentence(error.errors(include_url=False)[0], where)) from error
 
 
+def parse_typed(kind: TypeAdapter[T], text: str | bytes, where: str, raised: type[HydrazeroError] = ConfigError) -> T:
+    """Return the value of a type that a JSON text describes; the text may be of any origin.
+
+    Wrong types, numbers out of bounds, NaN, unknown keys and lists nested without end are faults. Raises `raised` with
+    one sentence on the first fault, which begins with `where` and the path of the key.
+    """
+    try:
+        return kind.validate_json(text)
+    except ValidationError as error:
+        raise raised(_sentence(error.errors(include_url=False)[0], where)) from error
+
+
 _TYPES = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -67,6 +96,8 @@ _TYPES = {
     "list_type": "a list",
     "dict_type": "a table",
     "model_type": "a table",
+    "dataclass_type": "a table",
+    "int_parsing": "a whole number",
 }
 """Kind of pydantic's error -> type that the value must have."""
 
@@ -78,6 +109,9 @@ _LIMITS = {
     "finite_number": "a finite number",
 }
 """Kind of pydantic's error -> what the number must be."""
+
+MOST_SHOWN = 200
+"""Largest number of characters of a wrong value in a sentence."""
 
 _LENGTHS = {
     "too_short": "has {actual_length} entries; it must have at least {min_length}",
@@ -93,13 +127,18 @@ def _sentence(fault: ErrorDetails, where: str) -> str:
     place = where
     for step in fault["loc"]:
         if step != "[key]":  # pydantic's mark for the name of an entry, which the path holds already
-            place = f"{place}[{step}]" if isinstance(step, int) else _joined(place, step)
+            name = step if isinstance(step, int) or step.isprintable() else repr(step)
+            place = f"{place}[{name}]" if isinstance(name, int) else _joined(place, name)
     if kind == "missing":
         return f"{place} is missing."
+    if kind == "json_invalid":
+        return f"{place} is not valid JSON ({facts['error']})."
+    if kind == "unexpected_keyword_argument":
+        return f"{place} is not known."
     if kind in _TYPES:
-        return f"{place} must be {_TYPES[kind]}, not {value!r}."
+        return f"{place} must be {_TYPES[kind]}, not {_shown(value)}."
     if kind in _LIMITS:
-        return f"{place} is {value!r}; it must be {_LIMITS[kind].format(**facts)}."
+        return f"{place} is {_shown(value)}; it must be {_LIMITS[kind].format(**facts)}."
     if kind in _LENGTHS:
         return f"{place} {_LENGTHS[kind].format(**facts)}."
     if kind == "literal_error":
@@ -109,6 +148,12 @@ def _sentence(fault: ErrorDetails, where: str) -> str:
         # The checks of a section name the key at fault themselves; those of one value do not know its name.
         return _joined(place, text) if isinstance(value, Mapping | Section) else f"{place}: {text}"
     return f"{place}: {fault['msg']}."
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a short text."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _unknown_word(place: str, value: Any, expected: str, *, of_key: bool) -> str:

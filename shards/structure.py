@@ -18,6 +18,10 @@ MIN_DISTANCE = 0.05
 MAX_MAGNITUDE = 1e10
 """Largest accepted number in Å, eV/Å or eV/Å³; far larger ones would become infinite in float32."""
 
+SMALLEST_VOLUME = 0.05
+"""Volume in Å³ that a periodic structure has for each atom at least; hydrogen in the core of Jupiter has about 1 Å³. An
+atom in a cell that is far smaller would have millions of neighbours."""
+
 FloatArray = NDArray[np.float64]
 
 
@@ -115,18 +119,41 @@ def _check_labels(structure: Structure, n: int) -> None:
 
 
 def _check_cell(structure: Structure) -> None:
-    if structure.cell.shape != (3, 3) or not np.isfinite(structure.cell).all():
-        raise StructureError("bad_cell", f"the cell is not a finite 3 x 3 matrix (shape {structure.cell.shape})")
-    if not structure.pbc.any():
-        return
-    vectors = structure.cell[structure.pbc]
+    if structure.cell.shape != (3, 3) or not _usable(structure.cell).all():
+        raise StructureError(
+            "bad_cell",
+            f"the cell is not a 3 x 3 matrix of numbers up to {MAX_MAGNITUDE:.0e} (shape {structure.cell.shape})",
+        )
+    if structure.pbc.any() and (fault := cell_fault(structure.cell, structure.pbc, structure.positions)) is not None:
+        raise fault
+
+
+def cell_fault(cell: FloatArray, pbc: NDArray[np.bool_], positions: FloatArray) -> StructureError | None:
+    """Return what is wrong with the periodic vectors of a cell for atoms at `positions`, or None if nothing is.
+
+    At least one element of `pbc` is true, and all numbers are finite.
+    """
+    vectors = cell[pbc]
     lengths = np.linalg.norm(vectors, axis=1)
     if (lengths < 1e-3).any():
-        raise StructureError("zero_cell", "pbc is set along a cell vector of length zero")
+        return StructureError("zero_cell", "pbc is set along a cell vector of length zero")
     # Volume spanned by the periodic vectors relative to a right-angled cell; it is 0 if they are linearly dependent.
     unit = vectors / lengths[:, None]
-    if np.sqrt(max(np.linalg.det(unit @ unit.T), 0.0)) < 1e-4:
-        raise StructureError("singular_cell", "the periodic cell vectors are linearly dependent")
+    skewed = np.sqrt(max(np.linalg.det(unit @ unit.T), 0.0))
+    if skewed < 1e-4:
+        return StructureError("singular_cell", "the periodic cell vectors are linearly dependent")
+    volume = skewed * lengths.prod() / len(positions)
+    if volume >= SMALLEST_VOLUME:
+        return None
+    if not pbc.all():
+        # Along the open directions the atoms themselves take up room.
+        across = np.linalg.svd(vectors)[2][len(vectors) :]
+        volume *= np.maximum(np.ptp(positions @ across.T, axis=0), 1.0).prod()
+        if volume >= SMALLEST_VOLUME:
+            return None
+    return StructureError(
+        "too_dense", f"the cell has {volume:.2g} Å³ for each atom, and no matter is denser than {SMALLEST_VOLUME} Å³"
+    )
 
 
 def _check_distances(structure: Structure) -> None:

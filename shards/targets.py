@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from hydrazero.shards.errors import StructureError
-from hydrazero.shards.settings_parser import Section
+from hydrazero.shards.settings_parser import STRICT, Section
 from hydrazero.shards.structure import MAX_MAGNITUDE
-from hydrazero.shards.units import target_unit
+from hydrazero.shards.units import TARGETS, target_unit
 
 KINDS = {"scalar": (), "vector": (3,)}
 """Kind -> shape of one value."""
@@ -66,22 +66,43 @@ class TargetSection(Section):
         return ATOM_PREFIX if self.of == "atom" else STRUCTURE_PREFIX
 
 
+def check_target_name(name: str) -> str:
+    """Return the name of a target; raises ValueError for a name that a batch cannot hold."""
+    # A batch has target_NAME and target_NAME_mask, which must not be another target's.
+    if not name.isidentifier() or name in RESERVED or name.endswith("_mask"):
+        raise ValueError(f"the name must be a word without '_mask', and none of {', '.join(RESERVED)}.")
+    return name
+
+
+TargetName = Annotated[str, AfterValidator(check_target_name)]
+"""The name of a target."""
+
+
+def internal_unit(unit: str) -> str:
+    """Return a unit that targets have in shards and models; raises ValueError for any other."""
+    if unit not in {internal for internal, _ in TARGETS.values()}:
+        raise ValueError(f"'{unit}' is not a unit that targets are converted into.")
+    return unit
+
+
 @dataclass(frozen=True, kw_only=True)
 class TargetStatistics:
     """Statistics of a target in a manifest; the numbers are those of the training split."""
 
-    of: str
-    kind: str
-    unit: str
+    __pydantic_config__ = STRICT
+
+    of: Literal["structure", "atom"]
+    kind: Literal["scalar", "vector"]
+    unit: Annotated[str, AfterValidator(internal_unit)]
     """Internal unit: eV, e, eÅ, µB, Å³, or empty."""
     extensive: bool
-    count: int
+    count: PositiveInt
     """Number of values; each component of a vector counts."""
     minimum: float
     maximum: float
     mean: float
     """Mean, per atom for an extensive target; 0 for a vector."""
-    deviation: float
+    deviation: NonNegativeFloat
     """Standard deviation, per atom for an extensive target."""
 
 
@@ -92,14 +113,6 @@ class TargetColumn:
     name: str
     of: str
     kind: str
-
-
-def check_target_name(name: str) -> str:
-    """Return the name of a target; raises ValueError for a name that a batch cannot hold."""
-    # A batch has target_NAME and target_NAME_mask, which must not be another target's.
-    if not name.isidentifier() or name in RESERVED or name.endswith("_mask"):
-        raise ValueError(f"the name must be a word without '_mask', and none of {', '.join(RESERVED)}.")
-    return name
 
 
 def target_value(name: str, target: TargetSection, value: Any, atoms: int) -> NDArray[np.float64] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import time
 import zlib
 from collections import OrderedDict
+from typing import BinaryIO, cast
 
 import numpy as np
+from ase.data import atomic_numbers
 from numpy.typing import NDArray
-from webdataset.tariterators import tar_file_iterator
 
 from hydrazero.shards.block import StructureBlock, decode_block
 from hydrazero.shards.errors import ShardError
@@ -17,6 +20,9 @@ from hydrazero.shards.manifest import Manifest, Shard, read_manifest
 
 CACHE_BYTES = 96_000_000
 """Maximum size of the cache of decoded blocks in bytes, about 300 blocks of molecules."""
+
+PIECE = 16 << 20
+"""Number of bytes that are read at once."""
 
 RETRY_AFTER = (0.2, 2.0)
 """Seconds to wait before each further attempt at a failed read; after the last one, the block counts as damaged."""
@@ -35,6 +41,8 @@ class BlockReader:
             for index in range(len(shard.block_structures))
         ]
         self._damaged: dict[int, str] = {}
+        self._known = np.zeros(256, dtype=bool)
+        self._known[[atomic_numbers[symbol] for symbol in self.manifest.elements]] = True
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -48,7 +56,7 @@ class BlockReader:
         """Return one block; a failed read is repeated.
 
         Raises ShardError with the shard and the block if the block is still missing or damaged after the last attempt,
-        or if its number of structures is not that of the manifest.
+        or if it is not one that the manifest describes.
         """
         if number in self._damaged:
             raise ShardError(self._damaged[number])
@@ -76,20 +84,50 @@ class BlockReader:
                 f"{where} holds {len(block)} structures, but {shard.block_structures[index]} according to the "
                 "manifest: they come from different conversions; convert the task again."
             )
+        if fault := self._contradiction(block):
+            raise ShardError(f"{where} {fault}: manifest and block contradict each other; convert the task again.")
         return block
+
+    def _contradiction(self, block: StructureBlock) -> str:
+        """Return what in a block the manifest excludes, "" if there is nothing."""
+        manifest = self.manifest
+        if block.positions.dtype != manifest.float_dtype:
+            return f"holds positions of type {block.positions.dtype}, not {manifest.float_dtype}"
+        if not self._known[block.numbers].all():
+            return "holds an element that the manifest does not list"
+        if block.n_atoms.max() > manifest.max_atoms:
+            return f"holds a structure of {block.n_atoms.max():,} atoms, the largest has {manifest.max_atoms:,}"
+        for label in ("energy", "forces", "stress"):
+            column = getattr(block, label)
+            if label in manifest.required_labels and (column is None or np.isnan(column).any()):
+                return f"lacks {label}, which every structure has"
+        return ""
 
     def _read_bytes(self, shard: Shard, index: int, where: str) -> bytes:
         begin = shard.block_offsets[index]
         end = shard.block_offsets[index + 1] if index + 1 < len(shard.block_offsets) else shard.bytes
         try:
             with open_at(self.location, shard.file, begin, end) as stream:
-                for member in tar_file_iterator(stream):
-                    return member["data"]
+                found = io.BytesIO(read_up_to(stream, end - begin))
+            with tarfile.open(fileobj=found, mode="r:") as tar:
+                member = tar.next()
+                # A member may claim any size: it is only read if it ends where the next one begins.
+                if member is not None and member.isreg() and member.offset_data + member.size <= end - begin:
+                    return cast(BinaryIO, tar.extractfile(member)).read()
         except Exception as error:  # OSError, tarfile.ReadError or EOFError, depending on the damage
             raise ShardError(f"{where} cannot be read ({error}); copy it again or convert the task again.") from error
         raise ShardError(
             f"{where} is not at the place that the manifest gives; copy it again or convert the task again."
         )
+
+
+def read_up_to(stream: BinaryIO, most: int) -> bytes:
+    """Return the next bytes of a file, at most `most`, without taking memory for more than there are."""
+    parts = []
+    while most > 0 and (part := stream.read(min(most, PIECE))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
 
 
 class BlockCache:
