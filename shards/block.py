@@ -15,8 +15,6 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import ShardError
-from hydrazero.shards.block_checks import fault_of
 from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 
@@ -186,14 +184,3 @@ def block_from(columns: dict[str, NDArray[Any]]) -> StructureBlock:
 def encode_block(block: StructureBlock) -> bytes:
     """Serialise a block as safetensors."""
     return safetensors.numpy.save(columns_of(block))
-
-
-def decode_block(data: bytes, where: str) -> StructureBlock:
-    """Return the block in `data`, of any origin; raise ShardError, naming `where`, if it is none, or damaged."""
-    try:
-        block = block_from(safetensors.numpy.load(data))
-    except Exception as error:  # safetensors has errors of its own; missing columns raise TypeError
-        raise ShardError(f"{where} is not a readable block of structures ({error}); convert the task again.") from error
-    if fault := fault_of(block):
-        raise ShardError(f"{where} is damaged ({fault}); convert the task again.")
-    return block

@@ -1,16 +1,16 @@
-"""Checks of decoded blocks, which may come from other people: types, shapes, sums and values, whole columns at a time."""
+"""Decoding of blocks of any origin: types, shapes, sums and values are checked, whole columns at a time."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 
+from hydrazero.shards.block import StructureBlock, block_from
+from hydrazero.shards.errors import ShardError
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, MAX_MAGNITUDE, SMALLEST_VOLUME, cell_fault
-
-if TYPE_CHECKING:
-    from hydrazero.shards.block import StructureBlock
 
 COLUMNS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "n_atoms": ("int32", ("S",)),
@@ -28,6 +28,17 @@ COLUMNS: dict[str, tuple[str, tuple[str | int, ...]]] = {
 OPTIONAL = ("forces", "stress")
 
 
+def decode_block(data: bytes, where: str) -> StructureBlock:
+    """Return the block in `data`, of any origin; raise ShardError, naming `where`, if it is none, or damaged."""
+    try:
+        block = block_from(safetensors.numpy.load(data))
+    except Exception as error:  # safetensors has errors of its own; missing columns raise TypeError
+        raise ShardError(f"{where} is not a readable block of structures ({error}); convert the task again.") from error
+    if fault := fault_of(block):
+        raise ShardError(f"{where} is damaged ({fault}); convert the task again.")
+    return block
+
+
 def fault_of(block: StructureBlock) -> str:
     """Return what is wrong with a block, as a part of a sentence, or "" if nothing is."""
     # Later checks rely on the shapes that earlier ones have found to be right.
@@ -37,7 +48,10 @@ def fault_of(block: StructureBlock) -> str:
 def _layout_fault(block: StructureBlock) -> str:
     if block.positions.dtype not in (np.float32, np.float64):
         return f"its positions are of type {block.positions.dtype}"
-    sizes = {"S": len(block.n_atoms) if block.n_atoms.ndim else -1, "A": len(block.numbers) if block.numbers.ndim else -1}
+    sizes = {
+        "S": len(block.n_atoms) if block.n_atoms.ndim else -1,
+        "A": len(block.numbers) if block.numbers.ndim else -1,
+    }
     for name, (kind, shape) in COLUMNS.items():
         column = getattr(block, name)
         if column is None and name in OPTIONAL:

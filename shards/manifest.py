@@ -32,7 +32,12 @@ SPLITS = ("train", "val", "test")
 TAR_RECORD = 512
 """Members of a tar begin at multiples of this number of bytes."""
 SMALLEST_STRUCTURE = 88
-"""Number of bytes that a structure takes in a block at least: a cell of 72, a flag, a count and numbers, and an atom."""
+"""Number of bytes that a structure takes in a block at least, of which 72 are for its cell."""
+
+
+
+SplitName = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
+
 
 def _distance(text: str) -> str:
     if not 0.0 < float(text) < 1e3:
@@ -156,7 +161,7 @@ class Manifest:
     __pydantic_config__ = STRICT | {"extra": "ignore"}
 
     task: Name
-    splits: dict[Literal["train", "val", "test"], list[Shard]]
+    splits: dict[SplitName, list[Shard]]
     float_dtype: Literal["float32", "float64"]
     """Precision of positions, forces and stress in the blocks: 'float32' or 'float64'."""
     elements: dict[Element, PositiveInt]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, NonNegativeFloat, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.settings_parser import STRICT, Section
@@ -91,8 +91,8 @@ class TargetStatistics:
 
     __pydantic_config__ = STRICT
 
-    of: Literal["structure", "atom"]
-    kind: Literal["scalar", "vector"]
+    of: Annotated[str, Field(pattern="^(structure|atom)$")]
+    kind: Annotated[str, Field(pattern="^(scalar|vector)$")]
     unit: Annotated[str, AfterValidator(internal_unit)]
     """Internal unit: eV, e, eÅ, µB, Å³, or empty."""
     extensive: bool

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from hydrazero.shards.block import StructureBlock, decode_block, encode_block
+from hydrazero.shards.block import StructureBlock, encode_block
+from hydrazero.shards.block_checks import decode_block
 from hydrazero.shards.files import replacing
 from hydrazero.shards.manifest import Shard, file_sha256
 

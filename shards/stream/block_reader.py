@@ -13,7 +13,8 @@ import numpy as np
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
-from hydrazero.shards.block import StructureBlock, decode_block
+from hydrazero.shards.block import StructureBlock
+from hydrazero.shards.block_checks import decode_block
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.location import Location, open_at
 from hydrazero.shards.manifest import Manifest, Shard, read_manifest
