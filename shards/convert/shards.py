@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -78,11 +78,16 @@ NOTE = "note"
 
 def _written_note(note: ShardNote) -> bytes:
     """Return a note as safetensors: the arrays of the statistics as tensors, everything else as JSON."""
-    statistics = asdict(note.statistics)
+    statistics = vars(note.statistics)
     arrays = {name: value for name, value in statistics.items() if isinstance(value, np.ndarray)}
     others = {name: value for name, value in statistics.items() if name not in arrays}
-    document = json.dumps({"shard": asdict(note.shard), "statistics": others}, default=sorted)  # sets become lists
+    document = json.dumps({"shard": note.shard, "statistics": others}, default=_plain)
     return safetensors.numpy.save(arrays, metadata={NOTE: document})
+
+
+def _plain(value: Any) -> Any:
+    """Return a dataclass or a set as a type that JSON has; raise TypeError for anything else."""
+    return sorted(value) if isinstance(value, set) else {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 def _read_note(path: Path) -> ShardNote | None:
@@ -98,10 +103,11 @@ def _read_note(path: Path) -> ShardNote | None:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         hints = get_type_hints(Statistics)
         values |= {
-            name: TypeAdapter(hints[name]).validate_python(value) for name, value in document["statistics"].items()
+            name: TypeAdapter(hints[name]).validate_json(json.dumps(value))
+            for name, value in document["statistics"].items()
         }
         statistics = Statistics(**{each.name: values[each.name] for each in fields(Statistics)})
-        return ShardNote(shard=TypeAdapter(Shard).validate_python(document["shard"]), statistics=statistics)
+        return ShardNote(shard=TypeAdapter(Shard).validate_json(json.dumps(document["shard"])), statistics=statistics)
     except (safetensors.SafetensorError, ValidationError, KeyError, TypeError, ValueError):
         return None
 
