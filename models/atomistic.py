@@ -280,11 +280,14 @@ def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
     Raises ConfigError if a field is unknown, or if the encoder comes from a package that is not installed.
     """
     try:
-        encoder = facts["settings"]["encoder"]
+        settings, encoder, package = facts["settings"], facts["settings"]["encoder"], facts.get("encoder_package")
         tasks = [task_facts_from(task) for task in facts["tasks"]]
-    except (KeyError, TypeError) as error:
+        ENCODERS.check(str(encoder.get("encoder")), None if package is None else str(package))
+        # A description without a width of norms is from before there was one to set.
+        settings = {**settings, "encoder": {"norm_width": SMALLEST_WIDTH, **encoder}}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the model's description lacks or misuses a field ({error}).") from error
-    ENCODERS.check(str(encoder.get("encoder")), facts.get("encoder_package"))
-    # A description without a width of norms is from before there was one to set.
-    settings = {**facts["settings"], "encoder": {"norm_width": SMALLEST_WIDTH, **encoder}}
+    names = [task.name for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ConfigError(f"the model's description must name its tasks, each once, and names {names}.")
     return AtomisticModel(parse_settings(ModelSettings, settings, "the model's description: settings"), tasks)

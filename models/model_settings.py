@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field
 
 from hydrazero.models.encoders import ENCODERS
-from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.encoders.base import MOST_FEATURES, MOST_LAYERS, EncoderSettings
 from hydrazero.models.heads.heads import HeadSize
 from hydrazero.models.heads.target_heads import check_attention
 from hydrazero.models.task_facts import CONSERVATIVE, DIRECT, TaskFacts, targets_of
@@ -19,11 +19,11 @@ from hydrazero.shards.settings_parser import ListOf, Section
 class HeadSettings(Section):
     """The heads of the model, and settings of the model as a whole."""
 
-    head_features: PositiveInt = 64
+    head_features: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 64
     """Width of the hidden layers of each head."""
-    head_layers: PositiveInt = 1
+    head_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 1
     """Number of hidden layers of each head."""
-    ensemble: PositiveInt = 1
+    ensemble: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 1
     """Number of energies that each head predicts. With more than one, their mean is the prediction and their spread is
     its uncertainty."""
     repulsion: Literal["none", "zbl"] = "none"

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from ase.data import atomic_numbers
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.structure import MAX_ATOMIC_NUMBER
+from hydrazero.shards.manifest import Pair
+from hydrazero.shards.settings_parser import STRICT, Element, Name, parse_typed
+from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, MAX_MAGNITUDE
+from hydrazero.shards.targets import TargetName, internal_unit
 
 CONSERVATIVE, DIRECT, NONE = "conservative", "direct", "none"
 """Ways to predict forces and stress: as the gradient of the energy, by a separate head, or not at all."""
+
+
+Way = Annotated[str, Field(pattern=f"^({CONSERVATIVE}|{DIRECT}|{NONE})$")]
+Number = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+Scale = Annotated[float, Field(gt=0, ge=1.0 / MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+"""The unit of a head's output, by which it is multiplied."""
+Distance = Annotated[float, Field(ge=0, le=1e3)]
+"""A distance in Å."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
     """A quantity of one task other than energy, forces and stress."""
 
-    of: str
+    __pydantic_config__ = STRICT
+
+    of: Annotated[str, Field(pattern="^(structure|atom)$")]
     """Whether it belongs to a 'structure' or to each 'atom'."""
-    kind: str
+    kind: Annotated[str, Field(pattern="^(scalar|vector)$")]
     """Kind of the quantity: 'scalar' or 'vector'."""
-    unit: str = ""
+    unit: Annotated[str, AfterValidator(internal_unit)] = ""
     extensive: bool = False
     """Whether a scalar of a structure is a sum over its atoms, and not a property of the whole such as a band gap."""
-    mean: float = 0.0
+    mean: Number = 0.0
     """Mean of the training labels (per atom if extensive), to which the output of the head is added."""
-    scale: float = 1.0
+    scale: Scale = 1.0
     """Unit of the head's output: deviation of the training labels from the mean (per atom if extensive)."""
 
     @property
@@ -43,12 +58,14 @@ class TargetFacts:
 class TaskFacts:
     """Facts about one task that the model and its users need."""
 
-    name: str
-    reference_energies: dict[str, float]
+    __pydantic_config__ = STRICT
+
+    name: Name
+    reference_energies: dict[Element, Number]
     """Reference energy of an atom of each element in eV."""
-    scale: float
+    scale: Scale
     """Unit of the head's output: typical force in eV/Å, or residual energy per atom in eV for a task without forces."""
-    elements: list[str]
+    elements: Annotated[list[Element], Field(min_length=1)]
     """Elements in the training split."""
     fidelity: str = ""
     """Method of the labels, as given in the manifest."""
@@ -56,23 +73,23 @@ class TaskFacts:
     """Whether the training labels include energies."""
     has_forces: bool = True
     """Whether the training labels include forces."""
-    forces: str = CONSERVATIVE
+    forces: Way = CONSERVATIVE
     """Way in which forces are predicted: 'conservative', 'direct' or 'none'."""
-    stress: str = CONSERVATIVE
+    stress: Way = CONSERVATIVE
     """Way in which stress is predicted: 'conservative', 'direct' or 'none'."""
-    stress_scale: float = 1.0
+    stress_scale: Scale = 1.0
     """Typical stress of the training labels in eV/Å³."""
     charge_spin: bool = False
     """Whether total charge and spin are inputs of the encoder."""
     multiplicity_known: bool = False
     """Whether the spin multiplicity of every structure in the shards is known."""
-    targets: dict[str, TargetFacts] = field(default_factory=dict)
+    targets: dict[TargetName, TargetFacts] = field(default_factory=dict)
     """Other quantities among the training labels, by name."""
-    closest: dict[str, float] = field(default_factory=dict)
+    closest: dict[Pair, Distance] = field(default_factory=dict)
     """Smallest distance of two elements in the training split in Å, by a key such as 'Al-Cu', the lighter one first."""
-    closest_within: float = 0.0
+    closest_within: Distance = 0.0
     """Distance in Å that pairs of elements missing in `closest` are always above; 0 if it is unknown."""
-    largest_spread: float = 0.0
+    largest_spread: Annotated[Number, Field(ge=0)] = 0.0
     """Spread of the ensemble in eV per atom that 99% of the evaluated structures do not exceed; 0 if it is unknown."""
 
 
@@ -112,8 +129,17 @@ def _said(facts: TargetFacts) -> str:
     return f"a {facts.kind} of the {facts.of}{size} in '{facts.unit}'"
 
 
-def task_facts_from(table: dict[str, Any]) -> TaskFacts:
-    """Build facts from plain types; raises KeyError or TypeError for a field that is missing or unknown."""
-    values = dict(table)
-    values["targets"] = {name: TargetFacts(**facts) for name, facts in values.get("targets", {}).items()}
-    return TaskFacts(**values)
+_TASK = TypeAdapter(TaskFacts)
+
+
+def task_facts_from(table: Any) -> TaskFacts:
+    """Build facts from plain types of any origin; raise ConfigError for a field that is missing, unknown or wrong."""
+    where = "the model's description: tasks"
+    try:
+        text = json.dumps(table)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} cannot be read ({error}).") from error
+    task = parse_typed(_TASK, text, where, ConfigError)
+    if task.has_energy and (lost := set(task.elements) - set(task.reference_energies)):
+        raise ConfigError(f"{where}: '{task.name}' lacks the reference energy of {', '.join(sorted(lost))}.")
+    return task

@@ -35,7 +35,6 @@ SMALLEST_STRUCTURE = 88
 """Number of bytes that a structure takes in a block at least, of which 72 are for its cell."""
 
 
-
 SplitName = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 
 

@@ -156,18 +156,26 @@ def cell_fault(cell: FloatArray, pbc: NDArray[np.bool_], positions: FloatArray) 
     skewed = np.sqrt(max(np.linalg.det(unit @ unit.T), 0.0))
     if skewed < 1e-4:
         return StructureError("singular_cell", "the periodic cell vectors are linearly dependent")
-    volume = skewed * lengths.prod() / len(positions)
+    if skewed * lengths.prod() >= SMALLEST_VOLUME * len(positions):
+        return None
+    volume = volume_per_atom(vectors, positions, 1.0)
     if volume >= SMALLEST_VOLUME:
         return None
-    if not pbc.all():
-        # Along the open directions the atoms themselves take up room.
-        across = np.linalg.svd(vectors)[2][len(vectors) :]
-        volume *= np.maximum(np.ptp(positions @ across.T, axis=0), 1.0).prod()
-        if volume >= SMALLEST_VOLUME:
-            return None
     return StructureError(
         "too_dense", f"the cell has {volume:.2g} Å³ for each atom, and no matter is denser than {SMALLEST_VOLUME} Å³"
     )
+
+
+def volume_per_atom(vectors: FloatArray, positions: FloatArray, thickness: float) -> float:
+    """Return the volume in Å³ for each of the atoms at `positions` in a cell with one to three periodic vectors.
+
+    Along the open directions it is as thick as the atoms are far apart, but at least `thickness` in Å.
+    """
+    volume = float(np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0)))
+    if len(vectors) < 3:
+        across = np.linalg.svd(vectors)[2][len(vectors) :]
+        volume *= float(np.maximum(np.ptp(positions @ across.T, axis=0), thickness).prod())
+    return volume / len(positions)
 
 
 def _check_distances(structure: Structure) -> None:

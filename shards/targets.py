@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveInt, field
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.settings_parser import STRICT, Section
 from hydrazero.shards.structure import MAX_MAGNITUDE
-from hydrazero.shards.units import TARGETS, target_unit
+from hydrazero.shards.units import target_unit
 
 KINDS = {"scalar": (), "vector": (3,)}
 """Kind -> shape of one value."""
@@ -80,7 +80,7 @@ TargetName = Annotated[str, AfterValidator(check_target_name)]
 
 def internal_unit(unit: str) -> str:
     """Return a unit that targets have in shards and models; raises ValueError for any other."""
-    if unit not in {"", *TARGETS.values()}:
+    if target_unit(unit) != (1.0, unit):
         raise ValueError(f"'{unit}' is not a unit that targets are converted into.")
     return unit
 

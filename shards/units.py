@@ -113,7 +113,7 @@ _STRESS_KIND = _Kind(
     "under compression",
     signed=True,
 )
-TARGETS = {ENERGY: "eV", CHARGE: "e", MOMENT: "µB", DIPOLE: "eÅ", VOLUME: "Å³"}
+_TARGETS = {ENERGY: "eV", CHARGE: "e", MOMENT: "µB", DIPOLE: "eÅ", VOLUME: "Å³"}
 """Dimension of a target -> its internal unit."""
 _TARGET_NAMES = f"{_ENERGY_NAMES}, e, muB, e*Angstrom, e*Bohr, Debye, Angstrom^3, Bohr^3"
 
@@ -149,10 +149,10 @@ def target_unit(unit: str) -> tuple[float, str]:
     try:
         factor, dimension = _parsed(unit)
     except KeyError as error:
-        hint = _suggestion(unit, str(error.args[0]), TARGETS)
+        hint = _suggestion(unit, str(error.args[0]), _TARGETS)
     else:
-        if dimension in TARGETS:
-            return factor, TARGETS[dimension]
+        if dimension in _TARGETS:
+            return factor, _TARGETS[dimension]
     raise SourceError(f"unit '{unit}' of a target is not known{hint or f' (known: {_TARGET_NAMES})'}.")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from hydrazero.models.encoders.radial import BASES, CUTOFFS
@@ -16,6 +16,9 @@ from hydrazero.shards.settings_parser import Section
 SIZES = ("tiny", "small", "base", "large")
 """Names of the sizes of an encoder, by which `size` in a run file chooses."""
 MAX_DEGREE = 6
+MOST_FEATURES, MOST_LAYERS = 65_536, 256
+SMALLEST_CUTOFF, LARGEST_CUTOFF = 0.5, 50.0
+"""Range of cutoffs in Å: no two atoms are closer than the first, and the second is beyond any model's memory."""
 SMALLEST_WIDTH = 1e-4
 """Smallest width of norms, with which their slope at zero is finite; models without a width of their own have it."""
 
@@ -26,14 +29,14 @@ class EncoderSettings(Section):
     encoder: str = "painn"
     """Architecture of the encoder: 'schnet', 'painn', 'egnn', 'pna_eq', 'dimenetpp', 'mace', or one that an installed
     package brings."""
-    features: PositiveInt = 128
+    features: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 128
     """Number of scalar features of each atom, and of vector features where the encoder has them."""
-    layers: PositiveInt = 3
+    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 3
     """Number of message-passing layers."""
-    radial_functions: PositiveInt = 20
+    radial_functions: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 20
     """Number of radial basis functions."""
-    cutoff: PositiveFloat = 5.0
-    """Distance in Å up to which two atoms are neighbours."""
+    cutoff: Annotated[float, Field(ge=SMALLEST_CUTOFF, le=LARGEST_CUTOFF)] = 5.0
+    """Distance in Å up to which two atoms are neighbours, from 0.5 to 50."""
     radial_basis: Literal["sinc", "gaussian"] = "sinc"
     """Radial basis functions: 'sinc' or 'gaussian'."""
     cutoff_function: Literal["cosine", "polynomial"] = "cosine"

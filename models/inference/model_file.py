@@ -15,12 +15,14 @@ import safetensors
 import safetensors.torch
 import torch
 from ase.data import atomic_numbers
+from pydantic_core import from_json
 
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.models.encoders import ENCODERS
+from hydrazero.models.inference.file_checks import check_card, check_shapes, check_weights, unpacked_text
 from hydrazero.models.inference.model_card import Origin, model_card, sha256_of
 from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
-from hydrazero.shards.errors import ConfigError, HydrazeroError, ModelFileError, did_you_mean
+from hydrazero.shards.errors import ConfigError, ModelFileError, did_you_mean
 from hydrazero.shards.files import replacing
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
@@ -118,8 +120,9 @@ def _packed(facts: dict[str, Any]) -> str:
     return base64.b85encode(zlib.compress(text.encode(), level=9)).decode()
 
 
-def _unpacked(text: str, version: str) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(text if version == "2" else zlib.decompress(base64.b85decode(text)))
+def _unpacked(packed: str, version: str) -> dict[str, Any]:
+    text = packed.encode() if version == "2" else unpacked_text(packed)
+    facts: dict[str, Any] = from_json(text, allow_inf_nan=False)
     if version == "4":
         for task in facts["tasks"]:
             task["closest"] = named_pairs(task["closest"])
@@ -164,9 +167,18 @@ def read_header(path: Path) -> dict[str, Any]:
     """Return settings, tasks and dtype in the header of a model file; raise ModelFileError like `read_card`."""
     metadata = _metadata(path)
     try:
-        return {"dtype": metadata["dtype"], **_unpacked(metadata["facts"], metadata["format_version"])}
-    except (KeyError, ValueError, TypeError, zlib.error) as error:
-        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+        facts = {**_unpacked(metadata["facts"], metadata["format_version"]), "dtype": metadata["dtype"]}
+        if facts["dtype"] not in DTYPES:
+            raise ValueError(f"its dtype is '{facts['dtype']}'")
+        return facts
+    except (KeyError, ValueError, TypeError, AttributeError, zlib.error) as error:
+        raise ModelFileError(f"{path} has a damaged header ({_brief(error)}); export the model again.") from error
+
+
+def _brief(error: Exception) -> str:
+    """Return the message of an error in one line of limited length."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"it lacks {text}" if isinstance(error, KeyError) else text[:200]
 
 
 def read_card(path: Path | str) -> dict[str, Any] | None:
@@ -175,10 +187,12 @@ def read_card(path: Path | str) -> dict[str, Any] | None:
     Raises ModelFileError if the file is missing, truncated, damaged, of a newer version, or not exported by hydrazero.
     """
     metadata = _metadata(Path(path))
-    try:
-        return json.loads(metadata["card"]) if metadata["format_version"] != "2" else None
-    except (KeyError, ValueError) as error:
-        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+    if metadata["format_version"] == "2":
+        return None
+    text = metadata.get("card", "")
+    check_card(Path(path), text)
+    card: dict[str, Any] = json.loads(text)
+    return card
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -192,7 +206,9 @@ def _metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is not a readable model file, or is truncated ({error}).") from error
+        raise ModelFileError(
+            f"{path} is not a readable model file, or is truncated; name a file that 'hydrazero export' has written."
+        ) from error
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{path} is a safetensors file, but not a model exported by hydrazero.")
     version = metadata.get("format_version", "")
@@ -209,23 +225,37 @@ def _check_encoder(path: Path, facts: dict[str, Any]) -> None:
     try:
         ENCODERS.check(str(facts["settings"]["encoder"]["encoder"]), facts.get("encoder_package"))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{path} has a damaged header ({error}); export the model again.") from error
+        raise ModelFileError(f"{path} has a damaged header ({_brief(error)}); export the model again.") from error
     except ConfigError as error:
         raise ModelFileError(f"{path}: {error}") from error
 
 
 def read_model(path: Path) -> AtomisticModel:
-    """Return an exported model on the CPU, ready to predict; raise ModelFileError like `read_header`."""
-    facts, digest = read_header(path), _metadata(path).get("weights_sha256")
+    """Return an exported model on the CPU, ready to predict; raise ModelFileError like `read_header`.
+
+    The file may be of any origin: what it says is checked before memory is taken for it.
+    """
+    metadata, facts = _metadata(path), read_header(path)
     _check_encoder(path, facts)
+    if metadata["format_version"] != "2":
+        read_card(path)
+    digest = metadata.get("weights_sha256")
     try:
+        with torch.device("meta"):
+            expected = model_from_facts(facts)
+        check_shapes(path, expected)
         weights = safetensors.torch.load_file(str(path))
         if digest not in (None, sha256_of(weights)):  # files of earlier versions do not contain it
             raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
+        check_weights(path, weights, DTYPES[facts["dtype"]])
         model = model_from_facts(facts).to(_compute_dtype(weights))
         model.load_state_dict(weights, strict=True)
     except ModelFileError:
         raise
-    except (safetensors.SafetensorError, RuntimeError, HydrazeroError) as error:
-        raise ModelFileError(f"{path} contains other weights than its header describes ({error}).") from error
+    except ConfigError as error:
+        raise ModelFileError(f"{path} has a damaged header: {error}") from error
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ModelFileError(
+            f"{path} contains other weights than its header describes ({_brief(error)}); export the model again."
+        ) from error
     return model.eval()

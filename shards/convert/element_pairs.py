@@ -45,5 +45,7 @@ def listed_pairs(pairs: dict[str, float]) -> dict[str, Any]:
 def named_pairs(listed: dict[str, Any]) -> dict[str, float]:
     """Return the table of which `listed_pairs` has made a compact form."""
     every = combinations_with_replacement(listed["elements"], 2)
+    if any(type(number) is not int for number in listed["hundredths"]):
+        raise TypeError("distances must be whole hundredths of an Å")
     numbers = zip(every, listed["hundredths"], strict=True)
     return {"-".join(pair): hundredths / 100.0 for pair, hundredths in numbers if hundredths}

@@ -103,10 +103,11 @@ def _read_note(path: Path) -> ShardNote | None:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         hints = get_type_hints(Statistics)
         values |= {
-            name: TypeAdapter(hints[name]).validate_python(value) for name, value in document["statistics"].items()
+            name: TypeAdapter(hints[name]).validate_json(json.dumps(value))
+            for name, value in document["statistics"].items()
         }
         statistics = Statistics(**{each.name: values[each.name] for each in fields(Statistics)})
-        return ShardNote(shard=TypeAdapter(Shard).validate_python(document["shard"]), statistics=statistics)
+        return ShardNote(shard=TypeAdapter(Shard).validate_json(json.dumps(document["shard"])), statistics=statistics)
     except (safetensors.SafetensorError, ValidationError, KeyError, TypeError, ValueError):
         return None
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from vesin import NeighborList
 
 from hydrazero.shards.errors import StructureError
+from hydrazero.shards.structure import volume_per_atom
 
 ROW_SLOTS = 8
 """Number of slots in a row. Shorter rows have less padding, but there are more of them to sum over (sixteen datasets at
@@ -23,6 +24,8 @@ ROW_SLOTS = 8
 
 
 NO_VECTORS = np.zeros((0, 3))
+MOST_NEIGHBOURS = 20_000
+"""Maximum number of neighbours of an atom, which no cutoff up to 20 Å reaches in any matter."""
 MOST_CUTOFFS = 20_000
 """Maximum extent of a structure in cutoffs; vesin ends the process at about 100,000."""
 
@@ -88,6 +91,8 @@ def half_pairs(
     if anywhere and not all(periodic):
         # vesin needs three independent vectors; those along open directions are never used as shifts.
         box = complete_cell(np.where(np.array(periodic)[:, None], box, 0.0))
+    if anywhere:
+        _check_density(points, box, pbc, cutoff)
     try:
         found = _engine(cutoff).compute(
             points=points, box=box, periodic=periodic if anywhere else False, quantities="ijS" if anywhere else "ij"
@@ -104,13 +109,33 @@ def _check_extent(points: NDArray[np.float64], vectors: NDArray[np.float64], cut
     if not len(points):
         return
     longest = np.abs(vectors).max() if len(vectors) else 0.0
-    if max(points.max() - points.min(), longest) <= MOST_CUTOFFS * cutoff:  # fast check, which usually suffices
+    if points.max() - points.min() + longest <= MOST_CUTOFFS * cutoff:  # fast check, which usually suffices
         return
     extent = max(np.ptp(points, axis=0).max(), longest)
+    if not np.isfinite(extent + np.abs(vectors).sum()):
+        raise StructureError("non_finite_positions", "a position or a cell vector is NaN or infinite")
     if extent > MOST_CUTOFFS * cutoff:
         raise StructureError(
             "far_apart",
             f"the structure extends over {extent:,.0f} Å, over {MOST_CUTOFFS:,} times the cutoff of {cutoff:g} Å",
+        )
+
+
+def _check_density(
+    points: NDArray[np.float64], box: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> None:
+    """Raise StructureError if atoms have more neighbours than memory and time suffice for, by their density."""
+    (ax, ay, az), (bx, by, bz), (cx, cy, cz) = box.tolist()
+    volume = abs(ax * (by * cz - bz * cy) + ay * (bz * cx - bx * cz) + az * (bx * cy - by * cx))
+    sphere = 4.0 / 3.0 * np.pi * cutoff**3
+    if sphere * len(points) <= MOST_NEIGHBOURS * volume:  # open directions, 1 Å thick here, only have more room
+        return
+    neighbours = sphere / max(volume_per_atom(box[pbc], points, 1.4 * cutoff), 1e-300)
+    if not neighbours <= MOST_NEIGHBOURS:
+        raise StructureError(
+            "too_dense",
+            f"an atom has about {neighbours:.1g} neighbours within the cutoff of {cutoff:g} Å, more than "
+            f"{MOST_NEIGHBOURS:,}; the cell is too small, perhaps in another unit",
         )
 
 
