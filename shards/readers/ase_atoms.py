@@ -56,6 +56,7 @@ def frame_from_atoms(atoms: Atoms, source_id: str, maker: FrameMaker) -> Frame:
         charge=label(names.charge),
         multiplicity=label(names.multiplicity),
         other={**atoms.arrays, **results},
+        constraints=tuple(atoms.constraints),
     )
     return maker.make(raw, source_id, atoms.info)
 
