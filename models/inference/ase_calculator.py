@@ -14,7 +14,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from hydrazero.models.atomistic import Predictions
-from hydrazero.models.inference.ase_structure import CONDITIONS, check_all_conditions
+from hydrazero.models.inference.ase_structure import check_all_conditions, stated_conditions
 from hydrazero.models.inference.extrapolation import Extrapolation
 from hydrazero.models.inference.potential import Potential, names_of
 from hydrazero.models.inference.reused_neighbours import ReusedNeighbours
@@ -96,10 +96,7 @@ class HydrazeroCalculator(Calculator):
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """Return what has changed since the last call; unlike in ASE, with charge and multiplicity."""
         changes: list[str] = super().check_state(atoms, tol=tol)
-        # As text, since the values may be of any type, arrays too.
-        if self.atoms is not None and any(
-            repr(self.atoms.info.get(key)) != repr(atoms.info.get(key)) for key in CONDITIONS
-        ):
+        if self.atoms is not None and stated_conditions(self.atoms) != stated_conditions(atoms):
             changes.append("info")
         return changes
 

@@ -15,10 +15,13 @@ from hydrazero.shards.structure import Structure, atomic_numbers_of, check_struc
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` on which predictions may depend."""
 OTHER_NAMES = {
-    "charge": ("total_charge", "totalcharge", "net_charge", "molecular_charge", "system_charge"),
+    "charge": ("total_charge", "totalcharge", "net_charge", "molecular_charge", "system_charge", "initial_charges"),
     "multiplicity": ("spin_multiplicity", "spinmultiplicity", "mult", "spin", "total_spin", "unpaired_electrons"),
 }
 """Names, in small letters, under which other programs store charge and spin, not always in the same convention."""
+
+TINY = 1e-3
+"""Largest sum of initial charges that is taken for zero."""
 
 
 def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
@@ -46,33 +49,36 @@ def conditions_of(atoms: Atoms) -> tuple[int, int]:
     return charge_of(charge, "atoms.info['charge']"), multiplicity_of(multiplicity, "atoms.info['multiplicity']")
 
 
-def check_names(info: Mapping[str, Any], charge: str = "charge", multiplicity: str = "multiplicity") -> None:
+def check_names(
+    info: Mapping[str, Any], charge: str | None = "charge", multiplicity: str | None = "multiplicity"
+) -> None:
     """Raise StructureError if charge or spin stand under a name that is not read, and are not zero.
 
     Otherwise a charged structure would be computed as a neutral one. `charge` and `multiplicity` are the names that
-    are read.
+    are read, None for what is known already.
     """
     for read, kind in ((charge, "charge"), (multiplicity, "multiplicity")):
-        if info.get(read) is not None:
+        if read is None or info.get(read) is not None:
             continue
         for name, value in info.items():
             if isinstance(name, str) and name.lower() in (*OTHER_NAMES[kind], kind) and name != read and _set(value):
                 raise StructureError(
-                    f"{kind}_name", f"its '{name}' is {value}, but the {kind} is read from '{read}', which is not there"
+                    f"{kind}_name",
+                    f"its '{name}' is {value}, but the {kind} is read from '{read}', which is not there; rename it",
                 )
 
 
 def check_all_conditions(atoms: Atoms) -> None:
     """Raise StructureError if charge or spin of ASE atoms are given in another place than `atoms.info`."""
-    check_names(atoms.info)
-    if atoms.info.get("charge") is None and "initial_charges" in atoms.arrays:
-        total = float(np.sum(np.asarray(atoms.arrays["initial_charges"], dtype=np.float64)))
-        if abs(total) > 1e-3:
-            raise StructureError(
-                "charge_name",
-                f"its initial charges sum to {total:.3g}, but the charge is read from atoms.info['charge'], which is "
-                "not there",
-            )
+    total = float(np.sum(np.asarray(atoms.arrays.get("initial_charges", 0.0), dtype=np.float64)))
+    check_names({**atoms.info, "initial_charges": total if abs(total) > TINY else 0.0})
+
+
+def stated_conditions(atoms: Atoms) -> str:
+    """Return all that `atoms.info` says about charge and spin, under any name, as a text that can be compared."""
+    names = {*CONDITIONS, *(name for names in OTHER_NAMES.values() for name in names)}
+    found = ((name, atoms.info[name]) for name in atoms.info if isinstance(name, str) and name.lower() in names)
+    return repr(sorted(found, key=lambda pair: pair[0]))
 
 
 def _set(value: Any) -> bool:

@@ -87,6 +87,16 @@ class Potential:
             )
         return None
 
+    def why_none(self, structure: Structure, tasks: Sequence[str]) -> str | None:
+        """Return why none of the tasks supports a structure, in the words of `why_not`; None if one of them does."""
+        reasons = [reason for task in tasks if (reason := self.why_not(structure, task)) is not None]
+        if len(reasons) < len(tasks):
+            return None
+        held = {chemical_symbols[int(z)] for z in np.unique(structure.numbers)}
+        if len(tasks) > 1 and (unseen := held - set().union(*(self.facts(task).elements for task in tasks))):
+            return f"holds {', '.join(sorted(unseen))}, which none of the tasks {', '.join(tasks)} was trained on"
+        return ", and ".join(reasons)
+
     def batches(
         self, samples: Iterable[GraphSample], shape: BatchShape
     ) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
