@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
 from hydrazero.shards.errors import StructureError
@@ -53,6 +54,8 @@ class Structure:
     """Name -> further quantities of atoms, [atoms] or [atoms, 3]; NaN where an atom lacks one."""
     source_id: str = ""
     """Origin of the structure: 'file#frame'."""
+    constraints: tuple[Any, ...] = ()
+    """ASE's constraints on its atoms in the source, such as atoms that are fixed; shards do not hold them."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -85,6 +88,24 @@ def volumes(cells: FloatArray, pbc: NDArray[np.bool_]) -> FloatArray:
     """Return `Structure.volume` of S structures in Å³, [S], from their cells [S, 3, 3] and pbc [S, 3]."""
     found: FloatArray = np.abs(np.linalg.det(cells))
     return np.where(pbc.any(axis=1) & (found > 1e-4 * np.linalg.norm(cells, axis=2).prod(axis=1)), found, 0.0)
+
+
+def atomic_numbers_of(values: ArrayLike) -> NDArray[np.uint8]:
+    """Return atomic numbers as uint8; raise StructureError for any that the cast would change into another element."""
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise StructureError(
+            "atomic_numbers_shape", f"the atomic numbers cannot be read as numbers ({error})"
+        ) from error
+    if numbers.ndim != 1:
+        raise StructureError("atomic_numbers_shape", f"the atomic numbers have shape {numbers.shape}, not (atoms,)")
+    bad = numbers[~((numbers >= 1) & (numbers <= MAX_ATOMIC_NUMBER)) | (numbers != np.round(numbers))]
+    if bad.size:
+        raise StructureError(
+            "unknown_element", f"atomic number {bad[0]:g} is not an element (1 to {MAX_ATOMIC_NUMBER})"
+        )
+    return numbers.astype(np.uint8)
 
 
 def check_structure(structure: Structure) -> None:

@@ -114,6 +114,7 @@ class Constants:
         if key in self._made:
             return self._made[key]
         made = torch.tensor(self._arrays[name].tolist(), dtype=like.dtype, device=like.device)
-        if type(made) is Tensor:  # not the placeholder of a tensor while a graph is traced
+        # Not the placeholder of a tensor while a graph is traced, nor a tensor that cannot be differentiated later.
+        if type(made) is Tensor and not made.is_inference():
             self._made[key] = made
         return made

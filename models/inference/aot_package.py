@@ -9,7 +9,9 @@ Packages of tasks that depend on charge and spin also take charge [1] int64 and 
 pair is positions[second] + shifts - positions[first]; pairs beyond the cutoff add nothing. The cell is that to whose
 volume the stress refers; it must be zero if the structure is not periodic or the cell lacks a vector. The outputs are
 energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3] eV/Å³ (zero without a cell), and then the task's other
-quantities. `get_metadata()` returns the names of inputs and outputs, the precision, the cutoff in Å and the model card.
+quantities. All of them are NaN if an atom is of an element that is not in the task's training data (or of none, such as
+0), or if the task needs a multiplicity and it is below 1. `get_metadata()` returns the names of inputs and outputs, the
+precision, the cutoff in Å and the model card.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +35,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_file import probe_structure
 from hydrazero.models.ops.compiler_cache import remove_cut_off_files
+from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.errors import ModelFileError
 from hydrazero.shards.files import replacing
 from hydrazero.shards.graphs.graph import GraphBatch, collate, graph_sample, shape_holding
-from hydrazero.shards.structure import Structure
+from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure
 
 GEOMETRY = ("numbers", "positions", "first", "second", "shifts", "cell")
 CONDITIONS = ("charge", "multiplicity")
@@ -70,6 +74,9 @@ def package_function(model: AtomisticModel) -> Function:
     The numbers of atoms and pairs may be symbolic, so that the function can be traced for all sizes.
     """
 
+    known = known_elements(model.tasks)[0]
+    lowest = 1 if model.tasks[0].multiplicity_known else 0
+
     def function(
         numbers: Tensor,
         positions: Tensor,
@@ -81,11 +88,17 @@ def package_function(model: AtomisticModel) -> Function:
     ) -> tuple[Tensor, ...]:
         pairs, none = first.shape[0], torch.zeros(1, dtype=torch.int64)
         charge, multiplicity = conditions or (none, none)
+        # Numbers of no element stand for hydrogen here, so that no table is read out of bounds.
+        element = torch.where((numbers > 0) & (numbers <= MAX_ATOMIC_NUMBER), numbers, torch.ones_like(numbers))
+        supported = (known[element] & (element == numbers)).all()
+        if conditions:
+            supported = supported & (multiplicity >= lowest).all()
+        nothing = torch.where(supported, 0.0, torch.nan)
         volume = (cell[0] * torch.linalg.cross(cell[1], cell[2])).sum().abs().reshape(1)
         places = torch.arange(pairs)
         # Each slot is a row of its own, so that a list of pairs needs neither sorting nor padding.
         batch = GraphBatch(
-            numbers=numbers,
+            numbers=element,
             positions=positions - positions.mean(0),
             row_atom=torch.cat([first, second]),
             neighbours=torch.cat([second, first]).unsqueeze(1),
@@ -101,7 +114,8 @@ def package_function(model: AtomisticModel) -> Function:
             periodic=volume > 0,
         )
         out = model(batch)
-        return out.energy, out.forces, out.stress[0], *out.targets.values()
+        found = (out.energy, out.forces, out.stress[0], *out.targets.values())
+        return tuple(value + nothing.to(value.dtype) for value in found)
 
     return function
 
@@ -174,8 +188,12 @@ def _compare(model: AtomisticModel, path: Path) -> None:
     """Raise ModelFileError unless a package reproduces the model for a cluster of all elements and for a cell."""
     package = torch._inductor.aoti_load_package(str(path))
     tolerance = 1e-10 if model.dtype == torch.float64 else 1e-4
-    cluster = probe_structure(model.tasks[0].elements)
-    for structure in (cluster, _cell_of(model.tasks[0].elements[0])):
+    charge, multiplicity = (1, 2) if model.tasks[0].charge_spin else (0, 0)
+    cluster, cell = (
+        replace(structure, charge=charge, multiplicity=multiplicity)
+        for structure in (probe_structure(model.tasks[0].elements), _cell_of(model.tasks[0].elements[0]))
+    )
+    for structure in (cluster, cell):
         sample = graph_sample(structure, 0, model.settings.encoder.cutoff)
         expected = model(collate([sample], shape_holding([sample]), model.dtype))
         outputs = package(*package_inputs(model, structure))
@@ -185,6 +203,11 @@ def _compare(model: AtomisticModel, path: Path) -> None:
             limit = tolerance * (1.0 + float(ours.abs().max()))
             if not torch.allclose(ours, theirs.to(ours.dtype), rtol=0.0, atol=limit):
                 raise ModelFileError("the package does not reproduce the model; nothing was written.")
+    inputs = package_inputs(model, cluster)
+    for number in (0, MAX_ATOMIC_NUMBER + 1):
+        outputs = package(torch.full_like(inputs[0], number), *inputs[1:])
+        if not all(value.isnan().all() for value in outputs):
+            raise ModelFileError("the package gives numbers for atoms that are no elements; nothing was written.")
 
 
 def _cell_of(symbol: str) -> Structure:

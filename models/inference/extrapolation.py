@@ -11,11 +11,25 @@ from numpy.typing import NDArray
 from hydrazero.models.task_facts import TaskFacts
 from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
 from hydrazero.shards.graphs.neighbours import HalfPairs
-from hydrazero.shards.structure import FloatArray
+from hydrazero.shards.structure import FloatArray, Structure
 
 
 class ExtrapolationWarning(UserWarning):
     """A prediction for a structure unlike those that the task was trained on."""
+
+
+def ignored_conditions(facts: TaskFacts, structure: Structure) -> str | None:
+    """Return what a task ignores in the charge and spin of a structure, None if that is nothing.
+
+    A spin multiplicity of 1 or 2 is what a structure without charge has at least, and is not reported.
+    """
+    charge, multiplicity = structure.charge, structure.multiplicity
+    if facts.charge_spin or (charge == 0 and multiplicity <= 2):
+        return None
+    what = " and ".join(
+        [f"charge {charge:+d}"] * (charge != 0) + [f"spin multiplicity {multiplicity}"] * (multiplicity > 2)
+    )
+    return f"task '{facts.name}' does not depend on charge and spin, and ignores the structure's {what}"
 
 
 class Extrapolation:
@@ -62,6 +76,11 @@ class Extrapolation:
                 f"the ensemble disagrees by {1000 * per_atom:.3g} meV per atom; it does by less than "
                 f"{1000 * self.facts.largest_spread:.3g} on 99% of the structures that it was evaluated on",
             )
+
+    def look_at_conditions(self, formula: str, structure: Structure) -> None:
+        """Warn about a charge or spin that the task ignores."""
+        if (text := ignored_conditions(self.facts, structure)) is not None:
+            self._warn("conditions", formula, text.removeprefix(f"task '{self.facts.name}' "))
 
     def look_at_other(self, formula: str, task: str, reason: str) -> None:
         """Warn that another task is left out; the reason follows the formula of the structure."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,54 +15,24 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
+from hydrazero.models.inference.ase_structure import check_all_conditions, structure_from_atoms
+from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.stream.packing import Packer, fits
-from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.structure import Structure
 
 if TYPE_CHECKING:
     from hydrazero.models.inference.ase_calculator import HydrazeroCalculator
     from hydrazero.models.inference.torch_sim_model import TorchSimModel
     from hydrazero.models.ops.compiled import CompiledModel
 
-CONDITIONS = ("charge", "multiplicity")
-"""Keys of `atoms.info` on which predictions may depend."""
-
 STRUCTURES_AT_ONCE = 512
 """Number of structures whose neighbour lists are in memory at a time."""
 DEFAULT_SHAPE = BatchShape(structures=64, atoms=2048, slots=32768)
 """Shape of a batch if there are enough structures to fill it."""
-
-
-def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
-    """Return the structure of ASE atoms, with charge and multiplicity from `atoms.info` and without labels.
-
-    Raises StructureError if it is not valid.
-    """
-    structure = Structure(
-        numbers=atoms.numbers.astype(np.uint8),
-        positions=np.asarray(atoms.positions, dtype=np.float64),
-        cell=np.asarray(atoms.cell[:], dtype=np.float64),
-        pbc=np.asarray(atoms.pbc, dtype=bool),
-        charge=_integer(atoms, "charge"),
-        multiplicity=_integer(atoms, "multiplicity"),
-        source_id=source_id,
-    )
-    check_structure(structure)
-    return structure
-
-
-def _integer(atoms: Atoms, key: str) -> int:
-    """Return a whole number from `atoms.info`, 0 if the key is missing; raise StructureError for other values."""
-    value = atoms.info.get(key, 0)
-    try:
-        if int(value) == value:
-            return int(value)
-    except (TypeError, ValueError):
-        pass
-    raise StructureError("condition", f"atoms.info['{key}'] is {value!r}; it must be a whole number.")
 
 
 class Potential:
@@ -118,6 +87,16 @@ class Potential:
             )
         return None
 
+    def why_none(self, structure: Structure, tasks: Sequence[str]) -> str | None:
+        """Return why none of the tasks supports a structure, in the words of `why_not`; None if one of them does."""
+        reasons = [reason for task in tasks if (reason := self.why_not(structure, task)) is not None]
+        if len(reasons) < len(tasks):
+            return None
+        held = {chemical_symbols[int(z)] for z in np.unique(structure.numbers)}
+        if len(tasks) > 1 and (unseen := held - set().union(*(self.facts(task).elements for task in tasks))):
+            return f"holds {', '.join(sorted(unseen))}, which none of the tasks {', '.join(tasks)} was trained on"
+        return ", and ".join(reasons)
+
     def batches(
         self, samples: Iterable[GraphSample], shape: BatchShape
     ) -> Iterator[tuple[list[GraphSample], GraphBatch]]:
@@ -139,18 +118,24 @@ class Potential:
     def _batch(self, packed: list[GraphSample], shape: BatchShape) -> tuple[list[GraphSample], GraphBatch]:
         return packed, collate(packed, shape, self.model.dtype).to(self.device)
 
-    def predict(self, structures: Sequence[Atoms], tasks: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    @torch.inference_mode(mode=False)
+    def predict(
+        self, structures: Atoms | Sequence[Atoms], tasks: str | Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """Predict with the heads of `tasks`, by default all; return a row per structure and task, in their order.
 
-        A row holds 'structure' (index), 'task', 'energy' eV, 'energy_spread' eV (the standard deviation of an ensemble
-        of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3] eV/Å³ (for periodic structures whose cell has three vectors), each None
-        where the task has none, 'reference_energy' eV (the sum of the reference energies of all atoms), and 'targets',
-        the task's other quantities by name. Raises StructureError for a structure that is not valid or that a task does
-        not support, ModelFileError for a task that the model does not have.
+        One structure or one task need not be in a list. A row holds 'structure' (index), 'task', 'energy' eV,
+        'energy_spread' eV (the standard deviation of an ensemble of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3]
+        eV/Å³ (for periodic structures whose cell has three vectors), each None where the task has none, 'reference_energy' eV (the
+        sum of the reference energies of all atoms), and 'targets', the task's other quantities by name. Numbers are of
+        type float, arrays of type float64. A charge or spin that a task ignores gives an ExtrapolationWarning. Raises
+        StructureError for a structure that is not valid or that a task does not support, ModelFileError for a task that
+        the model does not have.
         """
-        names = self.tasks if tasks is None else list(tasks)
+        names = names_of(self.tasks if tasks is None else tasks)
         indices = [self.task_index(name) for name in names]
-        converted = [structure_from_atoms(atoms, f"structure {n}") for n, atoms in enumerate(structures)]
+        given = [structures] if isinstance(structures, Atoms) else structures
+        converted = [self._converted(atoms, n, names) for n, atoms in enumerate(given)]
         self._check_supported(converted, names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
         for first in range(0, len(converted), STRUCTURES_AT_ONCE):
@@ -164,6 +149,7 @@ class Potential:
                     rows[n * len(names) + place] = {"structure": n, "task": names[place], **row}
         return rows
 
+    @torch.inference_mode(mode=False)
     def rows(self, packed: Sequence[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
         """Predict each sample of a batch with the head of its task; yield rows as in `predict`.
 
@@ -178,7 +164,7 @@ class Potential:
         forces = predictions.forces.detach().cpu().numpy().astype(np.float64)
         stress = predictions.stress.detach().cpu().numpy().astype(np.float64)
         reference = predictions.reference.cpu().numpy()
-        targets = {name: value.detach().cpu().numpy() for name, value in predictions.targets.items()}
+        targets = {name: value.detach().cpu().numpy().astype(float) for name, value in predictions.targets.items()}
         first = 0
         for number, sample in enumerate(packed):
             atoms = slice(first, first + len(sample.structure))
@@ -191,49 +177,86 @@ class Potential:
                 "forces": forces[atoms].copy() if facts.forces != NONE else None,
                 "stress": stress[number].copy() if sample.structure.volume and facts.stress != NONE else None,
                 "targets": {
-                    name: targets[name][atoms].copy() if target.of == "atom" else targets[name][number].copy()
+                    name: targets[name][atoms].copy() if target.of == "atom" else _plain(targets[name][number])
                     for name, target in facts.targets.items()
                 },
             }
 
+    def _converted(self, atoms: Atoms, number: int, tasks: Sequence[str]) -> Structure:
+        """Return the structure of ASE atoms; errors name its number."""
+        name = f"structure {number}"
+        if not isinstance(atoms, Atoms):
+            raise StructureError("unreadable", f"{name} is of type {type(atoms).__name__}, not ase.Atoms.")
+        try:
+            if any(self.facts(task).charge_spin for task in tasks):
+                check_all_conditions(atoms)
+            return structure_from_atoms(atoms, name)
+        except StructureError as error:
+            raise StructureError(error.reason, f"{name}: {error}.") from error
+
     def _check_supported(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
-        """Raise StructureError, which gives the reason, unless all tasks support all structures."""
+        """Raise StructureError, which gives the reason, unless all tasks support all structures.
+
+        Warn of the first structure whose charge or spin a task ignores.
+        """
+        said = set()
         for structure in structures:
             for task in tasks:
+                if task not in said and (ignored := ignored_conditions(self.facts(task), structure)):
+                    said.add(task)
+                    warnings.warn(f"{structure.source_id}: {ignored}.", ExtrapolationWarning, stacklevel=4)
                 if (reason := self.why_not(structure, task)) is not None:
                     raise StructureError(
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
                     )
 
+    @torch.inference_mode(mode=False)
     def member_energies(self, batch: GraphBatch) -> NDArray[np.float64]:
         """Return the energies of a batch by the heads of all tasks in one pass: [structures, tasks, members] eV."""
         return self.model.members_of_all_tasks(batch).cpu().numpy()
 
     def calculator(
-        self, task: str, *, others: Sequence[str] = (), skin: float = 0.3, compile: bool = False
+        self, task: str, *, others: str | Sequence[str] = (), skin: float = 0.3, compile: bool = False
     ) -> HydrazeroCalculator:
         """Return an ASE calculator of one task; its options are those of `HydrazeroCalculator`."""
         from hydrazero.models.inference.ase_calculator import HydrazeroCalculator
 
         return HydrazeroCalculator(self, task, others=others, skin=skin, compile=compile)
 
-    def torch_sim(self, task: str, dtype: torch.dtype = torch.float64) -> TorchSimModel:
-        """Return a torch-sim model of one task, for states of `dtype`.
+    def torch_sim(
+        self,
+        task: str,
+        dtype: torch.dtype = torch.float64,
+        *,
+        charge: int | None = None,
+        multiplicity: int | None = None,
+    ) -> TorchSimModel:
+        """Return a torch-sim model of one task; its options are those of `TorchSimModel`.
 
         Raises SourceError if torch-sim is not installed.
         """
         from hydrazero.models.inference.torch_sim_model import TorchSimModel
 
-        return TorchSimModel(self, task, dtype=dtype)
+        return TorchSimModel(self, task, dtype=dtype, charge=charge, multiplicity=multiplicity)
 
     def compiled(self) -> CompiledModel:
         """Return the model as compiled graphs that use the C++ kernels; warn if these cannot be built."""
-        from hydrazero.models.ops.compiled import CompiledModel, use_kernels
+        from hydrazero.models.ops.compiled import CompiledModel, sharing_weights, use_kernels
 
-        model = copy.copy(self.model)  # shares the weights, but chooses its kernels independently
+        model = sharing_weights(self.model)  # which chooses its kernels independently
         if (reason := use_kernels(model)) is not None:
             warnings.warn(f"compiled steps run without the C++ kernels, and are slower: {reason}.", stacklevel=2)
         return CompiledModel(model)
+
+
+def names_of(tasks: str | Sequence[str]) -> list[str]:
+    """Return the names of tasks as a list, one for a single name."""
+    return [tasks] if isinstance(tasks, str) else list(tasks)
+
+
+def _plain(value: NDArray[np.float64]) -> float | NDArray[np.float64]:
+    """Return a value of a structure as a number, or as an array of its own if it is a vector."""
+    return float(value) if value.ndim == 0 else value.copy()
 
 
 def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
@@ -251,4 +274,5 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Potentia
 
     Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version.
     """
-    return Potential(read_model(Path(path)), device)
+    with torch.inference_mode(mode=False):  # weights made in that mode could not be differentiated later
+        return Potential(read_model(Path(path)), device)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from hydrazero.models.inference.potential import Potential, structure_from_atoms
+from hydrazero.models.inference.ase_structure import conditions_of, structure_from_atoms
+from hydrazero.models.inference.potential import Potential
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.structure import FloatArray
@@ -34,7 +35,7 @@ class ReusedNeighbours:
         """Number of neighbour searches so far."""
         self._sample: GraphSample | None = None
         self._batch: GraphBatch | None = None
-        self._conditions: tuple[object, object] = (0, 0)
+        self._conditions = (0, 0)
         self._centre = np.zeros(3)
 
     @property
@@ -46,7 +47,8 @@ class ReusedNeighbours:
     def batch(self, atoms: Atoms) -> GraphBatch:
         """Return the batch of a structure, the same object with new positions while the neighbour list is valid.
 
-        Raises StructureError if the structure is not valid.
+        The next call changes it, and one that fails leaves the last list as it was. Raises StructureError if the
+        structure is not valid.
         """
         if not self._is_valid(atoms):
             self._search(atoms)
@@ -68,7 +70,7 @@ class ReusedNeighbours:
         if self._sample is None:
             return False
         known = self._sample.structure
-        if not np.array_equal(known.numbers, atoms.numbers) or self._conditions != _conditions(atoms):
+        if not np.array_equal(known.numbers, atoms.numbers) or self._conditions != conditions_of(atoms):
             return False
         if not np.array_equal(known.cell, atoms.cell[:]) or not np.array_equal(known.pbc, atoms.pbc):
             return False
@@ -82,10 +84,11 @@ class ReusedNeighbours:
         shape = shape_holding([sample])
         if self.fixed_shape:
             shape = self._with_headroom(shape)
-        self._batch = collate([sample], shape, self.potential.model.dtype).to(self.potential.device)
+        batch = collate([sample], shape, self.potential.model.dtype).to(self.potential.device)
+        # Only now, so that batch and sample belong together even after an error.
+        self._batch, self._sample = batch, sample
         self._centre = structure.positions.mean(axis=0)
-        self._conditions = _conditions(atoms)
-        self._sample = sample
+        self._conditions = (structure.charge, structure.multiplicity)
         self.lists += 1
 
     def _with_headroom(self, shape: BatchShape) -> BatchShape:
@@ -96,7 +99,3 @@ class ReusedNeighbours:
                 return BatchShape(structures=1, atoms=shape.atoms, slots=slots)
         rows = int(np.ceil(HEADROOM * shape.rows))
         return BatchShape(structures=1, atoms=shape.atoms, slots=rows * ROW_SLOTS)
-
-
-def _conditions(atoms: Atoms) -> tuple[object, object]:
-    return atoms.info.get("charge", 0), atoms.info.get("multiplicity", 0)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from ase.symbols import Symbols
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hydrazero.models.inference.extrapolation import Extrapolation
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import NONE
+from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.readers.opening import optional_module
-from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.structure import FloatArray, Structure, atomic_numbers_of, check_structure
 
 REQUIREMENT = ("torch-sim-atomistic", "the torch-sim model", "torch-sim")
 ModelInterface: Any = optional_module("torch_sim.models.interface", *REQUIREMENT).ModelInterface
@@ -25,16 +31,35 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
     It gives energy [S] eV, forces [A, 3] eV/Å and stress [S, 3, 3] eV/Å³, with the sign that ASE uses. The stress of a
     system that is not periodic is zero. States and results have the type `dtype`; the model
     computes in the precision of its weights.
+
+    A task that depends on charge and spin takes them from the state: `charge` and `spin` (the multiplicity 2S+1), of
+    [S] numbers each. torch-sim's states of version 0.3 have neither, and drop those of ASE atoms.
     """
 
-    def __init__(self, potential: Potential, task: str, *, dtype: torch.dtype = torch.float64) -> None:
-        """Raise ModelFileError for a task that the model does not have, or that has no energies."""
+    def __init__(
+        self,
+        potential: Potential,
+        task: str,
+        *,
+        dtype: torch.dtype = torch.float64,
+        charge: int | None = None,
+        multiplicity: int | None = None,
+    ) -> None:
+        """Create a model; `charge` and `multiplicity` are those of all systems, for states that do not have them.
+
+        Raises ModelFileError for a task that the model does not have, or that has no energies, StructureError for a
+        charge or multiplicity that is not one.
+        """
         super().__init__()
         facts = potential.facts(task)
         if not facts.has_energy:
             raise ModelFileError(f"task '{task}' has no energies, which torch-sim needs.")
         self.potential, self.task = potential, task
         self._device, self._dtype = potential.device, dtype
+        self._charge = None if charge is None else charge_of(charge)
+        self._multiplicity = None if multiplicity is None else multiplicity_of(multiplicity)
+        self._watch = Extrapolation(facts, potential.cutoff)
+        self._warned_of_cell = False
         self._supports = {"forces": facts.forces != NONE, "stress": facts.stress != NONE}
         self._compute_forces, self._compute_stress = self._supports["forces"], self._supports["stress"]
 
@@ -62,11 +87,12 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             raise NotImplementedError(f"task '{self.task}' has no {name}")
         return compute
 
+    @torch.inference_mode(mode=False)
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """Return 'energy', 'forces' and 'stress' of a SimState, or of a dictionary with its fields.
 
         Raises StructureError, with the number of the system in its message, for a system that the task does not
-        support.
+        support, ConfigError for a state without the charges that the task depends on.
         """
         state = _plain(state)
         index, potential = self.potential.task_index(self.task), self.potential
@@ -85,11 +111,13 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         systems = state["cell"].shape[0]
         owner = state["system_idx"]
         ends = np.cumsum(torch.bincount(owner, minlength=systems).cpu().numpy())[:-1]
-        numbers = np.split(state["atomic_numbers"].cpu().numpy().astype(np.uint8), ends)
+        numbers = np.split(atomic_numbers_of(state["atomic_numbers"].cpu().numpy()), ends)
         positions = np.split(state["positions"].detach().cpu().numpy().astype(np.float64), ends)
         # The cell vectors of torch-sim are columns.
         cells = state["cell"].detach().cpu().numpy().astype(np.float64).transpose(0, 2, 1)
         pbc = np.broadcast_to(np.asarray(torch.as_tensor(state["pbc"]).cpu()), 3).astype(bool)
+        charges, multiplicities = self._conditions(state, systems)
+        self._look_at_cells(cells, pbc)
         structures = []
         for n in range(systems):
             structure = Structure(
@@ -97,13 +125,37 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
                 positions=positions[n],
                 cell=cells[n],
                 pbc=pbc.copy(),
-                charge=_integer(state.get("charge"), n),
-                multiplicity=_integer(state.get("spin"), n),
+                charge=charges[n],
+                multiplicity=multiplicities[n],
                 source_id=f"system {n}",
             )
             self._check(structure)
             structures.append(structure)
         return structures
+
+    def _conditions(self, state: dict[str, Any], systems: int) -> tuple[list[int], list[int]]:
+        """Return charge and multiplicity of each system."""
+        charges, spins = state.get("charge"), state.get("spin")
+        if charges is None and self._charge is None and self.potential.facts(self.task).charge_spin:
+            raise ConfigError(
+                f"task '{self.task}' depends on charge and spin, and the state has no charge; give the state `charge` "
+                "and `spin`, or the model `charge` and `multiplicity` if they are those of all systems."
+            )
+        return (
+            _per_system(charges, self._charge, systems, charge_of, "charge"),
+            # A spin of 0 in a state means that it is unknown.
+            _per_system(spins, self._multiplicity, systems, lambda value: multiplicity_of(value or None), "spin"),
+        )
+
+    def _look_at_cells(self, cells: FloatArray, pbc: NDArray[np.bool_]) -> None:
+        """Warn once of cells that are not used; torch-sim 0.3 stores a slab as a structure that is not periodic."""
+        if not pbc.any() and not self._warned_of_cell and (np.abs(np.linalg.det(cells)) > 1e-6).any():
+            self._warned_of_cell = True
+            warnings.warn(
+                "a state has cells, but is not periodic, so that its systems are computed as isolated clusters; "
+                "torch-sim drops the periodicity of structures that are periodic in one or two directions only.",
+                stacklevel=2,
+            )
 
     def _check(self, structure: Structure) -> None:
         try:
@@ -112,6 +164,8 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             raise StructureError(error.reason, f"{structure.source_id}: {error}.") from error
         if (reason := self.potential.why_not(structure, self.task)) is not None:
             raise StructureError("unseen", f"{structure.source_id} {reason}; leave it out or choose another task.")
+        if structure.charge or structure.multiplicity:
+            self._watch.look_at_conditions(str(Symbols(structure.numbers).get_chemical_formula()), structure)
 
 
 def _plain(state: Any) -> dict[str, Any]:
@@ -129,6 +183,11 @@ def _plain(state: Any) -> dict[str, Any]:
     return fields
 
 
-def _integer(values: Tensor | None, system: int) -> int:
-    """Return a system's charge or spin multiplicity, 0 if the state does not have them."""
-    return 0 if values is None else int(values.reshape(-1)[system])
+def _per_system(values: Any, default: int | None, systems: int, read: Callable[[Any], int], name: str) -> list[int]:
+    """Return a number for each system, the default or 0 if the state does not have them."""
+    if values is None:
+        return [default or 0] * systems
+    numbers = torch.as_tensor(values).detach().cpu().reshape(-1).tolist()
+    if len(numbers) not in (1, systems):
+        raise ConfigError(f"the state's {name} has {len(numbers)} numbers for {systems} systems; give one for each.")
+    return [read(number) for number in (numbers * systems if len(numbers) == 1 else numbers)]

@@ -7,6 +7,8 @@ derivatives.
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +26,10 @@ from hydrazero.shards.graphs.graph import GraphBatch
 
 PLAIN = ("interaction", "reference", "forces", "stress", "spread")
 """Predictions that every model has."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a graph is traced, compiled or run: PyTorch refuses to run a compiled graph in one thread while another
+thread traces."""
 
 Function = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 Call = Callable[[AtomisticModel, GraphBatch], tuple[Tensor, ...]]
@@ -58,6 +64,15 @@ def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
         return out
 
     return run
+
+
+def sharing_weights(model: AtomisticModel) -> AtomisticModel:
+    """Return a copy of a model with modules of its own but the same weights.
+
+    Tracing exchanges the weights in the modules for placeholders, which other threads must not meet.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def use_kernels(model: AtomisticModel) -> str | None:
@@ -135,13 +150,14 @@ class CompiledModel:
 
     def _run(self, call: Call, batch: GraphBatch) -> tuple[Tensor, ...]:
         key = (call.__name__, layout_key(batch))
-        if key not in self._graphs:
-            training = self.model.training
-            self.model.eval()
-            self._graphs[key] = self._trace(call, batch)
-            self.model.train(training)
-        layout, graph = self._graphs[key]
-        return graph([*self.model.parameters(), *self.model.buffers(), *layout.flat(batch)])
+        with _ONE_AT_A_TIME:
+            if key not in self._graphs:
+                training = self.model.training
+                self.model.eval()
+                self._graphs[key] = self._trace(call, batch)
+                self.model.train(training)
+            layout, graph = self._graphs[key]
+            return graph([*self.model.parameters(), *self.model.buffers(), *layout.flat(batch)])
 
     def _trace(self, call: Call, batch: GraphBatch) -> tuple[BatchTensors, Function]:
         names = [name for name, _ in [*self.model.named_parameters(), *self.model.named_buffers()]]

@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import torch
@@ -25,13 +26,22 @@ FEATURE_TILE = 16
 """The kernels need a number of features that is a multiple of this."""
 
 
+_LOADING = threading.Lock()
+"""Held while the library is loaded: an operator can be registered once only, and threads may load it together."""
+
+
 class KernelsUnavailable(RuntimeError):
     """The kernels cannot be compiled or loaded on this machine; the message says why."""
 
 
-@functools.cache
 def load_kernels() -> None:
     """Register `torch.ops.hydrazero`, compiled first if this machine has no library yet; raise KernelsUnavailable."""
+    with _LOADING:
+        _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
     library = cached_library()
     try:
         torch.ops.load_library(str(library))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.potential import Potential
-from hydrazero.models.ops.compiled import CompilationError, CompiledModel, use_kernels
+from hydrazero.models.ops.compiled import CompilationError, CompiledModel, sharing_weights, use_kernels
 from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.shards.graphs.graph import GraphBatch
 
@@ -39,6 +39,7 @@ class Predictor:
         """Remaining work divided by the work done so far; infinite while the total is not known."""
         self._force_tasks = [(task, potential.task_index(task)) for task in settings.forces]
         self._compiled: CompiledModel | None = None
+        self._eager = potential.model
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds = 0.0
         self.compiling = 0.0
@@ -58,7 +59,7 @@ class Predictor:
 
     def __call__(self, batch: GraphBatch, *, usual: bool) -> BatchResult:
         """Compute a batch that is on the model's device; only batches of the usual shape use the compiled model."""
-        model = self._model(batch) if usual else self.potential.model
+        model = self._model(batch) if usual else self._eager
         on_gpu = self.potential.device.type == "cuda"
         if on_gpu:
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -88,19 +89,20 @@ class Predictor:
         if self._compiled is not None:
             return self._compiled
         if self.seconds < self.compile_after or self.seconds * self.left < self.compile_after:
-            return self.potential.model
+            return self._eager
         started = time.perf_counter()
-        model = self.potential.model
+        # The kernels are switched on in a copy, since others may use the potential too.
+        model = sharing_weights(self.potential.model)
         try:
             if reason := use_kernels(model):
                 raise CompilationError(reason)
             compiled = CompiledModel(model)
             self._compute(compiled, batch)
-            self._compiled = compiled
+            self._compiled, self._eager = compiled, model
         except CompilationError as error:
             warnings.warn(f"the model cannot be compiled here and stays slower: {error}", stacklevel=2)
-            model.kernels, self.compile_after = False, float("inf")
-            return model
+            self.compile_after = float("inf")
+            return self._eager
         finally:
             self.compiling += time.perf_counter() - started
         return self._compiled

@@ -16,13 +16,14 @@ from ase.formula import Formula
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from hydrazero.models.inference.ase_structure import check_names, conditions_of
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import ChunkFilter, Item, Items
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.files import read_toml
 from hydrazero.shards.manifest import file_sha256
 from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
-from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
 
 MAX_SUBSTITUTIONS = 20_000_000
 """Maximum number of ways to place elements on the sites of one prototype."""
@@ -124,6 +125,9 @@ class Prototype:
                 lattice = section.a or self._estimated_lattice()
                 atoms = bulk(section.formula, section.crystal, a=lattice, cubic=section.crystal in CUBIC)
             repeated: Atoms = atoms.repeat(section.repeat)  # type: ignore[union-attr]
+            check_names(repeated.info)
+            if any(conditions_of(repeated)):
+                raise ValueError("its file states a charge or spin multiplicity, which generated structures lack")
             return repeated
         except Exception as error:  # ASE's readers and builders raise exceptions of many types
             raise ConfigError(f"{self.where} cannot be built ({error or type(error).__name__}).") from error
@@ -177,10 +181,11 @@ class Prototype:
         scale *= self.settings.strains.volumes[volume] ** (1 / 3)
         deformation = scale * (np.eye(3) + _strain(self.settings.strains.voigt[shear]))
         structure = Structure(
-            numbers=atoms.numbers.astype(np.uint8),
+            numbers=atomic_numbers_of(atoms.numbers),
             positions=atoms.positions @ deformation.T,
             cell=atoms.cell[:] @ deformation.T,
             pbc=np.asarray(atoms.pbc, dtype=bool),
+            constraints=tuple(atoms.constraints),
         )
         check_structure(structure)
         return structure

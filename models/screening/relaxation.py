@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
+from torch import Tensor
 
 from hydrazero.models.inference.potential import Potential
+from hydrazero.models.screening.freedom import box_of, freedom_of
 from hydrazero.models.screening.settings import CHUNK, CONVERGED
 from hydrazero.models.screening.sources import Item, read_structure
 from hydrazero.models.task_facts import CONSERVATIVE
 from hydrazero.shards.errors import ConfigError, HydrazeroError, StructureError
 from hydrazero.shards.readers.opening import optional_module
-from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.structure import FloatArray, Structure, check_structure
+
+Kind = tuple[bool, bool]
+"""Whether a structure is periodic in any direction, and whether its cell is relaxed."""
 
 GROUP_ATOMS = 1024
 """Number of atoms that are relaxed together."""
@@ -29,22 +34,21 @@ CHECK_EVERY = 5
 
 
 class Relaxer:
-    """Relax structures by FIRE (Bitzek 2006), and crystals together with their cells (Frechet cell filter)."""
+    """Relax structures by FIRE (Bitzek 2006), and crystals together with their cells (Frechet cell filter).
+
+    Constraints on single atoms are kept, and so are the cells of structures that have any. Other cells are strained
+    along periodic directions alone, without vacuum; see `freedom_of`.
+    """
 
     def __init__(self, potential: Potential, task: str, steps: int, max_atoms: int) -> None:
         """Relax for at most `steps` steps, and pass structures of more than `max_atoms` atoms on without a change.
 
-        Raises ConfigError if the task's forces are not the gradient of its energy or depend on charge and spin,
-        SourceError if torch-sim is not installed.
+        Raises ConfigError if the task's forces are not the gradient of its energy, SourceError if torch-sim is not
+        installed.
         """
-        facts = potential.facts(task)
-        if facts.forces != CONSERVATIVE:
+        if potential.facts(task).forces != CONSERVATIVE:
             raise ConfigError(
                 f"task '{task}' has no conservative forces to relax with; name a task that has them first."
-            )
-        if facts.charge_spin:
-            raise ConfigError(
-                f"task '{task}' depends on charge and spin, which relaxation by torch-sim ignores; relax with ASE."
             )
         self._sim = optional_module("torch_sim", "torch-sim-atomistic", "--relax", "torch-sim")
         from hydrazero.models.inference.torch_sim_model import TorchSimModel
@@ -52,41 +56,66 @@ class Relaxer:
         self.potential, self.task, self.steps, self.max_atoms = potential, task, steps, max_atoms
         self._model: Any = TorchSimModel(potential, task)
 
-    def relaxed(self, structures: Sequence[Structure]) -> list[Structure]:
-        """Return structures relaxed, each with a target CONVERGED.
+    def kind(self, structure: Structure) -> Kind:
+        """Return whether a structure is periodic at all, and whether its cell is relaxed; others relax separately.
 
-        Either all must be periodic in three directions or none in any. Raises StructureError if a result is not a
-        valid structure.
+        Raises StructureError for a structure that cannot be relaxed.
         """
-        periodic = bool(structures[0].pbc.all())
-        cells = [structure.cell if periodic else np.eye(3) for structure in structures]
-        atoms = [Atoms(s.numbers, s.positions, cell=c, pbc=periodic) for s, c in zip(structures, cells, strict=True)]
-        optimizer = getattr(self._sim.optimizers, "frechet_cell_fire" if periodic else "fire")
-        state = self._sim.io.atoms_to_state(atoms, self._model.device, torch.float64)
-        converged = self._sim.generate_force_convergence_fn(FORCE_LIMIT, include_cell_forces=periodic)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch-sim warns at the step limit, which the target records
-            done = self._sim.optimize(
-                state,
-                self._model,
-                optimizer=optimizer,
-                convergence_fn=converged,
-                max_steps=self.steps,
-                steps_between_swaps=min(CHECK_EVERY, self.steps),
-            )
-        flags, results = converged(done).tolist(), []
-        for number, structure in enumerate(structures):
-            positions = done.positions[done.system_idx == number].detach().cpu().numpy().astype(np.float64)
-            cell = done.cell[number].T.detach().cpu().numpy().astype(np.float64) if periodic else structure.cell
-            targets = {CONVERGED: np.array(float(flags[number]))}
+        reason = self.potential.why_not(structure, self.task)
+        if reason is not None:
+            raise StructureError("unseen", f"it {reason}")
+        return bool(structure.pbc.any()), bool(freedom_of(structure, self.potential.cutoff).strain.any())
+
+    def relaxed(self, structures: Sequence[Structure]) -> list[Structure]:
+        """Return structures of one kind relaxed, each with a target CONVERGED.
+
+        Raises StructureError if a result is not a valid structure.
+        """
+        periodic, strained = self.kind(structures[0])
+        boxes = [box_of(structure, self.potential.cutoff) for structure in structures]
+        pairs = list(zip(structures, boxes, strict=True))
+        atoms = [Atoms(each.numbers, each.positions, cell=box, pbc=periodic) for each, box in pairs]
+        model = _Restrained(self._model, self.potential.cutoff, structures)
+        optimizer = getattr(self._sim.optimizers, "frechet_cell_fire" if strained else "fire")
+        converged = self._sim.generate_force_convergence_fn(FORCE_LIMIT, include_cell_forces=strained)
+        state = self._sim.io.atoms_to_state(atoms, model.device, torch.float64)
+        results: list[Structure] = []
+        for (structure, box), (done, flag) in zip(pairs, self._run(state, model, optimizer, converged), strict=True):
+            positions = done.positions.detach().cpu().numpy().astype(np.float64)
+            cell = structure.cell.copy()
+            if strained:
+                cell[structure.pbc] = done.cell[0].T.detach().cpu().numpy().astype(np.float64)[structure.pbc]
+            targets = {CONVERGED: np.array(float(flag))}
             relaxed = replace(structure, positions=positions, cell=cell, targets=targets)
             check_structure(relaxed)
+            _check_room(relaxed, box, self.potential.cutoff)
             results.append(relaxed)
         return results
 
+    def _run(self, state: Any, model: _Restrained, optimizer: Any, converged: Any) -> list[tuple[Any, bool]]:
+        """Return the last state of each system, and whether it has converged; systems that have take no more steps."""
+        begin, step = optimizer(model=model)
+        found: dict[int, tuple[Any, bool]] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each row says what these warnings would
+            state, taken = begin(state), 0
+            while True:
+                flags = converged(state).tolist()
+                last = taken >= self.steps
+                ended = [place for place, flag in enumerate(flags) if flag or last]
+                if ended:
+                    states = state.split() if len(ended) == len(flags) else state.pop(ended)
+                    found |= {model.systems[n]: (done, flags[n]) for n, done in zip(ended, states, strict=True)}
+                    model.keep([n for place, n in enumerate(model.systems) if place not in ended])
+                if not model.systems:
+                    return [found[number] for number in range(len(found))]
+                for _ in range(min(CHECK_EVERY, self.steps - taken)):
+                    state = step(state)
+                    taken += 1
+
     def items(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield each item with its structure relaxed; reading an item that failed raises its error."""
-        waiting: dict[bool, list[tuple[Item, Structure]]] = {True: [], False: []}
+        waiting: dict[Kind, list[tuple[Item, Structure]]] = {}
         chunk = 0
         for item in items:
             if item.index // CHUNK != chunk:  # rows are written by complete chunks
@@ -102,23 +131,18 @@ class Relaxer:
             if len(structure) > self.max_atoms:
                 yield replace(item, read=partial(_same, structure))
                 continue
-            if self.potential.why_not(structure, self.task) is not None or structure.pbc.any() != structure.pbc.all():
-                yield replace(item, read=partial(_raise, self._rejection_reason(structure)))
+            try:
+                kind = self.kind(structure)
+            except StructureError as error:
+                yield replace(item, read=partial(_raise, error))
                 continue
-            group = waiting[bool(structure.pbc.all())]
+            group = waiting.setdefault(kind, [])
             group.append((item, structure))
             if sum(len(each) for _, each in group) >= GROUP_ATOMS:
                 yield from self._relax_group(group)
                 group.clear()
         for group in waiting.values():
             yield from self._relax_group(group)
-
-    def _rejection_reason(self, structure: Structure) -> StructureError:
-        """Return the error for a structure that is not relaxed at all."""
-        reason = self.potential.why_not(structure, self.task)
-        if reason is not None:
-            return StructureError("unseen", f"it {reason}")
-        return StructureError("not_relaxed", "it is periodic in one or two directions, which --relax does not support")
 
     def _relax_group(self, group: Sequence[tuple[Item, Structure]]) -> Iterator[Item]:
         """Relax a group; if that fails, relax its halves, until memory suffices or the one that fails is known."""
@@ -135,6 +159,45 @@ class Relaxer:
             return
         for (item, _), structure in zip(group, results, strict=True):
             yield replace(item, read=partial(_same, structure))
+
+
+class _Restrained:
+    """A torch-sim model of the systems that are left, without the forces and stresses that must not act on them."""
+
+    def __init__(self, model: Any, cutoff: float, structures: Sequence[Structure]) -> None:
+        self.model, self.device, self.dtype = model, model.device, model.dtype
+        self._structures = structures
+        self._freedoms = [freedom_of(structure, cutoff) for structure in structures]
+        self.systems: list[int] = []
+        """Numbers of the structures that are the systems of the state."""
+        self.keep(list(range(len(structures))))
+
+    def keep(self, systems: list[int]) -> None:
+        """Set the numbers of the structures that are left."""
+        self.systems = systems
+        if systems:
+            freedoms = [self._freedoms[number] for number in systems]
+            self._atoms = torch.from_numpy(np.concatenate([each.atoms for each in freedoms])).to(self.device)
+            self._strain = torch.from_numpy(np.stack([each.strain for each in freedoms])).to(self.device)
+
+    def __call__(self, state: Any) -> dict[str, Tensor]:
+        """Return the model's results for a state; charge and spin, which states do not hold, are those of the files."""
+        structures = [self._structures[number] for number in self.systems]
+        charge, spin = ([getattr(s, name) for s in structures] for name in ("charge", "multiplicity"))
+        out: dict[str, Tensor] = self.model({**vars(state), "charge": charge, "spin": spin})
+        out["forces"] = torch.einsum("aij,aj->ai", self._atoms, out["forces"])
+        if "stress" in out:
+            out["stress"] = self._strain @ out["stress"] @ self._strain
+        return out
+
+
+def _check_room(structure: Structure, box: FloatArray, cutoff: float) -> None:
+    """Raise StructureError if a structure has grown into its images along a direction without periodicity."""
+    if structure.pbc.any():
+        for vector in box[~structure.pbc]:
+            length = np.linalg.norm(vector)
+            if np.ptp(structure.positions @ (vector / length)) + cutoff > length:
+                raise StructureError("not_relaxed", "its relaxation has driven its atoms apart")
 
 
 def _same(structure: Structure) -> Structure:

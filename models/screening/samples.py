@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from ase.geometry import complete_cell
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 
+from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.models.screening.sources import Item, read_structure
@@ -85,7 +87,8 @@ class SampleBuilder:
         self.rows_per_atom: float | None = None
         """Estimated number of rows of neighbour slots per atom if neighbours are found on the model's device; None if
         workers find them."""
-        facts = [potential.facts(task) for task in settings.tasks]
+        self._facts = facts = [potential.facts(task) for task in settings.tasks]
+        self._said_ignored = False
         self._references = reference_table(facts).numpy().T
         self._known = known_elements(facts).numpy().T
         self._needs_multiplicity = np.array([task.charge_spin and task.multiplicity_known for task in facts])
@@ -117,8 +120,9 @@ class SampleBuilder:
             reason = f"has {len(structure)} atoms, more than --max-atoms {self.settings.max_atoms}"
             raise UnsupportedStructureError(structure, "too_large", reason)
         if not self.supported(structure).any():
-            reasons = (self.potential.why_not(structure, task) for task in self.settings.tasks)
-            raise UnsupportedStructureError(structure, "unseen", next(reason for reason in reasons if reason))
+            reason = self.potential.why_none(structure, self.settings.tasks) or "is not supported by any task"
+            raise UnsupportedStructureError(structure, "unseen", reason)
+        self._look_at_conditions(structure, item.source_id)
         if self.rows_per_atom is None:
             return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
         rows = math.ceil(self.rows_per_atom * len(structure))
@@ -128,6 +132,16 @@ class SampleBuilder:
         none = np.zeros(0, dtype=np.int64)
         pairs = HalfPairs(first=none, second=none, shift=None, degrees=np.zeros(len(structure), dtype=np.int64))
         return GraphSample(structure=structure, pairs=pairs, task=0, rows=rows, edges=0, origin=(item.index,))
+
+    def _look_at_conditions(self, structure: Structure, name: str) -> None:
+        """Warn of the first structure whose charge or spin a task of the screen ignores."""
+        for facts in [] if self._said_ignored else self._facts:
+            if (ignored := ignored_conditions(facts, structure)) is not None:
+                self._said_ignored = True
+                warnings.warn(
+                    f"{name}: {ignored}; further structures are not named.", ExtrapolationWarning, stacklevel=2
+                )
+                return
 
     def rows(self, packed: Sequence[GraphSample], names: dict[int, str]) -> BatchRows:
         """Return what is known of the structures of a batch, and remove their source ids from `names`."""

@@ -27,7 +27,7 @@ from hydrazero.models.screening.predictor import BatchResult, Predictor
 from hydrazero.models.screening.relaxation import Relaxer
 from hydrazero.models.screening.samples import BatchRows, Rejection, SampleBuilder
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
-from hydrazero.models.screening.sources import Source
+from hydrazero.models.screening.sources import FileSource, Source
 from hydrazero.shards.errors import ConfigError, SourceError
 from hydrazero.shards.graphs.device_neighbours import find_neighbours, has_device_neighbours
 from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer
@@ -107,6 +107,9 @@ def screen(
         raise ConfigError(f"rank {plan.rank} of {plan.ranks} ranks does not exist.")
     output = ScreenOutput(out)
     screener = _Screener(potential, settings, plan, output, progress)
+    for source in sources:
+        if isinstance(source, FileSource):
+            source.conditions_matter = any(potential.facts(task).charge_spin for task in settings.tasks)
     identities = [source.identity() for source in sources]
     with _clear_errors(out):
         record = {"model": plan.model_id, "sources": identities, "settings": settings.record()}

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from hydrazero.models.inference.ase_structure import check_names
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
@@ -105,6 +106,8 @@ class FileSource:
         self.path, self.settings = path, settings
         self.name = path.name
         """Name of the file in the source ids of its structures."""
+        self.conditions_matter = False
+        """Whether results depend on charge and spin, so that a frame whose charge stands under another name is bad."""
 
     def items(self, first: int, selected: ChunkFilter) -> Items:
         """Yield items as `Source.items` does; if the file cannot be read to its end, the last item raises the error."""
@@ -113,13 +116,26 @@ class FileSource:
             for frame in unread(self.path, self.settings):
                 if selected(index // CHUNK):
                     source_id = self.name + frame.source_id.removeprefix(self.path.name)
-                    yield Item(index=index, source_id=source_id, read=partial(_read, frame))
+                    yield Item(index=index, source_id=source_id, read=partial(self._read, frame))
                 index += 1
         except SourceError as error:
             if selected(index // CHUNK):
                 yield Item(index=index, source_id=self.name, read=partial(_raise, error))
             index += 1
         return index - first
+
+    def _read(self, frame: UnreadFrame) -> Structure:
+        result = frame.read()
+        if result.structure is None:
+            raise result.error or StructureError("unreadable", "the frame holds no structure")
+        if self.conditions_matter:
+            fields, found = self.settings.fields, result.structure
+            check_names(
+                result.info,
+                charge=None if found.charge else fields.charge,
+                multiplicity=None if found.multiplicity else fields.multiplicity,
+            )
+        return result.structure
 
     def identity(self) -> str:
         """Return path, size, modification time and a checksum of the reading settings."""
@@ -158,13 +174,6 @@ class FunctionSource:
 
 def _raise(error: HydrazeroError) -> Structure:
     raise error
-
-
-def _read(frame: UnreadFrame) -> Structure:
-    result = frame.read()
-    if result.structure is None:
-        raise result.error or StructureError("unreadable", "the frame holds no structure")
-    return result.structure
 
 
 def _checked(structure: Structure) -> Structure:

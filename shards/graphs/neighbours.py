@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from threading import local
 
 import numpy as np
 from ase.geometry import complete_cell
@@ -26,6 +26,8 @@ ROW_SLOTS = 8
 NO_VECTORS = np.zeros((0, 3))
 MOST_NEIGHBOURS = 20_000
 """Maximum number of neighbours of an atom, which no cutoff up to 20 Å reaches in any matter."""
+ENGINES_KEPT = 8
+"""Maximum number of cutoffs whose engine a thread keeps."""
 MOST_CUTOFFS = 20_000
 """Maximum extent of a structure in cutoffs; vesin ends the process at about 100,000."""
 
@@ -68,11 +70,25 @@ class SlotLayout:
     """Index of the atom of each row, [rows]."""
 
 
-@lru_cache(maxsize=8)
-def _engine(cutoff: float) -> NeighborList:
-    # A half list: the other half is its mirror, so that opposite pairs need no search. One thread, because there are
-    # many reading processes already.
-    return NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
+class _Engines(local):
+    """The engines of one thread: an engine keeps its pairs in memory of its own, so threads must not share one."""
+
+    def __init__(self) -> None:
+        self.kept: dict[float, NeighborList] = {}
+
+    def of(self, cutoff: float) -> NeighborList:
+        """Return an engine for a cutoff in Å, the same one each time for the cutoffs that were used first."""
+        if cutoff in self.kept:
+            return self.kept[cutoff]
+        # A half list: the other half is its mirror, so that opposite pairs need no search. One thread, because there
+        # are many reading processes already.
+        engine = NeighborList(cutoff=cutoff, full_list=False, n_threads=1)
+        if len(self.kept) < ENGINES_KEPT:
+            self.kept[cutoff] = engine
+        return engine
+
+
+_engines = _Engines()
 
 
 def half_pairs(
@@ -94,7 +110,7 @@ def half_pairs(
     if anywhere:
         _check_density(points, box, pbc, cutoff)
     try:
-        found = _engine(cutoff).compute(
+        found = _engines.of(cutoff).compute(
             points=points, box=box, periodic=periodic if anywhere else False, quantities="ijS" if anywhere else "ij"
         )
     except RuntimeError as error:

@@ -56,8 +56,13 @@ def frame_from_atoms(atoms: Atoms, source_id: str, maker: FrameMaker) -> Frame:
         charge=label(names.charge),
         multiplicity=label(names.multiplicity),
         other={**atoms.arrays, **results},
+        constraints=tuple(atoms.constraints),
     )
-    return maker.make(raw, source_id, atoms.info)
+    info = atoms.info
+    if "initial_charges" in atoms.arrays and raw.charge is None:
+        # So that a screen can see that the structure is charged.
+        info = {**info, "initial_charges": round(float(np.sum(atoms.arrays["initial_charges"])), 2)}
+    return maker.make(raw, source_id, info)
 
 
 def check_occupancy(atoms: Atoms) -> None:

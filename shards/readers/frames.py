@@ -14,7 +14,7 @@ from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
 from hydrazero.shards.settings_parser import Section
-from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
+from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
 from hydrazero.shards.units import energy_factor, force_factor, known_unit, length_factor, stress_factor
 
@@ -155,6 +155,8 @@ class RawFrame:
     multiplicity: Any = None
     other: Mapping[str, Any] = field(default_factory=dict)
     """Further values of the frame by their names in the source; targets are looked up here, then in the info."""
+    constraints: tuple[Any, ...] = ()
+    """ASE's constraints on its atoms."""
 
 
 class FrameMaker:
@@ -178,7 +180,7 @@ class FrameMaker:
         return Frame(source_id=source_id, structure=structure, info=info)
 
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
-        numbers = _atomic_numbers(raw.numbers)
+        numbers = atomic_numbers_of(_array(raw.numbers, "atomic_numbers"))
         cell = self._length * _array(raw.cell, "cell")
         return Structure(
             numbers=numbers,
@@ -193,6 +195,7 @@ class FrameMaker:
             targets=self._targets("structure", raw, info, len(numbers)),
             atom_targets=self._targets("atom", raw, info, len(numbers)),
             source_id=source_id,
+            constraints=raw.constraints,
         )
 
     def _targets(self, of: str, raw: RawFrame, info: Mapping[str, Any], atoms: int) -> dict[str, np.ndarray]:
@@ -269,19 +272,6 @@ def _array(value: Any, name: str) -> np.ndarray:
         return np.asarray(array, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
-
-
-def _atomic_numbers(value: Any) -> np.ndarray:
-    """Return atomic numbers as uint8; reject numbers that the cast would change."""
-    numbers = _array(value, "atomic_numbers")
-    if numbers.ndim != 1:
-        raise StructureError("atomic_numbers_shape", f"the atomic numbers have shape {numbers.shape}, not (atoms,)")
-    bad = numbers[(numbers < 0) | (numbers > 255) | (numbers != np.round(numbers))]
-    if bad.size:
-        raise StructureError(
-            "unknown_element", f"atomic number {bad[0]:g} is not an element (1 to {MAX_ATOMIC_NUMBER})"
-        )
-    return numbers.astype(np.uint8)
 
 
 def _scalar(value: np.ndarray, name: str) -> float:

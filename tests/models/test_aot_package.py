@@ -92,6 +92,25 @@ def test_charge_and_targets_are_in_the_graph():
     compare(model, graph)
 
 
+def test_a_graph_has_no_numbers_for_elements_that_the_task_has_not_seen():
+    model = one_task(targets={"dipole": TargetFacts(of="structure", kind="vector")}, elements=["H", "O"])
+    graph, _ = trace_model(model)
+    inputs = package_inputs(model, to_structure(rattled_molecule("H2O")))
+    assert not any(value.isnan().any() for value in graph(*inputs))
+    for number in (6, 0, -1, 119, 285, 2**40):
+        inputs[0][1] = number
+        assert all(value.isnan().all() for value in graph(*inputs)), number
+
+
+def test_a_graph_has_no_numbers_without_the_multiplicity_that_training_always_knew():
+    for known, lowest in ((True, 1), (False, 0)):
+        model = one_task(charge_spin=True, multiplicity_known=known)
+        graph, _ = trace_model(model)
+        for multiplicity in (-1, 0, 1, 3):
+            inputs = package_inputs(model, to_structure(rattled_molecule("H2O"), multiplicity=multiplicity))
+            assert bool(graph(*inputs)[0].isnan().all()) == (multiplicity < lowest)
+
+
 def test_packages_that_cannot_be_made_are_refused_in_a_sentence(tmp_path):
     from click.testing import CliRunner
 
@@ -132,4 +151,9 @@ def test_a_package_runs_without_this_library(tmp_path: Path, dtype):
         np.testing.assert_allclose(found["forces"], row["forces"], atol=tolerance)
         if row["stress"] is not None:
             np.testing.assert_allclose(found["stress"], row["stress"], atol=tolerance)
-    assert float(torch._inductor.aoti_load_package(str(tmp_path / "m.pt2")).get_metadata()["cutoff"]) == CUTOFF
+    package = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))
+    assert float(package.get_metadata()["cutoff"]) == CUTOFF
+    inputs = package_inputs(model, to_structure(rattled_molecule("H2O")))
+    for number in (29, 0, 119):
+        inputs[0][0] = number
+        assert all(value.isnan().all() for value in package(*inputs))

@@ -133,10 +133,10 @@ def test_energies_of_several_tasks_and_how_far_they_are_apart(tmp_path):
     with pytest.warns(ExtrapolationWarning, match="holds O, which task 'task2' was not trained on; the task is left"):
         energy = atoms.get_potential_energy()
     rows = {row["task"]: row["energy"] for row in potential.predict([atoms], tasks=["task0", "task1"])}
-    assert atoms.calc.results["task_energies"] == pytest.approx(rows, abs=1e-9) and energy == rows["task0"]
+    assert atoms.calc.extras["task_energies"] == pytest.approx(rows, abs=1e-9) and energy == rows["task0"]
     references = 2 * -13.5 - 2040.0
     apart = np.std([rows[name] - references for name in rows], ddof=1)
-    assert atoms.calc.results["task_spread"] == pytest.approx(apart, abs=1e-9)
+    assert atoms.calc.extras["task_spread"] == pytest.approx(apart, abs=1e-9)
     atoms.write(tmp_path / "a.extxyz")
     assert read(tmp_path / "a.extxyz").get_potential_energy() == pytest.approx(energy)
     with pytest.raises(ModelFileError, match="did you mean 'task1'"):

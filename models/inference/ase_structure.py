@@ -1,0 +1,92 @@
+"""Structures from ASE atoms: elements, charge and spin multiplicity are taken over as they are or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from hydrazero.shards.conditions import charge_of, multiplicity_of
+from hydrazero.shards.errors import StructureError
+from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
+
+CONDITIONS = ("charge", "multiplicity")
+"""Keys of `atoms.info` on which predictions may depend."""
+OTHER_NAMES = {
+    "charge": ("total_charge", "totalcharge", "net_charge", "molecular_charge", "system_charge", "initial_charges"),
+    "multiplicity": ("spin_multiplicity", "spinmultiplicity", "mult", "spin", "total_spin", "unpaired_electrons"),
+}
+"""Names, in small letters, under which other programs store charge and spin, not always in the same convention."""
+
+TINY = 1e-3
+"""Largest sum of initial charges that is taken for zero."""
+
+
+def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
+    """Return the structure of ASE atoms, with charge and multiplicity from `atoms.info` and without labels.
+
+    Raises StructureError if it is not valid.
+    """
+    charge, multiplicity = conditions_of(atoms)
+    structure = Structure(
+        numbers=atomic_numbers_of(atoms.numbers),
+        positions=np.array(atoms.positions, dtype=np.float64),
+        cell=np.array(atoms.cell[:], dtype=np.float64),
+        pbc=np.array(atoms.pbc, dtype=bool),
+        charge=charge,
+        multiplicity=multiplicity,
+        source_id=source_id,
+    )
+    check_structure(structure)
+    return structure
+
+
+def conditions_of(atoms: Atoms) -> tuple[int, int]:
+    """Return charge and multiplicity in `atoms.info`, 0 where a key is missing; raise StructureError if not valid."""
+    charge, multiplicity = (atoms.info.get(key) for key in CONDITIONS)
+    return charge_of(charge, "atoms.info['charge']"), multiplicity_of(multiplicity, "atoms.info['multiplicity']")
+
+
+def check_names(
+    info: Mapping[str, Any], charge: str | None = "charge", multiplicity: str | None = "multiplicity"
+) -> None:
+    """Raise StructureError if charge or spin stand under a name that is not read, and are not zero.
+
+    Otherwise a charged structure would be computed as a neutral one. `charge` and `multiplicity` are the names that
+    are read, None for what is known already.
+    """
+    for read, kind in ((charge, "charge"), (multiplicity, "multiplicity")):
+        if read is None or info.get(read) is not None:
+            continue
+        for name, value in info.items():
+            if isinstance(name, str) and name.lower() in (*OTHER_NAMES[kind], kind) and name != read and _set(value):
+                raise StructureError(
+                    f"{kind}_name",
+                    f"its '{name}' is {value}, but the {kind} is read from '{read}', which is not there; rename it",
+                )
+
+
+def check_all_conditions(atoms: Atoms) -> None:
+    """Raise StructureError if charge or spin of ASE atoms are given in another place than `atoms.info`."""
+    total = float(np.sum(np.asarray(atoms.arrays.get("initial_charges", 0.0), dtype=np.float64)))
+    check_names({**atoms.info, "initial_charges": total if abs(total) > TINY else 0.0})
+
+
+def stated_conditions(atoms: Atoms) -> str:
+    """Return all that `atoms.info` says about charge and spin, under any name, as a text that can be compared."""
+    names = {*CONDITIONS, *(name for names in OTHER_NAMES.values() for name in names)}
+    found = ((name, atoms.info[name]) for name in atoms.info if isinstance(name, str) and name.lower() in names)
+    return repr(sorted(found, key=lambda pair: pair[0]))
+
+
+def _set(value: Any) -> bool:
+    """Return whether a value is there and is not zero."""
+    if value is None:
+        return False
+    try:
+        numbers = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return bool(str(value).strip())
+    return bool((np.nan_to_num(numbers) != 0).any())
