@@ -105,15 +105,20 @@ def test_one_flag_for_all_directions(tmp_path):
         ('Lattice="4 0 0 0 4 0 0 0 four"', ("nine numbers",)),
         (f'{GIVEN} lattice="5 0 0 0 5 0 0 0 5"', ("Lattice twice",)),
         # A missing or displaced quotation mark swallows what follows.
-        (f'name="a b {GIVEN}', ("'Lattice='", "inside the text of 'name'")),
+        (f'name="a b {GIVEN}', ("other half",)),
+        (f'name="a b {GIVEN} note="c d"', ("displaced",)),
         (f"charge= {GIVEN}", ("inside the text of 'charge'",)),
-        (f'Lattice="{NINE} pbc="T T F"', ("nine numbers",)),
+        (f'Lattice="{NINE} pbc="T T F"', ("other half",)),
         (f'Lattice="{NINE} pbc="T T F', ("nine numbers",)),
         (f'Lattice="{NINE}', ("after 'Lattice='", "other half")),
-        (f'{GIVEN} note="a pbc="T T F"', ("'pbc='", "inside")),
+        (f'{GIVEN} note="a pbc="T T F"', ("other half",)),
+        (f'{GIVEN} note="a pbc="T T F', ("'pbc='", "inside")),
         (f'{GIVEN} energy=-1 note="abc', ("after 'note='",)),
         (f"Don't trust energy=-1 {GIVEN}", ("other half",)),
         (f'"{GIVEN}"', ("displaced",)),
+        (f'note="a"{GIVEN}', ("'Lattice='", "inside")),
+        (f"note=x{GIVEN}", ("'Lattice='", "inside")),
+        (f'La tice="{NINE}"', ("looks like Lattice",)),
     ],
 )
 def test_no_cell_is_lost(tmp_path, header, words):
@@ -136,6 +141,14 @@ def test_no_cell_is_lost(tmp_path, header, words):
                 ("bc", "ppf"),
             )
         ),
+        ("pb='T T F'", ("looks like pbc",)),
+        ('pbcT"T T F"', ("looks like pbc",)),
+        ('pb c="T T F"', ("'T T F'", "looks like pbc", "state pbc as well")),
+        ("relax=[True, True, False]", ("looks like pbc", "state pbc as well")),
+        ("pbc=T T F", ("needs quotation marks",)),
+        ('pbc=T T F"', ("without its other half",)),
+        ('note=xpbc="T T F"', ("'pbc='", "inside the text of 'note'")),
+        ('config_type="bulk"pbc="T T F"', ("inside the text of 'config_type'",)),
         ("pbc: T T F", ("looks like pbc",)),
         ("pbc T T F", ("looks like pbc",)),
         ('pbc="yes yes no"', ("must be like", "yes yes no")),
@@ -159,6 +172,7 @@ def test_periodic_without_a_cell(tmp_path):
     "header",
     [
         *("periodic=T", "boundary=grain", "cell_id=3", "lattice_type=fcc", "PBE=1", "pbe0=2", "box_name=a", "Pb=1"),
+        *('relax="T T T"', 'pbc="T T T" relax="T T F"'),
         *("lattice=" + f'"{NINE}"', "pbc", 'comment=""', 'note="from Lattice=bcc"', '{"a": "b"}'),
     ],
 )
@@ -205,6 +219,7 @@ def test_columns_in_any_case(tmp_path, header):
     [
         ("Propertes=species:S:1:pos:R:3:forces:R:3", ("looks like Properties",)),
         ("columns=species:S:1:pos:R:3:forces:R:3", ("looks like Properties",)),
+        ("Propertiesspecies:S:1:pos:R:3:forces:R:3", ("looks like Properties",)),
         ("Properties=species:S:1:pos:R:3", ("line of atom 0 has 7 words", "name 4 columns")),
         ("Properties=species:S:1:pos:R:3:tags:I:1:forces:R:3", ("has 7 words", "8 columns")),
         ("Properties=species:S:1:pos:R:3:forces:R", ("must be like",)),
