@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def missing_label(label: str, name: str, fields: Mapping[str, Any], atoms: int, 
 
 def _rank(label: str, field: str) -> int:
     """Return 0 for a name that the label usually has, 1 for a less likely one, 2 for any other name."""
-    if not re.search(_LIKELY.get(label, "(?!)"), field.lower()):
+    misspelt = SequenceMatcher(None, field.lower(), label).ratio() >= 0.75
+    if not misspelt and not re.search(_LIKELY.get(label, "(?!)"), field.lower()):
         return 2
     return int(bool(re.search(_UNLIKELY, field.lower())))
 

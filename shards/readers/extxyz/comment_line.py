@@ -53,7 +53,7 @@ def entries(line: str) -> Iterator[Entry]:
                 current = found.pop()
             current.append(None)
         elif kind == "open":
-            _check_open(piece[0], current, line[piece.end() :])
+            _check_open(piece[0], current, line, piece.end())
         else:
             text = piece[kind]
             if kind in ("double", "single"):
@@ -65,11 +65,12 @@ def entries(line: str) -> Iterator[Entry]:
             yield Entry(key=key, value="=".join(value or "" for value in values) if values else None)
 
 
-def _check_open(mark: str, current: list[str | None], rest: str) -> None:
-    """Raise StructureError for a mark without its other half, unless it is an apostrophe of plain text."""
+def _check_open(mark: str, current: list[str | None], line: str, place: int) -> None:
+    """Raise StructureError for a mark without its other half, unless it is an apostrophe or bracket of plain text."""
+    rest = line[place:]
     begins_a_value = len(current) > 1 and not current[-1]
-    if begins_a_value or "=" in rest:
-        after = f"after '{current[0]}='" if begins_a_value else f"before '{rest.strip()[:30]}'"
+    if begins_a_value or "=" in rest or (mark == '"' and "=" in line):
+        after = f"after '{current[0]}='" if begins_a_value else f"in '{line[max(place - 20, 0) : place + 20].strip()}'"
         raise StructureError("header", f"the comment line has {mark} {after} without its other half; correct the line")
 
 

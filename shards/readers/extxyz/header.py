@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ _ASE_COLUMNS = ("positions", "numbers", "symbols")
 """Further names of these columns that ASE knows."""
 _COLUMNS = {"species": "species", "pos": "pos", "z": "Z"}
 """The columns of symbols, positions and atomic numbers: small letters -> as ASE knows them."""
-_TAKEN_IN = re.compile(r"\b(lattice|pbc|properties)\s*=", re.IGNORECASE)
+_TAKEN_IN = re.compile(r"(lattice|pbc|properties)\s*=", re.IGNORECASE)
 PLAIN = "species:S:1:pos:R:3"
 """Columns of a file that states none."""
 
@@ -44,6 +45,7 @@ class Header:
         own = {name: _only(name, found) for name in _NAMES.values()}
         others = [entry for entry in found if entry.value is None or entry.key.lower() not in _NAMES]
         _check_taken_in(others, own)
+        _check_quoted(found)
         check_lookalikes(others, own, line)
         info: dict[str, Any] = {}
         if own["Lattice"] is not None:
@@ -77,9 +79,16 @@ def _check_taken_in(others: Sequence[Entry], own: dict[str, str | None]) -> None
             if own[_NAMES[key.lower()]] is None:
                 raise StructureError(
                     "header",
-                    f"the comment line has '{key}=' inside the text of '{entry.key}'; add the value or the quotation "
-                    "mark that is missing before it",
+                    f"the comment line has '{key}=' inside the text of '{entry.key}'; add the value, the space or the "
+                    "quotation mark that is missing before it",
                 )
+
+
+def _check_quoted(found: Sequence[Entry]) -> None:
+    """Raise StructureError for 'pbc=T T F', of which only the first flag would count."""
+    for entry, after in pairwise(found):
+        if entry.key.lower() == "pbc" and entry.value is not None and after.value is None and flags(after.key):
+            raise StructureError("header", 'the pbc of the comment line needs quotation marks, as in pbc="T T F"')
 
 
 def _lattice(text: str) -> NDArray[np.float64]:

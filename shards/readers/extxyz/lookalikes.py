@@ -22,7 +22,11 @@ _LOOSE_CELL = re.compile(
 """'Lattice: 4 0 0 ...', without '='."""
 _LOOSE_PBC = re.compile(r"(?<![a-z])(pbc)[\s:\"'“(\[{]+(?:true|false|[tf01])(?!\w)", re.IGNORECASE)
 """'pbc: T T F', without '='."""
-_COLUMNS = re.compile(r"\w+:[RISL]:\d+(:\w+:[RISL]:\d+)*", re.IGNORECASE)
+_THREE_FLAGS = re.compile(
+    r"[\"'\[{(]\s*((?:t|f|true|false)[\s,]+(?:t|f|true|false)[\s,]+(?:t|f|true|false))\s*[\"'\]})]", re.IGNORECASE
+)
+"""'T T F' in quotation marks or brackets, under whatever key."""
+_COLUMNS = re.compile(r"\W?\w+:[RISL]:\d+(:\w+:[RISL]:\d+)*", re.IGNORECASE)
 _CELL_WORDS = ("lattice", "cell", "box", "dimensions", "abc")
 _WHOLE_CELL_WORDS = ("cell", "box", "unitcell", "boxsize", "boxlength", "celllength")
 """Words that are a cell even with a single number, which is the edge of a cube."""
@@ -68,22 +72,25 @@ def check_lookalikes(others: Sequence[Entry], own: Mapping[str, str | None], lin
     if own["pbc"] is None:
         default = [own["Lattice"] is not None] * 3
         for entry in others:
-            if _is_periodicity(entry) and flags(entry.value or "T") != default:
+            if _is_periodicity(entry) and flags(entry.value or entry.key.lower().replace("pbc", "T")) != default:
                 raise _refusal(entry.key, "pbc", 'pbc="T T F"')
         if loose := _LOOSE_PBC.search(line):
             raise _refusal(loose[1], "pbc", 'pbc="T T F"')
+        if (three := _THREE_FLAGS.search(line)) and flags(three[1]) != default:
+            raise _refusal(three[1], "pbc", 'pbc="T T F"')
     if own["Properties"] is None:
         for entry in others:
             similar = entry.value is not None and _alike(_letters(entry.key), "properties")
-            if similar or _COLUMNS.fullmatch((entry.value or "").strip()):
+            if similar or _COLUMNS.fullmatch((entry.value or entry.key).strip()):
                 raise _refusal(entry.key, "Properties", "Properties=species:S:1:pos:R:3")
 
 
 def _refusal(key: str, name: str, example: str) -> StructureError:
+    other = "state pbc as well" if name == "pbc" else "rename it"
     return StructureError(
         "header",
         f"the comment line has '{key[:40]}', which looks like {name} but cannot be read as it; write {example}, or "
-        "rename it if it is something else",
+        f"{other} if it is something else",
     )
 
 
@@ -92,8 +99,8 @@ def _letters(key: str) -> str:
 
 
 @lru_cache(maxsize=1024)  # frames repeat their keys
-def _alike(word: str, other: str) -> bool:
-    return SequenceMatcher(None, word, other).ratio() >= SIMILAR
+def _alike(word: str, other: str, similar: float = SIMILAR) -> bool:
+    return SequenceMatcher(None, word, other).ratio() >= similar
 
 
 def _is_cell(entry: Entry) -> bool:
@@ -107,6 +114,8 @@ def _is_cell(entry: Entry) -> bool:
         return False
     if len(found) == 3 and _VECTOR.fullmatch(entry.key):
         return True
+    if len(found) == 9 and _alike(letters, "lattice", 0.7):
+        return True
     return letters in _WHOLE_CELL_WORDS or (len(found) in (3, 6, 9) and any(word in letters for word in _CELL_WORDS))
 
 
@@ -114,11 +123,12 @@ def _is_periodicity(entry: Entry) -> bool:
     """Return whether an entry states a periodicity: by its name, or by a similar name and three flags."""
     letters, text = _letters(entry.key), (entry.value or "").strip().lower()
     if entry.value is None:
-        return letters == "pbc"
+        return letters.startswith("pbc")
     if letters.startswith("pbc") or letters.endswith("pbc"):
         return True
     if letters in _PERIODIC_WORDS or letters.startswith("periodicboundary"):
         # 'boundary=grain' is no periodicity, 'boundary="p p f"' of LAMMPS is.
         return flags(text) is not None or re.fullmatch(r"([pfsm]{1,2}\s*){3}|yes|no|none", text) is not None
-    near = len(letters) in (2, 3, 4) and letters != "pb" and len(set("pbc") & set(letters)) >= 2
+    # 'Pb="1 0 0"' may be a number of atoms of lead.
+    near = len(letters) in (2, 3, 4) and len(set("pbc") & set(letters)) >= 2 and (letters != "pb" or "t" in text)
     return near and flags(text) is not None and len(re.sub(r"[\W_]", " ", text).split()) == 3
