@@ -30,8 +30,16 @@ from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.evaluation.interval import Interval, interval_in
 from hydrazero.trainer.evaluation.validation import validate
-from hydrazero.trainer.ranks.distributed import device, gather_objects, gather_to_first, max_over_ranks, sum_over_ranks
+from hydrazero.trainer.ranks.distributed import (
+    device,
+    from_first,
+    gather_objects,
+    gather_to_first,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from hydrazero.trainer.ranks.stop_signals import StopRequest
+from hydrazero.trainer.records.identity import identity_of
 from hydrazero.trainer.records.run_log import RunLog
 
 
@@ -55,6 +63,7 @@ class Trainer:
 
     def __init__(self, run_dir: Path, settings: TrainSection, parts: RunParts) -> None:
         self.run_dir, self.settings, self.parts, self.engine = run_dir, settings, parts, parts.engine
+        self.identity = from_first(lambda: identity_of(run_dir))
         self.step = 0
         self.best: dict[str, float] | None = None
         self.stale = 0
@@ -95,6 +104,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         stream = self.parts.stream
         return {
+            **self.identity,
             "step": self.step,
             "best": self.best,
             "stale": self.stale,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS
-from hydrazero.models.task_facts import NONE, TaskFacts
+from hydrazero.models.task_facts import NONE, TargetFacts, TaskFacts
 from hydrazero.shards.units import INTERNAL_UNITS
 
 
@@ -37,6 +38,34 @@ ERROR_UNITS = {"energy": "meV/atom", "forces": "meV/Å", "stress": "meV/Å³"}
 def weights_fingerprint(model: AtomisticModel) -> str:
     """Return the SHA-256 of a model's weights and their names."""
     return sha256_of(model.state_dict())
+
+
+def model_digest(model: AtomisticModel) -> str:
+    """Return the SHA-256 over a model's facts and weights, which an evaluation and an export compare.
+
+    Facts that have the values of before they were introduced do not count, so that digests of earlier versions hold.
+    """
+    settings = model.settings.model_dump(exclude_defaults=True)
+    text = json.dumps([settings, [_set_facts(task) for task in model.tasks]], sort_keys=True)
+    return digest_of(text, weights_fingerprint(model))
+
+
+def digest_of(facts: str, weights_sha256: str) -> str:
+    """Return the SHA-256 over a text of facts and the SHA-256 of weights."""
+    return hashlib.sha256(f"{hashlib.sha256(facts.encode()).hexdigest()} {weights_sha256}".encode()).hexdigest()
+
+
+def _set_facts(facts: TaskFacts | TargetFacts) -> dict[str, Any]:
+    """Return the facts of a task or a target that do not have their default values, as plain types."""
+    found = {}
+    for each in fields(facts):
+        value = getattr(facts, each.name)
+        default = each.default_factory() if callable(each.default_factory) else each.default
+        if each.name == "targets":
+            value = {name: _set_facts(target) for name, target in value.items()}
+        if value != default:
+            found[each.name] = value
+    return found
 
 
 def sha256_of(weights: dict[str, torch.Tensor]) -> str:

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.models.encoders import ENCODERS
 from hydrazero.models.inference.file_checks import check_card, check_shapes, check_weights, unpacked_text
-from hydrazero.models.inference.model_card import Origin, model_card, sha256_of
+from hydrazero.models.inference.model_card import Origin, digest_of, model_card, sha256_of
 from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
 from hydrazero.shards.errors import ConfigError, ModelFileError, did_you_mean
 from hydrazero.shards.files import replacing
@@ -33,6 +33,8 @@ READABLE = ("2", "3", "4")
 """Versions that can be read; 2 has no card and the facts as plain JSON, 3 names each pair of elements."""
 STACKED = ("energy_head.", "forces_head.", "stress_head.", "targets.", "embedding.tasks")
 """Beginnings of the names of parameters with a leading task dimension."""
+MODEL_DIGEST = "model_sha256"
+"""Key of the SHA-256 over facts and weights, in the header and in the card."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -94,13 +96,17 @@ def save_model(model: AtomisticModel, path: Path, *, dtype: str = "float32", ori
     if dtype not in DTYPES:
         raise ModelFileError(f"dtype '{dtype}' is not known{did_you_mean(dtype, list(DTYPES))}.")
     weights = {key: value.detach().cpu().to(DTYPES[dtype]).contiguous() for key, value in model.state_dict().items()}
+    facts, weights_sha256 = _packed(model.facts()), sha256_of(weights)
+    digest = digest_of(facts, weights_sha256)
+    card = {**model_card(model, dtype, origin or Origin()), MODEL_DIGEST: digest}
     header = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "dtype": dtype,
-        "card": json.dumps(model_card(model, dtype, origin or Origin()), ensure_ascii=False),
-        "facts": _packed(model.facts()),
-        "weights_sha256": sha256_of(weights),
+        "card": json.dumps(card, ensure_ascii=False),
+        "facts": facts,
+        "weights_sha256": weights_sha256,
+        MODEL_DIGEST: digest,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +198,18 @@ def read_card(path: Path | str) -> dict[str, Any] | None:
     text = metadata.get("card", "")
     check_card(Path(path), text)
     card: dict[str, Any] = json.loads(text)
+    _check_digest(Path(path), metadata, card)
     return card
+
+
+def _check_digest(path: Path, metadata: dict[str, str], card: dict[str, Any]) -> None:
+    """Raise ModelFileError unless card, facts and weights were written together; earlier files do not say it."""
+    digest = digest_of(metadata["facts"], metadata.get("weights_sha256", ""))
+    if {metadata.get(MODEL_DIGEST), card.get(MODEL_DIGEST)} not in ({None}, {digest}):
+        raise ModelFileError(
+            f"{path} is damaged: its card, its facts and its weights do not belong together; copy it again, or export "
+            "the model again."
+        )
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -238,7 +255,7 @@ def read_model(path: Path) -> AtomisticModel:
     metadata, facts = _metadata(path), read_header(path)
     _check_encoder(path, facts)
     if metadata["format_version"] != "2":
-        read_card(path)
+        check_card(path, metadata.get("card", ""))
     digest = metadata.get("weights_sha256")
     try:
         with torch.device("meta"):
@@ -248,6 +265,7 @@ def read_model(path: Path) -> AtomisticModel:
         if digest not in (None, sha256_of(weights)):  # files of earlier versions do not contain it
             raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
         check_weights(path, weights, DTYPES[facts["dtype"]])
+        read_card(path)
         model = model_from_facts(facts).to(_compute_dtype(weights))
         model.load_state_dict(weights, strict=True)
     except ModelFileError:

@@ -52,7 +52,9 @@ def trained(tmp_path, monkeypatch) -> tuple[Path, Path, AtomisticModel]:
     step.mkdir(parents=True)
     (step / "checksums.json").write_text("{}")
     manifests = {"task0": manifest_sha256(shards)}
-    write_json(folder / "run.json", {"ranks": 1, "manifests": manifests, "tasks": [{"shards": str(shards)}]})
+    start = {"command": "", "started": "", "versions": {}, "model": {}, "train": {"steps": 20}, "ranks": 1}
+    tasks = [{"name": "task0", "shards": str(shards)}]
+    write_json(folder / "run.json", {**start, "manifests": manifests, "tasks": tasks})
     monkeypatch.setattr(exporting, "model_of_run", lambda _: deepcopy(model))
     return folder, shards, model
 
@@ -98,7 +100,7 @@ def test_errors_of_other_weights_or_splits_are_not_told(trained, tmp_path):
     assert "bfloat16 rounds" in reason("c.safetensors", "--dtype", "bfloat16")
     with torch.no_grad():
         next(model.parameters()).add_(1e-4)
-    assert "used other weights" in reason("d.safetensors")
+    assert "used other weights or facts" in reason("d.safetensors")
     assert load_model(tmp_path / "d.safetensors").facts("task0").largest_spread == 0.0
 
 

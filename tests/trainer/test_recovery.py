@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -188,7 +187,7 @@ def test_data_go_on_exactly_once_with_another_number_of_ranks(data, whole, tmp_p
     shape = BatchShape(structures=8, atoms=48, slots=1536)
     stream = StreamSettings(folders=(f"{data}/molecules", f"{data}/metals"), cutoff=4.0, shape=shape)
     plans = SplitReader(stream, "train").plans()
-    epochs = 1 + max(lane["epoch"] for rank in map(pickle.loads, state["ranks"]) for lane in rank["lanes"])
+    epochs = 1 + max(lane["epoch"] for rank in map(json.loads, state["ranks"]) for lane in rank["lanes"])
     left = len(what_is_left(plans, (1, 2), state))
     assert drawn + left == epochs * sum(plan.structures for plan in plans)
 

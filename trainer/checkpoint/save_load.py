@@ -30,6 +30,7 @@ from hydrazero.trainer.engine.training_engine import TrainingEngine
 from hydrazero.trainer.engine.weight_average import WeightAverage
 from hydrazero.trainer.engine.zero_layout import layout_of
 from hydrazero.trainer.ranks.distributed import from_first, gather_objects, gather_to_first, rank, ranks, wait_for_all
+from hydrazero.trainer.records.identity import check_identity
 
 STATE_NAME = "run_state.pt"
 """File in a checkpoint: position in the data, balancing, and everything else that all ranks share."""
@@ -136,8 +137,14 @@ def set_random_states(states: dict[str, torch.Tensor]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the part of a checkpoint that all ranks share."""
-    state: dict[str, Any] = safe_load(folder / STATE_NAME)
+    """Return the part of a checkpoint that all ranks share.
+
+    Raises ConfigError if it is damaged, or if the checkpoint belongs to another run than its folder.
+    """
+    state = safe_load(folder / STATE_NAME)
+    if not isinstance(state, dict):
+        raise ConfigError(f"{folder / STATE_NAME} does not hold the state of a run; use a checkpoint that is intact.")
+    check_identity(folder.parent.parent, folder, state)
     return state
 
 

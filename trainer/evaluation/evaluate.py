@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hydrazero.models.inference.model_card import weights_fingerprint
+from hydrazero.models.inference.model_card import model_digest, weights_fingerprint
 from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, load_model
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import replacing, write_json
@@ -70,7 +70,7 @@ def evaluate(
 
 def _evaluate(
     potential: Potential,
-    folders: Sequence[Path],
+    folders: Sequence[Location],
     split: str,
     files: ResultFiles,
     progress: Callable[[int], None] | None,
@@ -91,7 +91,8 @@ def _evaluate(
     files.predictions.mkdir(parents=True, exist_ok=True)
     for name, table in results.items():
         _write_table(table, files.predictions / f"{name}.parquet")
-    evaluation = Evaluation(split=split, weights=weights_fingerprint(potential.model), tasks=tasks)
+    digests = {"weights": weights_fingerprint(potential.model), "model": model_digest(potential.model)}
+    evaluation = Evaluation(split=split, **digests, tasks=tasks)
     write_json(files.evaluation, evaluation.to_json())
     return evaluation
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.models.atomistic import AtomisticModel
-from hydrazero.models.inference.model_card import Origin, weights_fingerprint
+from hydrazero.models.inference.model_card import Origin, model_digest, weights_fingerprint
 from hydrazero.models.inference.model_file import save_model, with_tasks
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.checkpoint.folders import checkpoint_named, step_of
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.checkpoint.old_heads import with_old_heads
+from hydrazero.trainer.records.identity import RUN_ID
 from hydrazero.trainer.records.run_files import EVALUATION_NAME
 from hydrazero.trainer.records.run_record import read_record
 from hydrazero.trainer.records.task_errors import Evaluation, TaskEvaluation, read_evaluation
@@ -43,7 +44,7 @@ def export_run(
         raise ConfigError(f"{out} exists; remove it or choose another name.")
     model = model_of_run(run_dir)
     evaluation = _evaluation(run_dir)
-    belongs = evaluation is not None and evaluation.weights == weights_fingerprint(model)
+    belongs = evaluation is not None and _is_of(evaluation, model, run_dir)
     if evaluation is not None and belongs:
         _set_largest_spreads(model, evaluation.tasks)
     model = with_old_heads(model, run_dir) if old_heads else model
@@ -55,6 +56,16 @@ def export_run(
 def _evaluation(run_dir: Path) -> Evaluation | None:
     path = run_dir / EVALUATION_NAME
     return read_evaluation(path) if path.is_file() else None
+
+
+def _is_of(evaluation: Evaluation, model: AtomisticModel, run_dir: Path) -> bool:
+    """Return whether an evaluation has measured these weights with these facts.
+
+    Evaluations of earlier versions know the weights alone, and so do their runs.
+    """
+    if evaluation.model is None and read_record(run_dir).get(RUN_ID) is None:
+        return evaluation.weights == weights_fingerprint(model)
+    return evaluation.model == model_digest(model)
 
 
 def _set_largest_spreads(model: AtomisticModel, tasks: Mapping[str, TaskEvaluation]) -> None:
@@ -69,7 +80,7 @@ def _origin(run_dir: Path, evaluation: Evaluation | None, belongs: bool, dtype: 
     if evaluation is None:
         return Origin(**known, no_errors="its run was not evaluated before")
     reasons = {
-        "its run's last evaluation used other weights": not belongs,
+        "its run's last evaluation used other weights or facts": not belongs,
         f"its run's last evaluation used the split '{evaluation.split}'": evaluation.split != "test",
         ROUNDED: dtype == "bfloat16",
     }

@@ -53,6 +53,7 @@ class RunRecordShape(BaseModel):
     manifests: dict[str, str] = {}
     git: Commit | None = None
     resumes: list[Resume] = []
+    run_id: str | None = None
 
 
 class NamedTable(BaseModel):

@@ -20,6 +20,7 @@ from hydrazero.shards.files import write_json
 from hydrazero.shards.location import location_in_run_file
 from hydrazero.shards.manifest import manifest_sha256
 from hydrazero.trainer.config.setting_change import SettingChange
+from hydrazero.trainer.records.identity import RUN_ID, new_run_id
 from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 
 VERSIONED_PACKAGES = ("hydrazero", "torch", "deepspeed", "torch_geometric", "webdataset", "numpy", "ase", "vesin")
@@ -40,7 +41,7 @@ def run_record(settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
             versions[name] = "not installed as a package"
     manifests = {task["name"]: manifest_sha256(location_in_run_file(task["shards"])) for task in settings["tasks"]}
     facts = {"versions": versions, "manifests": manifests}
-    return {**settings, **facts, **_start(ranks), "resumes": []}
+    return {**settings, **facts, **_start(ranks), RUN_ID: new_run_id(), "resumes": []}
 
 
 def _start(ranks: int) -> dict[str, Any]:

@@ -174,6 +174,8 @@ class Evaluation(JsonFields):
     """Split of the data that was evaluated: 'train', 'val' or 'test'."""
     weights: str | None = None
     """Fingerprint of the model's weights; None in files of older versions."""
+    model: str | None = None
+    """Digest of the model's weights and facts, see `model_digest`; None in files of older versions."""
     tasks: dict[str, TaskEvaluation] = field(default_factory=dict)
     """Errors by task."""
 
