@@ -13,6 +13,7 @@ from pydantic import AfterValidator
 from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
+from hydrazero.shards.readers.parts.geometry import cell_matrix, numbers_in, periodicity
 from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, Structure, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
@@ -144,7 +145,9 @@ class RawFrame:
     numbers: Any
     positions: Any
     cell: Any
+    """Cell of shape [3, 3], three lengths, three lengths and three angles in degrees, or None if there is none."""
     pbc: Any
+    """One flag or three, or None for the directions of the cell vectors that are not zero."""
     energy: Any = None
     forces: Any = None
     stress: Any = None
@@ -179,12 +182,12 @@ class FrameMaker:
 
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
         numbers = _atomic_numbers(raw.numbers)
-        cell = self._length * _array(raw.cell, "cell")
+        cell = cell_matrix(raw.cell, self._length)
         return Structure(
             numbers=numbers,
-            positions=self._length * _array(raw.positions, "positions"),
+            positions=self._length * numbers_in(raw.positions, "positions"),
             cell=cell,
-            pbc=np.broadcast_to(np.asarray(raw.pbc, dtype=bool), (3,)).copy(),
+            pbc=periodicity(raw.pbc, cell),
             energy=self._energy_of(raw, len(numbers)),
             forces=self._unless_zero("forces", self._forces, _known(raw.forces, "forces")),
             stress=self._stress_of(raw, cell),
@@ -257,23 +260,13 @@ def _known(value: Any, name: str) -> np.ndarray | None:
     """Return a label as an array, None if it is absent: not given, or NaN throughout."""
     if value is None:
         return None
-    array = _array(value, name)
+    array = numbers_in(value, name)
     return None if array.size and np.isnan(array).all() else array
-
-
-def _array(value: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind == "b":
-            raise TypeError("true or false")
-        return np.asarray(array, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
 
 
 def _atomic_numbers(value: Any) -> np.ndarray:
     """Return atomic numbers as uint8; reject numbers that the cast would change."""
-    numbers = _array(value, "atomic_numbers")
+    numbers = numbers_in(value, "atomic_numbers")
     if numbers.ndim != 1:
         raise StructureError("atomic_numbers_shape", f"the atomic numbers have shape {numbers.shape}, not (atoms,)")
     bad = numbers[(numbers < 0) | (numbers > 255) | (numbers != np.round(numbers))]
