@@ -88,5 +88,6 @@ def frame_from_row(row: Any, source_id: str, maker: FrameMaker, own: Mapping[str
         return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
     for name, label in own.items():
         if name in atoms.info and label not in {*atoms.info, *maker.settings.fields.model_fields_set}:
-            atoms.info[label] = atoms.info[name]
+            # fairchem writes a spin of 0 where the multiplicity is not known.
+            atoms.info[label] = None if (name, atoms.info[name]) == ("spin", 0) else atoms.info[name]
     return frame_from_atoms(atoms, source_id, maker)

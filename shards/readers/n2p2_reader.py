@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -63,8 +62,8 @@ def _frame_texts(file: TextIO, path: Path) -> Iterator[str]:
 
 
 def _without_begin(line: str) -> str:
-    """Return a line inside of a frame as ASE reads it; it takes the letters 'begin' anywhere for the next frame."""
-    return re.sub("(?<=b)egin", "_egin", line)
+    """Return a line inside of a frame, such as a comment, without the word 'begin', with which ASE starts a frame."""
+    return line.replace("begin", "")
 
 
 def _parse(text: str, source_id: str, maker: FrameMaker, no_conversion: Any) -> Frame:

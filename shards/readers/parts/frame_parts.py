@@ -38,7 +38,7 @@ def atomic_numbers_of(value: Any) -> Any:
         raise StructureError("atomic_numbers_shape", f"the atomic numbers cannot be read ({error})") from error
     items = array.reshape(-1).tolist()
     if array.dtype.kind not in "SUO" or not items or not all(isinstance(item, str | bytes) for item in items):
-        return value
+        return array[0] if array.ndim == 2 and len(array) == 1 else value
     texts = [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in items]
     if array.ndim > 1:
         raise StructureError("atomic_numbers_shape", f"the symbols have shape {array.shape}, not (atoms,)")
