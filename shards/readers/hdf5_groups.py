@@ -132,9 +132,7 @@ def _frames(group: Any, path: Path, fraction: float, settings: ReadSettings, is_
 class _Group:
     """The arrays of a group, read as soon as one of its frames is needed."""
 
-    def __init__(
-        self, group: Any, path: Path, names: dict[str, str], settings: ReadSettings, is_array: type
-    ) -> None:
+    def __init__(self, group: Any, path: Path, names: dict[str, str], settings: ReadSettings, is_array: type) -> None:
         datasets = {part: group[key] for part, key in names.items() if isinstance(group.get(key), is_array)}
         try:
             self._columns: dict[str, Any] = {part: dataset[()] for part, dataset in datasets.items()}
@@ -150,7 +148,7 @@ class _Group:
         units = {part: unit_of_array(dataset, f"'{dataset.name}'") for part, dataset in datasets.items()}
         stated |= {part: unit for part, unit in units.items() if unit is not None}
         self._maker = FrameMaker(with_stated_units(settings, stated, path, datasets))
-        shape = np.shape(self._columns["positions"])
+        shape: tuple[int, ...] = np.shape(self._columns["positions"])
         if len(shape) not in (2, 3):
             raise StructureError(
                 "positions_shape", f"'{names['positions']}' has shape {shape}, not ([frames,] atoms, 3)"

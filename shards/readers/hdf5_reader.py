@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import SourceError
+from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
 from hydrazero.shards.readers.column_names import LABELS
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
-from hydrazero.shards.readers.parts.shared import part_shapes
+from hydrazero.shards.readers.parts.shared import check_one_cell, part_shapes
 from hydrazero.shards.readers.parts.stated_units import (
     attributes_of,
     unit_of_array,
@@ -54,7 +54,7 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     with file:
         try:
             source = RaggedArrays(path, file, settings, h5py.Dataset)
-        except SourceError:
+        except HydrazeroError:
             raise
         except H5_ERRORS as error:
             raise SourceError(f"{path} is damaged ({brief(error)}); copy it again.") from error
@@ -106,6 +106,11 @@ class RaggedArrays:
     def _is_shared(self, part: str, columns: dict[str, Any]) -> bool:
         # The number of axes decides, not the length: three flags are the pbc of all, even of three structures.
         shape = columns[part].shape
+        if part == "cell" and shape == (3, 3) and self._count == 3:
+            try:
+                check_one_cell(columns[part][()], part)
+            except StructureError as error:
+                raise SourceError(f"{self._path}: {error}.") from error
         return shape in part_shapes(part, 0) and (part in ("cell", "pbc") or shape == ())
 
     def _check_lengths(self) -> None:

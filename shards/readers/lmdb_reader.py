@@ -19,8 +19,8 @@ from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
 from hydrazero.shards.readers.parts.stated_units import schnetpack_units, with_stated_units
 
 SERVICE_KEYS = frozenset(
-    (b"length", b"len", b"size", b"count", b"num_samples", b"num_examples", b"num_entries", b"metadata", b"_metadata")
-    + (b"meta", b"info", b"keys", b"_keys", b"version", b"config", b"stats", b"statistics", b"nextid", b"deleted_ids")
+    "length len size count num_samples num_examples num_entries metadata _metadata meta info keys _keys version config "
+    "stats statistics nextid deleted_ids".split()
 )
 """Keys, in small letters, whose values describe the file; so do those of keys such as '__len__'."""
 
@@ -32,7 +32,8 @@ FAIRCHEM_LABELS = {**DATABASE_LABELS, "spin": "multiplicity"}
 def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the rows of an ASE database in LMDB (ase-db-backends); key-value pairs and data become fields.
 
-    Charge and multiplicity are 'charge' and 'spin', as fairchem writes them, unless the settings name other fields. Raises SourceError if the file is of another kind or truncated; a damaged row is a bad frame.
+    Charge and multiplicity are 'charge' and 'spin', as fairchem writes them, unless the settings name other fields.
+    Raises SourceError if the file is of another kind or truncated; a damaged row is a bad frame.
     """
     lmdb = optional_module("lmdb", "lmdb", f"{path}: reading an ASE LMDB")
     optional_module("ase_db_backends", "ase-db-backends", f"{path}: reading an ASE LMDB")
@@ -62,7 +63,8 @@ def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 def read_lmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield pickled dicts (or objects with attributes) of arrays or tensors, by the names in [columns].
 
-    Entries that describe the file, such as 'length' or '__len__', are no frames. Raises SourceError if the settings do not trust pickles, since loading one can run any code.
+    Entries that describe the file, such as 'length' or '__len__', are no frames. Raises SourceError if the settings do
+    not trust pickles, since loading one can run any code.
     """
     if not settings.trust_pickle:
         raise SourceError(
@@ -103,7 +105,7 @@ def _environment(lmdb: Any, path: Path) -> Iterator[Any]:
 
 def _is_service(key: bytes, value: bytes) -> bool:
     """Return whether an entry describes the file: by its key, or because a key of letters holds no mapping."""
-    if key.lower() in SERVICE_KEYS or (key.startswith(b"__") and key.endswith(b"__")):
+    if key.decode("utf-8", "replace").lower() in SERVICE_KEYS or (key.startswith(b"__") and key.endswith(b"__")):
         return True
     if any(48 <= byte <= 57 for byte in key):  # a digit, so it is the key of a frame
         return False

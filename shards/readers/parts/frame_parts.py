@@ -13,17 +13,17 @@ from hydrazero.shards.readers.column_names import LABELS, column_names
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings
 from hydrazero.shards.readers.symbols import numbers_of
 
-OWN_NAMES = {"charge": ("total_charge",), "multiplicity": ("spin_multiplicity",)}
-"""Label -> names that formats use for it, which are read where the settings name none and the usual name is absent."""
+OWN_NAMES = {"charge": "total_charge", "multiplicity": "spin_multiplicity"}
+"""Label -> name that formats use for it, which is read where the settings name none and the usual name is absent."""
 
 
 def names_in(settings: ReadSettings, there: Collection[str]) -> dict[str, str]:
     """Return part -> name in a source that holds the names `there`, with the names that formats have for a charge."""
     names = column_names(settings)
-    for label, others in OWN_NAMES.items():
+    for label, other in OWN_NAMES.items():
         chosen = label in settings.columns or label in settings.fields.model_fields_set
-        if not chosen and names.get(label) not in there:
-            names |= {label: other for other in others if other in there}
+        if not chosen and names.get(label) not in there and other in there:
+            names[label] = other
     return names
 
 

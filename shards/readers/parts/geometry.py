@@ -21,7 +21,7 @@ SMALLEST_ANGLE = 5.0
 
 
 def numbers_in(value: Any, name: str) -> NDArray[np.float64]:
-    """Return an array of float64; raise StructureError for what holds no real numbers, such as words or ragged lists."""
+    """Return an array of float64; raise StructureError for what holds no real numbers, such as words."""
     try:
         found = np.asarray(value)
         if found.dtype.kind in "cbmMV":

@@ -49,13 +49,26 @@ def shared_parts(
 
     An array is shared if its shape is that of one frame, and has rows if every row has such a shape. Where both are
     possible, as for a pbc of three flags beside three frames, the number of axes decides: it is shared. Raises
-    StructureError for an array that is neither, and for a label that is not given for each frame.
+    StructureError for an array that is neither, for a label that is not given for each frame, and for nine numbers that
+    can be one cell or the lengths of three.
     """
+    for part, column in columns.items():
+        if part == "cell" and frames == 3:
+            check_one_cell(column, names[part])
     return frozenset(
         part
         for part, column in columns.items()
         if _is_shared(part, names[part], np.shape(column), _kind(column), frames, atoms, targets.get(part))
     )
+
+
+def check_one_cell(column: Any, name: str) -> None:
+    """Raise StructureError for an array [3, 3] that can be one cell or the lengths of three right-angled ones."""
+    if np.shape(column) == (3, 3) and np.asarray(column).dtype.kind in "iuf" and (np.asarray(column) > 0).all():
+        raise StructureError(
+            "ambiguous_shape",
+            f"'{name}' has shape (3, 3), which can be one cell, or three lengths for each of 3 frames",
+        )
 
 
 def _kind(column: Any) -> str:

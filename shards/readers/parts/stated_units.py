@@ -75,7 +75,8 @@ def units_by_key(values: Mapping[str, Any], where: str) -> dict[str, StatedUnit]
     """
     found: dict[str, StatedUnit] = {}
     for name, value in values.items():
-        match = re.fullmatch(r"([a-z]+)[_ -]?units?", name.lower()) or re.fullmatch(r"units?[_ -]([a-z]+)", name.lower())
+        word = name.lower()
+        match = re.fullmatch(r"([a-z]+)[_ -]?units?", word) or re.fullmatch(r"units?[_ -]([a-z]+)", word)
         part = WORDS.get(match.group(1)) if match else None
         if part is not None and (unit := _text(value)) is not None:
             found[part] = StatedUnit(unit=unit, where=f"{where} '{name}'")
@@ -103,10 +104,13 @@ def with_stated_units(
 ) -> ReadSettings:
     """Return the settings with the units that a file states for its parts (and targets, by their fields).
 
-    `present` are the parts that the file holds. Raises SourceError where the settings name another unit, where a unit
-    is not known and the settings name none, and where only the energy states a unit that is not eV.
+    `present` are the parts that the file holds, if that is known; units of others do not matter. Raises SourceError
+    where the settings name another unit, where a unit is not known and the settings name none, and where only the
+    energy states a unit that is not eV.
     """
-    stated = {part: unit for part, unit in stated.items() if not _says_nothing(unit.unit)}
+    stated = {
+        part: unit for part, unit in stated.items() if not _says_nothing(unit.unit) and (not present or part in present)
+    }
     changes: dict[str, str] = {}
     by: dict[str, StatedUnit] = {}
     for part, unit in stated.items():
@@ -141,9 +145,7 @@ def with_stated_units(
     return replace(settings, units=units) if changes else settings
 
 
-def _check_forces(
-    settings: ReadSettings, changes: Mapping[str, str], source: object, present: Collection[str]
-) -> None:
+def _check_forces(settings: ReadSettings, changes: Mapping[str, str], source: object, present: Collection[str]) -> None:
     """Raise SourceError for forces without a unit beside energies that are stated to be in another unit than eV."""
     energy = changes.get("energy", "eV")
     told = "forces" in changes or "forces" in settings.units.model_fields_set
@@ -203,4 +205,3 @@ def _text(value: Any) -> str | None:
 def _alike(one: float, other: float) -> bool:
     # The sign is a convention, which units of files do not state.
     return abs(abs(one) - abs(other)) <= SAME * abs(other)
-
