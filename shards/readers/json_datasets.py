@@ -16,8 +16,8 @@ from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, JsonText, 
 Entries = Iterator[tuple[str, Any]]
 """Pairs (name in the file, entry with a 'structure')."""
 
-Values = Iterator[tuple[str, int, Any]]
-"""Triples (key of the outermost object, 0, its value), or ('entries', number, entry)."""
+Values = Iterator[tuple[str | None, int, Any]]
+"""Triples (key of the outermost object, 0, its value), ('entries', number, entry), or (None, number, entry)."""
 
 ENTRIES = "entries"
 """Key of a list of entries."""
@@ -76,7 +76,7 @@ def _cause(error: Exception) -> str:
 
 def _by_material(values: Values, path: Path) -> Entries:
     for material, number, frames in values:
-        if material == ENTRIES:
+        if material is None:
             yield str(number), frames
             continue
         if not isinstance(frames, Mapping):
@@ -89,7 +89,7 @@ def _by_material(values: Values, path: Path) -> Entries:
 
 def _alexandria(values: Values, path: Path) -> Entries:
     for key, number, value in values:
-        if key == ENTRIES:
+        if key in (None, ENTRIES):
             yield str(number), _relaxed(value)
             continue
         for place, calculation in enumerate(value if isinstance(value, list) else [value]):
@@ -115,7 +115,7 @@ def _relaxed(entry: Any) -> Any:
     return {**labels, **(data if isinstance(data, Mapping) else {}), **entry}
 
 
-def _with_material(entry: Any, material: str) -> Any:
+def _with_material(entry: Any, material: str | None) -> Any:
     return {**entry, "material_id": material} if isinstance(entry, Mapping) else entry
 
 
@@ -123,7 +123,7 @@ def _values_of_lines(lines: Iterator[Any]) -> Values:
     """Yield what JSON lines hold: an entry in each line, or an object by the ids of materials."""
     for number, value in enumerate(lines):
         if not isinstance(value, Mapping) or "structure" in value:
-            yield ENTRIES, number, value
+            yield None, number, value
         else:
             yield from ((str(key), 0, item) for key, item in value.items())
 

@@ -19,8 +19,10 @@ from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
 from hydrazero.shards.readers.parts.stated_units import schnetpack_units, with_stated_units
 
 SERVICE_KEYS = frozenset(
-    "length len size count num_samples num_examples num_entries metadata _metadata meta info keys _keys version config "
-    "stats statistics nextid deleted_ids".split()
+    {
+        *("length", "len", "size", "count", "num_samples", "num_examples", "num_entries", "keys", "_keys", "nextid"),
+        *("metadata", "_metadata", "meta", "info", "version", "config", "stats", "statistics", "deleted_ids"),
+    }
 )
 """Keys, in small letters, whose values describe the file; so do those of keys such as '__len__'."""
 

@@ -104,8 +104,13 @@ def test_a_damaged_count_of_atoms(tmp_path, count):
 
 
 def test_settings_that_leave_nothing(tmp_path):
-    source = write_extxyz(tmp_path / "t.xyz", molecules(8))
-    refused(source, tmp_path / "out", config='[select]\nconfig_type = ["MD"]\n', words=("skipped", "not_selected: 8"))
+    frames = molecules(8)
+    for atoms in frames:
+        atoms.info["T"] = 300
+    source = write_extxyz(tmp_path / "t.xyz", frames)
+    refused(source, tmp_path / "out", config='[select]\nT = ["MD", 200]\n', words=("skipped", "not_selected: 8"))
+    missing = "no frame has the field 'config_type' of [select]; the frames have T"
+    refused(source, tmp_path / "out", config='[select]\nT = [300]\nconfig_type = ["MD"]\n', words=(missing,))
     refused(source, tmp_path / "out", config="[split]\nseed = -1\n", words=("split.seed is -1",))
 
 

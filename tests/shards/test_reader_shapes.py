@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import lmdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from format_files import (
+    ATOMIC,
     BOTH,
     COLUMNS,
     TENSORS,
     frames,
+    n2p2_text,
     reasons,
     samples,
     structures,
@@ -144,7 +147,7 @@ def test_shared_parts_of_ragged_arrays(tmp_path):
     path = write_hdf5(tmp_path / "c.h5", samples(), pbc=[[2, 1, 0]] * 3)
     assert reasons(frames(path, columns=columns)) == ["bad_pbc"] * 3
     for sizes in (np.array([0.0, np.nan]), np.zeros((2, 2), int), np.array([b"a"])):
-        path = write_hdf5(tmp_path / "d.h5", samples(), first=sizes)
+        path = write_hdf5(tmp_path / "d.h5", samples(), first=sizes, pbc=True)
         with pytest.raises(SourceError, match="must be a list of integers"):
             frames(path, columns=columns)
 
@@ -261,8 +264,6 @@ def test_entries_of_lmdb(tmp_path, changes, reason):
 
 
 def test_service_keys_of_lmdb(tmp_path):
-    import lmdb
-
     path = write_lmdb(tmp_path / "a.lmdb", [tensors(a) for a in samples()])
     with lmdb.open(str(path), subdir=False, lock=False) as file, file.begin(write=True) as transaction:
         for key in (b"__len__", b"__keys__", b"metadata", b"num_samples", b"Version"):
@@ -300,8 +301,6 @@ def test_npz_of_symbols_in_each_frame(tmp_path):
 
 
 def test_a_comment_of_n2p2_with_the_word_begin(tmp_path):
-    from format_files import ATOMIC, n2p2_text
-
     atoms = samples()
     text = "".join(n2p2_text(a, -1.0) for a in atoms)
     (tmp_path / "input.data").write_text(text.replace("comment made here", "comment begin of the beginning"))

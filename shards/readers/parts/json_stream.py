@@ -55,7 +55,10 @@ class JsonText:
         while True:
             more = self._file.read(CHUNK)
             data = self._rest + more
-            if not self._started and data:
+            if not self._started:
+                if more and len(data) < len(BYTE_ORDER_MARK):
+                    self._rest = data
+                    continue
                 data, self._started = data.removeprefix(BYTE_ORDER_MARK), True
             end = len(data)
             if more:
