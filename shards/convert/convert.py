@@ -161,6 +161,10 @@ def _bytes_of(source: Path) -> int:
 def _no_training_frames(job: Conversion, index: Index) -> str:
     total = sum(len(order) for order in index.orders.values())
     if total == 0 and index.set_aside:
+        absent = [key for key, count in index.lacking.items() if count == index.set_aside["not_selected"]]
+        if absent:
+            there = ", ".join(index.fields) or "no field"
+            return f"task '{job.task}': no frame has the field '{absent[0]}' of [select]; the frames have {there}."
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(index.set_aside.items()))
         return f"task '{job.task}': every frame was skipped ({reasons}); fix the sources or the settings."
     return f"task '{job.task}': none of the {total} usable frames is in the training split; add frames."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
 from hydrazero.shards.convert.checks.work import WorkPairs
 from hydrazero.shards.convert.folder import Conversion
-from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
+from hydrazero.shards.convert.splits import group_key, is_isolated_atom, is_selected, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.files import write_bytes, write_text
 from hydrazero.shards.manifest import SPLITS
@@ -39,6 +40,10 @@ class Chunk:
     hashes: list[bytes] = field(default_factory=list)
     splits: list[int] = field(default_factory=list)
     not_selected: int = 0
+    lacking: Counter[str] = field(default_factory=Counter)
+    """Key of [select] -> number of frames without such a field."""
+    fields: tuple[str, ...] = ()
+    """Fields of the last frame that lacks a key of [select]."""
     bad: list[dict[str, str]] = field(default_factory=list)
     """Source id, reason and message of each skipped bad frame."""
     work: WorkPairs = field(default_factory=WorkPairs)
@@ -49,8 +54,11 @@ class Chunk:
         settings = job.settings
         # A frame that could not be parsed has no fields to select by: it is bad, not unselected.
         parsed = frame.structure is not None or bool(frame.info)
-        if parsed and any(str(frame.info.get(key)) not in map(str, wanted) for key, wanted in settings.select.items()):
+        if parsed and not is_selected(frame.info, settings.select):
             self.not_selected += 1
+            lacking = settings.select.keys() - frame.info.keys()
+            self.lacking.update(lacking)
+            self.fields = tuple(map(str, frame.info)) if lacking else self.fields
             return
         try:
             if frame.structure is None:
@@ -75,6 +83,7 @@ class Chunk:
     def encode(self, float_dtype: str) -> bytes:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
         about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
+        about["lacking"] = json.dumps([self.lacking, self.fields])
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
             columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
@@ -195,6 +204,9 @@ class ChunkFile:
         about = self._file.metadata()
         self.not_selected = int(about["not_selected"])
         self.bad: list[dict[str, str]] = json.loads(about["bad"])
+        self.lacking: dict[str, int]
+        self.fields: list[str]
+        self.lacking, self.fields = json.loads(about.get("lacking", "[{}, []]"))
         self._names = set(self._file.keys())
 
     def column(self, name: str) -> NDArray[Any]:

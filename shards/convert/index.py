@@ -49,6 +49,10 @@ class Index:
     evidence: Evidence
     """What the checks of labels need."""
     set_aside: Counter[str] = field(default_factory=Counter)
+    lacking: Counter[str] = field(default_factory=Counter)
+    """Key of [select] -> number of frames without such a field."""
+    fields: list[str] = field(default_factory=list)
+    """Fields of one of these frames."""
 
 
 def build_index(job: Conversion) -> Index:
@@ -99,6 +103,8 @@ def _rows(job: Conversion, index: Index) -> Iterator[Row]:
         file = ChunkFile(chunk_path(job, source, chunk))
         if file.not_selected:
             index.set_aside["not_selected"] += file.not_selected
+            index.lacking.update(file.lacking)
+            index.fields = index.fields or file.fields
         for entry in file.bad:
             index.set_aside[entry["reason"]] += 1
             lines += json.dumps(entry).encode() + b"\n"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from ase.symbols import Symbols
 
 from hydrazero.shards.convert.settings import SplitSection
@@ -28,6 +30,41 @@ def group_key(frame: Frame, structure: Structure, group: str) -> bytes:
     if name not in frame.info:
         raise StructureError("no_group", f"the frame has no field '{name}', which split.group names")
     return str(frame.info[name]).encode()
+
+
+def is_selected(info: Mapping[str, Any], select: Mapping[str, Sequence[Any]]) -> bool:
+    """Return whether the fields of a frame have one of the wanted values each; numbers compare as numbers."""
+    return all(
+        key in info and any(_equal(_single(info[key]), wanted) for wanted in choices) for key, choices in select.items()
+    )
+
+
+def _single(value: Any) -> Any:
+    """Return bytes as a text, and an array of one value as that value."""
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        one = value.reshape(-1)[0]
+        # The shortest number that rounds to a float32 is the one that was written.
+        value = float(str(one)) if one.dtype == np.float32 else one.item()
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    if str(value) == str(wanted):
+        return True
+    if (isinstance(value, str) and isinstance(wanted, str)) or (isinstance(value, int) and isinstance(wanted, int)):
+        return False
+    number = _number(value)
+    return number is not None and number == _number(wanted)
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, or the number in a text; None for anything else, such as a flag."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def split_of_file(source: Path, settings: SplitSection) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.ase_atoms import frame_from_atoms
 from hydrazero.shards.readers.extxyz.text import read_extxyz
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.readers.parts.stated_units import schnetpack_units, with_stated_units
 
 XYZ = ("xyz", "extxyz")
 """Names that ASE gives to files of XYZ."""
@@ -46,27 +47,47 @@ def read_ase(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 
 @reader(suffixes=(".db",))
 def read_database(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Yield the rows of an ASE database; labels are calculator results, key-value pairs or data."""
-    maker = FrameMaker(settings)
+    """Yield the rows of an ASE database; labels are calculator results, key-value pairs or data.
+
+    The units in the metadata of databases made by SchNetPack are used. Raises SourceError for a damaged file, and if
+    the settings contradict the units.
+    """
     number = 0
     try:
         with ase.db.connect(str(path), serial=True) as database:
             rows = max(database.count(), 1)
+            metadata = database.metadata
+            stated = schnetpack_units(metadata if isinstance(metadata, dict) else {}, settings)
+            maker = FrameMaker(with_stated_units(settings, stated, path))
             for row in database.select():
                 number += 1
                 source_id = f"{path.name}#{row.id}"
                 read = partial(frame_from_row, row, source_id, maker)
                 yield UnreadFrame(source_id=source_id, read=read, fraction=number / rows)
+    except SourceError:
+        raise
     except Exception as error:  # depends on the damage: sqlite3.DatabaseError, json errors, KeyError
         raise SourceError(f"{path}, row {number}, cannot be read as an ASE database ({brief(error)}).") from error
 
 
-def frame_from_row(row: Any, source_id: str, maker: FrameMaker) -> Frame:
-    """Return the frame of a row of an ASE database; its key-value pairs and data become fields of the frame."""
+DATABASE_LABELS = {"total_charge": "charge", "spin_multiplicity": "multiplicity"}
+"""Name that databases use for a label -> the label."""
+
+
+def frame_from_row(row: Any, source_id: str, maker: FrameMaker, own: Mapping[str, str] = DATABASE_LABELS) -> Frame:
+    """Return the frame of a row of an ASE database; its key-value pairs and data become fields of the frame.
+
+    `own` are the names that databases use for labels. They count where the settings name no field and the usual one is
+    absent.
+    """
     try:
         atoms = row.toatoms(add_additional_information=True)
+        for key in ("key_value_pairs", "data"):
+            atoms.info.update(atoms.info.pop(key, {}))
     except Exception as error:  # ASE raises errors of many kinds for a damaged row
         return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
-    extra = {**atoms.info.pop("key_value_pairs", {}), **atoms.info.pop("data", {})}
-    atoms.info.update(extra)
+    for name, label in own.items():
+        if name in atoms.info and label not in {*atoms.info, *maker.settings.fields.model_fields_set}:
+            # fairchem writes a spin of 0 where the multiplicity is not known.
+            atoms.info[label] = None if (name, atoms.info[name]) == ("spin", 0) else atoms.info[name]
     return frame_from_atoms(atoms, source_id, maker)

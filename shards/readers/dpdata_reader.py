@@ -16,24 +16,29 @@ from hydrazero.shards.readers.symbols import numbers_of
 MARKER = "type.raw"
 """Name of a file that every DeePMD system holds."""
 
+KEYS = {"energy": "energies", "forces": "forces", "virial": "virials"}
+"""Label -> key of dpdata."""
+
 
 @reader(marker=MARKER)
 def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the frames of a DeePMD system: type.raw, type_map.raw and the arrays of set.*; it must fit into memory.
 
-    Raises SourceError if dpdata cannot read the system, or if its types differ between frames (deepmd/npy/mixed).
+    A system may lack energies, forces or virials in all of its sets. Raises SourceError if dpdata cannot read the
+    system, if its sets hold different labels, or if its types differ between frames (deepmd/npy/mixed).
     """
     dpdata = optional_module("dpdata", "dpdata", f"{path}: reading a DeePMD folder")
     if not (path / MARKER).is_file():
         raise SourceError(f"{path} is not a DeePMD system: it has no file {MARKER}.")
     if any(path.glob("set.*/real_atom_types.npy")):
         raise SourceError(f"{path} has mixed types; convert it with dpdata into plain deepmd/npy systems first.")
+    kind = dpdata.LabeledSystem if _labels(path)["energy"] else dpdata.System
     try:
-        system = dpdata.LabeledSystem(str(path), fmt="deepmd/npy")
+        system = kind(str(path), fmt="deepmd/npy")
+        data = system.data
+        symbols = [data["atom_names"][number] for number in data["atom_types"]]
     except Exception as error:  # dpdata and NumPy raise errors of many kinds
         raise SourceError(f"{path} cannot be read by dpdata ({brief(error)}).") from error
-    data = system.data
-    symbols = [data["atom_names"][kind] for kind in data["atom_types"]]
     periodic = not system.nopbc
     maker = FrameMaker(settings)
     frames = len(data["coords"])
@@ -49,11 +54,22 @@ def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             positions=data["coords"][number],
             cell=data["cells"][number] if periodic else np.zeros((3, 3)),
             pbc=periodic,
-            energy=data["energies"][number],
-            forces=data["forces"][number],
-            virial=data["virials"][number] if "virials" in data else None,
+            **{label: data[key][number] for label, key in KEYS.items() if key in data},
         )
         return maker.make(raw, source_id, {"system": path.name})
 
     for number in range(frames):
         yield UnreadFrame(source_id=f"{path.name}#{number}", read=partial(read, number), fraction=(number + 1) / frames)
+
+
+def _labels(path: Path) -> dict[str, bool]:
+    """Return which labels the sets of a system hold; raise SourceError for one that only some of the sets hold."""
+    sets = sorted(path.glob("set.*"))
+    found: dict[str, bool] = {}
+    for label, name in {"energy": "energy.npy", "forces": "force.npy", "virial": "virial.npy"}.items():
+        held = [(folder / name).is_file() for folder in sets]
+        if any(held) and not all(held):
+            lacks = sets[held.index(False)].name
+            raise SourceError(f"{path}: {lacks} has no {name}, other sets have one; convert them separately.")
+        found[label] = any(held)
+    return found

@@ -13,6 +13,7 @@ from pydantic import AfterValidator
 from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
+from hydrazero.shards.readers.parts.geometry import cell_matrix, numbers_in, periodicity
 from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
@@ -144,7 +145,9 @@ class RawFrame:
     numbers: Any
     positions: Any
     cell: Any
+    """Cell of shape [3, 3], three lengths, three lengths and three angles in degrees, or None if there is none."""
     pbc: Any
+    """One flag or three, or None for the directions of the cell vectors that are not zero."""
     energy: Any = None
     forces: Any = None
     stress: Any = None
@@ -180,13 +183,13 @@ class FrameMaker:
         return Frame(source_id=source_id, structure=structure, info=info)
 
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
-        numbers = atomic_numbers_of(_array(raw.numbers, "atomic_numbers"))
-        cell = self._length * _array(raw.cell, "cell")
+        numbers = atomic_numbers_of(numbers_in(raw.numbers, "atomic_numbers"))
+        cell = cell_matrix(raw.cell, self._length)
         return Structure(
             numbers=numbers,
-            positions=self._length * _array(raw.positions, "positions"),
+            positions=self._length * numbers_in(raw.positions, "positions"),
             cell=cell,
-            pbc=np.broadcast_to(np.asarray(raw.pbc, dtype=bool), (3,)).copy(),
+            pbc=periodicity(raw.pbc, cell),
             energy=self._energy_of(raw, len(numbers)),
             forces=self._unless_zero("forces", self._forces, _known(raw.forces, "forces")),
             stress=self._stress_of(raw, cell),
@@ -260,18 +263,8 @@ def _known(value: Any, name: str) -> np.ndarray | None:
     """Return a label as an array, None if it is absent: not given, or NaN throughout."""
     if value is None:
         return None
-    array = _array(value, name)
+    array = numbers_in(value, name)
     return None if array.size and np.isnan(array).all() else array
-
-
-def _array(value: Any, name: str) -> np.ndarray:
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind == "b":
-            raise TypeError("true or false")
-        return np.asarray(array, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
 
 
 def _scalar(value: np.ndarray, name: str) -> float:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from hydrazero.shards.errors import SourceError
+from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
 from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.readers.hdf5_reader import H5_ERRORS, plain
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, open_binary, optional_module
-
-PER_ATOM = ("positions", "forces")
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.shared import shared_parts
+from hydrazero.shards.readers.parts.stated_units import attributes_of, unit_of_array, units_by_key, with_stated_units
 
 
 @reader(further_suffixes=(".h5", ".hdf5", ".xz"))  # QM7-X packs its files as '1000.xz'
@@ -25,24 +27,29 @@ def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame
     """Yield the frames of every group with numbers [atoms] and positions, [atoms, 3] or [frames, atoms, 3].
 
     The names of the groups around a frame become its fields 'group0' (the outermost), 'group1', ...; a group that
-    several links reach is read once. A label that is NaN counts as absent. A compressed file is unpacked into a
-    temporary one, since HDF5 needs to seek. Raises SourceError if the file is damaged, is not HDF5, or has no such
-    group.
+    several links reach is read once. In a group of several frames, an array with the shape of one frame (a cell, a pbc,
+    a charge) holds for all. A label that is NaN counts as absent. Units in attributes of datasets ('units') are used.
+    A compressed file is unpacked into a temporary one, since HDF5 needs to seek. Raises SourceError if the file is
+    damaged, is not HDF5, or has no such group, or if the settings contradict its units.
     """
     h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
-    maker, names = FrameMaker(settings), column_names(settings)
-    found = False
-    with _unpacked(path) as plain:
+    names, found = column_names(settings), False
+    with _unpacked(path) as unpacked:
         try:
-            file = h5py.File(plain, "r")
+            file = h5py.File(unpacked, "r")
         except OSError as error:
             raise SourceError(
                 f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
             ) from error
         with file:
-            for group, fraction in _groups(h5py, file, (names["numbers"], names["positions"])):
-                found = True
-                yield from _frames(group, path, fraction, names, maker)
+            try:
+                for group, fraction in _groups(h5py, file, (names["numbers"], names["positions"])):
+                    found = True
+                    yield from _frames(group, path, fraction, settings, h5py.Dataset)
+            except HydrazeroError:
+                raise
+            except H5_ERRORS as error:
+                raise SourceError(f"{path} is damaged ({brief(error)}); copy it again.") from error
     if not found:
         raise SourceError(
             f"{path} has no group with '{names['numbers']}' and '{names['positions']}', so its layout is another one; "
@@ -101,47 +108,64 @@ def _groups(h5py: Any, file: Any, wanted: tuple[str, str]) -> Iterator[tuple[Any
                 yield group, (number + (place + 1) / len(children)) / len(top)
 
 
-def _frames(group: Any, path: Path, fraction: float, names: dict[str, str], maker: FrameMaker) -> Iterator[UnreadFrame]:
+def _frames(group: Any, path: Path, fraction: float, settings: ReadSettings, is_array: type) -> Iterator[UnreadFrame]:
     name = group.name.strip("/")
-    positions = group[names["positions"]]
-    if positions.ndim not in (2, 3):
-        raise SourceError(f"{path}: '{positions.name}' has shape {positions.shape}, not ([frames,] atoms, 3).")
+    names = names_in(settings, group)
+    shape = group[names["positions"]].shape or ()
+    several = len(shape) == 3
     info = {f"group{depth}": part for depth, part in enumerate(name.split("/"))}
-    several = positions.ndim == 3
-    columns: dict[str, Any] = {}
+    reader_of_group: list[_Group] = []
 
     def read(number: int, source_id: str) -> Frame:
-        if not columns:
-            parts = {part: key for part, key in names.items() if key in group}
-            columns.update({part: np.asarray(group[key]) for part, key in parts.items()})
-        rows = {
-            part: _row(column, part, number, len(positions) if several else None) for part, column in columns.items()
-        }
-        labels = {label: _unless_nan(rows[label]) for label in LABELS if label in rows}
-        cell = np.reshape(rows.get("cell", np.zeros((3, 3))), (3, 3))
-        raw = RawFrame(
-            numbers=columns["numbers"] if columns["numbers"].ndim == 1 else rows["numbers"],
-            positions=rows["positions"],
-            cell=cell,
-            pbc=rows.get("pbc", cell.any(axis=1)),
-            **labels,
-            other=rows,
-        )
-        return maker.make(raw, source_id, info)
+        try:
+            if not reader_of_group:
+                reader_of_group.append(_Group(group, path, names, settings, is_array))
+            return reader_of_group[0].frame(number, source_id, info)
+        except StructureError as error:
+            return Frame(source_id=source_id, error=error, info=info)
 
-    for number in range(len(positions) if several else 1):
+    for number in range(shape[0] if several else 1):
         source_id = f"{path.name}#{name}/{number}" if several else f"{path.name}#{name}"
         yield UnreadFrame(source_id=source_id, read=partial(read, number, source_id), fraction=fraction)
 
 
-def _row(column: Any, part: str, number: int, frames: int | None) -> Any:
-    """Return the part of a column that belongs to one frame: its own row if there is one per frame."""
-    if frames is not None and part != "numbers" and column.ndim and len(column) == frames:
-        return column[number]
-    if column.ndim == 2 and part not in PER_ATOM and len(column) == 1:
-        return column[0]
-    return column
+class _Group:
+    """The arrays of a group, read as soon as one of its frames is needed."""
+
+    def __init__(self, group: Any, path: Path, names: dict[str, str], settings: ReadSettings, is_array: type) -> None:
+        datasets = {part: group[key] for part, key in names.items() if isinstance(group.get(key), is_array)}
+        try:
+            self._columns: dict[str, Any] = {part: dataset[()] for part, dataset in datasets.items()}
+        except H5_ERRORS as error:
+            raise StructureError("unreadable", f"the group '{group.name}' cannot be read ({brief(error)})") from error
+        attributes = attributes_of(group)
+        for label in ("charge", "multiplicity"):
+            if label not in self._columns and names.get(label) in attributes:
+                self._columns[label] = attributes[names[label]]
+        # What holds for the file holds for the group, unless the group or the array says something else.
+        stated = units_by_key(attributes_of(group.file), "attribute of the file")
+        stated |= units_by_key(attributes, f"attribute of '{group.name}'")
+        units = {part: unit_of_array(dataset, f"'{dataset.name}'") for part, dataset in datasets.items()}
+        stated |= {part: unit for part, unit in units.items() if unit is not None}
+        self._maker = FrameMaker(with_stated_units(settings, stated, path, datasets))
+        shape: tuple[int, ...] = np.shape(self._columns["positions"])
+        if len(shape) not in (2, 3):
+            raise StructureError(
+                "positions_shape", f"'{names['positions']}' has shape {shape}, not ([frames,] atoms, 3)"
+            )
+        self._shared = frozenset(self._columns)
+        if len(shape) == 3:
+            targets = {target.field: target for target in settings.targets.values()}
+            self._shared = shared_parts(self._columns, names, shape[0], shape[1], targets)
+
+    def frame(self, number: int, source_id: str, info: dict[str, str]) -> Frame:
+        """Return the frame of a row."""
+        parts = {part: column if part in self._shared else column[number] for part, column in self._columns.items()}
+        fields = {part: plain(value) for part, value in parts.items() if np.ndim(value) == 0}
+        labels = {label: _unless_nan(parts[label]) for label in LABELS if label in parts}
+        return frame_of_parts({**parts, **labels}, source_id, self._maker, info={**fields, **info}, other=parts)
 
 
 def _unless_nan(value: Any) -> Any:
-    return None if np.issubdtype(np.asarray(value).dtype, np.floating) and np.isnan(value).all() else value
+    array = np.asarray(value)
+    return None if array.size and array.dtype.kind == "f" and np.isnan(array).all() else value

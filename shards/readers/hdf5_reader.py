@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
+from hydrazero.shards.readers.column_names import LABELS
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
-from hydrazero.shards.readers.symbols import numbers_of
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.shared import check_one_cell, part_shapes
+from hydrazero.shards.readers.parts.stated_units import (
+    attributes_of,
+    unit_of_array,
+    units_by_key,
+    with_stated_units,
+)
 
 BLOCK = 256
 """Number of structures that are read at once."""
@@ -23,6 +30,8 @@ H5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError)
 """Errors that h5py raises for damaged files."""
 
 PER_ATOM = ("numbers", "positions", "forces")
+SHARED = ("cell", "pbc", "charge", "multiplicity")
+"""Parts of which one value may hold for all structures."""
 
 
 @reader(suffixes=(".h5", ".hdf5"))
@@ -30,8 +39,10 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the structures of ragged arrays: numbers [all atoms] (or symbols), positions [all atoms, 3], ...
 
     'ptr' [structures + 1] is the first atom of each structure, or 'n_atoms' [structures] its number of atoms. Without
-    a pbc, a structure is periodic along the cell vectors that are not zero. Raises SourceError if a dataset is
-    missing, has a wrong length, or cannot be read.
+    a pbc, a structure is periodic along the cell vectors that are not zero. A cell, pbc, charge or multiplicity with
+    the shape of one structure holds for all. Units in attributes of datasets ('units') and of the file ('energy_unit')
+    are used. Raises SourceError if a dataset is missing, has a wrong length, or cannot be read, or if the settings
+    contradict the units.
     """
     h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
     try:
@@ -43,10 +54,11 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     with file:
         try:
             source = RaggedArrays(path, file, settings, h5py.Dataset)
-        except SourceError:
+        except HydrazeroError:
             raise
         except H5_ERRORS as error:
             raise SourceError(f"{path} is damaged ({brief(error)}); copy it again.") from error
+        settings = with_stated_units(settings, source.stated, path, source.parts)
         yield from source.frames(FrameMaker(settings))
 
 
@@ -55,7 +67,7 @@ class RaggedArrays:
 
     def __init__(self, path: Path, file: Any, settings: ReadSettings, dataset: type) -> None:
         self._path = path
-        names = column_names(settings)
+        names = names_in(settings, file)
         # Parts with a row for each atom, not for each structure.
         self.per_atom = {*PER_ATOM, *(target.field for target in settings.targets.values() if target.of == "atom")}
         asked = {*settings.columns, "numbers", "positions"}
@@ -70,22 +82,53 @@ class RaggedArrays:
         if not self._lengths:
             raise SourceError(f"{path} has neither 'ptr' nor 'n_atoms'; name one of them under [columns].")
         self._sizes = known.pop(self._lengths) if self._lengths in known else file[self._lengths]
-        self._columns = known
+        if len(self._sizes.shape) != 1 or self._sizes.dtype.kind not in "iu":
+            raise SourceError(
+                f"{path}: '{self._lengths}' has shape {self._sizes.shape} and the type {self._sizes.dtype}; it must be "
+                "a list of integers."
+            )
         self._count = len(self._sizes) - (self._lengths == "ptr")
-        self._check_lengths(names)
+        attributes = attributes_of(file)
+        by_column = {part: unit_of_array(column, f"'{names[part]}'") for part, column in known.items()}
+        self.stated = units_by_key(attributes, "attribute") | {part: unit for part, unit in by_column.items() if unit}
+        """Part -> unit that the file states for it."""
+        self._shared = {part: known.pop(part)[()] for part in SHARED if part in known and self._is_shared(part, known)}
+        if "pbc" in attributes and "pbc" not in {*known, *self._shared}:
+            self._shared["pbc"] = attributes["pbc"]
+        self._columns, self._names = known, names
+        self._check_lengths()
 
-    def _check_lengths(self, names: dict[str, str]) -> None:
-        atoms = len(self._columns["positions"])
+    @property
+    def parts(self) -> set[str]:
+        """The parts that the file holds."""
+        return set(self._columns) | set(self._shared)
+
+    def _is_shared(self, part: str, columns: dict[str, Any]) -> bool:
+        # The number of axes decides, not the length: three flags are the pbc of all, even of three structures.
+        shape = columns[part].shape
+        if part == "cell" and shape == (3, 3) and self._count == 3:
+            try:
+                check_one_cell(columns[part][()], part)
+            except StructureError as error:
+                raise SourceError(f"{self._path}: {error}.") from error
+        return shape in part_shapes(part, 0) and (part in ("cell", "pbc") or shape == ())
+
+    def _check_lengths(self) -> None:
+        positions = self._columns["positions"].shape
+        if not positions:
+            raise SourceError(f"{self._path}: '{self._names['positions']}' has shape {positions}, not (all atoms, 3).")
         for part, column in self._columns.items():
-            wanted = atoms if part in self.per_atom else self._count
+            wanted = positions[0] if part in self.per_atom else self._count
             if not column.shape or len(column) != wanted:
                 raise SourceError(
-                    f"{self._path}: '{names[part]}' has shape {column.shape}, not {wanted} rows as '{self._lengths}' "
-                    "and the positions say."
+                    f"{self._path}: '{self._names[part]}' has shape {column.shape}, not {wanted} rows as "
+                    f"'{self._lengths}' and the positions say."
                 )
-        cell = self._columns.get("cell")
-        if cell is not None and int(np.prod(cell.shape[1:])) != 9:
-            raise SourceError(f"{self._path}: '{names['cell']}' has shape {cell.shape}, not (structures, 3, 3).")
+            if part in ("cell", "pbc") and column.shape[1:] not in part_shapes(part, 0):
+                usual = (3, 3) if part == "cell" else (3,)
+                raise SourceError(
+                    f"{self._path}: '{self._names[part]}' has shape {column.shape}, not {('structures', *usual)}."
+                )
 
     def frames(self, maker: FrameMaker) -> Iterator[UnreadFrame]:
         """Yield all structures; the arrays of a block are read together with its first frame."""
@@ -119,7 +162,7 @@ class RaggedArrays:
             return np.asarray(column[first:last])
         except H5_ERRORS as error:
             raise SourceError(
-                f"{self._path}: '{column.name}' cannot be read ({brief(error)}); copy it again."
+                f"{self._path}: '{getattr(column, 'name', 'an array')}' cannot be read ({brief(error)}); copy it again."
             ) from error
 
     def block(self, first: int, starts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -129,6 +172,11 @@ class RaggedArrays:
             part: self.slice(column, *(atoms if part in self.per_atom else rows))
             for part, column in self._columns.items()
         }
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The parts of which one value holds for all structures."""
+        return self._shared
 
 
 class _Block:
@@ -143,23 +191,15 @@ class _Block:
         self._columns = self._columns or self._source.block(self._first, self._starts)
         begin, end = self._starts[row : row + 2] - self._starts[0]
         parts: dict[str, Any] = {
-            part: column[begin:end] if part in self._source.per_atom else _plain(column[row])
+            part: column[begin:end] if part in self._source.per_atom else plain(column[row])
             for part, column in self._columns.items()
         }
-        labels = {label: parts.pop(label) for label in LABELS if label in parts}
-        cell = np.reshape(parts.pop("cell", np.zeros((3, 3))), (3, 3))
-        pbc = parts.pop("pbc", cell.any(axis=1))
-        numbers, positions = parts.pop("numbers"), parts.pop("positions")
-        try:
-            if numbers.dtype.kind not in "iuf":
-                numbers = numbers_of(numbers)
-        except StructureError as error:
-            return Frame(source_id=source_id, error=error, info=parts)
-        raw = RawFrame(numbers=numbers, positions=positions, cell=cell, pbc=pbc, **labels)
-        return maker.make(raw, source_id, parts)
+        structural = {*LABELS, "numbers", "positions", "cell", "pbc"}
+        info = {part: value for part, value in parts.items() if part not in structural}
+        return frame_of_parts({**self._source.shared, **parts}, source_id, maker, info=info)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return bytes as a text, and single values of NumPy as those of Python."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")

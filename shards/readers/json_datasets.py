@@ -11,21 +11,28 @@ from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.frames import FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.json_structures import entry_frame, pymatgen_geometry
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
+from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, JsonText, is_json_lines, json_lines
 
 Entries = Iterator[tuple[str, Any]]
 """Pairs (name in the file, entry with a 'structure')."""
 
+Values = Iterator[tuple[str | None, int, Any]]
+"""Triples (key of the outermost object, 0, its value), ('entries', number, entry), or (None, number, entry)."""
 
-@reader(further_suffixes=(".json",))
+ENTRIES = "entries"
+"""Key of a list of entries."""
+
+
+@reader(further_suffixes=(".json", *LINE_SUFFIXES))
 def read_mptrj(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the frames of MPtrj (Deng et al. 2023): material id -> frame id -> entry with a pymatgen structure.
 
     The material id becomes the field 'material_id'. Raises SourceError if the file has another layout or is truncated.
     """
-    return _read(path, settings, _by_material)
+    return _read(path, settings, _by_material, _pairs)
 
 
-@reader(further_suffixes=(".json",))
+@reader(further_suffixes=(".json", *LINE_SUFFIXES))
 def read_alexandria(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the frames of Alexandria (Schmidt et al. 2023): ComputedStructureEntry, or relaxation paths by material.
 
@@ -33,16 +40,25 @@ def read_alexandria(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]
     list of calculations with 'steps', and its frames have the field 'material_id'. Raises SourceError as `read_mptrj`
     does.
     """
-    return _read(path, settings, _alexandria)
+    return _read(path, settings, _alexandria, _values)
 
 
-def _read(path: Path, settings: ReadSettings, entries: Callable[[Any, Any, Path], Entries]) -> Iterator[UnreadFrame]:
+def _read(
+    path: Path,
+    settings: ReadSettings,
+    entries: Callable[[Values, Path], Entries],
+    values_of: Callable[[Any, Any], Values],
+) -> Iterator[UnreadFrame]:
     ijson = optional_module("ijson", "ijson", f"{path}: reading JSON as a stream")
     maker = FrameMaker(settings)
     name = "its start"
     with open_binary(path) as (file, fraction):
+        if is_json_lines(path):
+            values = _values_of_lines(json_lines(file, path))
+        else:
+            values = values_of(ijson, JsonText(file, path))
         try:
-            for name, entry in entries(ijson, file, path):
+            for name, entry in entries(values, path):
                 source_id = f"{path.name}#{name}"
                 read = partial(entry_frame, entry, "structure", pymatgen_geometry, source_id, maker)
                 yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
@@ -58,8 +74,11 @@ def _cause(error: Exception) -> str:
     return text.decode("ascii", "replace").splitlines()[0] if isinstance(text, bytes) and text else brief(error)
 
 
-def _by_material(ijson: Any, file: Any, path: Path) -> Entries:
-    for material, frames in ijson.kvitems(file, "", use_float=True):
+def _by_material(values: Values, path: Path) -> Entries:
+    for material, number, frames in values:
+        if material is None:
+            yield str(number), frames
+            continue
         if not isinstance(frames, Mapping):
             raise SourceError(
                 f"{path}: '{material}' is not an object of frames, so the file does not have the layout of MPtrj."
@@ -68,9 +87,9 @@ def _by_material(ijson: Any, file: Any, path: Path) -> Entries:
             yield f"{material}/{frame}", _with_material(entry, material)
 
 
-def _alexandria(ijson: Any, file: Any, path: Path) -> Entries:
-    for key, number, value in _values(ijson, file):
-        if key == "entries":
+def _alexandria(values: Values, path: Path) -> Entries:
+    for key, number, value in values:
+        if key in (None, ENTRIES):
             yield str(number), _relaxed(value)
             continue
         for place, calculation in enumerate(value if isinstance(value, list) else [value]):
@@ -96,11 +115,26 @@ def _relaxed(entry: Any) -> Any:
     return {**labels, **(data if isinstance(data, Mapping) else {}), **entry}
 
 
-def _with_material(entry: Any, material: str) -> Any:
+def _with_material(entry: Any, material: str | None) -> Any:
     return {**entry, "material_id": material} if isinstance(entry, Mapping) else entry
 
 
-def _values(ijson: Any, file: Any) -> Iterator[tuple[str, int, Any]]:
+def _values_of_lines(lines: Iterator[Any]) -> Values:
+    """Yield what JSON lines hold: an entry in each line, or an object by the ids of materials."""
+    for number, value in enumerate(lines):
+        if not isinstance(value, Mapping) or "structure" in value:
+            yield None, number, value
+        else:
+            yield from ((str(key), 0, item) for key, item in value.items())
+
+
+def _pairs(ijson: Any, file: Any) -> Values:
+    """Yield (key, 0, value) of the outermost object."""
+    for key, value in ijson.kvitems(file, "", use_float=True):
+        yield key, 0, value
+
+
+def _values(ijson: Any, file: Any) -> Values:
     """Yield (key, 0, value) of the outermost object, and ('entries', n, item) for each item of its list `entries`.
 
     Reading by keys alone would build the list of a million entries before the first one is available.
@@ -110,7 +144,7 @@ def _values(ijson: Any, file: Any) -> Iterator[tuple[str, int, Any]]:
         if builder is None:
             if prefix == "" and event == "map_key":
                 key = value
-            if prefix == "" or (prefix == "entries" and event in ("start_array", "end_array")):
+            if prefix == "" or (prefix == ENTRIES and event in ("start_array", "end_array")):
                 continue
             builder, depth = ijson.ObjectBuilder(), 0
         builder.event(event, value)

@@ -12,22 +12,24 @@ import numpy as np
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
+from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, list_entries
 from hydrazero.shards.readers.symbols import numbers_of
 
 Geometry = dict[str, Any]
 """Values of numbers, positions, cell and pbc of a RawFrame."""
 
 
-@reader(further_suffixes=(".json",))
+@reader(further_suffixes=(".json", *LINE_SUFFIXES))
 def read_pymatgen(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield a list of objects with a pymatgen dict as 'structure'; labels have dotted paths such as 'outputs.energy'.
 
-    Raises SourceError if the file is not a JSON list, or is truncated.
+    The objects may also stand in a line each (JSON lines). NaN is read as null, which stands for no label. Raises
+    SourceError if the file is neither, or is truncated.
     """
     return _read_list(path, settings, "structure", pymatgen_geometry)
 
 
-@reader(further_suffixes=(".json",))
+@reader(further_suffixes=(".json", *LINE_SUFFIXES))
 def read_jarvis(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield a list of objects with a JARVIS dict as 'atoms'; raise SourceError as `read_pymatgen` does."""
     return _read_list(path, settings, "atoms", jarvis_geometry)
@@ -41,9 +43,7 @@ def _read_list(
     number = -1
     with open_binary(path) as (file, fraction):
         try:
-            # Floats instead of decimals give the same digits as json.load.
-            entries = ijson.items(file, "item", use_float=True)
-            for number, entry in enumerate(entries):
+            for number, entry in enumerate(list_entries(ijson, file, path, key)):
                 source_id = f"{path.name}#{number}"
                 read = partial(entry_frame, entry, key, geometry, source_id, maker)
                 yield UnreadFrame(source_id=source_id, read=read, fraction=fraction())
@@ -59,6 +59,8 @@ def entry_frame(
     entry: Any, key: str, geometry: Callable[[Mapping[str, Any]], Geometry], source_id: str, maker: FrameMaker
 ) -> Frame:
     """Return the frame of an entry whose structure is at `key` and parsed by `geometry`; labels have dotted paths."""
+    if isinstance(entry, StructureError):
+        return Frame(source_id=source_id, error=entry)
     if not isinstance(entry, Mapping) or not isinstance(entry.get(key), Mapping):
         fault = StructureError("unreadable", f"the entry is not an object that contains an object '{key}'")
         return Frame(source_id=source_id, error=fault)
@@ -71,14 +73,20 @@ def entry_frame(
         fault = StructureError("unreadable", f"'{key}' has an unknown layout ({type(error).__name__}: {brief(error)})")
         return Frame(source_id=source_id, error=fault, info=info)
     names = maker.settings.fields
+
+    def own(label: str, key_of_structure: str) -> Any:
+        """Return a label of the entry, or else that of the structure itself; none that the settings leave out."""
+        name = getattr(names, label)
+        return info.get(name, entry[key].get(key_of_structure)) if name else None
+
     raw = RawFrame(
         **parts,
         energy=info.get(names.energy),
         forces=info.get(names.forces),
         stress=info.get(names.stress),
         virial=info.get(names.virial),
-        charge=info.get(names.charge, entry[key].get("charge")),
-        multiplicity=info.get(names.multiplicity, entry[key].get("spin_multiplicity")),
+        charge=own("charge", "charge"),
+        multiplicity=own("multiplicity", "spin_multiplicity"),
     )
     return maker.make(raw, source_id, info)
 

@@ -10,22 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import ase.db
-import numpy as np
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.ase_reader import frame_from_row
-from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.readers.ase_reader import DATABASE_LABELS, frame_from_row
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.stated_units import schnetpack_units, with_stated_units
 
-NOT_FRAMES = (b"length",)
-"""Keys whose values describe the file."""
+SERVICE_KEYS = frozenset(
+    {
+        *("length", "len", "size", "count", "num_samples", "num_examples", "num_entries", "keys", "_keys", "nextid"),
+        *("metadata", "_metadata", "meta", "info", "version", "config", "stats", "statistics", "deleted_ids"),
+    }
+)
+"""Keys, in small letters, whose values describe the file; so do those of keys such as '__len__'."""
+
+FAIRCHEM_LABELS = {**DATABASE_LABELS, "spin": "multiplicity"}
+"""Name in the databases of fairchem -> label; its spin is the multiplicity, and 0 stands for an unknown one."""
 
 
 @reader(suffixes=(".aselmdb",))
 def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the rows of an ASE database in LMDB (ase-db-backends); key-value pairs and data become fields.
 
+    Charge and multiplicity are 'charge' and 'spin', as fairchem writes them, unless the settings name other fields.
     Raises SourceError if the file is of another kind or truncated; a damaged row is a bad frame.
     """
     lmdb = optional_module("lmdb", "lmdb", f"{path}: reading an ASE LMDB")
@@ -43,7 +52,7 @@ def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             row = database.get(id=number)
         except Exception as error:  # zlib, json and ASE raise errors of many kinds for a damaged row
             return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
-        return frame_from_row(row, source_id, maker)
+        return frame_from_row(row, source_id, maker, FAIRCHEM_LABELS)
 
     with database:
         rows = len(database.ids)
@@ -56,7 +65,8 @@ def read_aselmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
 def read_lmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield pickled dicts (or objects with attributes) of arrays or tensors, by the names in [columns].
 
-    Raises SourceError if the settings do not trust pickles, since loading one can run any code.
+    Entries that describe the file, such as 'length' or '__len__', are no frames. Raises SourceError if the settings do
+    not trust pickles, since loading one can run any code.
     """
     if not settings.trust_pickle:
         raise SourceError(
@@ -64,16 +74,16 @@ def read_lmdb(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             "use --trust-pickle if you trust its origin."
         )
     lmdb = optional_module("lmdb", "lmdb", f"{path}: reading LMDB")
-    maker, names = FrameMaker(settings), column_names(settings)
     with _environment(lmdb, path) as environment:
         entries = max(environment.stat()["entries"], 1)
         try:
             with environment.begin() as transaction:
+                maker = FrameMaker(_with_units_of(transaction.get(b"_metadata"), settings, path))
                 for place, (key, value) in enumerate(transaction.cursor()):
-                    if key in NOT_FRAMES:
+                    if _is_service(key, value):
                         continue
                     source_id = f"{path.name}#{key.decode('utf-8', 'replace')}"
-                    read = partial(_frame_from_pickle, value, names, source_id, maker)
+                    read = partial(_frame_from_pickle, value, source_id, maker)
                     yield UnreadFrame(source_id=source_id, read=read, fraction=(place + 1) / entries)
         except lmdb.Error as error:
             raise SourceError(f"{path} cannot be read to its end ({brief(error)}); copy it again.") from error
@@ -95,7 +105,30 @@ def _environment(lmdb: Any, path: Path) -> Iterator[Any]:
         yield environment
 
 
-def _frame_from_pickle(value: bytes, names: Mapping[str, str], source_id: str, maker: FrameMaker) -> Frame:
+def _is_service(key: bytes, value: bytes) -> bool:
+    """Return whether an entry describes the file: by its key, or because a key of letters holds no mapping."""
+    if key.decode("utf-8", "replace").lower() in SERVICE_KEYS or (key.startswith(b"__") and key.endswith(b"__")):
+        return True
+    if any(48 <= byte <= 57 for byte in key):  # a digit, so it is the key of a frame
+        return False
+    try:
+        loaded = pickle.loads(value)
+    except Exception:  # a damaged frame
+        return False
+    return isinstance(loaded, str | bytes | int | float | list | tuple | None)
+
+
+def _with_units_of(metadata: bytes | None, settings: ReadSettings, path: Path) -> ReadSettings:
+    """Return the settings with the units in the metadata that SchNetPack writes, if there are any."""
+    try:
+        loaded = {} if metadata is None else pickle.loads(metadata)
+    except Exception:  # of something else
+        return settings
+    stated = schnetpack_units(loaded, settings) if isinstance(loaded, Mapping) else {}
+    return with_stated_units(settings, stated, path)
+
+
+def _frame_from_pickle(value: bytes, source_id: str, maker: FrameMaker) -> Frame:
     try:
         loaded = pickle.loads(value)
         entry = loaded if isinstance(loaded, Mapping) else _attributes(loaded)
@@ -103,24 +136,13 @@ def _frame_from_pickle(value: bytes, names: Mapping[str, str], source_id: str, m
     except Exception as error:  # a pickle can raise anything
         fault = f"the pickle cannot be loaded ({type(error).__name__}: {brief(error)})"
         return Frame(source_id=source_id, error=StructureError("unreadable", fault))
+    names = names_in(maker.settings, fields)
     missing = [names[part] for part in ("numbers", "positions") if names[part] not in fields]
     if missing:
         fault = f"the pickle has no '{missing[0]}' but {', '.join(fields) or 'nothing'}; name its parts under [columns]"
         return Frame(source_id=source_id, error=StructureError("unreadable", fault), info=fields)
-    cell = np.asarray(fields.get(names["cell"], np.zeros((3, 3))), dtype=np.float64)
-    if cell.size != 9:
-        fault = f"'{names['cell']}' has shape {cell.shape}, not (3, 3)"
-        return Frame(source_id=source_id, error=StructureError("bad_cell", fault), info=fields)
-    cell = cell.reshape(3, 3)
-    labels = {label: fields[names[label]] for label in LABELS if names.get(label) in fields}
-    raw = RawFrame(
-        numbers=fields[names["numbers"]],
-        positions=fields[names["positions"]],
-        cell=cell,
-        pbc=fields.get(names["pbc"], cell.any(axis=1)),
-        **labels,
-    )
-    return maker.make(raw, source_id, fields)
+    parts = {part: fields[name] for part, name in names.items() if name in fields}
+    return frame_of_parts(parts, source_id, maker, info=fields, other=parts)
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -16,15 +17,21 @@ from hydrazero.shards.readers.ase_atoms import frame_from_atoms
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_text, optional_module
 
+TOTAL_CHARGE = "total_charge"
+"""Field in which ASE keeps the number of the line 'charge'."""
+
 
 @reader(further_suffixes=(".data",))
 def read_n2p2(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
-    """Yield the frames between 'begin' and 'end', in the units of the settings; the charge is 'total_charge'.
+    """Yield the frames between 'begin' and 'end', in the units of the settings.
 
+    The charge is that of the line 'charge', unless `fields.charge` names something else or is empty.
     The format itself has no units; Hartree and Bohr are usual. Raises SourceError if the file is truncated.
     """
     # Older versions of ASE lack it.
     units = optional_module("ase.io.runner.runneratoms", "ase>=3.29", f"{path}: reading the n2p2 format").Units
+    if "charge" not in settings.fields.model_fields_set:
+        settings = replace(settings, fields=settings.fields.model_copy(update={"charge": TOTAL_CHARGE}))
     maker = FrameMaker(settings)
     with open_text(path) as (file, fraction):
         try:
@@ -44,7 +51,7 @@ def _frame_texts(file: TextIO, path: Path) -> Iterator[str]:
             break
         if word == "begin" or lines:
             # ASE looks for the word in small letters at the very start of a frame.
-            lines.append("begin" + line.strip()[5:] + "\n" if word == "begin" else line)
+            lines.append("begin" + line.strip()[5:] + "\n" if word == "begin" else _without_begin(line))
         if word == "end" and lines:
             yield "".join(lines)
             number, lines = number + 1, []
@@ -52,6 +59,11 @@ def _frame_texts(file: TextIO, path: Path) -> Iterator[str]:
         raise SourceError(
             f"{path}, frame {number}: there is no 'end' after its 'begin'; the file is truncated or damaged."
         )
+
+
+def _without_begin(line: str) -> str:
+    """Return a line inside of a frame, such as a comment, without the word 'begin', with which ASE starts a frame."""
+    return line.replace("begin", "")
 
 
 def _parse(text: str, source_id: str, maker: FrameMaker, no_conversion: Any) -> Frame:

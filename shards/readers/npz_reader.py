@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import SourceError
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, reader
+from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.hdf5_reader import RaggedArrays
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.shared import shared_parts
+from hydrazero.shards.readers.parts.stated_units import units_by_key, with_stated_units
 
 LAYOUTS = (
     {"numbers": "z", "positions": "R", "energy": "E", "forces": "F"},
@@ -20,36 +23,40 @@ LAYOUTS = (
 )
 """Keys of the sGDML layout (Chmiela et al. 2019) and of rMD17 (Christensen and von Lilienfeld 2020)."""
 
+LATTICE = "lattice"
+"""Key of the lattice vectors in the sGDML layout, which are the columns of the matrix."""
+
 
 @reader(suffixes=(".npz",))
 def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the frames of an archive: one molecule in many geometries, or ragged arrays if the settings have [columns].
 
-    Raises SourceError if the keys or shapes do not fit.
+    The units in 'e_unit' and 'r_unit' are used, and an archive with a 'lattice' is periodic. Raises SourceError if the
+    keys or shapes do not fit, or if the settings contradict the units.
     """
-    maker = FrameMaker(settings)
-    if settings.columns:
-        yield from RaggedArrays(path, _arrays(path), settings, np.ndarray).frames(maker)
-        return
     arrays = _arrays(path)
-    columns = _columns(path, arrays)
+    stated = units_by_key({name: array for name, array in arrays.items() if array.size == 1}, "key")
+    if settings.columns:
+        ragged = RaggedArrays(path, arrays, settings, np.ndarray)
+        settings = with_stated_units(settings, stated, path, ragged.parts)
+        yield from ragged.frames(FrameMaker(settings))
+        return
+    names = _names(path, arrays, settings)
+    # The stress of an archive has the unit of [units]; no layout has one.
+    maker = FrameMaker(with_stated_units(settings, stated, path, names))
+    columns = {part: arrays[name] for part, name in names.items()}
     frames = len(columns["positions"])
-    others = {target.field: arrays[target.field] for target in settings.targets.values() if target.field in arrays}
-    for name, array in others.items():
-        if array.shape[:1] != (frames,):
-            raise SourceError(f"{path}: '{name}' has shape {array.shape}, not {frames} rows, one for each frame.")
+    targets = {target.field: target for target in settings.targets.values()}
+    try:
+        shared = shared_parts(columns, names, frames, columns["positions"].shape[1], targets)
+    except StructureError as error:
+        raise SourceError(f"{path}: {error}.") from error
 
     def read(number: int) -> Frame:
-        raw = RawFrame(
-            numbers=columns["numbers"],
-            positions=columns["positions"][number],
-            cell=np.zeros((3, 3)),
-            pbc=False,
-            energy=columns["energy"][number] if "energy" in columns else None,
-            forces=columns["forces"][number] if "forces" in columns else None,
-            other={name: others[name][number] for name in others},
-        )
-        return maker.make(raw, f"{path.name}#{number}", {})
+        parts: dict[str, Any] = {part: array if part in shared else array[number] for part, array in columns.items()}
+        if names.get("cell") == LATTICE and np.shape(parts["cell"]) == (3, 3):
+            parts["cell"] = np.transpose(parts["cell"])
+        return frame_of_parts(parts, f"{path.name}#{number}", maker, info={}, other=parts)
 
     for number in range(frames):
         source_id = f"{path.name}#{number}"
@@ -63,23 +70,23 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # depends on the damage: OSError, BadZipFile, zlib.error, ValueError, EOFError, ...
         raise SourceError(
-            f"{path} is not a readable npz archive ({error}); copy it again if it should be one."
+            f"{path} is not a readable npz archive ({brief(error)}); copy it again if it should be one."
         ) from error
 
 
-def _columns(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return the arrays by the parts of a structure; raise SourceError for another layout or wrong shapes."""
+def _names(path: Path, arrays: Mapping[str, NDArray[Any]], settings: ReadSettings) -> dict[str, str]:
+    """Return part -> key of the archive; raise SourceError for another layout or wrong shapes."""
     layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(arrays)), None)
     if layout is None:
         raise SourceError(
             f"{path} has the keys {', '.join(arrays)}, neither those of sGDML nor of rMD17; name its arrays under "
             "[columns]."
         )
-    columns = {name: arrays[key] for name, key in layout.items() if key in arrays}
-    shape = columns["positions"].shape
+    chosen = {part for part in settings.fields.model_fields_set if getattr(settings.fields, part) != part}
+    names = {**names_in(settings, arrays), "cell": LATTICE if LATTICE in arrays else "cell"}
+    names |= {part: name for part, name in layout.items() if part not in chosen}
+    names = {part: name for part, name in names.items() if name in arrays}
+    shape = arrays[names["positions"]].shape
     if len(shape) != 3:
-        raise SourceError(f"{path}: '{layout['positions']}' has shape {shape}, not (frames, atoms, 3).")
-    for name in ("energy", "forces"):
-        if name in columns and columns[name].shape[:1] != shape[:1]:
-            raise SourceError(f"{path}: '{layout[name]}' has shape {columns[name].shape}, the positions have {shape}.")
-    return columns
+        raise SourceError(f"{path}: '{names['positions']}' has shape {shape}, not (frames, atoms, 3).")
+    return names

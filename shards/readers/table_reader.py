@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hydrazero.shards.errors import SourceError
-from hydrazero.shards.readers.column_names import LABELS, column_names
-from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.stated_units import StatedUnit, units_by_key, with_stated_units
 
 ROWS = 256
 
@@ -20,22 +19,24 @@ ROWS = 256
 def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the rows of a parquet file by [columns]: numbers (list), positions and forces (nested or flat lists), ...
 
-    Other columns of texts and numbers become fields of the frame. Raises SourceError if a column is missing or the
-    file is damaged.
+    Numbers may be symbols. Other columns of texts and numbers become fields of the frame. Units in the metadata of the
+    file are used. Raises SourceError if a column is missing, the file is damaged, or the settings contradict its units.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    maker, names = FrameMaker(settings), column_names(settings)
     try:
         with pq.ParquetFile(path) as file:
             there = set(file.schema_arrow.names)
+            names = names_in(settings, there)
             missing = [names[part] for part in ("numbers", "positions", *settings.columns) if names[part] not in there]
             if missing:
                 raise SourceError(
                     f"{path} has no column '{missing[0]}' but {', '.join(sorted(there))}; name its columns under "
                     "[columns]."
                 )
+            parts = [part for part, name in names.items() if name in there]
+            maker = FrameMaker(with_stated_units(settings, _stated(file.schema_arrow, names), path, parts))
             total, number = max(file.metadata.num_rows, 1), 0
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
@@ -50,21 +51,23 @@ def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         raise SourceError(f"{path} is not a complete parquet file ({brief(error)}); copy it again.") from error
 
 
+def _stated(schema: Any, names: dict[str, str]) -> dict[str, StatedUnit]:
+    """Return part -> unit in the metadata of the columns ('units') or of the table ('energy_unit')."""
+    stated = units_by_key(_decoded(schema.metadata), "metadata")
+    for part, name in names.items():
+        if name in schema.names:
+            for key, value in _decoded(schema.field(name).metadata).items():
+                if key.lower() in ("unit", "units"):
+                    stated[part] = StatedUnit(unit=value, where=f"metadata '{key}' of the column '{name}'")
+    return stated
+
+
+def _decoded(metadata: dict[bytes, bytes] | None) -> dict[str, str]:
+    return {key.decode("utf-8", "replace"): text.decode("utf-8", "replace") for key, text in (metadata or {}).items()}
+
+
 def frame_from_row(row: dict[str, Any], names: dict[str, str], source_id: str, maker: FrameMaker) -> Frame:
-    """Return the frame of a row; flat lists of three numbers per atom are reshaped."""
+    """Return the frame of a row."""
     parts = {part: row[key] for part, key in names.items() if row.get(key) is not None}
-    for part in ("positions", "forces"):
-        values = np.asarray(parts.get(part, ()), dtype=np.float64) if part in parts else None
-        if values is not None and values.ndim == 1 and values.size % 3 == 0:
-            parts[part] = values.reshape(-1, 3)
-    cell = np.reshape(parts.get("cell", np.zeros((3, 3))), (3, 3))
-    raw = RawFrame(
-        numbers=parts.get("numbers", []),
-        positions=parts.get("positions", []),
-        cell=cell,
-        pbc=parts.get("pbc", cell.any(axis=1)),
-        **{label: parts[label] for label in LABELS if label in parts},
-        other=row,
-    )
     info = {key: value for key, value in row.items() if isinstance(value, str | bytes | int | float)}
-    return maker.make(raw, source_id, info)
+    return frame_of_parts(parts, source_id, maker, info=info, other=row)

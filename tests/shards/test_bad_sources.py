@@ -43,10 +43,10 @@ def archive(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"z": np.array(["O", "H"])}, ("frame 0", "cannot be read as numbers")),
+        ({"z": np.array(["O", "Xx"])}, ("frame 0", "'Xx' is not a chemical element")),
         ({"z": np.array([8.0, 1.5])}, ("frame 0", "atomic number 1.5")),
         ({"z": np.array([8, 300])}, ("frame 0", "atomic number 300")),
-        ({"z": np.array([[8, 1]] * 30)}, ("frame 0", "shape (30, 2)")),
+        ({"z": np.array([[8, 1]] * 29)}, ("'z' has shape (29, 2)", "30 frames of 2 atoms need (30, 2)")),
         ({"z": None}, ("E, F", "sGDML")),
         ({"R": np.array(5.0)}, ("'R' has shape ()",)),
         ({"R": np.zeros((30, 6))}, ("'R' has shape (30, 6)",)),
@@ -104,8 +104,13 @@ def test_a_damaged_count_of_atoms(tmp_path, count):
 
 
 def test_settings_that_leave_nothing(tmp_path):
-    source = write_extxyz(tmp_path / "t.xyz", molecules(8))
-    refused(source, tmp_path / "out", config='[select]\nconfig_type = ["MD"]\n', words=("skipped", "not_selected: 8"))
+    frames = molecules(8)
+    for atoms in frames:
+        atoms.info["T"] = 300
+    source = write_extxyz(tmp_path / "t.xyz", frames)
+    refused(source, tmp_path / "out", config='[select]\nT = ["MD", 200]\n', words=("skipped", "not_selected: 8"))
+    missing = "no frame has the field 'config_type' of [select]; the frames have T"
+    refused(source, tmp_path / "out", config='[select]\nT = [300]\nconfig_type = ["MD"]\n', words=(missing,))
     refused(source, tmp_path / "out", config="[split]\nseed = -1\n", words=("split.seed is -1",))
 
 

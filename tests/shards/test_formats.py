@@ -132,7 +132,7 @@ def test_hdf5_of_symbols_in_other_units(tmp_path):
         ({}, {"ptr": "nowhere"}, "lacks ptr"),
         ({"E": np.arange(2.0)}, {}, r"'data/E' has shape \(2,\), not 3 rows"),
         ({"E": 5.0}, {}, r"'data/E' has shape \(\), not 3 rows"),
-        ({"box": np.zeros((3, 6))}, {}, r"'data/box' has shape \(3, 6\)"),
+        ({"box": np.zeros((3, 5))}, {}, r"'data/box' has shape \(3, 5\)"),
         ({"first": [0, 9, 4, 12]}, {}, "'ptr' is damaged between structures 0 and 2"),
         ({"first": [0, 3, 4, 90]}, {}, "atoms 0 to 90 of"),
         ({"first": [0, 3, 4, 6]}, {}, "'ptr' ends at atom 6 of"),

@@ -60,7 +60,6 @@ def test_deepmd_without_a_box(tmp_path):
     [
         ({"force": [np.zeros(4)] * 2}, "cannot be read by dpdata"),
         ({"coord": None}, "cannot be read by dpdata"),
-        ({"energy": None}, "cannot be read by dpdata"),
         ({"coord": np.array([None])}, "cannot be read by dpdata"),  # needs a pickle
         ({"real_atom_types": [[0, 1, 1]] * 2}, "has mixed types"),
     ],

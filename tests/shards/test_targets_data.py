@@ -238,7 +238,7 @@ def test_arrays_of_another_length(tmp_path):
     one = {"z": [8, 1, 1], "R": positions, "E": np.zeros(20), "F": np.zeros((20, 3, 3)), "q": np.zeros((19, 3))}
     np.savez(tmp_path / "b.npz", **one)
     settings = load_convert_settings(settings_file(tmp_path, '[targets.charges]\nfield = "q"\nof = "atom"'))
-    with pytest.raises(SourceError, match=r"'q' has shape \(19, 3\), not 20 rows"):
+    with pytest.raises(SourceError, match=r"'q' has shape \(19, 3\), where 20 frames of 3 atoms need \(20, 3\)"):
         convert([tmp_path / "b.npz"], "b", tmp_path / "out", settings)
 
 
