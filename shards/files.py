@@ -6,6 +6,7 @@ import codecs
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import tomllib
@@ -34,7 +35,8 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
     `path` keeps its old content, or stays absent, until the rename; the temporary one is removed if the block raises.
     Set `shared` where several processes may write `path` at the same time: each then has a temporary file of its own.
     With `durable`, the content is on the disk before the rename, so that a power failure cannot leave an empty file.
-    `suffix` ends the temporary name, for writers that look at it. Raises OSError where the system does.
+    `suffix` ends the temporary name, for writers that look at it. Raises OSError, with the name `path`, where the system
+    does.
     """
     owner = f"-{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}.part{owner}{suffix}")
@@ -46,11 +48,13 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except Exception as other:
+        if (error := _of_system(other)) is None:
+            raise
         # A full disk is reported without a name, and the temporary one would mean nothing to the user.
         if error.filename is None or os.fspath(error.filename) == os.fspath(temporary):
             error.filename, error.filename2 = os.fspath(path), None
-        raise
+        raise error from (None if error is other else other)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -64,6 +68,14 @@ def without_links(path: str, flags: int) -> int:
     A symbolic link is an error (OSError), and so is a pipe that nobody reads, for which opening would wait otherwise.
     """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def _of_system(error: Exception) -> OSError | None:
+    """Return an OSError, also one of which safetensors or Arrow have made a text; None for errors of other kinds."""
+    number = re.search(r"\b(?:os error|errno) (\d+)\b", str(error))  # 'Errno' is Python's own text
+    if number is not None:
+        return OSError(int(number[1]), os.strerror(int(number[1])), getattr(error, "filename", None))
+    return error if isinstance(error, OSError) else None
 
 
 def write_bytes(path: Path, data: bytes, *, shared: bool = False, durable: bool = False) -> None:

@@ -17,10 +17,12 @@ precision, the cutoff in Å and the model card.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -155,14 +157,17 @@ def write_package(model: AtomisticModel, out: Path, card: dict[str, Any] | None)
     remove_cut_off_files()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out, shared=True, suffix=SUFFIX) as temporary:
+        # PyTorch ends the process where it finds a disk full, so the package is made where the compiler works anyway.
+        with TemporaryDirectory() as folder, replacing(out, shared=True) as temporary:
+            made = Path(folder) / f"package{SUFFIX}"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about PyTorch's own code
                 settings = {"aot_inductor.metadata": _facts(model, card)}
                 torch._inductor.aoti_compile_and_package(
-                    export_program(model), package_path=str(temporary), inductor_configs=settings
+                    export_program(model), package_path=str(made), inductor_configs=settings
                 )
-            _compare(model, temporary)
+            _compare(model, made)
+            shutil.copyfile(made, temporary)
     except OSError as error:
         raise ModelFileError(f"{out} cannot be written ({error.strerror or error}).") from error
     except (InductorError, TorchDynamoException) as error:
