@@ -86,6 +86,7 @@ class HydrazeroCalculator(Calculator):
         found["energy_spread"] = row["energy_spread"]
         self.results = {name: value for name, value in found.items() if value is not None}
         self._look(row["energy_spread"])
+        self._watch.look_at_untrained(self.atoms.get_chemical_formula(), properties or ())
         if self.others:
             self._compare_tasks(batch)
         if row["stress"] is not None:
@@ -98,6 +99,8 @@ class HydrazeroCalculator(Calculator):
         sample = self.neighbours.sample
         if (reason := self.potential.why_not(sample.structure, self.task)) is not None:
             raise StructureError("unseen", f"the structure {reason}; leave it out or choose another task.")
+        assert self.atoms is not None
+        self._watch.look_at_composition(self.atoms.get_chemical_formula(), sample.structure.numbers)
         self._bounds = self._watch.bounds(sample.structure.numbers, sample.pairs)
         self._seen_lists = self.neighbours.lists
 

@@ -14,6 +14,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
+from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.checks.work import WorkPairs
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, split_of, split_of_file
@@ -43,6 +44,8 @@ class Chunk:
     """Source id, reason and message of each skipped bad frame."""
     work: WorkPairs = field(default_factory=WorkPairs)
     """Pairs of successive frames whose labels can be compared."""
+    methods: MethodFields = field(default_factory=MethodFields)
+    """Values of the fields that name the method of the labels."""
 
     def add(self, frame: Frame, job: Conversion, source: Path) -> None:
         """Add a frame; raise SourceError for a bad one unless bad frames are skipped."""
@@ -71,10 +74,15 @@ class Chunk:
         self.hashes.append(frame.structure.geometry_hash())
         self.splits.append(SPLITS.index(split))
         self.work.add(frame.structure)
+        self.methods.add(frame.info)
 
     def encode(self, float_dtype: str) -> bytes:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
-        about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
+        about = {
+            "not_selected": str(self.not_selected),
+            "bad": json.dumps(self.bad),
+            "methods": json.dumps(self.methods.counts),
+        }
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
             columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
@@ -195,6 +203,7 @@ class ChunkFile:
         about = self._file.metadata()
         self.not_selected = int(about["not_selected"])
         self.bad: list[dict[str, str]] = json.loads(about["bad"])
+        self.methods = MethodFields(json.loads(about["methods"]))
         self._names = set(self._file.keys())
 
     def column(self, name: str) -> NDArray[Any]:
