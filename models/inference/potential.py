@@ -145,8 +145,8 @@ class Potential:
         A row holds 'structure' (index), 'task', 'energy' eV, 'energy_spread' eV (the standard deviation of an ensemble
         of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3] eV/Å³ (for periodic structures whose cell has three
         vectors), each None where the task has none, 'reference_energy' eV (the sum of the reference energies of all
-        atoms), and 'targets', the task's other quantities by name. Raises StructureError for a structure that is not valid or that a task does
-        not support, ModelFileError for a task that the model does not have.
+        atoms), and 'targets', the task's other quantities by name. Raises StructureError for a structure that is not
+        valid or that a task does not support, ModelFileError for a task that the model does not have.
         """
         names = self.tasks if tasks is None else list(tasks)
         indices = [self.task_index(name) for name in names]

@@ -97,7 +97,8 @@ def _all_electrons(sample: EnergySample, units: SourceUnits) -> str | None:
         reason = f"they are probably in {unit}" if named else "their unit is probably a smaller one"
         return (
             f"the energies are impossible: that of {at}, for example, is {ratio:.3g} times the energy of its atoms "
-            f"with all their electrons, below which no energy lies; {reason}, not in {units.energy}; look at units.energy."
+            f"with all their electrons, below which no energy lies; {reason}, not in {units.energy}; look at "
+            "units.energy."
         )
     present = np.flatnonzero(sample.counts.sum(axis=0))
     narrow = np.ptp(np.quantile(ratios, (0.1, 0.9))) < SAME_ENERGY * ratio
