@@ -41,7 +41,7 @@ class Predictions:
     forces: Tensor
     """Forces in eV/Å, [A, 3]: minus the exact gradient of the energy, or from a direct head if the task has one."""
     stress: Tensor
-    """Stress in eV/Å³, [S, 3, 3]; zero where a structure has no volume, as molecules and cells without three vectors."""
+    """Stress in eV/Å³, [S, 3, 3]; zero where a structure has no volume (`Structure.volume`)."""
     spread: Tensor
     """Standard deviation of the energies of the ensemble in eV, [S]; 0 without an ensemble."""
     targets: dict[str, Tensor] = field(default_factory=dict)

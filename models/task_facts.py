@@ -21,6 +21,9 @@ from hydrazero.shards.targets import TargetName, internal_unit
 CONSERVATIVE, DIRECT, NONE = "conservative", "direct", "none"
 """Ways to predict forces and stress: as the gradient of the energy, by a separate head, or not at all."""
 
+UNTRAINED = {CONSERVATIVE: "derived from the energy, not trained", DIRECT: "not trained"}
+"""What is said of forces and stress that are predicted in a way, but were never trained."""
+
 
 Way = Annotated[str, Field(pattern=f"^({CONSERVATIVE}|{DIRECT}|{NONE})$")]
 Number = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
@@ -72,7 +75,9 @@ class TaskFacts:
     has_energy: bool = True
     """Whether the training labels include energies."""
     has_forces: bool = True
-    """Whether the training labels include forces."""
+    """Whether the training labels include forces, which were trained."""
+    has_stress: bool = True
+    """Whether the training labels include stress, which was trained."""
     forces: Way = CONSERVATIVE
     """Way in which forces are predicted: 'conservative', 'direct' or 'none'."""
     stress: Way = CONSERVATIVE
@@ -89,8 +94,17 @@ class TaskFacts:
     """Smallest distance of two elements in the training split in Å, by a key such as 'Al-Cu', the lighter one first."""
     closest_within: Distance = 0.0
     """Distance in Å that pairs of elements missing in `closest` are always above; 0 if it is unknown."""
+    undetermined_sums: list[dict[Element, Number]] = field(default_factory=list)
+    """Combinations of elements, element -> coefficient, whose reference energies the training compositions leave open;
+    see the manifest."""
     largest_spread: Annotated[Number, Field(ge=0)] = 0.0
     """Spread of the ensemble in eV per atom that 99% of the evaluated structures do not exceed; 0 if it is unknown."""
+
+    @property
+    def untrained(self) -> list[str]:
+        """Those of 'forces' and 'stress' that are predicted, but were never trained."""
+        found = {"forces": (self.forces, self.has_forces), "stress": (self.stress, self.has_stress)}
+        return [name for name, (way, trained) in found.items() if way != NONE and not trained]
 
 
 def reference_table(tasks: Sequence[TaskFacts]) -> Tensor:

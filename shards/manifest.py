@@ -176,7 +176,8 @@ class Manifest:
     """Labels that every structure has."""
     periodic_structures: Count
     references: str = "fit"
-    """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (isolated atoms)."""
+    """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (its isolated
+    atoms)."""
     isolated_atoms: dict[Element, Number] = field(default_factory=dict)
     """Element -> energy in eV of a neutral isolated atom in the training split, the lowest if there are several."""
     undetermined_sums: list[dict[Element, Number]] = field(default_factory=list)

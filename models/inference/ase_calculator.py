@@ -116,6 +116,7 @@ class HydrazeroCalculator(Calculator):
             if self.atoms is None:
                 raise StructureError("no_atoms", "the calculator has no structure; give it one.")
             results, extras = self._results(self.atoms)
+            self._watch.look_at_untrained(self.atoms.get_chemical_formula(), properties or ())
             self.results, self.extras = results, extras
             if "stress" not in results and properties and "stress" in properties:
                 raise PropertyNotImplementedError("stress needs a periodic structure whose cell has three vectors.")
@@ -145,6 +146,8 @@ class HydrazeroCalculator(Calculator):
         sample = self.neighbours.sample
         if (reason := self.potential.why_not(sample.structure, self.task)) is not None:
             raise StructureError("unseen", f"the structure {reason}; leave it out or choose another task.")
+        assert self.atoms is not None
+        self._watch.look_at_composition(self.atoms.get_chemical_formula(), sample.structure.numbers)
         self._bounds = self._watch.bounds(sample.structure.numbers, sample.pairs)
         self._seen_lists = self.neighbours.lists
 

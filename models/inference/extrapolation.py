@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
-from hydrazero.models.task_facts import TaskFacts
+from hydrazero.models.task_facts import UNTRAINED, TaskFacts
 from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
+from hydrazero.shards.convert.references import is_determined, undetermined_text
 from hydrazero.shards.graphs.neighbours import HalfPairs
 from hydrazero.shards.structure import FloatArray, Structure
 
@@ -66,6 +68,17 @@ class Extrapolation:
             formula,
             f"{elements} at {distances[worst]:.2f} Å (atoms {ends[0]} and {ends[1]}); in the training data {known}",
         )
+
+    def look_at_composition(self, formula: str, numbers: NDArray[np.uint8]) -> None:
+        """Warn about a composition whose total energy the training data does not determine."""
+        if not is_determined(numbers.tolist(), self.facts.undetermined_sums):
+            self._warn("composition", formula, undetermined_text(self.facts.undetermined_sums))
+
+    def look_at_untrained(self, formula: str, wanted: Collection[str]) -> None:
+        """Warn about those of the wanted 'forces' and 'stress' that are predicted, but were not trained."""
+        for name in self.facts.untrained:
+            if name in wanted:
+                self._warn(name, formula, f"the predicted {name}: {UNTRAINED[getattr(self.facts, name)]}")
 
     def look_at_spread(self, formula: str, per_atom: float) -> None:
         """Warn if the spread of the ensemble in eV per atom exceeds that of 99% of the evaluated structures."""

@@ -13,7 +13,8 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders import ENCODERS
-from hydrazero.models.task_facts import NONE, TargetFacts, TaskFacts
+from hydrazero.models.task_facts import NONE, UNTRAINED, TargetFacts, TaskFacts
+from hydrazero.shards.convert.references import undetermined_text
 from hydrazero.shards.units import INTERNAL_UNITS
 
 
@@ -106,6 +107,8 @@ def _task_card(task: TaskFacts, origin: Origin) -> dict[str, Any]:
         "method": task.fidelity,
         "elements": " ".join(task.elements),
         "predicts": predicted(task),
+        **({"untrained": untrained} if (untrained := _untrained(task)) else {}),
+        **({"undetermined": undetermined_text(task.undetermined_sums)} if task.undetermined_sums else {}),
         "data": origin.data.get(task.name, ""),
         "errors": origin.errors.get(task.name),
     }
@@ -116,6 +119,11 @@ def predicted(task: TaskFacts) -> dict[str, str]:
     found = {"energy": task.has_energy, "forces": task.forces != NONE, "stress": task.stress != NONE}
     units = {name: INTERNAL_UNITS[name] for name, there in found.items() if there}
     return units | {name: target.unit for name, target in task.targets.items()}
+
+
+def _untrained(task: TaskFacts) -> dict[str, str]:
+    """Return what is to be said of predicted quantities that were never trained, by name."""
+    return {name: UNTRAINED[getattr(task, name)] for name in task.untrained}
 
 
 def hydrazero_version() -> str:

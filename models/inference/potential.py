@@ -126,11 +126,11 @@ class Potential:
 
         One structure or one task need not be in a list. A row holds 'structure' (index), 'task', 'energy' eV,
         'energy_spread' eV (the standard deviation of an ensemble of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3]
-        eV/Å³ (for periodic structures whose cell has three vectors), each None where the task has none, 'reference_energy' eV (the
-        sum of the reference energies of all atoms), and 'targets', the task's other quantities by name. Numbers are of
-        type float, arrays of type float64. A charge or spin that a task ignores gives an ExtrapolationWarning. Raises
-        StructureError for a structure that is not valid or that a task does not support, ModelFileError for a task that
-        the model does not have.
+        eV/Å³ (for periodic structures whose cell has three vectors), each None where the task has none,
+        'reference_energy' eV (the sum of the reference energies of all atoms), and 'targets', the task's other
+        quantities by name. Numbers are of type float, arrays of type float64. A charge or spin that a task ignores
+        gives an ExtrapolationWarning. Raises StructureError for a structure that is not valid or that a task does not
+        support, ModelFileError for a task that the model does not have.
         """
         names = names_of(self.tasks if tasks is None else tasks)
         indices = [self.task_index(name) for name in names]

@@ -15,6 +15,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
+from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.checks.work import WorkPairs
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, is_selected, split_of, split_of_file
@@ -48,6 +49,8 @@ class Chunk:
     """Source id, reason and message of each skipped bad frame."""
     work: WorkPairs = field(default_factory=WorkPairs)
     """Pairs of successive frames whose labels can be compared."""
+    methods: MethodFields = field(default_factory=MethodFields)
+    """Values of the fields that name the method of the labels."""
 
     def add(self, frame: Frame, job: Conversion, source: Path) -> None:
         """Add a frame; raise SourceError for a bad one unless bad frames are skipped."""
@@ -79,11 +82,13 @@ class Chunk:
         self.hashes.append(frame.structure.geometry_hash())
         self.splits.append(SPLITS.index(split))
         self.work.add(frame.structure)
+        self.methods.add(frame.info)
 
     def encode(self, float_dtype: str) -> bytes:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
         about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
         about["lacking"] = json.dumps([self.lacking, self.fields])
+        about["methods"] = json.dumps(self.methods.counts)
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
             columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
@@ -207,6 +212,7 @@ class ChunkFile:
         self.lacking: dict[str, int]
         self.fields: list[str]
         self.lacking, self.fields = json.loads(about.get("lacking", "[{}, []]"))
+        self.methods = MethodFields(json.loads(about.get("methods", "{}")))
         self._names = set(self._file.keys())
 
     def column(self, name: str) -> NDArray[Any]:

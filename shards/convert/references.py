@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
@@ -49,8 +49,8 @@ def chosen_references(
     if missing or not fitted:
         lacking = f"neutral isolated atom of {', '.join(missing)} with an energy" if missing else "energy"
         raise SourceError(
-            f"task '{task}': references = 'isolated', but the training split holds no {lacking}; add it to the sources, "
-            "or leave references at 'fit'."
+            f"task '{task}': references = 'isolated', but the training split holds no {lacking}; add it to the "
+            "sources, or leave references at 'fit'."
         )
     return {symbol: isolated[symbol] for symbol in fitted}
 
@@ -99,6 +99,16 @@ def is_determined(numbers: Iterable[int], undetermined: Iterable[Mapping[str, fl
     return all(
         abs(sum(c * counts[atomic_numbers[symbol]] for symbol, c in combination.items())) <= tolerance
         for combination in undetermined
+    )
+
+
+def undetermined_text(undetermined: Sequence[Mapping[str, float]]) -> str:
+    """Return which reference energies are not determined by the data, and what follows, without a stop at the end."""
+    symbols = sorted({symbol for combination in undetermined for symbol in combination}, key=atomic_numbers.__getitem__)
+    return (
+        "the compositions of the training structures do not determine the reference energies of "
+        f"{', '.join(symbols[:-1])} and {symbols[-1]} separately, so that total energies of other compositions are "
+        "arbitrary, by any amount"
     )
 
 

@@ -85,7 +85,7 @@ class Statistics:
     """Triangular factor of the rows (atoms of each element 0 to 118, energy in eV) of the training split, which is all
     that the least-squares fit of reference energies needs."""
     isolated: dict[int, float] = field(default_factory=dict)
-    """Atomic number -> energy of a neutral isolated atom of the training split in eV, the lowest if there are several."""
+    """Atomic number -> energy of a neutral isolated atom of the training split in eV, the lowest of several."""
     forces: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(FORCE_EDGES) - 1, dtype=np.int64))
     """Number of atoms of the training split by the norm of the force, in the bins of FORCE_EDGES."""
     strongest: list[Outlier] = field(default_factory=list)

@@ -66,10 +66,10 @@ class GraphBatch(Data):
     whose neighbours a row holds), neighbours [R, K] int64 (an empty slot points at the row's own atom), shifts
     [R, K, 3] Å, reverse [R, K] int64 (flat index of the slot that holds the opposite pair; itself where empty),
     slot_mask [R, K], atom_mask [A], structure [A] int64 (index of the atom's structure), task [S] int64,
-    structure_mask [S], n_atoms [S] int64, cell [S, 3, 3] Å, volume [S] Å³ (1 without one), periodic [S] (whether there is a
-    volume to which the stress refers), charge [S], multiplicity [S]; labels: energy [S] eV float64 with energy_mask [S], forces [A, 3] eV/Å
-    with forces_mask [A], stress [S, 3, 3] eV/Å³ with stress_mask [S], and for each target of the stream target_NAME
-    ([S], [S, 3], [A] or [A, 3]) with target_NAME_mask ([S] or [A]).
+    structure_mask [S], n_atoms [S] int64, cell [S, 3, 3] Å, volume [S] Å³ (1 without one), periodic [S] (whether there
+    is a volume, to which the stress refers), charge [S], multiplicity [S]; labels: energy [S] eV float64 with
+    energy_mask [S], forces [A, 3] eV/Å with forces_mask [A], stress [S, 3, 3] eV/Å³ with stress_mask [S], and for each
+    target of the stream target_NAME ([S], [S, 3], [A] or [A, 3]) with target_NAME_mask ([S] or [A]).
     """
 
     def source_ids(self) -> list[str]:

@@ -102,6 +102,8 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
         fidelity=manifest.source.get("method", ""),
         has_energy=has_energy,
         has_forces=has_forces,
+        has_stress="stress" in manifest.labels,
+        undetermined_sums=manifest.undetermined_sums,
         forces=forces,
         stress=stress,
         stress_scale=_stress_scale(manifest),

@@ -220,7 +220,7 @@ def make_objective(model: AtomisticModel, settings: LossSection, task_weights: S
     """Return the objective for the quantities that a model predicts."""
     of_tasks = [_scales_of(task) for task in model.tasks]
     quantities = ["energy", "forces"]
-    if settings.stress_weight > 0 and any("stress" in task for task in of_tasks):
+    if (settings.weight("stress") or settings.final_weight("stress")) and any("stress" in task for task in of_tasks):
         quantities.append("stress")
     if model.settings.ensemble > 1:
         quantities.append("spread")

@@ -47,6 +47,7 @@ def export_run(
     belongs = evaluation is not None and _is_of(evaluation, model, run_dir)
     if evaluation is not None and belongs:
         _set_largest_spreads(model, evaluation.tasks)
+    _set_trained(model, read_record(run_dir).get("loss", {}))
     model = with_old_heads(model, run_dir) if old_heads else model
     chosen = model if tasks is None else with_tasks(model, tasks)
     save_model(chosen, out, dtype=dtype, origin=_origin(run_dir, evaluation, belongs, dtype))
@@ -72,6 +73,20 @@ def _set_largest_spreads(model: AtomisticModel, tasks: Mapping[str, TaskEvaluati
     """Set the spread of the ensemble that 99% of the evaluated structures do not exceed, for each of the tasks."""
     spreads = {name: errors.energy_spread.quantile_99 for name, errors in tasks.items() if errors.energy_spread}
     model.tasks = [replace(task, largest_spread=1e-3 * spreads.get(task.name, 0.0)) for task in model.tasks]
+
+
+def _set_trained(model: AtomisticModel, loss: Mapping[str, Any]) -> None:
+    """Set that forces and stress were not trained, where their weight in the loss was 0 throughout the run."""
+    final = loss.get("final_weights", {})
+    trained = {name: bool(loss.get(f"{name}_weight", 1.0) or final.get(name)) for name in ("forces", "stress")}
+    model.tasks = [
+        replace(
+            task,
+            has_forces=task.has_forces and trained["forces"],
+            has_stress=task.has_stress and trained["stress"],
+        )
+        for task in model.tasks
+    ]
 
 
 def _origin(run_dir: Path, evaluation: Evaluation | None, belongs: bool, dtype: str) -> Origin:

@@ -67,7 +67,7 @@ def dry_run(config: RunConfig, checked: CheckedRun, resume: bool) -> None:
         config=config, ds_config=checked.ds_config, manifests=manifests, engine=engine, memory=memory, measured=measured
     )
     faults = _file_faults(config.tasks, config.data, manifests)
-    said = [*heads, *checked.warnings, *faults, *_elements_left_out(manifests), *log.sentences]
+    said = [*heads, *checked.warnings, *faults, *_elements_left_out(manifests), *_doubts(manifests), *log.sentences]
     if distributed.rank() == 0:
         console = wide_console(stderr=False)
         console.print(tasks_table(found))
@@ -183,6 +183,11 @@ def _file_faults(tasks: Sequence[TaskSection], data: DataSection, manifests: Seq
             except ShardError as error:
                 faults.append(f"warning: {error} (data.on_bad_shard = 'skip': the run leaves it out)")
     return faults
+
+
+def _doubts(manifests: Sequence[Manifest]) -> list[str]:
+    """Return what the conversions found doubtful in the labels."""
+    return [f"warning: task '{manifest.task}': {text}" for manifest in manifests for text in manifest.warnings]
 
 
 def _elements_left_out(manifests: Sequence[Manifest]) -> list[str]:

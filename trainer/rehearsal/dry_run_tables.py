@@ -84,11 +84,13 @@ def tasks_table(found: Findings) -> Table:
 
 
 def _trained_on(found: Findings, number: int) -> list[str]:
-    """Return the quantities that a task predicts and has labels of."""
+    """Return the quantities that a task predicts, has labels of, and trains with a weight."""
     manifest, objective = found.manifests[number], found.engine.module.objective
     held = {*manifest.labels, *manifest.targets} | ({"energy"} if "energy_per_atom" in manifest.labels else set())
     predicted = zip(objective.quantities, objective.predicted[number].tolist(), strict=True)
-    return [name for name, does in predicted if does and name in held]
+    loss = objective.settings
+    trained = [name for name, does in predicted if does and name in held]
+    return [name for name in trained if loss.weight(name) or loss.final_weight(name)]
 
 
 def run_table(found: Findings) -> Table:

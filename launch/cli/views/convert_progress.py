@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from hydrazero.launch.cli.views.task_notes import task_notes
 from hydrazero.shards.convert.convert import Progress as Place
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import ConvertSettings
@@ -97,8 +98,5 @@ def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> 
         click.echo(f"duplicates: {manifest.duplicate_count:,} structures repeat an earlier geometry ({what})")
     for reason, count in manifest.set_aside.items():
         click.echo(f"skipped, {reason}: {count:,}")
-    untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
-    if untrained:
-        click.echo(
-            f"warning: no training structure contains {', '.join(untrained)}, so there is no reference energy for it"
-        )
+    for note in task_notes(manifest):
+        click.echo(note)

@@ -9,9 +9,17 @@ from pathlib import Path
 from hydrazero.launch.cli.views.inspect_plots import distributions, element_map, elements_of_tasks
 from hydrazero.launch.cli.views.shards_view import SIDE_BY_SIDE, side_by_side_rows
 from hydrazero.launch.cli.views.target_table import TARGET_HEADINGS, target_rows
+from hydrazero.launch.cli.views.task_notes import task_notes
 from hydrazero.shards.manifest import Manifest
 from hydrazero.trainer.report.markup import picture
 from hydrazero.trainer.report.markup import write_page as write_document
+
+OUTLIERS = {
+    "energy_residual_per_atom": ("energy minus references", "eV/atom from the mean"),
+    "force_norm": ("largest force", "eV/Å"),
+    "stress": ("largest component of the stress", "eV/Å³"),
+}
+"""Label -> heading and unit of its outliers."""
 
 
 def write_page(manifests: Sequence[Manifest], cutoff: str, out: Path) -> None:
@@ -59,12 +67,11 @@ def _targets(manifest: Manifest) -> str:
 
 def _outliers(manifest: Manifest) -> str:
     cells = []
-    for label, unit in (("energy_residual_per_atom", "eV/atom from the mean"), ("force_norm", "eV/Å")):
+    for label, (heading, unit) in OUTLIERS.items():
         rows = "".join(
             f'<tr><td class="text">{escape(one.source_id)}</td><td>{one.value:.4g}</td></tr>'
             for one in manifest.outliers.get(label, [])[:5]
         )
-        heading = "energy minus references" if label == "energy_residual_per_atom" else "largest force"
         cells.append(f'<table><tr><th class="text">{heading}</th><th>{unit}</th></tr>{rows}</table>' if rows else "")
     if not any(cells):
         return ""
@@ -77,5 +84,6 @@ def _source(manifest: Manifest) -> str:
     facts += [f"skipped, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
     if manifest.duplicate_count:
         facts.append(f"{manifest.duplicate_count:,} structures repeat an earlier geometry")
+    facts += task_notes(manifest)
     lines = "<br>".join(escape(fact) for fact in facts)
     return f'<p class="facts"><b>{escape(manifest.task)}</b><br>{lines}</p>'

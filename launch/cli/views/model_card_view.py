@@ -46,6 +46,9 @@ def describe_model(path: Path) -> RenderableType:
         if value:
             about.add_row(Text(name, style="bold"), Text(value))
     parts: list[RenderableType] = [Text(str(path)), about, _tasks(card["tasks"])]
+    for name, task in card["tasks"].items():
+        if "undetermined" in task:
+            parts.append(Text(f"task '{name}': {task['undetermined']}"))
     if "no_errors" in card:
         parts.append(Text(f"no test errors: {card['no_errors']}"))
     else:
@@ -66,7 +69,9 @@ def _tasks(tasks: dict[str, Any]) -> Table:
     table = _table("tasks", ("task", "method", "predicts", "elements", "data (SHA-256)"))
     for name, task in tasks.items():
         data = f"{task['data'][:SHOWN_HASH]}…" if task["data"] else "-"
-        table.add_row(*map(Text, (name, task["method"], ", ".join(task["predicts"]), task["elements"], data)))
+        said = task.get("untrained", {})
+        predicts = ", ".join(f"{what} ({said[what]})" if what in said else what for what in task["predicts"])
+        table.add_row(*map(Text, (name, task["method"], predicts, task["elements"], data)))
     return table
 
 

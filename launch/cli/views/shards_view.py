@@ -15,6 +15,7 @@ from rich.text import Text
 
 from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
 from hydrazero.launch.cli.views.target_table import targets_table
+from hydrazero.launch.cli.views.task_notes import task_notes
 from hydrazero.shards.manifest import SPLITS, Degrees, Manifest
 
 HISTOGRAM_BINS = 12
@@ -23,6 +24,7 @@ SHOWN_OUTLIERS = 5
 OUTLIER_UNITS = {
     "energy_residual_per_atom": "eV/atom, deviation of energy - references",
     "force_norm": "eV/Å, largest force",
+    "stress": "eV/Å³, largest component of the stress",
 }
 LABEL_HEADINGS = {
     "energy_per_atom": "energy",
@@ -62,6 +64,10 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
         "targets": {name: vars(facts) for name, facts in manifest.targets.items()},
         "required_labels": manifest.required_labels,
         "reference_energies": manifest.reference_energies,
+        "references": manifest.references,
+        "isolated_atoms": manifest.isolated_atoms,
+        "undetermined_sums": manifest.undetermined_sums,
+        "warnings": manifest.warnings,
         "charged_structures": manifest.charged_structures,
         "degrees": {cutoff: _degree_facts(degrees) for cutoff, degrees in manifest.degrees.items()},
         "distributions": {name: vars(histogram) for name, histogram in manifest.distributions.items()},
@@ -151,7 +157,10 @@ def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableTy
         "energy: root mean square of the energy minus reference energies, meV/atom; forces: root mean square, eV/Å; "
         f"neighbours: mean and maximum of an atom within {cutoff} Å"
     )
-    return Group(head, *tables, Text(note), Text(""), element_map(manifests))
+    notes = [f"{manifest.task}: {text}" for manifest in manifests for text in task_notes(manifest)]
+    return Group(
+        head, *tables, Text(note), Text(""), element_map(manifests), *([Text("\n".join(notes))] if notes else [])
+    )
 
 
 HEAT = ("#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#084594")
@@ -212,9 +221,7 @@ def describe(manifest: Manifest) -> RenderableType:
             f"{manifest.duplicate_count:,} structures repeat an earlier geometry; the first is {manifest.duplicates[0]}"
         )
     notes += [f"skipped, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
-    untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
-    if untrained:
-        notes.append(f"no training structure contains {', '.join(untrained)}, so there is no reference energy for it")
+    notes += task_notes(manifest)
     parts.append(Text("\n".join(facts + notes)))
     return Group(*parts)
 
@@ -235,10 +242,11 @@ def _splits_table(manifest: Manifest) -> Table:
 
 
 def _elements_table(manifest: Manifest) -> Table:
-    table = _table("elements", "element", "atoms", "reference energy eV")
+    columns = [manifest.reference_energies, *[manifest.isolated_atoms] * bool(manifest.isolated_atoms)]
+    headings = ("reference energy eV", "isolated atom eV")[: len(columns)]
+    table = _table("elements", "element", "atoms", *headings)
     for symbol, count in manifest.elements.items():
-        reference = manifest.reference_energies.get(symbol)
-        table.add_row(symbol, f"{count:,}", "-" if reference is None else f"{reference:.4f}")
+        table.add_row(symbol, f"{count:,}", *(f"{own[symbol]:.4f}" if symbol in own else "-" for own in columns))
     return table
 
 

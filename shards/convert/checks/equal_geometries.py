@@ -72,7 +72,7 @@ def _reason(job: Conversion, members: Sequence[Sequence[Any]], names: Sequence[S
     if all(len({member[0] for member in group}) == len(group) for group in members):
         return f"they come from different files; if these hold labels of different methods, {separate}"
     return (
-        f"no field of their frames says why, so some of these calculations are of another method, state or convergence; "
+        "no field of their frames says why, so some of these calculations are of another method, state or convergence; "
         f"{separate}, and leave out what is wrong"
     )
 

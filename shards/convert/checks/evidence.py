@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.convert.checks.magnitudes import EnergySample
+from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.frames import ChunkFile
 from hydrazero.shards.structure import FloatArray
 
@@ -26,9 +27,12 @@ class Evidence:
         self._counts: list[FloatArray] = []
         self._energies: list[NDArray[np.float64]] = []
         self._names: list[str] = []
+        self.methods = MethodFields()
+        """Values of the fields that name the method of the labels."""
 
     def add(self, source: int, first: int, file: ChunkFile) -> None:
         """Take what is needed of a chunk, of which `first` is the number of its first structure."""
+        self.methods.merge(file.methods)
         pairs = file.column("work")
         if len(pairs) and self._kept < MOST_PAIRS:
             self._pairs.setdefault(source, []).append(pairs)

@@ -12,7 +12,7 @@ from hydrazero.shards.convert.task_statistics import FORCE_EDGES, STRESS_EDGES, 
 def label_warnings(job: Conversion, evidence: Evidence, equal_geometries: str | None, total: Statistics) -> list[str]:
     """Return what is doubtful in the labels of a task; it depends on the sources and the settings alone."""
     units = job.settings.units
-    found = [equal_geometries]
+    found = [equal_geometries, *evidence.methods.warnings()]
     found += energy_warnings(evidence.sample(), units)
     found.append(force_warning(median_of(total.forces, FORCE_EDGES), units))
     if total.most_stressed:
@@ -22,7 +22,7 @@ def label_warnings(job: Conversion, evidence: Evidence, equal_geometries: str | 
     found += work_warnings(evidence.pairs(), job.names, units)
     if total.unused_stresses:
         found.append(
-            f"the stress of {total.unused_stresses:,} structures is not used, since they are not periodic or their cells "
-            "lack a vector, so that there is no volume to which it refers."
+            f"the stress of {total.unused_stresses:,} structures is not used, since they are not periodic or their "
+            "cells lack a vector, so that there is no volume to which it refers."
         )
     return [text for text in found if text is not None]

@@ -23,6 +23,8 @@ TOO_LOW = 1.3
 """Ratio to the energy of all electrons of the atoms that no total energy exceeds; relativity adds up to a tenth."""
 SAME_ENERGY = 0.04
 """Relative difference from the energy of all electrons up to which a unit is named."""
+LOWEST_HYDROGEN = -30.0
+"""Energy in eV that an atom of hydrogen can add to a total energy, and twice as much as it does."""
 LIGHT = 36
 """Largest atomic number for which the formula of the energy of all electrons is that exact."""
 
@@ -60,7 +62,7 @@ class EnergySample:
 
 def energy_warnings(sample: EnergySample, units: SourceUnits) -> list[str]:
     """Return sentences about energies that are impossible, or of another order of magnitude in a part of the frames."""
-    found = [_all_electrons(sample, units), _parts(sample)]
+    found = [_all_electrons(sample, units), _hydrogen(sample, units), _per_atom(sample) or _parts(sample)]
     return [text for text in found if text is not None]
 
 
@@ -94,8 +96,9 @@ def _all_electrons(sample: EnergySample, units: SourceUnits) -> str | None:
     if ratio > TOO_LOW:
         reason = f"they are probably in {unit}" if named else "their unit is probably a smaller one"
         return (
-            f"the energies are impossible: that of {at}, for example, is {ratio:.3g} times the energy of its atoms with "
-            f"all their electrons, below which no energy lies; {reason}, not in {units.energy}; look at units.energy."
+            f"the energies are impossible: that of {at}, for example, is {ratio:.3g} times the energy of its atoms "
+            f"with all their electrons, below which no energy lies; {reason}, not in {units.energy}; look at "
+            "units.energy."
         )
     present = np.flatnonzero(sample.counts.sum(axis=0))
     narrow = np.ptp(np.quantile(ratios, (0.1, 0.9))) < SAME_ENERGY * ratio
@@ -105,6 +108,46 @@ def _all_electrons(sample: EnergySample, units: SourceUnits) -> str | None:
             "atoms with all their electrons; look at units.energy."
         )
     return None
+
+
+def _hydrogen(sample: EnergySample, units: SourceUnits) -> str | None:
+    """Find energies in a small unit by what they say of hydrogen, which has only one electron."""
+    used = np.flatnonzero(sample.counts.any(axis=0))
+    if 1 not in used or len(sample.energies) <= len(used):
+        return None
+    atoms = sample.counts.sum(axis=1)
+    solution, _, _, sizes = np.linalg.lstsq(
+        sample.counts[:, used] / atoms[:, None], sample.energies / atoms, rcond=None
+    )
+    hydrogen = float(solution[used.tolist().index(1)])
+    if sizes.min() < 0.01 * sizes.max() or hydrogen > LOWEST_HYDROGEN:
+        return None
+    return (
+        f"the energies are improbable: by them, an atom of hydrogen adds {hydrogen:.3g} eV, but its electron and its "
+        f"bonds hardly add {LOWEST_HYDROGEN:g} eV; they are probably not in {units.energy} but, for example, in "
+        "kcal/mol; look at units.energy."
+    )
+
+
+def _per_atom(sample: EnergySample) -> str | None:
+    """Find energies per atom that are taken for total energies, by energies that do not grow with the structure."""
+    atoms = sample.counts.sum(axis=1)
+    if len(atoms) < 8:
+        return None
+    larger = np.maximum(atoms / np.median(atoms), np.median(atoms) / atoms)
+    others = larger >= 2  # structures of quite another size than most
+    if others.sum() < 3 or not sample.energies[others].all():
+        return None
+    widths = []
+    for counts in (sample.counts / atoms[:, None], sample.counts):
+        away = np.abs(sample.energies - _robust_sums(counts, sample.energies))[others]
+        widths.append(float(np.median(away / np.abs(sample.energies[others]))))
+    if widths[0] > 0.15 or widths[1] < 3 * widths[0]:
+        return None
+    return (
+        "the energies do not grow with the number of atoms, as if they were energies per atom; set energy_per_atom = "
+        "true."
+    )
 
 
 def _parts(sample: EnergySample) -> str | None:
@@ -145,8 +188,8 @@ def _said(sample: EnergySample, rows: NDArray[np.bool_], ratios: FloatArray, rea
     first = int(np.flatnonzero(rows)[0])
     return (
         f"the energies of {int(rows.sum()):,} of {sample.shown} are of another order of magnitude: that of "
-        f"{sample.names[first]} is {ratios[first]:.3g} times what the others suggest for its atoms, {reason}; convert such "
-        "structures separately, or leave them out."
+        f"{sample.names[first]} is {ratios[first]:.3g} times what the others suggest for its atoms, {reason}; convert "
+        "such structures separately, or leave them out."
     )
 
 

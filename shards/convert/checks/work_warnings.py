@@ -51,13 +51,17 @@ def _of_kind(kind: int, tables: Mapping[int, FloatArray], names: Sequence[str], 
     if rest:
         label = rest[0][0] if len(rest) == 1 else f"{rest[0][0]} and {len(rest) - 1} others"
         parts[label] = np.concatenate([chosen for _, chosen in rest])
-    found: dict[str, list[str]] = {}
+    faulty: dict[str, list[str]] = {}
     for label, table in parts.items():
         if (fault := _fault(kind, table, units)) is not None:
-            found.setdefault(fault, []).append(label)
-    return [
-        f"{'; '.join(places[:3])}{' and others' if len(places) > 3 else ''}: {fault}" for fault, places in found.items()
-    ]
+            faulty.setdefault(fault[0], []).append(label)
+    found = []
+    for labels in faulty.values():  # one sentence for all sources with the same fault
+        fault = _fault(kind, np.concatenate([parts[label] for label in labels]), units)
+        shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} others" if len(labels) > 3 else "")
+        if fault is not None:
+            found.append(f"{shown}: {fault[1]}")
+    return found
 
 
 def _telling(table: FloatArray) -> FloatArray:
@@ -65,31 +69,33 @@ def _telling(table: FloatArray) -> FloatArray:
     return table[(np.abs(table[:, 2]) > SMALLEST_CHANGE) & (table[:, 1] != 0)]
 
 
-def _fault(kind: int, table: FloatArray, units: SourceUnits) -> str | None:
-    """Return what is wrong with the labels of a part, without its name; None if nothing can be said against them."""
+def _fault(kind: int, table: FloatArray, units: SourceUnits) -> tuple[str, str] | None:
+    """Return a fault of the labels of a part: what is the same where the fault is, and a sentence without its subject.
+
+    None stands for labels against which nothing can be said.
+    """
     if len(table) < FEWEST_PAIRS:
         return None
     label, work = ("forces", "work of the forces") if kind == FORCES else ("stress", "work of the stress")
-    pairs = "close frames that follow each other"
+    between = "between close frames that follow each other, the energy"
     ratios: NDArray[np.float64] = table[:, 2] / table[:, 1]
     per_atom = ratios * table[:, 3]
     if table[:, 3].min() > 1 and _steady(per_atom) and RIGHT[0] < np.median(per_atom) < RIGHT[1]:
-        return (
-            f"between {pairs}, the energy changes by the {work} divided by the number of atoms, as if the energies were "
-            "energies per atom; set energy_per_atom = true."
+        return "per atom", (
+            f"{between} changes by the {work} divided by the number of atoms, as if the energies were energies per "
+            "atom; set energy_per_atom = true."
         )
     if _steady(ratios):
         ratio = float(np.median(ratios))
         if RIGHT[0] < ratio < RIGHT[1]:
             return None
-        causes = _causes(kind, ratio, units)
-        reason = (
-            f"as if {' or '.join(causes[:2])}" if causes else f"so the {label}, the energies or the lengths are wrong"
-        )
-        return f"between {pairs}, the energy changes by {ratio:.3g} times the {work}, {reason}; look at [units]."
+        causes = _causes(kind, ratio, units)[:2]
+        reason = f"as if {' or '.join(causes)}" if causes else f"so the unit of the {label} or the energies is wrong"
+        same = " ".join(sorted(causes)) or f"{ratio:.1g}"
+        return same, f"{between} changes by {ratio:.3g} times the {work}, {reason}; look at [units]."
     if len(table) >= MANY_PAIRS and _rank_correlation(table[:, 1], table[:, 2]) < 0.3:
-        return (
-            f"between {pairs}, the energy does not change by the {work} at all, so the {label} belong to other frames or "
+        return "nothing", (
+            f"{between} does not change by the {work} at all, so what was read as {label} belongs to other frames or "
             "to another energy; look at [fields]."
         )
     return None

@@ -1,0 +1,43 @@
+"""What a user should know of a converted task, in sentences: doubtful labels and the origin of reference energies."""
+
+from __future__ import annotations
+
+from hydrazero.shards.convert.references import undetermined_text
+from hydrazero.shards.manifest import Manifest
+
+SHOWN_DIFFERENCE = 1.0
+"""Difference in eV between two reference energies of an element from which on both are shown."""
+
+
+def task_notes(manifest: Manifest) -> list[str]:
+    """Return sentences about a task's reference energies and labels."""
+    notes = references_note(manifest)
+    untrained = sorted(set(manifest.elements) - set(manifest.trained_elements))
+    if untrained:
+        notes.append(
+            f"warning: no training structure contains {', '.join(untrained)}, so there is no reference energy for it"
+        )
+    if manifest.undetermined_sums:
+        notes.append(
+            f"warning: {undetermined_text(manifest.undetermined_sums)}; add structures of other compositions, or "
+            "isolated atoms"
+        )
+    return [*notes, *(f"warning: {text.removesuffix('.')}" for text in manifest.warnings)]
+
+
+def references_note(manifest: Manifest) -> list[str]:
+    """Return where the reference energies come from, if there were isolated atoms to choose from."""
+    references, isolated = manifest.reference_energies, manifest.isolated_atoms
+    if manifest.references == "isolated":
+        return ["reference energies: those of the isolated atoms"]
+    both = [symbol for symbol in references if symbol in isolated]
+    if not both:
+        return []
+    far = [symbol for symbol in both if abs(references[symbol] - isolated[symbol]) > SHOWN_DIFFERENCE]
+    words = [f"{symbol} {references[symbol]:.3f} (isolated atom {isolated[symbol]:.3f})" for symbol in far]
+    text = "reference energies: fitted by least squares"
+    if words:
+        text += f"; those of isolated atoms differ by more than {SHOWN_DIFFERENCE:g} eV: {', '.join(words)}"
+    if len(both) == len(references):
+        text += '; references = "isolated" takes those of the isolated atoms'
+    return [text]
