@@ -29,6 +29,8 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val", "test")
 
+AGAIN = "convert the task again"
+
 TAR_RECORD = 512
 """Members of a tar begin at multiples of this number of bytes."""
 SMALLEST_STRUCTURE = 88
@@ -241,7 +243,7 @@ def read_manifest(folder: Location) -> Manifest:
     """Return the manifest of a folder; raise ShardError if it is missing, incomplete, or of another version."""
     path = address(folder, MANIFEST_NAME)
     text = _manifest_bytes(folder)
-    head = parse_typed(_HEAD, text, f"{path} cannot be read:", ShardError)
+    head = parse_typed(_HEAD, text, str(path), ShardError, hint=AGAIN)
     if head.format != FORMAT:
         raise ShardError(
             f"{path} is not a manifest of hydrazero shards; name a folder that hydrazero convert has made."
@@ -251,9 +253,9 @@ def read_manifest(folder: Location) -> Manifest:
             f"{path} has format version {head.format_version}, but this version of hydrazero reads format version "
             f"{FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
         )
-    manifest = parse_typed(_MANIFEST, text, f"{path} has a missing or wrong field:", ShardError)
+    manifest = parse_typed(_MANIFEST, text, f"{path} has a missing or wrong field:", ShardError, hint=AGAIN)
     if fault := _contradiction(manifest):
-        raise ShardError(f"{path} contradicts itself ({fault}); convert the task again.")
+        raise ShardError(f"{path} contradicts itself ({fault}); {AGAIN}.")
     return manifest
 
 

@@ -75,16 +75,19 @@ def parse_settings(section: type[S], table: Any, where: str) -> S:
         raise ConfigError(_sentence(error.errors(include_url=False)[0], where)) from error
 
 
-def parse_typed(kind: TypeAdapter[T], text: str | bytes, where: str, raised: type[HydrazeroError] = ConfigError) -> T:
+def parse_typed(
+    kind: TypeAdapter[T], text: str | bytes, where: str, raised: type[HydrazeroError] = ConfigError, hint: str = ""
+) -> T:
     """Return the value of a type that a JSON text describes; the text may be of any origin.
 
     Wrong types, numbers out of bounds, NaN, unknown keys and lists nested without end are faults. Raises `raised` with
-    one sentence on the first fault, which begins with `where` and the path of the key.
+    one sentence on the first fault, which begins with `where` and the path of the key, and ends with `hint`.
     """
     try:
         return kind.validate_json(text)
     except ValidationError as error:
-        raise raised(_sentence(error.errors(include_url=False)[0], where)) from error
+        sentence = _sentence(error.errors(include_url=False)[0], where)
+        raise raised(f"{sentence.removesuffix('.')}; {hint}." if hint else sentence) from error
 
 
 _TYPES = {

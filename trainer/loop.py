@@ -123,6 +123,7 @@ class Trainer:
         Raises NonFiniteLossError on all ranks if too many steps in a row had to be skipped.
         """
         settings = self.settings
+        self.parts.stream.stop = lambda: self.parts.stop.reason
         batches = iter(self.parts.stream)
         self.engine.train()
         reason = ""

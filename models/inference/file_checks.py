@@ -60,7 +60,7 @@ _CARD = TypeAdapter(_Card)
 
 def check_card(path: Path, text: str) -> None:
     """Raise ModelFileError unless a JSON text is the card of a model whose results are in our units."""
-    card = parse_typed(_CARD, text, f"{path} has a damaged header: card", ModelFileError)
+    card = parse_typed(_CARD, text, f"{path} has a damaged header: card", ModelFileError, hint="export the model again")
     if (card.units, card.error_units) != (INTERNAL_UNITS, ERROR_UNITS):
         raise ModelFileError(f"{path} has a damaged header: its units are {card.units}, not {INTERNAL_UNITS}.")
     for name, task in card.tasks.items():

@@ -25,11 +25,14 @@ from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.processes import end_with_creator
 from hydrazero.shards.stream.batch_buffer import BatchBuffer, to_buffer
 from hydrazero.shards.stream.packing import Packer, fits
+from hydrazero.shards.stream.shared_memory import POLL, check_shared_memory, in_shared_memory, outputs_of
 
 SAMPLED_STRUCTURES, SAMPLED_SOURCES = 64, 64
 """Maximum number of structures per source, and of sources, from which the shape of batches is estimated."""
 PREFETCH = 4
 """Number of batches that each worker prepares in advance."""
+WITHOUT_WORKERS = "--workers 0"
+"""Option with which no process but that of the rank reads."""
 
 
 @dataclass(kw_only=True)
@@ -149,7 +152,8 @@ class ScreenDataset(IterableDataset):  # type: ignore[type-arg]
         if self.builder.rows_per_atom is not None:
             batch.pbc = torch.zeros(shape.structures, 3, dtype=torch.bool)
             batch.pbc[: len(packed)] = torch.from_numpy(np.stack([sample.structure.pbc for sample in packed]))
-        output.batch, output.rows, output.usual = to_buffer(batch), self.builder.rows(packed, names), usual
+        output.batch = in_shared_memory(to_buffer(batch), WITHOUT_WORKERS)
+        output.rows, output.usual = self.builder.rows(packed, names), usual
         return output
 
 
@@ -192,7 +196,15 @@ def shape_for_screen(sources: Sequence[Source], builder: SampleBuilder, atoms: i
 
 
 def worker_outputs(dataset: ScreenDataset, workers: int) -> Iterator[WorkerOutput]:
-    """Yield the outputs of a rank's workers; with 0 workers, this process reads."""
+    """Yield the outputs of a rank's workers; with 0 workers, this process reads.
+
+    Raises ConfigError if shared memory is too small for their batches.
+    """
+    needed = 0
+    if workers:
+        size = to_buffer(collate([], dataset.shape, dataset.builder.potential.model.dtype)).buffer.nbytes
+        needed = workers * (PREFETCH + 1) * size
+        check_shared_memory(needed, WITHOUT_WORKERS)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
@@ -200,9 +212,10 @@ def worker_outputs(dataset: ScreenDataset, workers: int) -> Iterator[WorkerOutpu
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_end_with_the_rank,
+        timeout=POLL if workers else 0,
         pin_memory=has_gpu(),
     )
-    yield from loader
+    yield from outputs_of(loader, needed, WITHOUT_WORKERS)
 
 
 def _end_with_the_rank(worker: int) -> None:

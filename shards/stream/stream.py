@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
@@ -23,6 +23,7 @@ from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, to_bu
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
 from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
 from hydrazero.shards.stream.packing import Packer, pack
+from hydrazero.shards.stream.shared_memory import POLL, check_shared_memory, in_shared_memory, outputs_of
 from hydrazero.shards.stream.state import (
     LaneState,
     StreamStart,
@@ -35,6 +36,8 @@ from hydrazero.shards.targets import TargetColumn
 
 PREFETCHED_BATCHES = 4
 """Number of batches that each worker process prepares in advance."""
+WITHOUT_WORKERS = "data.workers = 0"
+"""Setting with which no process but that of the rank reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
         reader = SplitReader(self.settings, "train")
         for batch in lane_batches(reader, self.start.deal, lane, self.start.lanes[lane]):
             batch.place["worker"] = worker
-            yield to_buffer(batch)
+            yield in_shared_memory(to_buffer(batch), WITHOUT_WORKERS)
 
 
 def _outlive_requests_to_stop(worker: int) -> None:
@@ -184,7 +187,8 @@ class TrainStream:
 
         With the same number of ranks and workers, the stream continues with exactly the next batch; with another
         number, the rest of the epoch is dealt again. Raises ConfigError if tasks, seed or temperature differ from those
-        of the saved state, ShardError if a manifest cannot be read.
+        of the saved state or shared memory is too small for the batches of the workers, ShardError if a manifest cannot
+        be read.
         """
         self.settings, self.rank, self.ranks = settings, rank, ranks
         reader = SplitReader(settings, "train")
@@ -195,6 +199,13 @@ class TrainStream:
         self._lanes = [self._start.lanes[number] for number in numbers]
         self._turn = self._start.turns[rank]
         self._skipped: dict[int, dict[str, int]] = {}
+        self.stop: Callable[[], str] = lambda: ""
+        """Function that returns why the process is to stop, "" if it is not; asked for while no batch comes."""
+        self._needed = 0
+        if settings.workers:
+            size = to_buffer(empty_batch(settings)).buffer.nbytes
+            self._needed = settings.workers * (PREFETCHED_BATCHES + 1) * size
+            check_shared_memory(self._needed, WITHOUT_WORKERS)
         dataset = _LaneStream(settings, rank, ranks, self._start)
         self._loader = DataLoader(
             dataset,
@@ -203,11 +214,12 @@ class TrainStream:
             prefetch_factor=PREFETCHED_BATCHES if settings.workers else None,
             multiprocessing_context="fork" if settings.workers else None,
             worker_init_fn=_outlive_requests_to_stop,
+            timeout=POLL if settings.workers else 0,
             pin_memory=has_gpu(),
         )
 
     def __iter__(self) -> Iterator[GraphBatch]:
-        for handed in self._loader:
+        for handed in outputs_of(self._loader, self._needed, WITHOUT_WORKERS, lambda: self.stop()):
             if isinstance(handed, HydrazeroError):
                 handed.on_every_rank = False
                 raise handed

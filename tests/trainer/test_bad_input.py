@@ -206,7 +206,7 @@ def test_bad_manifests(copied, tmp_path):
     manifest.write_text(json.dumps({key: value for key, value in document.items() if key != "labels"}))
     refused(command("inspect", copied), "labels")
     manifest.write_text("{")
-    refused(command("inspect", copied), "not readable JSON")
+    refused(command("inspect", copied), "manifest.json is not valid JSON")
     manifest.unlink()
     refused(command("inspect", copied), "manifest.json")
     refused(command("inspect", tmp_path / "nowhere"), "nowhere")
@@ -226,7 +226,7 @@ def test_bad_run_files(shards, tmp_path):
         ("run.seed", -1, "must be at least 0"),
         ("data.temperature", 0.5, "must be at least 1"),
         ("data.temperature", "nan", "must be a finite number"),
-        ("model.cutoff", 0, "must be above 0"),
+        ("model.cutoff", 0, "must be at least 0.5"),
         ("model.cutoff", "inf", "must be a finite number"),
         ("loss.forces_weight", "nan", "must be a finite number"),
     ):
