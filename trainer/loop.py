@@ -93,7 +93,7 @@ class Trainer:
             parts.guard.forget_losses()
         else:
             self.interval = interval_in(state["interval"])
-        if BALANCE not in anew and state["balance"]["method"] == parts.balance.method:
+        if BALANCE not in anew:
             parts.balance.load(state["balance"])
         if BEST in anew:
             self.best = None

@@ -95,9 +95,10 @@ class RunBalance:
         return {"method": self.method, **self.balancer.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state of the same method."""
-        self.balancer.load({name: value for name, value in state.items() if name != "method"})
-        self._use()
+        """Continue from a state, unless it is that of another method."""
+        if state["method"] == self.method:
+            self.balancer.load({name: value for name, value in state.items() if name != "method"})
+            self._use()
 
 
 def _plain(values: Tensor) -> list[float | None]:
