@@ -201,7 +201,7 @@ def _target_columns(
         rows = len(structure) if of_atoms else 1
         parts.append(held.get(target.name, np.full((rows, *tail), np.nan)).reshape(rows, *tail))
     values = np.concatenate(parts) if parts else np.zeros((0, *tail))
-    known = ~np.isnan(values).reshape(len(values), -1).any(axis=1)
+    known = ~np.isnan(values).any(axis=tuple(range(1, values.ndim)))
     values = np.where(known.reshape(-1, *[1] * len(tail)), values, 0.0)
     count = shape.atoms if of_atoms else shape.structures
     name = f"target_{target.name}"
