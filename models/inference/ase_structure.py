@@ -10,6 +10,7 @@ from ase import Atoms
 
 from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import StructureError
+from hydrazero.shards.readers.ase_atoms import check_occupancy
 from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
 
 CONDITIONS = ("charge", "multiplicity")
@@ -27,8 +28,9 @@ TINY = 1e-3
 def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
     """Return the structure of ASE atoms, with charge and multiplicity from `atoms.info` and without labels.
 
-    Raises StructureError if it is not valid.
+    Raises StructureError if it is not valid, or has shared or partly empty sites.
     """
+    check_occupancy(atoms)
     charge, multiplicity = conditions_of(atoms)
     structure = Structure(
         numbers=atomic_numbers_of(atoms.numbers),

@@ -14,6 +14,7 @@ from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
 from hydrazero.shards.readers.parts.geometry import cell_matrix, numbers_in, periodicity
+from hydrazero.shards.readers.symbols import fixed_in
 from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
 from hydrazero.shards.targets import TargetSection, target_value
@@ -198,7 +199,7 @@ class FrameMaker:
             targets=self._targets("structure", raw, info, len(numbers)),
             atom_targets=self._targets("atom", raw, info, len(numbers)),
             source_id=source_id,
-            constraints=raw.constraints,
+            constraints=raw.constraints or fixed_in({**info, **raw.other}, len(numbers)),
         )
 
     def _targets(self, of: str, raw: RawFrame, info: Mapping[str, Any], atoms: int) -> dict[str, np.ndarray]:

@@ -13,10 +13,10 @@ from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
 from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, list_entries
-from hydrazero.shards.readers.symbols import numbers_of
+from hydrazero.shards.readers.symbols import constraints_of, numbers_of
 
 Geometry = dict[str, Any]
-"""Values of numbers, positions, cell and pbc of a RawFrame."""
+"""Values of numbers, positions, cell, pbc and constraints of a RawFrame."""
 
 
 @reader(further_suffixes=(".json", *LINE_SUFFIXES))
@@ -114,7 +114,14 @@ def pymatgen_geometry(structure: Mapping[str, Any]) -> Geometry:
         # pymatgen itself uses the fractional coordinates.
         positions = np.array([site["abc"] for site in sites], dtype=np.float64) @ cell
     pbc = lattice is not None if lattice is None or "pbc" not in lattice else lattice["pbc"]
-    return {"numbers": numbers_of(map(_only_element, sites)), "positions": positions, "cell": cell, "pbc": pbc}
+    flags = [(site.get("properties") or {}).get("selective_dynamics") or (True, True, True) for site in sites]
+    return {
+        "numbers": numbers_of(map(_only_element, sites)),
+        "positions": positions,
+        "cell": cell,
+        "pbc": pbc,
+        "constraints": tuple(constraints_of(np.array(flags, dtype=bool).reshape(-1, 3), scaled=True)),
+    }
 
 
 def _only_element(site: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import molecule
+from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError, all_properties
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read
@@ -153,7 +153,7 @@ def test_a_failure_in_the_model_or_in_a_warning_leaves_nothing_either(monkeypatc
 def test_stress_of_a_molecule_is_an_error_and_not_that_of_the_crystal_before():
     calculator = Potential(small_model()).calculator("task0")
     calculator.get_stress(rattled_crystal())
-    with pytest.raises(PropertyNotImplementedError, match="periodic in three directions"):
+    with pytest.raises(PropertyNotImplementedError, match="stress needs a periodic structure"):
         calculator.get_stress(rattled_molecule())
     assert "stress" not in calculator.results
 
@@ -196,6 +196,15 @@ def test_one_structure_and_one_task_need_no_list():
     (alone,), (listed,) = potential.predict(water, tasks="task0"), potential.predict([water], tasks=["task0"])
     assert alone["energy"] == listed["energy"] and alone["task"] == "task0" and len(potential.predict(water)) == 2
     assert type(alone["targets"]["gap"]) is float and alone["targets"]["charges"].dtype == np.float64
+
+
+def test_partial_occupancies_are_refused():
+    salt = bulk("NaCl", "rocksalt", a=5.6)
+    salt.info["occupancy"] = {"0": {"Na": 0.6, "Li": 0.4}, "1": {"Cl": 1.0}}
+    potential = Potential(small_model())
+    for use in (lambda: potential.predict(salt), lambda: potential.calculator("task0").get_potential_energy(salt)):
+        with pytest.raises(StructureError, match="a site is shared by several elements"):
+            use()
 
 
 @pytest.mark.parametrize("number", [0, 119, 256 + 8, 285])

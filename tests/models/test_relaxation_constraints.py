@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -79,6 +81,23 @@ def test_fixed_atoms_stay_in_whatever_format_fixes_them(tmp_path):
         np.testing.assert_allclose(np.reshape(row["cell"], (3, 3)), low.cell[:], atol=1e-7)
     assert moved(rows[1], flat)[:, 2].max() < 1e-7 and moved(rows[1], flat)[:, :2].max() > 0.02
     assert moved(rows[3], molecule)[0].max() < 1e-7 and moved(rows[3], molecule)[1:].max() > 0.01
+
+
+def test_files_without_ase_fix_atoms_too(tmp_path):
+    atoms = slab()
+    fixed = atoms.positions[:, 2] < atoms.positions[:, 2].mean() - 1.0
+    sites = [
+        {"species": [{"element": "Cu", "occu": 1}], "abc": abc, "properties": {"selective_dynamics": [free] * 3}}
+        for abc, free in zip(atoms.get_scaled_positions().tolist(), (~fixed).tolist(), strict=True)
+    ]
+    entry = {"structure": {"lattice": {"matrix": atoms.cell.tolist()}, "sites": sites}}
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    columns = {"numbers": atoms.numbers, "positions": atoms.positions, "cell": atoms.cell[:], "fixed": 1 * fixed}
+    pq.write_table(pa.table({name: [values.tolist()] for name, values in columns.items()}), tmp_path / "a.parquet")
+    rows = screened(tmp_path, [tmp_path / "a.json"], "--format", "pymatgen")
+    rows += screened(tmp_path, [tmp_path / "a.parquet"])
+    for row in rows:
+        assert row["reason"] is None and moved(row, atoms)[fixed].max() < 1e-7 < 0.02 < moved(row, atoms)[~fixed].max()
 
 
 def test_atoms_move_along_the_directions_that_are_left():

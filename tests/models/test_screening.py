@@ -114,7 +114,7 @@ def test_a_structure_that_cannot_be_computed_is_a_row_with_a_reason(model, tmp_p
     rows = rows_of(out)
     reasons = [row["reason"] for row in rows]
     assert reasons[0] is None and rows[0]["energy_task0"] is not None
-    assert "holds Au, which task 'task0' was not trained on" in reasons[1] and rows[1]["formula"] == "Au4"
+    assert "holds Au, which none of the tasks task0, task1 was trained on" in reasons[1] and rows[1]["formula"] == "Au4"
     assert "has 432 atoms, more than --max-atoms 400" in reasons[2]
     assert "at the same place" in reasons[3]
     broken = [row for row in rows if row["reason"] and ("cut.extxyz" in row["reason"] or "checksum" in row["reason"])]
