@@ -278,7 +278,7 @@ def test_disordered_crystals_are_not_predicted_or_substituted(tmp_path):
     assert len(structure_from_atoms(disordered)) == 2
     spec = tmp_path / "spec.toml"
     spec.write_text('[[prototypes]]\nname = "p"\nfile = "a.cif"\nsites = {Na = ["Na", "K"]}\n')
-    with pytest.raises(ConfigError, match="prototype 'p' cannot be built .*shared by several elements"):
+    with pytest.raises(ConfigError, match=r"prototype 'p' cannot be built .*shared by several elements"):
         GeneratedSource(spec)
     (tmp_path / "b.xyz").write_text('1\nlattice="4 0 0 0 4 0 0 0 4"\nNa 0 0 0\n')
     spec.write_text(spec.read_text().replace("a.cif", "b.xyz"))
