@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.ase_atoms import check_occupancy
-from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
+from hydrazero.shards.structure import Structure, atomic_numbers_of, charge_of, check_structure, multiplicity_of
 
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` on which predictions may depend."""
@@ -28,7 +27,7 @@ TINY = 1e-3
 def structure_from_atoms(atoms: Atoms, source_id: str = "") -> Structure:
     """Return the structure of ASE atoms, with charge and multiplicity from `atoms.info` and without labels.
 
-    Raises StructureError if it is not valid, or has shared or partly empty sites.
+    Raises StructureError if it is not valid, or comes from a file with shared or partly empty sites.
     """
     check_occupancy(atoms)
     charge, multiplicity = conditions_of(atoms)

@@ -15,11 +15,17 @@ from torch import Tensor
 from hydrazero.models.inference.extrapolation import Extrapolation
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import NONE
-from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.readers.opening import optional_module
-from hydrazero.shards.structure import FloatArray, Structure, atomic_numbers_of, check_structure
+from hydrazero.shards.structure import (
+    FloatArray,
+    Structure,
+    atomic_numbers_of,
+    charge_of,
+    check_structure,
+    multiplicity_of,
+)
 
 REQUIREMENT = ("torch-sim-atomistic", "the torch-sim model", "torch-sim")
 ModelInterface: Any = optional_module("torch_sim.models.interface", *REQUIREMENT).ModelInterface

@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
-import ase.io
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
@@ -18,10 +17,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hydrazero.models.inference.ase_structure import check_names, conditions_of
 from hydrazero.models.screening.settings import CHUNK
-from hydrazero.models.screening.sources import ChunkFilter, Item, Items
-from hydrazero.shards.errors import ConfigError, did_you_mean
+from hydrazero.models.screening.sources import GEOMETRY_ALONE, ChunkFilter, Item, Items
+from hydrazero.shards.errors import ConfigError, StructureError
 from hydrazero.shards.files import read_toml
 from hydrazero.shards.manifest import file_sha256
+from hydrazero.shards.readers import read_frames
 from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
 from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
 
@@ -94,7 +94,7 @@ class Prototype:
         symbols = list(dict.fromkeys(self.atoms.get_chemical_symbols()))
         for site, elements in section.sites.items():
             if site not in symbols:
-                raise ConfigError(f"{self.where} has no element '{site}'{did_you_mean(site, symbols)}.")
+                raise ConfigError(f"{self.where} has no element '{site}'; it has {', '.join(symbols)}.")
             if not elements:
                 raise ConfigError(f"{self.where}: sites.{site} names no element.")
             if len(set(elements)) < len(elements):
@@ -120,7 +120,7 @@ class Prototype:
             raise ConfigError(f"{self.where} must have either file or crystal.")
         try:
             if section.file:
-                atoms = ase.io.read(folder / section.file, index=-1)
+                atoms = _last_structure(folder / section.file)
             else:
                 lattice = section.a or self._estimated_lattice()
                 atoms = bulk(section.formula, section.crystal, a=lattice, cubic=section.crystal in CUBIC)
@@ -240,6 +240,22 @@ class GeneratedSource:
     def known_length(self) -> int | None:
         """Return the number of combinations."""
         return sum(map(len, self.prototypes))
+
+
+def _last_structure(path: Path) -> Atoms:
+    """Return the last structure of a file, read as a source of a screen is; raise StructureError for a bad frame."""
+    *_, frame = read_frames(path, GEOMETRY_ALONE)
+    if frame.structure is None:
+        raise frame.error or StructureError("unreadable", "the frame holds no structure")
+    found = frame.structure
+    return Atoms(
+        found.numbers,
+        positions=found.positions,
+        cell=found.cell,
+        pbc=found.pbc,
+        info=dict(frame.info),
+        constraint=list(found.constraints),
+    )
 
 
 def load_generate_settings(spec: Path) -> GenerateSettings:

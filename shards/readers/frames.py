@@ -10,13 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator
 
-from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
 from hydrazero.shards.readers.parts.geometry import cell_matrix, numbers_in, periodicity
 from hydrazero.shards.readers.symbols import fixed_in
 from hydrazero.shards.settings_parser import Section
-from hydrazero.shards.structure import Structure, atomic_numbers_of, check_structure
+from hydrazero.shards.structure import Structure, atomic_numbers_of, charge_of, check_structure, multiplicity_of
 from hydrazero.shards.targets import TargetSection, target_value
 from hydrazero.shards.units import energy_factor, force_factor, known_unit, length_factor, stress_factor
 

@@ -18,8 +18,8 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, save_model
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning
-from hydrazero.shards.conditions import charge_of, multiplicity_of
 from hydrazero.shards.errors import ConfigError, StructureError
+from hydrazero.shards.structure import charge_of, multiplicity_of
 
 CPU = torch.device("cpu")
 

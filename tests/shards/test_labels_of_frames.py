@@ -15,8 +15,10 @@ from click.testing import CliRunner
 from format_files import frames, reasons, structures
 
 from hydrazero.launch.cli.main import main
+from hydrazero.models.inference.ase_structure import structure_from_atoms
+from hydrazero.models.screening.prototypes import GeneratedSource
 from hydrazero.models.screening.sources import all_items, read_structure, sources_of
-from hydrazero.shards.errors import StructureError
+from hydrazero.shards.errors import ConfigError, StructureError
 from hydrazero.shards.readers import FieldNames, SourceUnits
 from hydrazero.shards.targets import TargetSection
 
@@ -266,6 +268,22 @@ def test_occupancies_of_other_formats(tmp_path):
     ase.io.write(tmp_path / "a.traj", disordered)
     ase.io.write(tmp_path / "a.extxyz", disordered)
     assert reasons(frames(tmp_path / "a.traj")) == reasons(frames(tmp_path / "a.extxyz")) == ["disordered"]
+
+
+def test_disordered_crystals_are_not_predicted_or_substituted(tmp_path):
+    disordered = ase.io.read(cif(tmp_path / "a.cif", *SITES["shared"]))
+    with pytest.raises(StructureError, match="shared by several elements"):
+        structure_from_atoms(disordered)
+    del disordered.info["occupancy"]
+    assert len(structure_from_atoms(disordered)) == 2
+    spec = tmp_path / "spec.toml"
+    spec.write_text('[[prototypes]]\nname = "p"\nfile = "a.cif"\nsites = {Na = ["Na", "K"]}\n')
+    with pytest.raises(ConfigError, match=r"prototype 'p' cannot be built .*shared by several elements"):
+        GeneratedSource(spec)
+    (tmp_path / "b.xyz").write_text('1\nlattice="4 0 0 0 4 0 0 0 4"\nNa 0 0 0\n')
+    spec.write_text(spec.read_text().replace("a.cif", "b.xyz"))
+    first, second = all_items([GeneratedSource(spec)], lambda chunk: True)
+    assert read_structure(first).pbc.all() and read_structure(second).numbers.tolist() == [19]
 
 
 def test_gradients_become_forces(tmp_path):

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
 
+import numpy as np
+
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.extxyz.comment_line import Entry
+from hydrazero.shards.readers.parts.geometry import periodicity
 
-_FLAGS = {
-    **dict.fromkeys(("t", "true", ".true.", "1", "1.0"), True),
-    **dict.fromkeys(("f", "false", ".false.", "0", "0.0"), False),
-}
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _LOOSE_CELL = re.compile(
     rf"(?<![a-z])((?:[a-z]+[_-])?(?:lattice|cell|box)[a-z_]*)(?:[\s:\"'“(\[{{]+{_NUMBER}[\s,;]+{_NUMBER}[\s,;]+{_NUMBER})",
@@ -46,13 +45,11 @@ def numbers(text: str) -> list[float] | None:
 
 def flags(text: str) -> list[bool] | None:
     """Return the three flags of a periodicity: 'T T F', '[true, true, false]', '1 1 0', 'TTF', 'T'; None for others."""
-    words = re.sub(r"[\[\](){}\"',;]", " ", text).lower().split()
-    if len(words) == 1 and re.fullmatch("[tf]{3}|[01]{3}", words[0]):
-        words = list(words[0])
-    if len(words) == 1:
-        words *= 3
-    found = [_FLAGS[word] for word in words if word in _FLAGS]
-    return found if len(words) == len(found) == 3 else None
+    try:
+        found: list[bool] = periodicity(text, np.zeros((3, 3))).tolist()
+    except StructureError:
+        return None
+    return found * 3 if len(found) == 1 else found
 
 
 def check_lookalikes(others: Sequence[Entry], own: Mapping[str, str | None], line: str) -> None:
