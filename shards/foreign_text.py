@@ -1,7 +1,7 @@
 """Text that others may have written (names, comments, messages from files), for terminals, tables, plots and pages.
 
 Such text can hold terminal escapes, markup of the program that shows it, or halves of characters that no file can hold.
-Whatever shows text of a file passes it through one of these functions.
+Whatever shows text of a file passes it through one of these functions; tables go through `shards.terminal`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of letters that are not shown as themselves: control, format (such as those that turn the reading
@@ -27,34 +23,39 @@ def escaped(text: object) -> str:
     return "".join(_written(letter) if unicodedata.category(letter) in HIDDEN else letter for letter in shown)
 
 
+def escaped_lines(text: object) -> str:
+    """Return a text in which line breaks and tabs stay, and everything else is as in `escaped`."""
+    return "".join(part if part in ("\n", "\t") else escaped(part) for part in re.split(r"([\n\t])", str(text)))
+
+
+def escaped_json(text: str) -> str:
+    r"""Return a JSON text in which hidden letters, which can only be in its strings, are written like '\u001b'."""
+    return "".join(map(_json_written, text))
+
+
 def _written(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
-def for_table(text: object) -> Text:
-    """Return a text for a cell of rich's tables, in which '[bold]' and ':warning:' are no markup."""
-    from rich.text import Text
+def _json_written(letter: str) -> str:
+    if letter in "\n\t" or unicodedata.category(letter) not in HIDDEN:
+        return letter
+    units = letter.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))
 
-    return Text(escaped(text))
 
+def echo(text: object, *, err: bool = False) -> None:
+    """Print a text, which may have several lines, to the standard output, or to that of errors."""
+    import click
 
-def for_markup(text: object) -> str:
-    """Return a text to be put into rich's markup."""
-    from rich.markup import escape
-
-    return escape(escaped(text))
+    click.echo(escaped_lines(text), err=err)
 
 
 def for_plot(text: object) -> str:
     """Return a text for matplotlib, which takes what is between two dollar signs for a formula."""
-    return escaped(text).replace("$", r"\$")
+    return escaped_lines(text).replace("$", r"\$")
 
 
 def for_html(text: object) -> str:
     """Return a text for HTML, attributes in quotes included."""
-    return html.escape(escaped(text))
-
-
-def for_markdown(text: object) -> str:
-    """Return a text for Markdown, cells of tables included."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$<>&])", r"\\\1", escaped(text))
+    return html.escape(escaped_lines(text))

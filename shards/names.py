@@ -9,27 +9,29 @@ from __future__ import annotations
 import os
 import re
 import stat
-import unicodedata
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import escaped
 
-NAME = re.compile(r"\w[\w .,+=@()&~-]*(?<! )")
-"""A name: letters and digits of any script, spaces inside, and a few signs; it begins with a letter, a digit or `_`."""
+NAME = re.compile(r"[^\s./\\-][^/\\]*(?<!\s)")
+"""A name: one part of a path that is not hidden, cannot be taken for an option, and does not lead anywhere else."""
 MOST_BYTES = 200
 """Largest number of bytes of a name in UTF-8; file systems accept 255, endings of files included."""
 NAME_RULE = (
-    "a name begins with a letter, a digit or '_' and holds only these, spaces and . , + = @ ( ) & ~ -, "
+    "a name holds no '/', no backslash and no control characters, does not begin with '.', '-' or a space, and has "
     f"{MOST_BYTES} bytes at most"
 )
 
 
 def is_name(text: object) -> bool:
     """Return whether a value is a name that can be a file or a folder of its own, and nothing else."""
-    return isinstance(text, str) and NAME.fullmatch(text) is not None and len(text.encode()) <= MOST_BYTES
+    if not isinstance(text, str) or NAME.fullmatch(text) is None or escaped(text) != text:
+        return False
+    return len(text.encode()) <= MOST_BYTES
 
 
 def check_name(text: object, what: str) -> str:
@@ -47,7 +49,8 @@ def _checked(text: str) -> str:
 
 def is_plain(text: str) -> bool:
     """Return whether a text is one line that terminals and files can hold: no control characters, no surrogates."""
-    return not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text.replace("\t", " "))
+    plain = text.replace("\t", " ")
+    return escaped(plain) == plain
 
 
 def check_plain(text: str, what: str) -> str:

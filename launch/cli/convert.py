@@ -9,6 +9,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import echo
 
 
 def _list_presets(context: click.Context, _: Any, requested: bool) -> None:
@@ -21,7 +22,7 @@ def _list_presets(context: click.Context, _: Any, requested: bool) -> None:
         about = load_preset(name).about
         click.secho(name, bold=True)
         for fact in (about.title, f"{about.theory}; {about.elements}", about.layout, about.download):
-            click.echo(f"    {fact}")
+            echo(f"    {fact}")
     context.exit()
 
 
@@ -34,7 +35,7 @@ def _list_formats(context: click.Context, _: Any, requested: bool) -> None:
     for name in READERS.names():
         package = READERS.package_of(name)
         origin = "" if package is None else f" (package {package.name})"
-        click.echo(f"{name:14}{' '.join(reader_of(name).suffixes)}{origin}".rstrip())
+        echo(f"{name:14}{' '.join(reader_of(name).suffixes)}{origin}".rstrip())
     context.exit()
 
 
@@ -123,4 +124,4 @@ def subset_command(folder: Path, out: Path, train: int | None, val: int | None, 
     requested = {"train": train, "val": val, "test": test}
     counts = {split: count for split, count in requested.items() if count is not None}
     manifest = write_subset(folder, out, counts, seed)
-    click.echo(f"{out}: {shown_splits(manifest)}")
+    echo(f"{out}: {shown_splits(manifest)}")

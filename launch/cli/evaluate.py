@@ -8,6 +8,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.location import Location
 
 
@@ -52,5 +53,5 @@ def _with_structures(folders: list[Location], split: str) -> tuple[list[Location
     if not any(counts.values()):
         return folders, 0  # the evaluation reports it
     for folder in (folder for folder, count in counts.items() if not count):
-        click.echo(f"warning: {folder} has no structures in the split '{split}' and is left out.", err=True)
+        echo(f"warning: {folder} has no structures in the split '{split}' and is left out.", err=True)
     return [folder for folder in folders if counts[folder]], sum(counts.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hydrazero.launch.cli.options import FOLDER, task_list
+from hydrazero.shards.foreign_text import echo
 
 
 @click.command("export")
@@ -30,7 +31,7 @@ def export_command(run_dir: Path, out: Path, tasks: str | None, dtype: str, old_
     from hydrazero.trainer.evaluation.export import export_run
 
     model = export_run(run_dir, out, task_list(tasks), dtype, old_heads=old_heads)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(task.name for task in model.tasks)}")
+    echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, tasks {', '.join(task.name for task in model.tasks)}")
 
 
 @click.command("package")
@@ -46,4 +47,4 @@ def package_command(model: Path, task: str, out: Path) -> None:
     from hydrazero.models.inference.model_file import read_card, read_model, with_tasks
 
     write_package(with_tasks(read_model(model), [task]), out, read_card(model))
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, task {task}")
+    echo(f"{out}: {out.stat().st_size / 1e6:.2f} MB, task {task}")

@@ -9,6 +9,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER, ranks_option, set_option
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import echo
 
 
 @click.command("finetune")
@@ -62,4 +63,4 @@ def finetune_command(out: Path, **options: Any) -> None:
 
     if out.exists():
         raise ConfigError(f"{out} exists; remove it or choose another name.")
-    finetune(FinetuneRequest(out=out, **options), click.echo)
+    finetune(FinetuneRequest(out=out, **options), echo)

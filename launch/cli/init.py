@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hydrazero.launch.cli.options import FOLDER
+from hydrazero.shards.foreign_text import echo
 
 
 @click.command("init")
@@ -42,4 +43,4 @@ def init_command(folders: tuple[Path, ...], **options: Any) -> None:
     """
     from hydrazero.trainer.propose.propose_run import InitRequest, write_run_file
 
-    write_run_file(InitRequest(folders=folders, **options), click.echo)
+    write_run_file(InitRequest(folders=folders, **options), echo)

@@ -11,6 +11,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import echo, escaped_json
 
 if TYPE_CHECKING:
     from hydrazero.shards.manifest import Manifest
@@ -74,11 +75,11 @@ def inspect_command(
     if propose_batch:
         from hydrazero.trainer.propose.propose_batch import BatchRequest, batch_text
 
-        click.echo(batch_text(BatchRequest(folders=folders, **batch)))
+        echo(batch_text(BatchRequest(folders=folders, **batch)))
         return
     _show(manifests, f"{batch['cutoff']:g}", as_json, page)
     if verify and not as_json:
-        click.echo("all shards have the checksums of their manifests")
+        echo("all shards have the checksums of their manifests")
 
 
 def _checked_manifests(folders: Sequence[Path], verify: bool) -> list[Manifest]:
@@ -97,20 +98,19 @@ def _checked_manifests(folders: Sequence[Path], verify: bool) -> list[Manifest]:
 
 def _show(manifests: Sequence[Manifest], cutoff: str, as_json: bool, page: Path | None) -> None:
     """Print the facts as JSON or as tables, or write them to a page."""
-    from rich.console import Console
-
     from hydrazero.launch.cli.views.shards_view import describe, describe_several, manifest_facts
+    from hydrazero.shards.terminal import PlainConsole
 
     if as_json:
         facts = [manifest_facts(manifest) for manifest in manifests]
-        click.echo(json.dumps(facts[0] if len(facts) == 1 else facts, indent=1))
+        echo(json.dumps(facts[0] if len(facts) == 1 else facts, indent=1))
     elif page is None:
-        Console().print(describe(manifests[0]) if len(manifests) == 1 else describe_several(manifests, cutoff))
+        PlainConsole().print(describe(manifests[0]) if len(manifests) == 1 else describe_several(manifests, cutoff))
     if page is not None:
         from hydrazero.launch.cli.views.inspect_page import write_page
 
         write_page(manifests, cutoff, page)
-        click.echo(str(page))
+        echo(str(page))
 
 
 def _show_model(path: Path, as_json: bool) -> None:
@@ -119,6 +119,6 @@ def _show_model(path: Path, as_json: bool) -> None:
     from hydrazero.trainer.records.progress_line import wide_console
 
     if as_json:
-        click.echo(json.dumps(card_of(path), indent=1, ensure_ascii=False))
+        echo(escaped_json(json.dumps(card_of(path), indent=1, ensure_ascii=False)))
     else:
         wide_console(stderr=False).print(describe_model(path))

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from hydrazero.launch.cli.options import FOLDER, NODES, RANKS_PER_NODE, SITE, set_option
+from hydrazero.shards.foreign_text import echo
 
 
 def _list_sites(context: click.Context, _: Any, requested: bool) -> None:
@@ -21,7 +22,7 @@ def _list_sites(context: click.Context, _: Any, requested: bool) -> None:
 
     for name in site_names():
         click.secho(name, bold=True)
-        click.echo(f"    {load_site(name).about}")
+        echo(f"    {load_site(name).about}")
     context.exit()
 
 
@@ -79,12 +80,12 @@ def launch_command(run_file: Path, submitted: bool, **request: Any) -> None:
     script = write_script(job)
     shown = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
     if not submitted:
-        click.echo(str(shown))
+        echo(str(shown))
     elif job.site.scheduler == "none":
         # Ctrl-C then reaches the script, which waits until the ranks have written a checkpoint.
         os.execvp("bash", ["bash", str(script)])
     else:
-        click.echo(f"job {submit(job.site, script)}: {shown}")
+        echo(f"job {submit(job.site, script)}: {shown}")
 
 
 @click.command("postmortem")
@@ -115,5 +116,5 @@ def postmortem_command(run_dir: Path, retries: int, wait: float) -> None:
 
     attempts = judge_attempts(run_dir, wait)
     for line in job_summary(attempts, retries):
-        click.echo(line)
+        echo(line)
     sys.exit(job_status([verdict for _, verdict in attempts], retries))

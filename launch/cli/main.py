@@ -22,6 +22,7 @@ from hydrazero.launch.cli.search import search_command
 from hydrazero.launch.cli.train import train_command
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import file_fault
+from hydrazero.shards.foreign_text import echo, escaped
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Data": (convert_command, subset_command, inspect_command),
@@ -44,14 +45,14 @@ class HydrazeroGroup(click.Group):
         try:
             return super().invoke(ctx)
         except HydrazeroError as error:
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {escaped(error)}", err=True)
             ctx.exit(error.exit_status)
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough; click ends the process
         except OSError as error:
             if (sentence := file_fault(error)) is None:
                 raise
-            click.echo(f"Error: {sentence}", err=True)
+            echo(f"Error: {escaped(sentence)}", err=True)
             ctx.exit(1)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -10,6 +10,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER, NODES, RANKS_PER_NODE, SITE, set_option
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import echo
 
 if TYPE_CHECKING:
     from hydrazero.launch.plan.request import PlanSettings
@@ -114,4 +115,4 @@ def _write(document: dict[str, Any], folder: Path) -> None:
         draw(document, folder / "plan.png")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); name another with --out.") from error
-    click.echo(f"{folder / 'plan.json'}\n{folder / 'plan.png'}")
+    echo(f"{folder / 'plan.json'}\n{folder / 'plan.png'}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hydrazero.launch.cli.options import FOLDER
+from hydrazero.shards.foreign_text import echo
 
 
 @click.command("report")
@@ -24,4 +25,4 @@ def report_command(run_dirs: tuple[Path, ...], out: Path | None) -> None:
     """
     from hydrazero.trainer.report import write_report
 
-    click.echo(str(write_report(run_dirs, out)))
+    echo(str(write_report(run_dirs, out)))

@@ -10,6 +10,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER, task_list
 from hydrazero.shards.errors import HydrazeroError
+from hydrazero.shards.foreign_text import echo
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
@@ -100,7 +101,7 @@ def screen_command(ranks: int | None, launched_by: int | None, local_rank: int |
         end_with_parent(launched_by, FAILED)
     for name in ("tasks", "forces_of"):
         options[name] = tuple(task_list(options[name]) or ())
-    screen_files(ScreenRequest(**options), click.echo)
+    screen_files(ScreenRequest(**options), echo)
 
 
 def _start_ranks(ranks: int) -> None:

@@ -8,6 +8,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.foreign_text import echo
 
 
 @click.command("search")
@@ -50,6 +51,6 @@ def search_command(space: Path, trials: int | None, workers: int, report: bool) 
     if print_best(journal):
         from hydrazero.trainer.report.search_page import write_search_page
 
-        click.echo(str(write_search_page(journal)))
+        echo(str(write_search_page(journal)))
     if statuses and trials is not None:
         check_ended(journal, trials, statuses)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hydrazero.launch.cli.options import FOLDER, ranks_option, set_option
+from hydrazero.shards.foreign_text import echo
 
 
 @click.command("train")
@@ -54,7 +55,7 @@ def train_command(
     options = [word for override in overrides for word in ("--set", override)] + ["--resume"] * resume
     if rehearsal is None:
         started = TrainOptions(ranks=ranks, words=options, resume=resume, retries=retries)
-        click.echo(train_here(run_file, config, started))
+        echo(train_here(run_file, config, started))
         return
     check_rehearsal(rehearsal, config, resume)
     if ranks == 1:

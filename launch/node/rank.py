@@ -27,6 +27,7 @@ import click
 
 from hydrazero.launch.node.records import RECORDS, SIGN_EVERY, add_event, events_of
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.foreign_text import echo, escaped
 from hydrazero.shards.launcher_variables import LauncherRank, launcher_rank_in, node_name
 from hydrazero.shards.processes import kill_with_parent
 
@@ -160,7 +161,7 @@ class RankWatcher:
 
 def _warn(sentence: str) -> None:
     with contextlib.suppress(OSError):  # the launcher may be gone
-        click.echo(f"Warning: {sentence}", err=True)
+        echo(f"Warning: {escaped(sentence)}", err=True)
 
 
 @click.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
@@ -184,7 +185,7 @@ def main(
         seen = replace(rank, local=0) if one_device else rank
         status = RankWatcher(attempt, rank, stop_after, removed).run(command, {**os.environ, **seen.variables()})
     except HydrazeroError as error:
-        click.echo(f"Error: {error}", err=True)
+        echo(f"Error: {escaped(error)}", err=True)
         status = error.exit_status
     sys.stdout.flush()
     os._exit(128 - status if status < 0 else status)  # threads may still be waiting for output

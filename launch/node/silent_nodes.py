@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from hydrazero.launch.node.records import PASSED, UNFIT, add_event, all_events
+from hydrazero.shards.foreign_text import echo
 
 
 def silent_nodes(attempt: Path, part: str, nodes: Sequence[str]) -> tuple[list[str], int]:
@@ -42,7 +43,7 @@ def main(attempt: Path, part: str, within: str) -> None:
     if count < len(silent):
         silent, reason = ["unknown"], f"{count} of {', '.join(silent)} gave {reason}"
     for node in silent:
-        click.echo(f"Error: node {node} cannot take part: {reason}.", err=True)
+        echo(f"Error: node {node} cannot take part: {reason}.", err=True)
         add_event(attempt, node, UNFIT, reason=reason)
 
 

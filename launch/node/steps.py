@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import click
-
 from hydrazero.launch.node.records import BY_SHELL, PASSED, UNFIT, add_event
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.launcher_variables import node_name
 
 PASSES = 3
@@ -66,7 +65,7 @@ def end_with_steps(attempt: Path, part: str, within: float, steps: Sequence[Step
 
 
 def _refuse(attempt: Path, reason: str) -> None:
-    click.echo(f"Error: node {node_name()} cannot take part: {reason}", err=True)
+    echo(f"Error: node {node_name()} cannot take part: {reason}", err=True)
     with contextlib.suppress(ConfigError):  # the script also names nodes without a record
         _record(attempt, UNFIT, reason=reason.rstrip("."))
     _end(1)

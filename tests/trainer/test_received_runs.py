@@ -103,7 +103,9 @@ def test_a_command_in_the_record_of_a_run_is_not_run(home, run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["run_state.pt", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["run_state.pt", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+)
 def test_no_code_of_a_checkpoint_is_run(home, run, tmp_path, name):
     for folder in checkpoints(run):
         content = torch.load(folder / name, weights_only=False)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from rich.console import Console
-
 from hydrazero.models.inference.potential import Potential, load_model, structure_from_atoms
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.structure import Structure
+from hydrazero.shards.terminal import PlainConsole
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.demo.labels import DEMO_TASKS, make_demo_sources
 from hydrazero.trainer.demo.structures import parent_molecule, screening_structures
@@ -39,7 +38,7 @@ def run_demo(out: Path) -> None:
         raise ConfigError(f"{out} exists; remove it or choose another --out.") from error
     except OSError as error:
         raise ConfigError(f"{out} cannot be made ({error.strerror}); choose another --out.") from error
-    started, console = time.monotonic(), Console(stderr=True)
+    started, console = time.monotonic(), PlainConsole(stderr=True)
     console.rule("1/6 label structures with five methods")
     shards = _make_shards(out)
     console.rule(f"2/6 train five heads with {RANKS} ranks (PaiNN, ZeRO-1)")
@@ -56,7 +55,7 @@ def run_demo(out: Path) -> None:
 
     report = write_report([out])
     print_evaluation(evaluation)
-    output = Console(soft_wrap=True)
+    output = PlainConsole(soft_wrap=True)
     output.print(relaxation)
     output.print(screened)
     for path in (out / "model.safetensors", report, out / "evaluation.json", out / "screen.parquet"):

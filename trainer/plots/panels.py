@@ -11,6 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hydrazero.shards.foreign_text import for_plot
+
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#2299bb", "#998822", "#884444")
 """Colours of runs, or of lines in the same axes."""
 GREY = "#999999"
@@ -46,7 +48,7 @@ def pairs_of_tasks(tasks: Sequence[str], *, height: float) -> tuple[Figure, list
         row, column = divmod(number, columns)
         first = 2 * row * columns + column + 1
         upper, lower = (plain_axes(figure.add_subplot(rows, columns, place)) for place in (first, first + columns))
-        upper.set_title(task, fontweight="bold", fontsize=10)
+        upper.set_title(for_plot(task), fontweight="bold", fontsize=10)
         pairs.append((upper, lower))
     return figure, pairs
 
@@ -64,7 +66,7 @@ def plain_axes(ax: Axes) -> Axes:
 def nothing(ax: Axes, text: str) -> None:
     """Replace axes without data by a text."""
     ax.set_axis_off()
-    ax.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=ax.transAxes)
+    ax.text(0.5, 0.5, for_plot(text), ha="center", va="center", color=GREY, transform=ax.transAxes)
 
 
 def log_scale(ax: Axes) -> None:
@@ -90,7 +92,7 @@ def plain_logarithms(axis: Axis) -> None:
 
 def legend_below(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
     """Add a legend with entries (handle, text) below all axes."""
-    handles, labels = [handle for handle, _ in entries], [text for _, text in entries]
+    handles, labels = [handle for handle, _ in entries], [for_plot(text) for _, text in entries]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
 
 

@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hydrazero.shards.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import COLOURS, GREY, nothing, pairs_of_tasks, small_multiples
 
 DENSITY_POINTS = 1000
@@ -112,7 +113,7 @@ def other_parity_plots(tasks: Mapping[str, Mapping[str, OtherParity]]) -> Figure
     figure, axes = small_multiples(len(shown), height=2.75)
     clouds = []
     for ax, (task, name, found) in zip(axes, shown, strict=True):
-        ax.set_title(task, fontweight="bold", fontsize=10)
+        ax.set_title(for_plot(task), fontweight="bold", fontsize=10)
         mae = float(np.abs(found.predicted - found.true).mean())
         error = f"MAE {mae:.3g} {found.unit}\nn = {len(found.true):,}"
         what = f"{name}, {found.unit}" if found.unit else name
@@ -134,9 +135,15 @@ def draw(figure: Figure, clouds: list[Cloud]) -> None:
             ax.pcolormesh(edges, edges, counts, norm=norm, cmap=COLOUR_MAP, zorder=2, rasterized=True)
         else:
             ax.scatter(one.true, one.predicted, s=9, color=COLOURS[0], alpha=0.6, linewidths=0, zorder=2)
-        ax.set(xlim=limits, ylim=limits, aspect="equal", xlabel=f"true {one.what}", ylabel=f"predicted {one.what}")
+        ax.set(
+            xlim=limits,
+            ylim=limits,
+            aspect="equal",
+            xlabel=for_plot(f"true {one.what}"),
+            ylabel=for_plot(f"predicted {one.what}"),
+        )
         ax.locator_params(nbins=4)
-        ax.text(0.04, 0.96, one.error, va="top", fontsize=8, transform=ax.transAxes)
+        ax.text(0.04, 0.96, for_plot(one.error), va="top", fontsize=8, transform=ax.transAxes)
     if norm is not None:
         bar = figure.colorbar(
             ScalarMappable(norm=norm, cmap=COLOUR_MAP),

@@ -12,6 +12,7 @@ import click
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import file_fault
+from hydrazero.shards.foreign_text import echo, escaped
 
 MAY_PASS = 75
 """Exit status of a rank that has lost another one (EX_TEMPFAIL of sysexits.h)."""
@@ -48,7 +49,7 @@ def end_process_after(
         job()
     except HydrazeroError as error:
         if prints(error):
-            click.echo(f"Error: {error}", err=True)
+            echo(f"Error: {escaped(error)}", err=True)
         exit_rank(error.exit_status)
     except click.ClickException as error:
         error.show()
@@ -60,6 +61,6 @@ def end_process_after(
         if sentence is None:
             traceback.print_exc()
         else:
-            click.echo(f"Error: {sentence}", err=True)
+            echo(f"Error: {escaped(sentence)}", err=True)
         exit_rank(FAILED)
     exit_rank(0)

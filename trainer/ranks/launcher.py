@@ -14,10 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-import click
-
 from hydrazero.shards.device import device_kind, gpu_module
 from hydrazero.shards.errors import ConfigError, HydrazeroError
+from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.launcher_variables import LauncherRank
 from hydrazero.trainer.ranks.distributed import free_port
 from hydrazero.trainer.ranks.exit_status import MAY_PASS
@@ -67,7 +66,7 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], record: Path
         if running.asked_to_stop or retry == retries:
             break
         again = f"the run is resumed from its last checkpoint (retry {retry + 1} of {retries})."
-        click.echo(f"{outcome.reason}; {again}", err=True)
+        echo(f"{outcome.reason}; {again}", err=True)
     raise RanksEndedError(
         f"{outcome.reason}; --resume continues from the last checkpoint, or from step 0 if there is none; --retries N "
         "does so automatically."

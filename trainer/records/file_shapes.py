@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
+from hydrazero.shards.names import FileName
+
 RUN_NAME = "run.json"
 """File with the settings, versions, command and start of the run."""
 MODEL_FACTS_NAME = "model.json"
@@ -16,7 +18,7 @@ EVALUATION_NAME = "evaluation.json"
 class RunTask(BaseModel):
     """A task in `run.json`."""
 
-    name: str
+    name: FileName
     shards: str
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from hydrazero.shards.terminal import PlainConsole
 
 EVERY = 30.0
 """Seconds between lines where there is no terminal; the log of a day then has some 3,000 lines."""
@@ -15,10 +16,10 @@ FILE_WIDTH = 160
 """Width in characters where there is no terminal, so that tables are not cut off."""
 
 
-def wide_console(*, stderr: bool) -> Console:
+def wide_console(*, stderr: bool) -> PlainConsole:
     """Return a console that is wide enough for tables even if it is not a terminal."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=FILE_WIDTH)
+    console = PlainConsole(stderr=stderr)
+    return console if console.is_terminal else PlainConsole(stderr=stderr, width=FILE_WIDTH)
 
 
 def duration(seconds: float | None) -> str:
@@ -43,7 +44,7 @@ class _Left(ProgressColumn):
 class ProgressLine:
     """Progress of a run from step `start`: rate, fraction of the time spent waiting for data, loss, remaining time."""
 
-    def __init__(self, console: Console, start: int, total: int) -> None:
+    def __init__(self, console: PlainConsole, start: int, total: int) -> None:
         self.console = console
         self.step, self.total = start, total
         self.loss = self.rate = ""

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hydrazero.shards.terminal import PlainConsole
 from hydrazero.trainer.records.progress_line import ProgressLine, wide_console
 from hydrazero.trainer.records.run_files import MetricsWriter
 from hydrazero.trainer.records.task_errors import TaskErrors, TaskEvaluation
@@ -54,7 +54,7 @@ def left_out(tasks: Mapping[str, TaskErrors | TaskEvaluation]) -> list[str]:
 def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int], None]]:
     """Return a progress bar on stderr, which is a context manager, and the function that advances it."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True))
+    progress = Progress(*columns, console=PlainConsole(stderr=True))
     bar = progress.add_task("", total=total)
     return progress, lambda count: progress.update(bar, advance=count)
 

@@ -12,6 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hydrazero.shards.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import (
     COLOURS,
     GREY,
@@ -134,7 +135,7 @@ def force_errors(runs: Sequence[RunData]) -> Figure | None:
     figure, axes = small_multiples(len(tasks), height=2.2)
     for task, ax in zip(tasks, axes, strict=True):
         found = {number: one for number, run in enumerate(runs) if (one := _by_force(run, task)) is not None}
-        ax.set_title(task, fontweight="bold", fontsize=10)
+        ax.set_title(for_plot(task), fontweight="bold", fontsize=10)
         if not found:
             nothing(ax, "all forces are 0")
             continue
@@ -176,7 +177,7 @@ def element_errors(run: RunData) -> Figure | None:
     norm = LogNorm(positive.min(), positive.max()) if positive.size and positive.max() > positive.min() else None
     image = ax.imshow(values, norm=norm, cmap="YlOrRd", aspect="auto")
     ax.set_xticks(range(len(elements)), elements)
-    ax.set_yticks(range(len(by_task)), list(by_task))
+    ax.set_yticks(range(len(by_task)), list(map(for_plot, by_task)))
     ax.tick_params(length=0)
     for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
         value = values[row, column]
@@ -221,7 +222,7 @@ def calibration_plots(run: RunData) -> Figure | None:
         ends = [0.5 * min(positive), 2 * max(positive)]
         ax.plot(ends, ends, color=GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel="spread, meV/atom", ylabel="error, meV/atom")
-        ax.set_title(name, fontweight="bold", fontsize=10)
+        ax.set_title(for_plot(name), fontweight="bold", fontsize=10)
         ax.set_ylim(bottom=0.1 * min((value for value in upward if value > 0), default=1.0))
         plain_logarithms(ax.xaxis)
         plain_logarithms(ax.yaxis)

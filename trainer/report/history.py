@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from hydrazero.shards.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import (
     GREY,
     PAGE,
@@ -136,7 +137,7 @@ def over_steps(runs: Sequence[RunData], kind: str, key: str, label: str) -> Figu
                 ax.plot(*runs[0].series(kind, key, other), color="#cccccc", linewidth=0.7, zorder=1)
         for number, run in enumerate(runs):
             ax.plot(*run.series(kind, key, task), color=colour_of(number), linewidth=1.4, zorder=2)
-        ax.set_title(task, fontweight="bold", fontsize=10)
+        ax.set_title(for_plot(task), fontweight="bold", fontsize=10)
         ax.set_xlabel("step")
         ax.locator_params(axis="x", nbins=5)
         if place % columns_for(len(tasks)) == 0:
@@ -176,8 +177,8 @@ def cosine_maps(tasks: Sequence[str], matrices: Sequence[tuple[str, NDArray[np.f
         ax.grid(visible=False)
         ax.imshow(np.ma.masked_invalid(values), vmin=-1, vmax=1, cmap="RdBu_r")
         ax.set_title(title, fontsize=10)
-        ax.set_xticks(range(len(tasks)), list(tasks), rotation=45, ha="right", rotation_mode="anchor")
-        ax.set_yticks(range(len(tasks)), list(tasks) if number % columns == 0 else [""] * len(tasks))
+        ax.set_xticks(range(len(tasks)), list(map(for_plot, tasks)), rotation=45, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(tasks)), list(map(for_plot, tasks)) if number % columns == 0 else [""] * len(tasks))
         ax.tick_params(length=0)
         for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
             value = values[row, column]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Collection, Sequence
-from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 from hydrazero.shards.files import write_text
+from hydrazero.shards.foreign_text import for_html
 
 STYLE = """
 :root { color-scheme: light; }
@@ -48,7 +48,7 @@ WIDE = 10.9
 def page(title: str, parts: Sequence[str]) -> str:
     """Return a complete HTML document."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{for_html(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
@@ -75,10 +75,11 @@ def table(
         return f' class="{" ".join(names)}"' if names else ""
 
     head = "".join(
-        f"<th{kinds(None, column)}>{escape(text).replace(chr(10), '<br>')}</th>" for column, text in enumerate(headings)
+        f"<th{kinds(None, column)}>{for_html(text).replace(chr(10), '<br>')}</th>"
+        for column, text in enumerate(headings)
     )
     body = "".join(
-        f"<tr>{''.join(f'<td{kinds(number, column)}>{escape(cell)}</td>' for column, cell in enumerate(row))}</tr>"
+        f"<tr>{''.join(f'<td{kinds(number, column)}>{for_html(cell)}</td>' for column, cell in enumerate(row))}</tr>"
         for number, row in enumerate(rows)
     )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
@@ -93,16 +94,16 @@ def picture(figure: Figure, alternative: str) -> str:
     width = figure.get_figwidth()
     kind = "scroll large" if width > WIDE else "scroll wide"
     return (
-        f'<div class="{kind}"><img alt="{escape(alternative)}" width="{round(PIXELS * width)}" '
+        f'<div class="{kind}"><img alt="{for_html(alternative)}" width="{round(PIXELS * width)}" '
         f'src="data:image/png;base64,{data}"></div>'
     )
 
 
 def paragraph(text: str) -> str:
     """Return a paragraph."""
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{for_html(text)}</p>"
 
 
 def facts(text: str) -> str:
     """Return a line in grey."""
-    return f'<p class="facts">{escape(text)}</p>'
+    return f'<p class="facts">{for_html(text)}</p>'

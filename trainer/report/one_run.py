@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from hydrazero.shards.foreign_text import for_html
 from hydrazero.trainer.evaluation.tables import OTHER_HEADINGS, other_rows
 from hydrazero.trainer.plots.parity import other_parity_plots, parity_plots
 from hydrazero.trainer.records.run_log import left_out, shown
@@ -30,11 +30,11 @@ def heading(run: RunData) -> str:
     model = run.record["model"]
     size = f"{model['encoder']}, {model['features']} features, {model['layers']} layers, cutoff {model['cutoff']} Å"
     line = f"{len(run.tasks)} tasks · {size} · {progress(run)} · started {run.record['started']}"
-    return f"<h1>{escape(run.label)}</h1>{facts(line)}{_command(run)}"
+    return f"<h1>{for_html(run.label)}</h1>{facts(line)}{_command(run)}"
 
 
 def _command(run: RunData) -> str:
-    return f'<p class="facts"><code>{escape(run.record["command"])}</code></p>'
+    return f'<p class="facts"><code>{for_html(run.record["command"])}</code></p>'
 
 
 def progress(run: RunData) -> str:
@@ -55,10 +55,10 @@ def evaluation(run: RunData) -> list[str]:
     if run.evaluation is None:
         hint = f"hydrazero evaluate {run.path}"
         return [
-            f"<h2>Errors</h2><p>This run has not been evaluated. To evaluate it, run <code>{escape(hint)}</code>.</p>"
+            f"<h2>Errors</h2><p>This run has not been evaluated. To evaluate it, run <code>{for_html(hint)}</code>.</p>"
         ]
     tasks = run.evaluation.tasks
-    parts = [f"<h2>Errors on the {escape(run.evaluation.split)} split</h2>", _errors(tasks)]
+    parts = [f"<h2>Errors on the {for_html(run.evaluation.split)} split</h2>", _errors(tasks)]
     parts.append(paragraph(TRIVIAL))
     parts += _other_errors(tasks)
     parts += [paragraph(sentence) for sentence in left_out(tasks)]
@@ -230,7 +230,7 @@ def configuration(run: RunData) -> list[str]:
         parts.append(facts(f"resumed from step {resume['step']:,} on {resume['started']}; {commit(resume)}"))
     for step, changes in lasting_changes(record):
         parts.append(paragraph(f"Settings changed at step {step:,}: {', '.join(map(str, changes))}."))
-    parts.append(f"<details><summary>run.json</summary><pre>{escape(json.dumps(record, indent=1))}</pre></details>")
+    parts.append(f"<details><summary>run.json</summary><pre>{for_html(json.dumps(record, indent=1))}</pre></details>")
     return parts
 
 

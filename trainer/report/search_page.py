@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
+from hydrazero.shards.foreign_text import for_html
 from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table, write_page
 from hydrazero.trainer.report.search_plots import (
@@ -60,7 +60,7 @@ def _heading(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
     ends = [each["at"] for row in rows for each in row.results]
     wall = (max(ends) - min(row.began for row in rows)) / 60 if ends else 0.0
     return [
-        f"<h1>{escape(str(journal.out))}</h1>",
+        f"<h1>{for_html(str(journal.out))}</h1>",
         facts(
             f"{len(rows)} trials: {counted}; {wall:.0f} minutes, {trained / 60:.0f} minutes of training by all workers"
         ),
@@ -90,7 +90,7 @@ def _best(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
         "<h2>Best trials</h2>",
         _results(journal, best[:SHOWN], marked=True),
         paragraph("This command trains with the values of the best trial and the schedule and steps of the run file:"),
-        f"<pre>{escape(command.replace(' --set ', _NEXT_LINE))}</pre>",
+        f"<pre>{for_html(command.replace(' --set ', _NEXT_LINE))}</pre>",
         *_errors_by_task(journal, best[0]),
     ]
 
@@ -143,7 +143,7 @@ def _choices(journal: Journal, rows: Sequence[TrialRow]) -> list[str]:
         errors = [each.best["error"] for each in found if each.best is not None]
         best = {(n, 4) for n, each in enumerate(found) if each.best is not None and each.best["error"] == min(errors)}
         name = short_names(list(journal.space.vary))[key]
-        parts += [f"<h3>By {escape(name)}</h3>", table(headings, cells, best=best)]
+        parts += [f"<h3>By {for_html(name)}</h3>", table(headings, cells, best=best)]
     return parts
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hydrazero.shards.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import (
     GREY,
     PAGE,
@@ -157,7 +158,7 @@ def settings_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Tria
             place = [*parameter.values].index(value) if isinstance(parameter, Choices) else float(value)
             _draw(ax, place, row.results[0]["error"], color=colours.of(row), markersize=3.5, alpha=0.8)
         _scale_of(ax, parameter)
-        ax.set_xlabel(names[key])
+        ax.set_xlabel(for_plot(names[key]))
         _logarithmic_errors(ax)
     entries = [*colours.entries(), *_edge_entry(rows)]
     if entries:
@@ -167,7 +168,7 @@ def settings_picture(rows: Sequence[TrialRow], space: SearchSpace, colours: Tria
 
 def _scale_of(ax: Axes, parameter: Range | Choices) -> None:
     if isinstance(parameter, Choices):
-        names = [str(value) for value in parameter.values]
+        names = [for_plot(value) for value in parameter.values]
         turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
         slanted = turned if max(map(len, names)) > 3 else {}
         ax.set_xticks(range(len(names)), names, **slanted)
@@ -184,7 +185,7 @@ def importance_picture(values: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(PAGE / 2, 0.28 * len(values) + 0.7), layout="constrained")
     ax = plain_axes(figure.add_subplot())
     names = short_names(list(values))
-    ax.barh([names[key] for key in values], list(values.values()), color=colour_of(0), height=0.6)
+    ax.barh([for_plot(names[key]) for key in values], list(values.values()), color=colour_of(0), height=0.6)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)

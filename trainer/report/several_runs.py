@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from hydrazero.shards.foreign_text import for_html
 from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.errors_by import force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput
@@ -65,7 +65,8 @@ def _errors(runs: Sequence[RunData]) -> list[str]:
         if run.evaluation is None:
             hint = f"hydrazero evaluate {run.path}"
             parts.append(
-                f"<p>{escape(run.label)} has not been evaluated. To evaluate it, run <code>{escape(hint)}</code>.</p>"
+                f"<p>{for_html(run.label)} has not been evaluated. "
+                f"To evaluate it, run <code>{for_html(hint)}</code>.</p>"
             )
     if evaluated:
         splits = list(dict.fromkeys(run.evaluation.split for run in evaluated if run.evaluation))
@@ -223,4 +224,4 @@ def _cosines(runs: Sequence[RunData]) -> list[str]:
 def _alone(run: RunData) -> str:
     """Return, folded, the parts of a run's own report that the comparison does not show."""
     parts = [heading(run), *evaluation(run), *configuration(run)]
-    return f'<details class="run"><summary>{escape(run.label)}</summary>{"".join(parts)}</details>'
+    return f'<details class="run"><summary>{for_html(run.label)}</summary>{"".join(parts)}</details>'

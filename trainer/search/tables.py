@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-import click
 from rich import box
 from rich.table import Table
 
+from hydrazero.shards.foreign_text import echo
 from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.search.campaign import command_of
 from hydrazero.trainer.search.journal import Journal
@@ -21,9 +21,7 @@ def print_best(journal: Journal) -> bool:
     """Print the best trials and the command that trains the best one fully; return whether there are any."""
     rows = trial_rows(journal)
     states = Counter(row.state for row in rows)
-    click.echo(
-        f"{journal.out}: " + (", ".join(f"{states[s]} {s}" for s in STATES.values() if states[s]) or "no trials")
-    )
+    echo(f"{journal.out}: " + (", ".join(f"{states[s]} {s}" for s in STATES.values() if states[s]) or "no trials"))
     best = ranked(rows)
     if not best:
         return False
@@ -37,6 +35,6 @@ def print_best(journal: Journal) -> bool:
         numbers = [f"{row.error:.4f}", f"{last['seconds']:.0f}", f"{last['training']:.0f}", f"{last['inference']:.0f}"]
         table.add_row(str(row.number), *numbers, *(shown_value(row.values[key]) for key in journal.space.vary))
     wide_console(stderr=False).print(table)
-    click.echo("error: validation MAE over the trivial one, as a geometric mean over tasks, energies and forces")
-    click.echo(f"to train the best trial with all steps: {command_of(journal, best[0])}")
+    echo("error: validation MAE over the trivial one, as a geometric mean over tasks, energies and forces")
+    echo(f"to train the best trial with all steps: {command_of(journal, best[0])}")
     return True

@@ -15,6 +15,7 @@ import click
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import without_links
+from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.launcher_variables import forget_launcher
 from hydrazero.shards.processes import end_with_parent
 from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
@@ -52,7 +53,7 @@ def work(journal: Journal, wanted: int) -> None:
                 run_trial(journal, held)
             except TrialFailedError as error:
                 journal.fail(held, str(error))
-                click.echo(f"trial {held.number} failed: {error}  {describe(held.values)}")
+                echo(f"trial {held.number} failed: {error}  {describe(held.values)}")
         _check_failures(journal)
 
 
@@ -69,7 +70,7 @@ def run_trial(journal: Journal, held: HeldTrial) -> None:
             if pruned:  # never used again
                 shutil.rmtree(journal.run_dir(held.number) / CHECKPOINTS, ignore_errors=True)
             state = "pruned" if pruned else "finished"
-            click.echo(f"trial {held.number} {state} at {seconds:g} s: {result.error:.4f}  {describe(held.values)}")
+            echo(f"trial {held.number} {state} at {seconds:g} s: {result.error:.4f}  {describe(held.values)}")
             return
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 
-import click
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hydrazero.launch.cli.views.task_notes import task_notes
@@ -15,7 +13,9 @@ from hydrazero.shards.convert.convert import Progress as Place
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.convert.workers import worker_processes
+from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.terminal import PlainConsole
 
 
 def convert_with_progress(
@@ -43,7 +43,7 @@ def convert_with_progress(
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
             watch = _Watch(bar)
             manifest = convert(
                 sources,
@@ -92,11 +92,11 @@ def shown_splits(manifest: Manifest) -> str:
 
 
 def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> None:
-    click.echo(f"{out}: {shown_splits(manifest)}")
+    echo(f"{out}: {shown_splits(manifest)}")
     if manifest.duplicate_count:
         what = "left out" if settings.duplicates == "drop" else "kept, in the split of the first one"
-        click.echo(f"duplicates: {manifest.duplicate_count:,} structures repeat an earlier geometry ({what})")
+        echo(f"duplicates: {manifest.duplicate_count:,} structures repeat an earlier geometry ({what})")
     for reason, count in manifest.set_aside.items():
-        click.echo(f"skipped, {reason}: {count:,}")
+        echo(f"skipped, {reason}: {count:,}")
     for note in task_notes(manifest):
-        click.echo(note)
+        echo(note)

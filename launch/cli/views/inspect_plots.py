@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
+from hydrazero.shards.foreign_text import for_plot
 from hydrazero.shards.manifest import Histogram, Manifest
 
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#447799", "#998822", "#884444")
@@ -93,7 +94,7 @@ def distributions(manifests: Sequence[Manifest], cutoff: str) -> Figure:
     axes[1].set(title="energy minus reference energies (training)", xlabel="eV/atom")
     _symlog(axes[1], 0.1)
     axes[2].set(title="force norm (training)", xlabel="eV/Å", xscale="log")
-    axes[3].set(title=f"neighbours within {cutoff} Å", xlabel="neighbours")
+    axes[3].set(title=for_plot(f"neighbours within {cutoff} Å"), xlabel="neighbours")
     _symlog(axes[3], 50.0)
     for place, ax in enumerate(axes):
         ax.spines[["top", "right", "left"]].set_visible(False)

@@ -8,10 +8,10 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from hydrazero.models.inference.model_card import Origin, model_facts
 from hydrazero.models.inference.model_file import read_card, read_model
+from hydrazero.shards.terminal import plain
 
 SHOWN_HASH = 12
 """Number of digits of a SHA-256 checksum that are shown; '--json' prints all of them."""
@@ -44,13 +44,13 @@ def describe_model(path: Path) -> RenderableType:
     }
     for name, value in lines.items():
         if value:
-            about.add_row(Text(name, style="bold"), Text(value))
-    parts: list[RenderableType] = [Text(str(path)), about, _tasks(card["tasks"])]
+            about.add_row(plain(name, style="bold"), plain(value))
+    parts: list[RenderableType] = [plain(str(path)), about, _tasks(card["tasks"])]
     for name, task in card["tasks"].items():
         if "undetermined" in task:
-            parts.append(Text(f"task '{name}': {task['undetermined']}"))
+            parts.append(plain(f"task '{name}': {task['undetermined']}"))
     if "no_errors" in card:
-        parts.append(Text(f"no test errors: {card['no_errors']}"))
+        parts.append(plain(f"no test errors: {card['no_errors']}"))
     else:
         parts.append(_errors(card))
     return Group(*parts)
@@ -71,7 +71,7 @@ def _tasks(tasks: dict[str, Any]) -> Table:
         data = f"{task['data'][:SHOWN_HASH]}…" if task["data"] else "-"
         said = task.get("untrained", {})
         predicts = ", ".join(f"{what} ({said[what]})" if what in said else what for what in task["predicts"])
-        table.add_row(*map(Text, (name, task["method"], predicts, task["elements"], data)))
+        table.add_row(*map(plain, (name, task["method"], predicts, task["elements"], data)))
     return table
 
 
@@ -92,5 +92,5 @@ def _errors(card: dict[str, Any]) -> Table:
                 if target not in {"structures", *units}
             ]
             numbers.append("\n".join(targets) or "-")
-        table.add_row(*map(Text, (name, *numbers)))
+        table.add_row(*map(plain, (name, *numbers)))
     return table

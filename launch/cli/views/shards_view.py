@@ -17,6 +17,7 @@ from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
 from hydrazero.launch.cli.views.target_table import targets_table
 from hydrazero.launch.cli.views.task_notes import task_notes
 from hydrazero.shards.manifest import SPLITS, Degrees, Manifest
+from hydrazero.shards.terminal import plain
 
 HISTOGRAM_BINS = 12
 BAR_WIDTH = 40
@@ -207,7 +208,7 @@ def size_bins(histogram: dict[int, int]) -> list[tuple[str, int]]:
 
 def describe(manifest: Manifest) -> RenderableType:
     """Return tables of counts, elements, sizes and labels for a terminal."""
-    parts: list[RenderableType] = [Text(f"task {manifest.task}: {manifest.structures():,} structures", style="bold")]
+    parts: list[RenderableType] = [plain(f"task {manifest.task}: {manifest.structures():,} structures", style="bold")]
     parts += [_splits_table(manifest), _elements_table(manifest), element_map([manifest]), _sizes_table(manifest)]
     parts.append(_labels_table(manifest))
     if manifest.targets:
@@ -222,7 +223,7 @@ def describe(manifest: Manifest) -> RenderableType:
         )
     notes += [f"skipped, {reason}: {count:,}" for reason, count in manifest.set_aside.items()]
     notes += task_notes(manifest)
-    parts.append(Text("\n".join(facts + notes)))
+    parts.append(plain("\n".join(facts + notes)))
     return Group(*parts)
 
 
