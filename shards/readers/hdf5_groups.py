@@ -110,7 +110,7 @@ def _groups(file: OwnItems, wanted: tuple[str, str]) -> Iterator[tuple[OwnItems,
 def _frames(items: OwnItems, path: Path, fraction: float, settings: ReadSettings) -> Iterator[UnreadFrame]:
     name = items.group.name.strip("/")
     names = names_in(settings, items)
-    shape = items[names["positions"]].shape or ()
+    shape: tuple[int, ...] = items[names["positions"]].shape or ()
     several = len(shape) == 3
     info = {f"group{depth}": part for depth, part in enumerate(name.split("/"))}
     reader_of_group: list[_Group] = []

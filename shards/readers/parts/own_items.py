@@ -1,4 +1,4 @@
-"""Items of HDF5 files, none of which may be in another file: a file from elsewhere must not read others of this machine."""
+"""Items of HDF5 files, none of which may be in another file: a file must not have others of this machine read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class OwnItems(Mapping[str, Any]):
             virtual = item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
             if virtual or item.external:
                 raise SourceError(
-                    f"{self._source}: the numbers of '{name}' are in another file, which is not read; copy them into it."
+                    f"{self._source}: the numbers of '{name}' are in another file, which is not read; copy them."
                 )
         return item
 
@@ -67,8 +67,8 @@ class OwnItems(Mapping[str, Any]):
                 raise KeyError(name)
             if isinstance(link, self._h5py.ExternalLink):
                 raise SourceError(
-                    f"{self._source}: '{name}' is a link to the file '{link.filename}', which is not followed; copy the "
-                    "data into the file."
+                    f"{self._source}: '{name}' is a link to the file '{link.filename}', which is not followed; copy "
+                    "what it leads to."
                 )
             if isinstance(link, self._h5py.SoftLink):
                 if links == MOST_LINKS:
