@@ -9,6 +9,7 @@ from typing import Any
 
 import ase.db
 import ase.io
+import numpy as np
 from ase.io.formats import filetype
 
 from hydrazero.shards.errors import SourceError, StructureError
@@ -88,6 +89,7 @@ def frame_from_row(row: Any, source_id: str, maker: FrameMaker, own: Mapping[str
         return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
     for name, label in own.items():
         if name in atoms.info and label not in {*atoms.info, *maker.settings.fields.model_fields_set}:
+            value = atoms.info[name]
             # fairchem writes a spin of 0 where the multiplicity is not known.
-            atoms.info[label] = None if (name, atoms.info[name]) == ("spin", 0) else atoms.info[name]
+            atoms.info[label] = None if name == "spin" and np.size(value) == 1 and not np.any(value) else value
     return frame_from_atoms(atoms, source_id, maker)

@@ -36,13 +36,16 @@ class FieldNames(Section):
     """Field of the virial, from which the stress is computed as -virial / volume if it is set; its unit is that of the
     energy."""
     charge: str = "charge"
-    """Field of the total charge."""
+    """Field of the total charge. If this is not set, a name that the format has for it is read as well."""
     multiplicity: str = "multiplicity"
-    """Field of the spin multiplicity."""
+    """Field of the spin multiplicity. If this is not set, a name that the format has for it is read as well."""
 
 
 class SourceUnits(Section):
-    """Units of the source; values are converted into Å, eV, eV/Å and eV/Å³."""
+    """Units of the source; values are converted into Å, eV, eV/Å and eV/Å³.
+
+    A unit that the file itself states is used where none is set here, and must agree with one that is.
+    """
 
     length: Annotated[str, AfterValidator(known_unit(length_factor))] = "Angstrom"
     """Unit of positions and cells: 'Angstrom' (also 'Å', 'Ang', 'A'), 'Bohr' ('a0'), 'nm' or 'pm'. Of every kind, 'au'

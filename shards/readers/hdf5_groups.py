@@ -18,6 +18,7 @@ from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, Unr
 from hydrazero.shards.readers.hdf5_reader import H5_ERRORS, plain
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, open_binary, optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.own_items import OwnItems
 from hydrazero.shards.readers.parts.shared import shared_parts
 from hydrazero.shards.readers.parts.stated_units import attributes_of, unit_of_array, units_by_key, with_stated_units
 
@@ -43,9 +44,10 @@ def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame
             ) from error
         with file:
             try:
-                for group, fraction in _groups(h5py, file, (names["numbers"], names["positions"])):
+                wanted = (names["numbers"], names["positions"])
+                for items, fraction in _groups(OwnItems(h5py, file, path), wanted):
                     found = True
-                    yield from _frames(group, path, fraction, settings, h5py.Dataset)
+                    yield from _frames(items, path, fraction, settings)
             except HydrazeroError:
                 raise
             except H5_ERRORS as error:
@@ -72,46 +74,43 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield Path(plain.name)
 
 
-def _groups(h5py: Any, file: Any, wanted: tuple[str, str]) -> Iterator[tuple[Any, float]]:
+def _groups(file: OwnItems, wanted: tuple[str, str]) -> Iterator[tuple[OwnItems, float]]:
     """Yield groups that have the wanted datasets, with the fraction of the outermost groups up to their end."""
     seen: set[Any] = set()
 
-    def walk(group: Any) -> Iterator[Any]:
-        address = h5py.h5o.get_info(group.id).addr
-        if address in seen:
+    def walk(group: OwnItems) -> Iterator[OwnItems]:
+        if group.address in seen:
             return
-        seen.add(address)
-        if all(isinstance(group.get(name), h5py.Dataset) for name in wanted):
+        seen.add(group.address)
+        if all(group.dataset(name) is not None for name in wanted):
             yield group
         for name in group:
-            # A link to another file, or to nothing, is not a group of this file.
-            if isinstance(group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink):
-                inner = group.get(name)
-                if isinstance(inner, h5py.Group):
-                    yield from walk(inner)
+            inner = group.below(name)  # None for a link that leads to nothing
+            if inner is not None:
+                yield from walk(inner)
 
     top = list(file)
-    if all(isinstance(file.get(name), h5py.Dataset) for name in wanted):
+    if all(file.dataset(name) is not None for name in wanted):
         yield file, 1.0
     for number, name in enumerate(top):
-        inner = file.get(name)
-        if not isinstance(inner, h5py.Group):
+        inner = file.below(name)
+        if inner is None:
             continue
         # With few outermost groups, the groups below give a better fraction.
-        children = [key for key in inner if isinstance(inner.get(key), h5py.Group)] if len(top) < 8 else []
+        children = [below for key in inner if (below := inner.below(key)) is not None] if len(top) < 8 else []
         if not children:
             for group in walk(inner):
                 yield group, (number + 1) / len(top)
             continue
         for place, child in enumerate(children):
-            for group in walk(inner[child]):
+            for group in walk(child):
                 yield group, (number + (place + 1) / len(children)) / len(top)
 
 
-def _frames(group: Any, path: Path, fraction: float, settings: ReadSettings, is_array: type) -> Iterator[UnreadFrame]:
-    name = group.name.strip("/")
-    names = names_in(settings, group)
-    shape = group[names["positions"]].shape or ()
+def _frames(items: OwnItems, path: Path, fraction: float, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    name = items.group.name.strip("/")
+    names = names_in(settings, items)
+    shape: tuple[int, ...] = items[names["positions"]].shape or ()
     several = len(shape) == 3
     info = {f"group{depth}": part for depth, part in enumerate(name.split("/"))}
     reader_of_group: list[_Group] = []
@@ -119,7 +118,7 @@ def _frames(group: Any, path: Path, fraction: float, settings: ReadSettings, is_
     def read(number: int, source_id: str) -> Frame:
         try:
             if not reader_of_group:
-                reader_of_group.append(_Group(group, path, names, settings, is_array))
+                reader_of_group.append(_Group(items, path, names, settings))
             return reader_of_group[0].frame(number, source_id, info)
         except StructureError as error:
             return Frame(source_id=source_id, error=error, info=info)
@@ -132,8 +131,10 @@ def _frames(group: Any, path: Path, fraction: float, settings: ReadSettings, is_
 class _Group:
     """The arrays of a group, read as soon as one of its frames is needed."""
 
-    def __init__(self, group: Any, path: Path, names: dict[str, str], settings: ReadSettings, is_array: type) -> None:
-        datasets = {part: group[key] for part, key in names.items() if isinstance(group.get(key), is_array)}
+    def __init__(self, items: OwnItems, path: Path, names: dict[str, str], settings: ReadSettings) -> None:
+        group = items.group
+        found = {part: items.dataset(key) for part, key in names.items()}
+        datasets = {part: dataset for part, dataset in found.items() if dataset is not None}
         try:
             self._columns: dict[str, Any] = {part: dataset[()] for part, dataset in datasets.items()}
         except H5_ERRORS as error:

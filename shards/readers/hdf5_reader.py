@@ -15,6 +15,7 @@ from hydrazero.shards.readers.column_names import LABELS
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.own_items import OwnItems
 from hydrazero.shards.readers.parts.shared import check_one_cell, part_shapes
 from hydrazero.shards.readers.parts.stated_units import (
     attributes_of,
@@ -53,7 +54,7 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         ) from error
     with file:
         try:
-            source = RaggedArrays(path, file, settings, h5py.Dataset)
+            source = RaggedArrays(path, OwnItems(h5py, file, path), settings, h5py.Dataset)
         except HydrazeroError:
             raise
         except H5_ERRORS as error:

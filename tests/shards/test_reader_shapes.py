@@ -306,3 +306,35 @@ def test_a_comment_of_n2p2_with_the_word_begin(tmp_path):
     (tmp_path / "input.data").write_text(text.replace("comment made here", "comment begin of the beginning"))
     read = structures(tmp_path / "input.data", "n2p2", units=ATOMIC, require=BOTH)
     assert [len(s) for s in read] == [len(a) for a in atoms]
+
+
+# HDF5 files that lead to others
+
+
+@pytest.mark.parametrize("way", ["link", "link behind a link", "storage", "virtual"])
+def test_numbers_of_another_file_are_not_read(tmp_path, way):
+    other = group(tmp_path / "other.h5")
+    path = group(tmp_path / "a.h5", forces=None)
+    (tmp_path / "numbers.raw").write_bytes(np.ones(27).tobytes())
+    with h5py.File(path, "a") as file:
+        if way == "link":
+            file["g/forces"] = h5py.ExternalLink(str(other), "/g/forces")
+        elif way == "link behind a link":
+            file["outside"] = h5py.ExternalLink(str(other), "/g")
+            file["g/forces"] = h5py.SoftLink("/outside/forces")
+        elif way == "storage":
+            file["g"].create_dataset("forces", (3, 3, 3), "f8", external=[(str(tmp_path / "numbers.raw"), 0, 216)])
+        else:
+            layout = h5py.VirtualLayout((3, 3, 3), "f8")
+            layout[:] = h5py.VirtualSource(str(other), "/g/forces", (3, 3, 3))
+            file["g"].create_virtual_dataset("forces", layout)
+    columns = {"numbers": "g/numbers", "positions": "g/positions", "forces": "g/forces", "ptr": "g/energy"}
+    for name, more in (("hdf5_groups", {}), ("hdf5", {"columns": columns})):
+        with pytest.raises(SourceError, match=r"a\.h5: .*(is not followed|which is not read)"):
+            frames(path, name, **more)
+    with h5py.File(path, "a") as file:
+        del file["g/forces"]
+        file.pop("outside", None)
+        file["twin"], file["circle"] = h5py.SoftLink("/g"), h5py.SoftLink("/circle")
+        file["g/forces"] = h5py.SoftLink("/twin/positions")  # within the file
+    assert len(structures(path, "hdf5_groups", require=BOTH)) == 3

@@ -1,0 +1,79 @@
+"""Items of HDF5 files, none of which may be in another file: a file must not have others of this machine read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hydrazero.shards.errors import SourceError
+
+MOST_LINKS = 16
+"""Largest number of soft links that lead to an item; more are a circle."""
+
+
+class OwnItems(Mapping[str, Any]):
+    """The datasets and groups below a group of HDF5, by their paths.
+
+    Raises SourceError for a link to another file, and for a dataset whose numbers are in another file.
+    """
+
+    def __init__(self, h5py: Any, group: Any, source: Path) -> None:
+        self._h5py, self.group, self._source = h5py, group, source
+
+    @property
+    def attrs(self) -> Any:
+        """Attributes of the group."""
+        return self.group.attrs
+
+    def dataset(self, name: str) -> Any:
+        """Return a dataset, or None if there is none of that name."""
+        item = self.get(name)
+        return item if isinstance(item, self._h5py.Dataset) else None
+
+    def below(self, name: str) -> OwnItems | None:
+        """Return the items of a group inside of this one, or None if there is none of that name."""
+        item = self.get(name)
+        return OwnItems(self._h5py, item, self._source) if isinstance(item, self._h5py.Group) else None
+
+    @property
+    def address(self) -> Any:
+        """What tells a group from others of the file, whatever links lead to it."""
+        return self._h5py.h5o.get_info(self.group.id).addr
+
+    def __getitem__(self, name: str) -> Any:
+        item = self._resolved(self.group, name, 0)
+        if isinstance(item, self._h5py.Dataset):
+            virtual = item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
+            if virtual or item.external:
+                raise SourceError(
+                    f"{self._source}: the numbers of '{name}' are in another file, which is not read; copy them."
+                )
+        return item
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.group)
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def _resolved(self, group: Any, name: str, links: int) -> Any:
+        place = group.file if name.startswith("/") else group
+        for part in PurePosixPath(name.strip("/")).parts:
+            if not isinstance(place, self._h5py.Group):
+                raise KeyError(name)
+            link = place.get(part, getlink=True)
+            if link is None or part == "..":
+                raise KeyError(name)
+            if isinstance(link, self._h5py.ExternalLink):
+                raise SourceError(
+                    f"{self._source}: '{name}' is a link to the file '{link.filename}', which is not followed; copy "
+                    "what it leads to."
+                )
+            if isinstance(link, self._h5py.SoftLink):
+                if links == MOST_LINKS:
+                    raise KeyError(name)
+                place = self._resolved(place, link.path, links + 1)
+            else:
+                place = place[part]
+        return place
