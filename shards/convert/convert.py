@@ -30,7 +30,7 @@ from hydrazero.shards.convert.workers import Workers, one_worker
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
-from hydrazero.shards.readers import expand_sources
+from hydrazero.shards.readers import find_sources
 from hydrazero.shards.targets import TargetStatistics
 from hydrazero.shards.units import target_unit
 
@@ -70,7 +70,8 @@ def convert(
         raise ConfigError(f"task name '{task}' must consist of letters, digits, '_' and '-'.")
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
-    files = expand_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
+    found = find_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
+    files = found.files
     job = Conversion(
         task=task,
         sources=tuple(files),
