@@ -71,15 +71,15 @@ def convert(
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
     found = find_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
-    files = found.files
     job = Conversion(
         task=task,
-        sources=tuple(files),
-        names=distinct_names(files),
+        sources=found.files,
+        names=distinct_names(found.files),
         settings=settings,
         skip_bad=skip_bad,
         trust_pickle=trust_pickle,
         folder=(out.parent / f".{out.name}.part").absolute(),
+        not_read=found.not_read,
     )
     with working_folder(job):
         try:
@@ -198,7 +198,7 @@ def _manifest(
         isolated_atoms=isolated,
         undetermined_sums=undetermined_sums(total.triangle),
         unused_stresses=total.unused_stresses,
-        warnings=label_warnings(job, index.evidence, index.equal_geometries, total),
+        warnings=[*job.not_read, *label_warnings(job, index.evidence, index.equal_geometries, total)],
         required_labels=list(job.settings.labels.require),
         periodic_structures=total.periodic,
         targets=targets,

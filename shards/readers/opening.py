@@ -115,14 +115,14 @@ class _Text(io.TextIOWrapper):
         super().__init__(cast(Any, _Readable(file)), encoding="utf-8-sig")
         self._where = where
 
-    def readline(self, size: int = -1, /) -> str:
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
         """Return the next line."""
         try:
             return super().readline(size)
         except UnicodeDecodeError as error:
             raise self._fault(error) from error
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]
         """Return the next line, or end."""
         if not (line := self.readline()):
             raise StopIteration
@@ -136,8 +136,8 @@ class _Text(io.TextIOWrapper):
         place = read - len(error.object) + error.start
         near = before.rsplit(b"\n", 1)[-1][-20:].decode("utf-8", "replace")
         return SourceError(
-            f"{self._where}: the byte 0x{byte:02x} at position {place:,} (after '{near}') is not UTF-8, so the text is in "
-            f"another encoding, perhaps Latin-1; convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW."
+            f"{self._where}: the byte 0x{byte:02x} at position {place:,} (after '{near}') is not UTF-8, so the text is "
+            "in another encoding, perhaps Latin-1; convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW."
         )
 
 

@@ -42,12 +42,16 @@ def read_extxyz_tar(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]
             for name, member in members.items():
                 plain = Path(name)
                 if _holds_frames(name):
-                    references = _references(tar, members, plain)
+                    references = _references(tar, members, plain, path)
                     if references is None and subtract:
                         raise SourceError(f"{path}: there is no .txt with reference energies beside {name}.")
                     fraction = (member.offset_data + member.size) / size
                     frames = extxyz_frames(
-                        _text(tar, member, f"{path}, {name}"), f"{path.name}/{name}", f"{path}, {name}", lambda: 0.0, maker
+                        _text(tar, member, f"{path}, {name}"),
+                        f"{path.name}/{name}",
+                        f"{path}, {name}",
+                        lambda: 0.0,
+                        maker,
                     )
                     for number, frame in enumerate(frames):
                         read = frame.read
@@ -103,12 +107,14 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> TextIO:
     return text_of(in_utf8(raw if unpack is None else unpack(cast(Any, raw))), where)
 
 
-def _references(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: Path) -> list[list[str]] | None:
+def _references(
+    tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: Path, path: Path
+) -> list[list[str]] | None:
     """Return the words of each line of the .txt beside an .extxyz; None if there is no such file."""
     for suffix in ("", *COMPRESSIONS):
         member = members.get(f"{_stem(name.as_posix())}{REFERENCES}{suffix}")
         if member is not None:
-            text = _text(tar, member, f"{tar.name}, {member.name}")
+            text = _text(tar, member, f"{path}, {member.name}")
             return [line.strip().split(",") for line in text if line.strip()]
     return None
 

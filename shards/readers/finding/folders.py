@@ -84,7 +84,7 @@ def folder_content(folder: Path, is_source: Callable[[Path], bool], markers: Col
             results.append(f"{within}/")
             folders.clear()
             continue
-        if not markers.isdisjoint(files):
+        if any(name in markers for name in files):
             sources.append(here)
             folders.clear()
             continue
