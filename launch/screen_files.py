@@ -85,19 +85,20 @@ def screen_files(request: ScreenRequest, say: Callable[[str], None]) -> None:
         atoms=request.batch_atoms,
         model_id=f"{file_sha256(request.model)} bf16={request.bf16}",
     )
-    summary = _with_progress(potential, _sources(request), request.out, settings, plan)
+    sources = _sources(request, say if plan.rank == 0 else lambda _: None)
+    summary = _with_progress(potential, sources, request.out, settings, plan)
     _report(summary, request.out, settings, plan, say)
 
 
-def _sources(request: ScreenRequest) -> list[Source]:
-    """Return what to screen; raise ConfigError if there is nothing."""
+def _sources(request: ScreenRequest, say: Callable[[str], None]) -> list[Source]:
+    """Return what to screen, and say what is not read; raise ConfigError if there is nothing."""
     if not request.sources and not request.generate:
         raise ConfigError("name what to screen: shard folders, files, or --generate FILE.toml.")
     read = load_convert_settings(request.config, request.format_name).read_settings()
     unlabelled = {"energy": "", "forces": "", "stress": "", "virial": ""}  # a screen needs no labels
     fields = (read.fields if request.config else FieldNames()).model_copy(update=unlabelled)
     geometry = replace(read, fields=fields, require=(), targets={})
-    return [*sources_of(request.sources, geometry), *map(GeneratedSource, request.generate)]
+    return [*sources_of(request.sources, geometry, say), *map(GeneratedSource, request.generate)]
 
 
 def _with_progress(

@@ -14,7 +14,7 @@ from hydrazero.models.inference.ase_structure import check_names
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
-from hydrazero.shards.readers import READERS, expand_sources, unread
+from hydrazero.shards.readers import READERS, find_sources, unread
 from hydrazero.shards.readers.frames import FieldNames, ReadSettings, UnreadFrame
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.structure import Structure, check_structure
@@ -182,10 +182,12 @@ def _checked(structure: Structure) -> Structure:
     return plain
 
 
-def sources_of(paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE) -> list[Source]:
+def sources_of(
+    paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE, say: Callable[[str], None] = lambda _: None
+) -> list[Source]:
     """Return the sources at paths, which are shard folders, files or folders of files.
 
-    Raises SourceError for a path that does not exist or holds nothing to read, ShardError for a damaged manifest.
+    `say` gets a sentence on files of folders that are not read. Raises SourceError for a path that does not exist or holds nothing to read, ShardError for a damaged manifest.
     """
     if settings.format is not None:
         READERS.check(settings.format)
@@ -194,7 +196,10 @@ def sources_of(paths: Sequence[Path], settings: ReadSettings = GEOMETRY_ALONE) -
         if (path / MANIFEST_NAME).is_file():
             sources.append(ShardSource(path))
         else:
-            sources += [FileSource(file, settings) for file in expand_sources([path], settings)]
+            found = find_sources([path], settings)
+            sources += [FileSource(file, settings) for file in found.files]
+            for sentence in found.not_read:
+                say(sentence)
     files = [source for source in sources if isinstance(source, FileSource)]
     for source, name in zip(files, distinct_names([source.path for source in files]), strict=True):
         source.name = name

@@ -30,7 +30,7 @@ from hydrazero.shards.convert.workers import Workers, one_worker
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
-from hydrazero.shards.readers import expand_sources
+from hydrazero.shards.readers import find_sources
 from hydrazero.shards.targets import TargetStatistics
 from hydrazero.shards.units import target_unit
 
@@ -70,15 +70,16 @@ def convert(
         raise ConfigError(f"task name '{task}' must consist of letters, digits, '_' and '-'.")
     if out.exists():
         raise ConfigError(f"output folder {out} exists; remove it or choose another name.")
-    files = expand_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
+    found = find_sources(sources, settings.read_settings(trust_pickle=trust_pickle))
     job = Conversion(
         task=task,
-        sources=tuple(files),
-        names=distinct_names(files),
+        sources=found.files,
+        names=distinct_names(found.files),
         settings=settings,
         skip_bad=skip_bad,
         trust_pickle=trust_pickle,
         folder=(out.parent / f".{out.name}.part").absolute(),
+        not_read=found.not_read,
     )
     with working_folder(job):
         try:
@@ -197,7 +198,7 @@ def _manifest(
         isolated_atoms=isolated,
         undetermined_sums=undetermined_sums(total.triangle),
         unused_stresses=total.unused_stresses,
-        warnings=label_warnings(job, index.evidence, index.equal_geometries, total),
+        warnings=[*job.not_read, *label_warnings(job, index.evidence, index.equal_geometries, total)],
         required_labels=list(job.settings.labels.require),
         periodic_structures=total.periodic,
         targets=targets,

@@ -30,6 +30,8 @@ class Conversion:
     trust_pickle: bool
     folder: Path
     """Working folder, beside the folder that is to be made."""
+    not_read: tuple[str, ...] = ()
+    """Sentences on files beside the sources that are not read."""
 
     @property
     def frames(self) -> Path:

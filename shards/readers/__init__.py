@@ -7,11 +7,14 @@ package adds one as an entry point of the group 'hydrazero.readers', whose name 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.plugins import Registry
+from hydrazero.shards.readers.finding.contents import data_format, hdf5_format, json_format
+from hydrazero.shards.readers.finding.folders import FolderContent, folder_content, is_shards, not_read
 from hydrazero.shards.readers.frames import (
     FieldNames,
     Frame,
@@ -21,7 +24,7 @@ from hydrazero.shards.readers.frames import (
     SourceUnits,
     UnreadFrame,
 )
-from hydrazero.shards.readers.opening import plain_suffix
+from hydrazero.shards.readers.opening import COMPRESSIONS, ZIP, check_compression, plain_suffix, unpacked
 
 _PACKAGE = "hydrazero.shards.readers"
 READERS: Registry[Reader | ReadFunction] = Registry(
@@ -49,15 +52,22 @@ READERS: Registry[Reader | ReadFunction] = Registry(
 )
 """Readers by the names of their formats."""
 
+NEED_PLAIN = ("ase", "db", "npz", "hdf5", "parquet", "lmdb", "aselmdb")
+"""Formats that need to seek in a file: a compressed one is unpacked into a temporary file before it is read."""
+MAPPED = ("lmdb", "aselmdb")
+"""Formats that are read in place, so that a compressed file must be unpacked by the user."""
+
 __all__ = [
     "READERS",
     "FieldNames",
+    "FoundSources",
     "Frame",
     "ReadSettings",
     "Reader",
     "SourceUnits",
     "UnreadFrame",
     "expand_sources",
+    "find_sources",
     "read_frames",
     "reader_of",
     "unread",
@@ -85,62 +95,165 @@ def _formats_by_suffix() -> dict[str, str]:
     return formats
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundSources:
+    """The sources at some paths, and what is there besides."""
+
+    files: tuple[Path, ...]
+    """Sources: files, or folders of formats whose sources are folders."""
+    not_read: tuple[str, ...] = ()
+    """Sentences on files that are not read, since they are in no format that is read, or results of commands."""
+
+
 def expand_sources(paths: Sequence[Path], settings: ReadSettings) -> list[Path]:
+    """Return all sources at the given paths, as `find_sources` does."""
+    return list(find_sources(paths, settings).files)
+
+
+def find_sources(paths: Sequence[Path], settings: ReadSettings) -> FoundSources:
     """Return all sources at the given paths; a folder stands for those of the format in it or below, sorted.
 
-    Raises SourceError for an unknown format, a path that does not exist, or a folder with no source in it.
+    Hidden files of a folder, and results of earlier commands in it, are no sources. Raises SourceError for an unknown
+    format, a path that does not exist, or a folder with no source in it.
     """
     if settings.format is not None:
         READERS.check(settings.format)
     found: list[Path] = []
+    sentences: list[str] = []
     for path in paths:
         if not path.exists():
             raise SourceError(f"source file {path} does not exist.")
-        found += _sources_in(path, settings.format) if path.is_dir() else [path]
-    return found
+        if path.is_dir():
+            content = _content_of(path, settings)
+            found += content.sources
+            sentences += content.sentences(_kind(settings))
+        else:
+            found.append(path)
+    for path in found:
+        if path.is_file() and _is_tar(path, settings):
+            from hydrazero.shards.readers.extxyz.tar import members_not_read
+
+            if names := members_not_read(path):
+                sentences.append(f"{not_read(names, str(path), 'another format than extended XYZ')}.")
+    return FoundSources(files=tuple(found), not_read=tuple(sentences))
 
 
-def _sources_in(folder: Path, name: str | None) -> list[Path]:
-    reader = None if name is None else reader_of(name)
-    if reader is not None and reader.marker:
-        found = [path.parent for path in folder.rglob(reader.marker)]
-        missing = f"folder with a file {reader.marker}"
-    else:
-        suffixes = set(_formats_by_suffix()) if reader is None else {*reader.suffixes, *reader.further_suffixes}
-        if not suffixes:
-            raise SourceError(
-                f"format '{name}' has no suffix to look for in the folder {folder}; name the files themselves."
-            )
-        files = (path for path in folder.rglob("*") if path.is_file())
-        found = [path for path in files if {plain_suffix(path), path.suffix.lower()} & suffixes]
-        missing = f"file with the suffix {' or '.join(sorted(suffixes))}"
-    if not found:
+def _kind(settings: ReadSettings) -> str:
+    return "no known format" if settings.format is None else f"another format than '{settings.format}'"
+
+
+def _is_tar(path: Path, settings: ReadSettings) -> bool:
+    return settings.format == "extxyz_tar" or (settings.format is None and _by_suffix(path) == "extxyz_tar")
+
+
+def _content_of(folder: Path, settings: ReadSettings) -> FolderContent:
+    """Return the content of a folder; raise SourceError if there is no source in it."""
+    if is_shards(folder):
         raise SourceError(
-            f"folder {folder} holds no {missing}; name the files themselves, and their format with --format (see "
+            f"{folder} is a folder of shards, which are the result of a conversion; name the files that they were made "
+            "from."
+        )
+    chosen = None if settings.format is None else reader_of(settings.format)
+    markers = _markers() if chosen is None else dict.fromkeys(filter(None, [chosen.marker]), settings.format)
+    suffixes = set(_formats_by_suffix()) if chosen is None else {*chosen.suffixes, *chosen.further_suffixes}
+    missing = f"file with the suffix {' or '.join(sorted(suffixes))}"
+    if chosen is not None and chosen.marker:
+        missing = f"folder with a file {chosen.marker}"
+    elif not suffixes:
+        raise SourceError(
+            f"format '{settings.format}' has no suffix to look for in the folder {folder}; name the files themselves."
+        )
+
+    def is_source(path: Path) -> bool:
+        known = bool({plain_suffix(path), path.suffix.lower()} & suffixes)
+        return known or (chosen is None and _by_content(path, settings) is not None)
+
+    content = folder_content(folder, is_source, markers)
+    if not content.sources:
+        seen = f"; {' '.join(content.sentences(_kind(settings))).removesuffix('.')}" if content.others else ""
+        raise SourceError(
+            f"folder {folder} holds no {missing}{seen}; name the files themselves, and their format with --format (see "
             "'hydrazero convert --list-formats')."
         )
-    return sorted(found)
+    return content
+
+
+@cache
+def _markers() -> dict[str, str]:
+    """Return name of a file -> format, for all formats whose sources are folders with that file."""
+    return {reader_of(name).marker: name for name in READERS.names() if reader_of(name).marker}
+
+
+def _by_suffix(path: Path) -> str | None:
+    return _formats_by_suffix().get(plain_suffix(path))
+
+
+def _by_content(path: Path, settings: ReadSettings) -> str | None:
+    """Return the format of a file whose suffix several formats share; None for others, and if it is not recognised."""
+    suffix = plain_suffix(path)
+    if suffix in ("", ".json", ".jsonl", ".ndjson", ".data"):
+        return data_format(path) if suffix in ("", ".data") else json_format(path)
+    return None
+
+
+def _format_of(path: Path, settings: ReadSettings) -> str:
+    """Return the format of a source for which the settings name none: by its suffix, or by what it holds."""
+    if path.is_dir():
+        return next((name for marker, name in _markers().items() if (path / marker).is_file()), "ase")
+    name = _by_suffix(path)
+    if name == "hdf5" and path.suffix.lower() not in COMPRESSIONS:
+        return hdf5_format(path, settings)
+    return name or _by_content(path, settings) or "ase"
 
 
 def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Walk through the frames of a source; those that the caller skips are not read.
 
-    The format is guessed from the suffix if the settings name none. Raises SourceError if the source as a whole cannot
-    be read or is empty, or if the format is unknown.
+    The format is guessed from the suffix, or from the content where formats share a suffix, if the settings name none.
+    Raises SourceError if the source as a whole cannot be read or is empty, or if the format is unknown.
     """
-    name = settings.format or _formats_by_suffix().get(plain_suffix(path), "ase")
+    check_compression(path)
+    name = settings.format or _format_of(path, settings)
     reader = reader_of(name)
     if not (path.is_dir() if reader.marker else path.is_file()):
         kind = "folder" if reader.marker else "file"
         raise SourceError(f"source {kind} {path} {f'is not a {kind}' if path.exists() else 'does not exist'}.")
     if path.is_file() and path.stat().st_size == 0:
         raise SourceError(f"source file {path} is empty.")
+    packed = path.suffix.lower()
+    if path.is_file() and (packed == ZIP or (packed in COMPRESSIONS and name in NEED_PLAIN)):
+        yield from _unread_copy(path, name, settings)
+        return
     count = 0
     for frame in reader(path, settings):
         count += 1
         yield frame
     if count == 0:
         raise SourceError(f"source file {path} holds no structure in the format '{name}'.")
+
+
+def _unread_copy(path: Path, name: str, settings: ReadSettings) -> Iterator[UnreadFrame]:
+    """Walk through the frames of an unpacked copy of a source, under the name of the source itself."""
+    if name in MAPPED:
+        raise SourceError(f"source file {path} is compressed, and its format is read in place; unpack it first.")
+    with unpacked(path) as copy:
+        try:
+            for frame in unread(copy, settings):
+                yield _renamed(frame, copy.name, path.name)
+        except SourceError as error:
+            raise SourceError(str(error).replace(str(copy), str(path))) from error
+
+
+def _renamed(frame: UnreadFrame, copy: str, name: str) -> UnreadFrame:
+    """Return a frame of a copy whose source id begins with the name of the source instead of that of the copy."""
+    source_id = name + frame.source_id.removeprefix(copy)
+
+    def read() -> Frame:
+        made = frame.read()
+        structure = None if made.structure is None else replace(made.structure, source_id=source_id)
+        return replace(made, source_id=source_id, structure=structure)
+
+    return replace(frame, source_id=source_id, read=read)
 
 
 def read_frames(path: Path, settings: ReadSettings) -> Iterator[Frame]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from hydrazero.shards.terminal import PlainConsole
@@ -51,10 +59,25 @@ def left_out(tasks: Mapping[str, TaskErrors | TaskEvaluation]) -> list[str]:
     ]
 
 
+class ProgressBar(Progress):
+    """A progress bar on stderr that is removed where an error ends the work, so that the error stands alone."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        super().__init__(*columns, console=PlainConsole(stderr=True))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Stop showing it."""
+        if kind is not None:
+            self.live.transient = True
+            for row in self.task_ids:
+                self.update(row, visible=False)
+        super().__exit__(kind, error, at)
+
+
 def progress_bar(label: str, total: int | None) -> tuple[Progress, Callable[[int], None]]:
     """Return a progress bar on stderr, which is a context manager, and the function that advances it."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=PlainConsole(stderr=True))
+    progress = ProgressBar(*columns)
     bar = progress.add_task("", total=total)
     return progress, lambda count: progress.update(bar, advance=count)
 

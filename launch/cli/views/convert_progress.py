@@ -15,7 +15,7 @@ from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.convert.workers import worker_processes
 from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.manifest import Manifest
-from hydrazero.shards.terminal import PlainConsole
+from hydrazero.trainer.records.run_log import ProgressBar
 
 
 def convert_with_progress(
@@ -43,7 +43,7 @@ def convert_with_progress(
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=PlainConsole(stderr=True)) as bar:
+        with ProgressBar(*columns) as bar:
             watch = _Watch(bar)
             manifest = convert(
                 sources,
@@ -55,6 +55,7 @@ def convert_with_progress(
                 trust_pickle=trust_pickle,
                 progress=watch,
             )
+            watch.end()
     _print_summary(manifest, out, settings)
 
 
@@ -67,10 +68,14 @@ class _Watch:
         self.row: TaskID | None = None
         self.started, self.first = monotonic(), 0.0
 
+    def end(self) -> None:
+        """Show the last part as complete."""
+        if self.row is not None:
+            self.bar.update(self.row, completed=1.0, rate=self.bar.tasks[-1].fields["rate"].partition(",")[0])
+
     def __call__(self, place: Place) -> None:
         if place.part != self.part:
-            if self.row is not None:
-                self.bar.update(self.row, completed=1.0, rate=self.bar.tasks[-1].fields["rate"].partition(",")[0])
+            self.end()
             self.part, self.row = place.part, self.bar.add_task(place.part, total=1.0, rate="")
             # What an earlier start has done says nothing about the speed of this one.
             self.started, self.first = monotonic(), place.fraction

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.extxyz.text import extxyz_frames
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
-from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, plain_suffix
+from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, in_utf8, is_hidden, plain_suffix, text_of
 
 SUFFIXES = (".extxyz", ".xyz")
 REFERENCES = ".txt"
@@ -42,13 +41,17 @@ def read_extxyz_tar(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]
                 raise SourceError(f"{path} is truncated after {len(members)} members; copy it again.")
             for name, member in members.items():
                 plain = Path(name)
-                if plain_suffix(plain) in SUFFIXES:
-                    references = _references(tar, members, plain)
+                if _holds_frames(name):
+                    references = _references(tar, members, plain, path)
                     if references is None and subtract:
                         raise SourceError(f"{path}: there is no .txt with reference energies beside {name}.")
                     fraction = (member.offset_data + member.size) / size
                     frames = extxyz_frames(
-                        _text(tar, member), f"{path.name}/{name}", f"{path}, {name}", lambda: 0.0, maker
+                        _text(tar, member, f"{path}, {name}"),
+                        f"{path.name}/{name}",
+                        f"{path}, {name}",
+                        lambda: 0.0,
+                        maker,
                     )
                     for number, frame in enumerate(frames):
                         read = frame.read
@@ -68,19 +71,51 @@ def _safe(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
     return member
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
+def members_not_read(path: Path) -> list[str]:
+    """Return the names of the files in an archive that `read_extxyz_tar` passes over, without hidden ones.
+
+    The archive is read to its end. One that is damaged has none, since its reader says so.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            names = [member.name for member in tar.getmembers() if member.isfile()]
+    except (tarfile.TarError, *READ_ERRORS):
+        return []
+    frames = {_stem(name) for name in names if _holds_frames(name)}
+    shown = [name for name in names if not _is_hidden(name) and not _holds_frames(name)]
+    return [name for name in shown if not (plain_suffix(Path(name)) == REFERENCES and _stem(name) in frames)]
+
+
+def _holds_frames(name: str) -> bool:
+    return plain_suffix(Path(name)) in SUFFIXES and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(map(is_hidden, PurePosixPath(name).parts))
+
+
+def _stem(name: str) -> str:
+    """Return a name without its suffix, and without that of a compression."""
+    plain = Path(name)
+    inner = plain.with_suffix("") if plain.suffix.lower() in COMPRESSIONS else plain
+    return inner.with_suffix("").as_posix()
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> TextIO:
     raw = tar.extractfile(member)
     unpack = COMPRESSIONS.get(Path(member.name).suffix.lower())
-    return io.TextIOWrapper(cast(Any, raw if unpack is None else unpack(raw)), encoding="utf-8")
+    return text_of(in_utf8(raw if unpack is None else unpack(cast(Any, raw))), where)
 
 
-def _references(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: Path) -> list[list[str]] | None:
+def _references(
+    tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], name: Path, path: Path
+) -> list[list[str]] | None:
     """Return the words of each line of the .txt beside an .extxyz; None if there is no such file."""
-    stem = name.with_suffix("") if name.suffix.lower() in COMPRESSIONS else name
     for suffix in ("", *COMPRESSIONS):
-        member = members.get(f"{stem.with_suffix(REFERENCES).as_posix()}{suffix}")
+        member = members.get(f"{_stem(name.as_posix())}{REFERENCES}{suffix}")
         if member is not None:
-            return [line.strip().split(",") for line in _text(tar, member) if line.strip()]
+            text = _text(tar, member, f"{path}, {member.name}")
+            return [line.strip().split(",") for line in text if line.strip()]
     return None
 
 

@@ -1,0 +1,1 @@
+"""Which files are sources, and in which format they are."""
