@@ -88,7 +88,9 @@ def test_references_are_those_of_isolated_atoms_where_the_settings_say_so(tmp_pa
     assert manifest.labels["energy_residual_per_atom"].maximum == pytest.approx(-0.4 - HYDROGEN)
     subset = write_subset(folder, tmp_path / "part", {"train": 64}, seed=0)
     assert subset.references == "isolated"
-    with pytest.raises(SourceError, match=r"references = 'isolated', but .* no neutral isolated atom of O with an energy"):
+    with pytest.raises(
+        SourceError, match=r"references = 'isolated', but .* no neutral isolated atom of O with an energy"
+    ):
         make_shards(tmp_path / "less", "water", [*waters(), atoms[0]], references="isolated")
 
 
@@ -133,7 +135,9 @@ def test_undetermined_sums_are_those_orthogonal_to_no_composition():
 
 def test_a_task_of_one_composition_says_that_others_are_arbitrary(tmp_path):
     source = write_extxyz(tmp_path / "w.extxyz", waters(20))
-    words = "do not determine the reference energies of H and O separately, so that total energies of other compositions"
+    words = (
+        "do not determine the reference energies of H and O separately, so that total energies of other compositions"
+    )
     assert words in shown("convert", source, "--task", "w", "--out", tmp_path / "w")
     assert words in shown("inspect", tmp_path / "w")
     assert read_manifest(tmp_path / "w").undetermined_sums == [{"H": 1.0, "O": -2.0}]
