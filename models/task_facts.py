@@ -149,6 +149,9 @@ _TASK = TypeAdapter(TaskFacts)
 def task_facts_from(table: Any) -> TaskFacts:
     """Build facts from plain types of any origin; raise ConfigError for a field that is missing, unknown or wrong."""
     where = "the model's description: tasks"
+    if isinstance(table, dict) and "has_stress" not in table and "stress_scale" in table:
+        # Descriptions of earlier versions have the scale 1 where there were no labels.
+        table = {**table, "has_stress": table["stress_scale"] != 1.0}
     try:
         text = json.dumps(table)
     except (TypeError, ValueError, RecursionError) as error:

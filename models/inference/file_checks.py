@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -33,6 +33,8 @@ class _CardOfTask:
     predicts: dict[str, str]
     data: str
     errors: dict[str, float] | None
+    untrained: dict[str, str] = field(default_factory=dict)
+    undetermined: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
         fidelity=manifest.source.get("method", ""),
         has_energy=has_energy,
         has_forces=has_forces,
-        has_stress="stress" in manifest.labels,
+        has_stress=_stress_scale(manifest) != 1.0,
         undetermined_sums=manifest.undetermined_sums,
         forces=forces,
         stress=stress,
@@ -116,6 +116,7 @@ def task_facts(task: TaskSection, manifest: Manifest) -> TaskFacts:
 
 
 def _stress_scale(manifest: Manifest) -> float:
+    """Return the typical stress in eV/Å³; 1 if there are no labels, or none that differ from zero."""
     rms = manifest.labels["stress"].rms if "stress" in manifest.labels else 0.0
     return rms if rms > SMALLEST_STRESS else 1.0
 

@@ -11,6 +11,7 @@ import torch
 from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.manifest import Manifest, check_shard_files
 from hydrazero.shards.stream.stream import SplitReader, evaluation_batches
@@ -187,7 +188,7 @@ def _file_faults(tasks: Sequence[TaskSection], data: DataSection, manifests: Seq
 
 def _doubts(manifests: Sequence[Manifest]) -> list[str]:
     """Return what the conversions found doubtful in the labels."""
-    return [f"warning: task '{manifest.task}': {text}" for manifest in manifests for text in manifest.warnings]
+    return [f"warning: task '{manifest.task}': {escaped(text)}" for manifest in manifests for text in manifest.warnings]
 
 
 def _elements_left_out(manifests: Sequence[Manifest]) -> list[str]:

@@ -85,11 +85,7 @@ def check_same_model(run_dir: Path, described: dict[str, Any]) -> None:
 
     `described` holds the facts of the model of the run file.
     """
-    recorded = read_run_json(run_dir, MODEL_FACTS_NAME)
-    known = model_from_facts(recorded).facts()  # that of an older run has fewer fields
-    for own, old, task in zip(known["tasks"], recorded["tasks"], described["tasks"], strict=False):
-        if "has_stress" not in old:  # it says nothing about the weights
-            own["has_stress"] = task["has_stress"]
+    known = model_from_facts(read_run_json(run_dir, MODEL_FACTS_NAME)).facts()  # that of an older run has fewer fields
     before, now = (json.loads(json.dumps(facts)) for facts in (known, described))
     if before == now:
         return

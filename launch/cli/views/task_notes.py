@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hydrazero.shards.convert.references import undetermined_text
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import Manifest
 
 SHOWN_DIFFERENCE = 1.0
@@ -22,7 +23,7 @@ def task_notes(manifest: Manifest) -> list[str]:
             f"warning: {undetermined_text(manifest.undetermined_sums)}; add structures of other compositions, or "
             "isolated atoms"
         )
-    return [*notes, *(f"warning: {text.removesuffix('.')}" for text in manifest.warnings)]
+    return [*notes, *(f"warning: {escaped(text).removesuffix('.')}" for text in manifest.warnings)]
 
 
 def references_note(manifest: Manifest) -> list[str]:

@@ -166,7 +166,8 @@ def _parts(sample: EnergySample) -> str | None:
     strange = larger & (np.abs(ratios - 1) > 0.5)
     for reason, matches in _explained(ratios, atoms, strange, tolerance).items():
         if matches.sum() > (strange & ~matches).sum():
-            return _said(sample, matches, ratios, reason)
+            high = bool(ratios[matches][0] > 1)  # those that are not quite in the ratio belong to them
+            return _said(sample, strange & (ratios > 0) & ((ratios > 1) == high), ratios, reason)
     far = strange & (ratios > 10)  # repulsion in a dense structure explains a large energy of the opposite sign
     return _said(sample, far, ratios, "which no change of the geometry explains") if far.any() and width < 0.1 else None
 
@@ -214,11 +215,8 @@ def stress_warning(median: float, largest: float, where: str, units: SourceUnits
     gigapascal = 1 / stress_factor("GPa")
     factor = abs(stress_factor(units.stress))
     value = median if median > LARGE_STRESS else largest
-    likely = [
-        name
-        for name in ("GPa", "kbar", "bar")
-        if USUAL_STRESS[0] < value * stress_factor(name) / factor < USUAL_STRESS[1]
-    ]
+    low, high = USUAL_STRESS if median > LARGE_STRESS else (USUAL_STRESS[0], IMPOSSIBLE_STRESS)
+    likely = [name for name in ("GPa", "kbar", "bar") if low < value * stress_factor(name) / factor < high]
     half = f", and half of the stresses that are not zero exceed {median:.3g}" if median > LARGE_STRESS else ""
     reason = f" (as if it were in {' or '.join(likely)})" if likely else ""
     return (

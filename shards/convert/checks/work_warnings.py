@@ -118,7 +118,7 @@ def _causes(kind: int, ratio: float, units: SourceUnits) -> list[str]:
     if kind == FORCES:
         forces = force_factor(units.forces)
         causes["the forces had the opposite sign, as gradients have"] = -1.0
-        for name in (f"{one}/{per}" for one in ENERGIES for per in LENGTHS):
+        for name in (f"{one}/{per}" for one in ENERGIES for per in LENGTHS if f"{one}/{per}" != units.forces):
             causes |= {
                 f"the forces were in {name}": force_factor(name) / forces,
                 f"the forces were gradients in {name}": -force_factor(name) / forces,
