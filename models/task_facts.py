@@ -18,6 +18,8 @@ from hydrazero.shards.settings_parser import STRICT, Element, Name, parse_typed
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, MAX_MAGNITUDE
 from hydrazero.shards.targets import TargetName, internal_unit
 
+PREDICTED = "_predicted"
+"""End of the names of columns that hold predictions."""
 CONSERVATIVE, DIRECT, NONE = "conservative", "direct", "none"
 """Ways to predict forces and stress: as the gradient of the energy, by a separate head, or not at all."""
 
@@ -125,10 +127,19 @@ def known_elements(tasks: Sequence[TaskFacts]) -> Tensor:
 
 
 def targets_of(tasks: Sequence[TaskFacts]) -> dict[str, TargetFacts]:
-    """Return the targets of all tasks; raise ConfigError if one name stands for different quantities in two tasks."""
+    """Return the targets of all tasks.
+
+    Raises ConfigError if one name stands for different quantities in two tasks, or for the predictions of another one.
+    """
     found: dict[str, tuple[str, TargetFacts]] = {}
     for task in tasks:
         for name, facts in task.targets.items():
+            if name + PREDICTED in task.targets:
+                raise ConfigError(
+                    f"task '{task.name}' has the targets '{name}' and '{name}{PREDICTED}', and the second is the name "
+                    "of the first one's predictions; leave one out (targets of the task), or convert it under another "
+                    "name."
+                )
             owner, first = found.setdefault(name, (task.name, facts))
             if first.form != facts.form:
                 raise ConfigError(

@@ -33,6 +33,7 @@ def check_settings(potential: Potential, settings: ScreenSettings) -> None:
             raise ConfigError(f"forces of '{task}' are requested, but it is not among the tasks; add it.")
         if potential.facts(task).forces == NONE:
             raise ConfigError(f"task '{task}' has no forces; request those of another task.")
+    schema = schema_of(potential, settings)
     if settings.by and settings.top is None:
         raise ConfigError(f"--by '{settings.by}' ranks the structures, but the number to keep is missing; add --top.")
     if settings.top is not None:
@@ -40,5 +41,5 @@ def check_settings(potential: Potential, settings: ScreenSettings) -> None:
             raise ConfigError(
                 f"task '{settings.tasks[0]}' has no energies to rank by; name a task that has energies first."
             )
-        ranking = Ranking(settings.ranking, ranking_columns(schema_of(potential, settings)))
+        ranking = Ranking(settings.ranking, ranking_columns(schema))
         ranking({name: np.ones(2) for name in ranking.columns.values()})

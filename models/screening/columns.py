@@ -10,6 +10,7 @@ from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.predictor import BatchResult
 from hydrazero.models.screening.samples import BatchRows, Rejection
 from hydrazero.models.screening.settings import CONVERGED, ScreenSettings
+from hydrazero.shards.errors import ConfigError
 
 
 def number_columns(potential: Potential, settings: ScreenSettings) -> list[str]:
@@ -23,13 +24,20 @@ def number_columns(potential: Potential, settings: ScreenSettings) -> list[str]:
 
 
 def schema_of(potential: Potential, settings: ScreenSettings) -> pa.Schema:
-    """Return the names and types of all columns of a screen."""
+    """Return the names and types of all columns of a screen; raise ConfigError if two would have one name."""
     columns = [("index", pa.int64()), ("source_id", pa.string()), ("formula", pa.string()), ("atoms", pa.int32())]
     columns += [(name, pa.float64()) for name in number_columns(potential, settings)]
     columns += [(f"forces_{task}", pa.list_(pa.float32())) for task in settings.forces]
     if settings.relax:
         columns += [("positions", pa.list_(pa.float64())), ("cell", pa.list_(pa.float64())), (CONVERGED, pa.bool_())]
-    return pa.schema([*columns, ("reason", pa.string())])
+    columns.append(("reason", pa.string()))
+    names = [name for name, _ in columns]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"the tasks {', '.join(settings.tasks)} have two columns '{name}'; screen them one after the other."
+            )
+    return pa.schema(columns)
 
 
 def ranking_columns(schema: pa.Schema) -> list[str]:

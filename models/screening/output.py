@@ -6,8 +6,8 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from hydrazero.models.screening.part_files import ChunkRecord, read_chunk_records, write_part
+from hydrazero.models.screening.part_files import (
+    ChunkRecord,
+    check_part,
+    damaged,
+    read_chunk_records,
+    read_part,
+    write_part,
+)
 from hydrazero.models.screening.ranking import TopRows
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import ConfigError, SourceError
@@ -129,7 +136,17 @@ class ScreenOutput:
 
     def part_records(self) -> PartRecords:
         """Return the chunks of each part, as its metadata lists them."""
-        return {path: read_chunk_records(path) for path in sorted(self.parts.glob(PARTS))}
+        found: PartRecords = {}
+        for path in sorted(self.parts.glob(PARTS)):
+            with suppress(FileNotFoundError):  # another rank has replaced it by a part that holds more
+                found[path] = read_chunk_records(path)
+        return found
+
+    def check_parts(self, rank: int, ranks: int) -> None:
+        """Raise SourceError if the content of a part has changed since it was written; each rank checks its share."""
+        for path in sorted(self.parts.glob(PARTS))[rank::ranks]:
+            with suppress(FileNotFoundError):
+                check_part(path)
 
     def summary(self) -> dict[str, Any] | None:
         """Return the summary that `finish` wrote into the folder, None if there is none."""
@@ -189,9 +206,10 @@ class ScreenOutput:
             if not kept:
                 path.unlink()
             elif len(kept) < len(part):
-                table = pq.read_table(path)
+                table = read_part(path)
                 selected = np.isin(table["index"].to_numpy() // CHUNK, list(kept))
-                write_part(path, [table.filter(pa.array(selected))], kept)
+                write_part(path.parent, [table.filter(pa.array(selected))], kept)
+                path.unlink()
 
     def _check_complete(self, chunks: dict[int, ChunkRecord], total: int) -> None:
         """Raise SourceError unless the chunks hold exactly the `total` structures of the sources."""
@@ -213,10 +231,11 @@ class ScreenOutput:
         if settings.top is not None:
             top = TopRows(settings, pq.read_schema(next(iter(records))))
             for path in records:
-                top.add(pq.read_table(path).replace_schema_metadata(None))
+                top.add(read_part(path).replace_schema_metadata(None))
             return self._write_tables(self.out if self.one_file else self.out / TOP_NAME, iter([top.table()]))
         if self.one_file:
             return self._write_tables(self.out, _in_source_order(records))
+        self.check_parts(0, 1)
         self._drop_repeats(records)
         return total
 
@@ -226,7 +245,7 @@ class ScreenOutput:
         with replacing(path, shared=True) as temporary:
             for table in tables:
                 table = table.replace_schema_metadata({SCREEN_KEY: self._screen.encode()})
-                writer = writer or pq.ParquetWriter(temporary, table.schema)
+                writer = writer or pq.ParquetWriter(temporary, table.schema, write_page_checksum=True)
                 writer.write_table(table)
                 rows += table.num_rows
             if writer is not None:
@@ -237,10 +256,13 @@ class ScreenOutput:
 def _in_source_order(records: PartRecords) -> Iterator[pa.Table]:
     """Yield the rows of all chunks in the order of the sources; each chunk is a row group of its part."""
     owner = {chunk: (path, place) for path, part in records.items() for place, chunk in enumerate(part)}
-    open_part = lru_cache(maxsize=MAX_OPEN_PARTS)(pq.ParquetFile)
+    open_part = lru_cache(maxsize=MAX_OPEN_PARTS)(partial(pq.ParquetFile, page_checksum_verification=True))
     waiting: list[pa.Table] = []
     for _, (path, place) in sorted(owner.items()):
-        waiting.append(open_part(path).read_row_group(place))
+        try:
+            waiting.append(open_part(path).read_row_group(place))
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path) from error
         if len(waiting) == ROW_GROUP_CHUNKS:
             yield pa.concat_tables(waiting)
             waiting = []

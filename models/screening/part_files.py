@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import time
-import uuid
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from hydrazero.models.screening.ranking import TopRows
 from hydrazero.models.screening.settings import CHUNK, ScreenSettings
 from hydrazero.shards.errors import SourceError
-from hydrazero.shards.files import parse_json, replacing
+from hydrazero.shards.files import parse_json, write_bytes
 
 PART_ROWS = 262_144
 """Number of rows at which a part is written."""
@@ -24,6 +26,12 @@ PART_SECONDS = 60.0
 """Seconds after which a part is written even if it has fewer rows."""
 CHUNKS_KEY = b"hydrazero.screen"
 """Key of the Parquet metadata under which a part lists its chunks."""
+
+
+DIGITS = 32
+"""Number of hexadecimal digits of the SHA-256 of a part in its name."""
+NAME = re.compile(rf"part-\d{{9,}}-([0-9a-f]{{{DIGITS}}})\.parquet")
+"""Name of a part: its first chunk, and the digest of its content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,10 @@ class ChunkRecord:
 
 
 def read_chunk_records(path: Path) -> dict[int, ChunkRecord]:
-    """Return the chunks of a part in the order of their rows; raise SourceError if it cannot be read."""
+    """Return the chunks of a part in the order of their rows; raise SourceError if it cannot be read.
+
+    Raises FileNotFoundError if another rank has replaced it meanwhile.
+    """
     try:
         text = (pq.read_schema(path).metadata or {})[CHUNKS_KEY]
         document = parse_json(text, str(path), shape=list[tuple[int, int, dict[str, int]]])
@@ -44,22 +55,57 @@ def read_chunk_records(path: Path) -> dict[int, ChunkRecord]:
             int(chunk): ChunkRecord(structures=structures, rejected=Counter(rejected))
             for chunk, structures, rejected in document
         }
+    except FileNotFoundError:
+        raise
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise SourceError(
             f"{path} cannot be read as a part of a screen ({error}); remove it and start again."
         ) from error
 
 
-def write_part(path: Path, tables: list[pa.Table], records: dict[int, ChunkRecord]) -> None:
-    """Write tables as the row groups of a part that holds the chunks of `records`.
+def write_part(folder: Path, tables: list[pa.Table], records: dict[int, ChunkRecord]) -> Path:
+    """Write tables as the row groups of a part that holds the chunks of `records`; return its path.
 
-    The part is written to a temporary file that is then renamed.
+    The digest of its content is a part of its name, which therefore no other part has. The part is written to a
+    temporary file that is then renamed.
     """
     document = json.dumps([[chunk, record.structures, record.rejected] for chunk, record in records.items()])
     schema = tables[0].schema.with_metadata({CHUNKS_KEY: document.encode()})
-    with replacing(path, shared=True) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    content = io.BytesIO()
+    with pq.ParquetWriter(content, schema, write_page_checksum=True) as writer:
         for table in tables:
             writer.write_table(table.replace_schema_metadata(schema.metadata))
+    data = content.getvalue()
+    path = folder / f"part-{min(records):09d}-{sha256(data).hexdigest()[:DIGITS]}.parquet"
+    write_bytes(path, data, shared=True)
+    return path
+
+
+def check_part(path: Path) -> None:
+    """Raise SourceError unless the content of a part is what was written; parts of earlier versions are not checked."""
+    named = NAME.fullmatch(path.name)
+    if named is None:
+        return
+    with open(path, "rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    if digest[:DIGITS] != named[1]:
+        raise damaged(path)
+
+
+def damaged(path: Path) -> SourceError:
+    """Return the error for a part whose content has changed."""
+    return SourceError(
+        f"{path} is damaged: its content is not what was written; remove this file, and the same command computes its "
+        "structures again."
+    )
+
+
+def read_part(path: Path) -> pa.Table:
+    """Return the rows of a part; raise SourceError if the checksum of a page is wrong."""
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path) from error
 
 
 class PartWriter:
@@ -76,7 +122,8 @@ class PartWriter:
         self._since = time.monotonic()
         self._top = None if settings.top is None else TopRows(settings, schema)
         self._top_records: dict[int, ChunkRecord] = {}
-        self._name = f"part-{uuid.uuid4().hex}.parquet"
+        self._part: Path | None = None
+        """The part that holds the rows of this start that rank lowest."""
 
     def add(self, table: pa.Table, kinds: list[str] | None = None) -> None:
         """Add rows of any chunks; `kinds` gives the kind of each rejection if the rows are rejected structures."""
@@ -118,10 +165,10 @@ class PartWriter:
         tables = [self._complete[chunk] for chunk in records]
         self._complete.clear()
         if self._top is None:
-            # Every part has a unique name, so that two processes on the same chunks cannot overwrite each other's.
-            name = f"part-{min(records):09d}-{uuid.uuid4().hex[:8]}.parquet"
-            write_part(self.folder / name, tables if self._by_chunk else [pa.concat_tables(tables)], records)
+            write_part(self.folder, tables if self._by_chunk else [pa.concat_tables(tables)], records)
             return
         self._top.add(pa.concat_tables(tables))
         self._top_records |= records
-        write_part(self.folder / self._name, [self._top.table()], self._top_records)  # replaces the previous part
+        previous, self._part = self._part, write_part(self.folder, [self._top.table()], self._top_records)
+        if previous not in (None, self._part):
+            previous.unlink()  # what it holds is in the new part

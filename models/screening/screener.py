@@ -117,6 +117,7 @@ def screen(
             seconds = time.monotonic() - started
             return ScreenSummary(structures=0, seconds=seconds, model_seconds=0.0, start_seconds=0.0, was_complete=True)
         with output.working(plan.rank, plan.ranks):
+            output.check_parts(plan.rank, plan.ranks)
             done = frozenset(chunk for part in output.part_records().values() for chunk in part)
             total = screener.screen(sources, RankShare(rank=plan.rank, ranks=plan.ranks, done=done))
         if [source.identity() for source in sources] != identities:
