@@ -35,7 +35,8 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
     `path` keeps its old content, or stays absent, until the rename; the temporary one is removed if the block raises.
     Set `shared` where several processes may write `path` at the same time: each then has a temporary file of its own.
     With `durable`, the content is on the disk before the rename, so that a power failure cannot leave an empty file.
-    `suffix` ends the temporary name, for writers that look at it. Raises OSError where the system does; it names `path`.
+    `suffix` ends the temporary name, for writers that look at it. Raises OSError, which names `path`, where the system
+    does.
     """
     owner = f"-{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}.part{owner}{suffix}")

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 from urllib.parse import quote
 
 from hydrazero.shards.errors import ConfigError, ShardError
-from hydrazero.shards.names import NAME_RULE, is_name, path_fault
+from hydrazero.shards.text.names import NAME_RULE, is_name, path_fault
 
 WEB = ("http://", "https://")
 PIPE = "pipe:"

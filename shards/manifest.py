@@ -18,10 +18,10 @@ from hydrazero.shards.block import BLOCK_STRUCTURES
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import write_text
 from hydrazero.shards.location import Location, address, check_file, is_remote, read_whole
-from hydrazero.shards.names import FileName, path_fault
 from hydrazero.shards.settings_parser import STRICT, Count, Element, parse_typed
 from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.targets import TargetName, TargetStatistics
+from hydrazero.shards.text.names import FileName, path_fault
 from hydrazero.shards.units import INTERNAL_UNITS
 
 FORMAT = "hydrazero-shards"

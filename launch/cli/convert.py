@@ -9,7 +9,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 
 def _list_presets(context: click.Context, _: Any, requested: bool) -> None:

@@ -8,8 +8,8 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.location import Location
+from hydrazero.shards.text.foreign_text import echo
 
 
 @click.command("evaluate")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hydrazero.launch.cli.options import FOLDER, task_list
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 
 @click.command("export")

@@ -9,7 +9,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER, ranks_option, set_option
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 
 @click.command("finetune")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from hydrazero.launch.cli.options import FOLDER
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 
 @click.command("init")

@@ -11,7 +11,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.foreign_text import echo, escaped_json
+from hydrazero.shards.text.foreign_text import echo, escaped_json
 
 if TYPE_CHECKING:
     from hydrazero.shards.manifest import Manifest
@@ -99,7 +99,7 @@ def _checked_manifests(folders: Sequence[Path], verify: bool) -> list[Manifest]:
 def _show(manifests: Sequence[Manifest], cutoff: str, as_json: bool, page: Path | None) -> None:
     """Print the facts as JSON or as tables, or write them to a page."""
     from hydrazero.launch.cli.views.shards_view import describe, describe_several, manifest_facts
-    from hydrazero.shards.terminal import PlainConsole
+    from hydrazero.shards.text.terminal import PlainConsole
 
     if as_json:
         facts = [manifest_facts(manifest) for manifest in manifests]

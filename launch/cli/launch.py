@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from hydrazero.launch.cli.options import FOLDER, NODES, RANKS_PER_NODE, SITE, set_option
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 
 def _list_sites(context: click.Context, _: Any, requested: bool) -> None:

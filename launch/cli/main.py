@@ -22,7 +22,7 @@ from hydrazero.launch.cli.search import search_command
 from hydrazero.launch.cli.train import train_command
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import file_fault
-from hydrazero.shards.foreign_text import echo, escaped
+from hydrazero.shards.text.foreign_text import echo, escaped
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Data": (convert_command, subset_command, inspect_command),

@@ -10,7 +10,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER, NODES, RANKS_PER_NODE, SITE, set_option
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 if TYPE_CHECKING:
     from hydrazero.launch.plan.request import PlanSettings

@@ -10,7 +10,7 @@ import click
 
 from hydrazero.launch.cli.options import FOLDER, task_list
 from hydrazero.shards.errors import HydrazeroError
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""

@@ -10,7 +10,7 @@ from hydrazero.launch.node.records import LAUNCH
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.location import is_remote
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.shards.names import check_plain
+from hydrazero.shards.text.names import check_plain
 from hydrazero.trainer.config.sections import TaskSection
 
 

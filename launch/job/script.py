@@ -11,7 +11,7 @@ from hydrazero.launch.job.job import Job
 from hydrazero.launch.job.schedulers import OVER_SSH, SCHEDULERS
 from hydrazero.launch.job.site_texts import SiteTexts
 from hydrazero.launch.node.records import SIGNALS_NAME
-from hydrazero.shards.foreign_text import escaped
+from hydrazero.shards.text.foreign_text import escaped
 
 SCRIPT_NAME = "job.sh"
 RESPONSE_SECONDS = 120.0

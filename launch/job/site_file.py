@@ -11,8 +11,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from hydrazero.shards.errors import ConfigError, did_you_mean
 from hydrazero.shards.files import read_toml
-from hydrazero.shards.names import OneLine
 from hydrazero.shards.settings_parser import ListOf, Section, parse_settings
+from hydrazero.shards.text.names import OneLine
 
 Precision = Literal["float64", "float32", "tf32", "bf16", "fp16"]
 

@@ -27,9 +27,9 @@ import click
 
 from hydrazero.launch.node.records import RECORDS, SIGN_EVERY, add_event, events_of
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.shards.foreign_text import echo, escaped
 from hydrazero.shards.launcher_variables import LauncherRank, launcher_rank_in, node_name
 from hydrazero.shards.processes import kill_with_parent
+from hydrazero.shards.text.foreign_text import echo, escaped
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TAIL = 40

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from hydrazero.launch.node.records import PASSED, UNFIT, add_event, all_events
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 
 
 def silent_nodes(attempt: Path, part: str, nodes: Sequence[str]) -> tuple[list[str], int]:

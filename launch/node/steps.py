@@ -16,8 +16,8 @@ from types import FrameType
 
 from hydrazero.launch.node.records import BY_SHELL, PASSED, UNFIT, add_event
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.launcher_variables import node_name
+from hydrazero.shards.text.foreign_text import echo
 
 PASSES = 3
 """Number of times that folders are removed at a SIGTERM, since a step may still be writing to them."""

@@ -187,7 +187,8 @@ def sources_of(
 ) -> list[Source]:
     """Return the sources at paths, which are shard folders, files or folders of files.
 
-    `say` gets a sentence on files of folders that are not read. Raises SourceError for a path that does not exist or holds nothing to read, ShardError for a damaged manifest.
+    `say` gets a sentence on files of folders that are not read. Raises SourceError for a path that does not exist or
+    holds nothing to read, ShardError for a damaged manifest.
     """
     if settings.format is not None:
         READERS.check(settings.format)

@@ -89,8 +89,8 @@ class ConvertSettings(Section):
     """Further quantities that are taken over from the source, by the names that they get."""
     split: SplitSection = SplitSection()
     select: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """Values that are wanted of a field of the frame; frames with other values are left out and counted. Numbers compare
-    as numbers, also with those in texts."""
+    """Values that are wanted of a field of the frame; frames with other values are left out and counted. Numbers
+    compare as numbers, also with those in texts."""
     source: dict[str, Any] = Field(default_factory=dict)
     """Free text for the manifest: method, basis, code, citation, licence."""
 

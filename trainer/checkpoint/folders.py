@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, write_json
-from hydrazero.shards.names import path_fault
+from hydrazero.shards.text.names import path_fault
 
 CHECKPOINTS = "checkpoints"
 CHECKSUMS_NAME = "checksums.json"

@@ -9,8 +9,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.model_settings import HeadSettings, ModelSettings
 from hydrazero.shards.location import ShardCommand, is_remote, location_in_run_file
-from hydrazero.shards.names import FileName
 from hydrazero.shards.settings_parser import ListOf, Section
+from hydrazero.shards.text.names import FileName
 
 LOSS_PARTS = ("energy", "forces", "stress", "spread")
 

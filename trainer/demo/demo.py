@@ -12,7 +12,7 @@ from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.structure import Structure
-from hydrazero.shards.terminal import PlainConsole
+from hydrazero.shards.text.terminal import PlainConsole
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.demo.labels import DEMO_TASKS, make_demo_sources
 from hydrazero.trainer.demo.structures import parent_molecule, screening_structures

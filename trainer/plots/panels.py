@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hydrazero.shards.foreign_text import for_plot
+from hydrazero.shards.text.foreign_text import for_plot
 
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#2299bb", "#998822", "#884444")
 """Colours of runs, or of lines in the same axes."""

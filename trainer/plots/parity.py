@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hydrazero.shards.foreign_text import for_plot
+from hydrazero.shards.text.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import COLOURS, GREY, nothing, pairs_of_tasks, small_multiples
 
 DENSITY_POINTS = 1000

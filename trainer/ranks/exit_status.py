@@ -12,7 +12,7 @@ import click
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import file_fault
-from hydrazero.shards.foreign_text import echo, escaped
+from hydrazero.shards.text.foreign_text import echo, escaped
 
 MAY_PASS = 75
 """Exit status of a rank that has lost another one (EX_TEMPFAIL of sysexits.h)."""

@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from hydrazero.shards.device import device_kind, gpu_module
 from hydrazero.shards.errors import ConfigError, HydrazeroError
-from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.launcher_variables import LauncherRank
+from hydrazero.shards.text.foreign_text import echo
 from hydrazero.trainer.ranks.distributed import free_port
 from hydrazero.trainer.ranks.exit_status import MAY_PASS
 from hydrazero.trainer.ranks.stop_signals import SIGNALS

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 
-from hydrazero.shards.names import FileName
+from hydrazero.shards.text.names import FileName
 
 RUN_NAME = "run.json"
 """File with the settings, versions, command and start of the run."""

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from hydrazero.shards.terminal import PlainConsole
+from hydrazero.shards.text.terminal import PlainConsole
 
 EVERY = 30.0
 """Seconds between lines where there is no terminal; the log of a day then has some 3,000 lines."""

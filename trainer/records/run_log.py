@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from hydrazero.shards.terminal import PlainConsole
+from hydrazero.shards.text.terminal import PlainConsole
 from hydrazero.trainer.records.progress_line import ProgressLine, wide_console
 from hydrazero.trainer.records.run_files import MetricsWriter
 from hydrazero.trainer.records.task_errors import TaskErrors, TaskEvaluation

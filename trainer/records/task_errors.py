@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import check_shape, read_json
-from hydrazero.shards.names import check_name
+from hydrazero.shards.text.names import check_name
 from hydrazero.trainer.records.file_shapes import EvaluationShape
 
 KEYS = {

@@ -11,10 +11,10 @@ import torch
 from hydrazero.models.task_facts import known_elements
 from hydrazero.shards.device import has_gpu
 from hydrazero.shards.errors import ConfigError, ShardError
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.shards.manifest import Manifest, check_shard_files
 from hydrazero.shards.stream.stream import SplitReader, evaluation_batches
+from hydrazero.shards.text.foreign_text import escaped
 from hydrazero.trainer.config.run_file import RunConfig
 from hydrazero.trainer.config.sections import DataSection, TaskSection
 from hydrazero.trainer.cost.device_memory import device_memory

@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hydrazero.shards.foreign_text import for_plot
+from hydrazero.shards.text.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import (
     COLOURS,
     GREY,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hydrazero.shards.files import write_text
-from hydrazero.shards.foreign_text import for_html
+from hydrazero.shards.text.foreign_text import for_html
 
 STYLE = """
 :root { color-scheme: light; }

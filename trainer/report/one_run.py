@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hydrazero.shards.foreign_text import for_html
+from hydrazero.shards.text.foreign_text import for_html
 from hydrazero.trainer.evaluation.tables import OTHER_HEADINGS, other_rows
 from hydrazero.trainer.plots.parity import other_parity_plots, parity_plots
 from hydrazero.trainer.records.run_log import left_out, shown

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydrazero.shards.foreign_text import for_html
+from hydrazero.shards.text.foreign_text import for_html
 from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table, write_page
 from hydrazero.trainer.report.search_plots import (

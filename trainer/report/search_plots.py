@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hydrazero.shards.foreign_text import for_plot
+from hydrazero.shards.text.foreign_text import for_plot
 from hydrazero.trainer.plots.panels import (
     GREY,
     PAGE,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hydrazero.shards.foreign_text import for_html
+from hydrazero.shards.text.foreign_text import for_html
 from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.errors_by import force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput

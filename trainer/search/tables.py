@@ -7,7 +7,7 @@ from collections import Counter
 from rich import box
 from rich.table import Table
 
-from hydrazero.shards.foreign_text import echo
+from hydrazero.shards.text.foreign_text import echo
 from hydrazero.trainer.records.progress_line import wide_console
 from hydrazero.trainer.search.campaign import command_of
 from hydrazero.trainer.search.journal import Journal

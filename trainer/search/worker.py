@@ -15,9 +15,9 @@ import click
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import without_links
-from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.launcher_variables import forget_launcher
 from hydrazero.shards.processes import end_with_parent
+from hydrazero.shards.text.foreign_text import echo
 from hydrazero.trainer.checkpoint.folders import CHECKPOINTS
 from hydrazero.trainer.config.deepspeed_json import deepspeed_config
 from hydrazero.trainer.config.run_file import load_run_config

@@ -13,8 +13,8 @@ from hydrazero.shards.convert.convert import Progress as Place
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.convert.workers import worker_processes
-from hydrazero.shards.foreign_text import echo
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.text.foreign_text import echo
 from hydrazero.trainer.records.run_log import ProgressBar
 
 

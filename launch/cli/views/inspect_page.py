@@ -9,8 +9,8 @@ from hydrazero.launch.cli.views.inspect_plots import distributions, element_map,
 from hydrazero.launch.cli.views.shards_view import SIDE_BY_SIDE, side_by_side_rows
 from hydrazero.launch.cli.views.target_table import TARGET_HEADINGS, target_rows
 from hydrazero.launch.cli.views.task_notes import task_notes
-from hydrazero.shards.foreign_text import for_html
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.text.foreign_text import for_html
 from hydrazero.trainer.report.markup import picture
 from hydrazero.trainer.report.markup import write_page as write_document
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from hydrazero.models.inference.model_card import Origin, model_facts
 from hydrazero.models.inference.model_file import read_card, read_model
-from hydrazero.shards.terminal import plain
+from hydrazero.shards.text.terminal import plain
 
 SHOWN_HASH = 12
 """Number of digits of a SHA-256 checksum that are shown; '--json' prints all of them."""

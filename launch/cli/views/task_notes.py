@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hydrazero.shards.convert.references import undetermined_text
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.text.foreign_text import escaped
 
 SHOWN_DIFFERENCE = 1.0
 """Difference in eV between two reference energies of an element from which on both are shown."""

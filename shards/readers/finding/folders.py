@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import FORMAT, MANIFEST_NAME
 from hydrazero.shards.readers.opening import is_hidden
+from hydrazero.shards.text.foreign_text import escaped
 
 NAMED = 8
 """Largest number of files that a sentence names."""

@@ -1,7 +1,7 @@
 """Text that others may have written (names, comments, messages from files), for terminals, tables, plots and pages.
 
 Such text can hold terminal escapes, markup of the program that shows it, or halves of characters that no file can hold.
-Whatever shows text of a file passes it through one of these functions; tables go through `shards.terminal`.
+Whatever shows text of a file passes it through one of these functions; tables go through `shards.text.terminal`.
 """
 
 from __future__ import annotations

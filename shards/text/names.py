@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.foreign_text import escaped
+from hydrazero.shards.text.foreign_text import escaped
 
 NAME = re.compile(r"[^\s./\\-][^/\\]*(?<!\s)")
 """A name: one part of a path that is not hidden, cannot be taken for an option, and does not lead anywhere else."""

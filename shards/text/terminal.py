@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hydrazero.shards.foreign_text import escaped_lines
+from hydrazero.shards.text.foreign_text import escaped_lines
 
 
 class PlainConsole(Console):
