@@ -44,8 +44,6 @@ class Job:
     def __post_init__(self) -> None:
         check_plain(self.account, "--account")
         check_plain(self.queue, "--queue")
-        for override in self.overrides:
-            check_plain(override, "--set")
         for what, path in (("the path of the run file,", self.run_file), ("--hostfile", self.hostfile)):
             check_plain(str(path), what)
 

@@ -9,6 +9,7 @@ from hydrazero.launch.job.hosts import check_hosts, chosen_hosts
 from hydrazero.launch.job.job import Job, check_account, check_size, longest_hours
 from hydrazero.launch.job.site_file import Site, load_site
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.names import check_plain
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.setup import check_run
 
@@ -41,6 +42,8 @@ def checked_job(run_file: Path, request: JobRequest, command: str) -> Job:
 
     `command` is the user's command line, which the job script quotes. Raises HydrazeroError.
     """
+    for override in request.overrides:
+        check_plain(override, "--set")
     site = load_site(request.site_name)
     config = load_run_config(run_file, request.overrides)
     limited = site.scheduler != "none"

@@ -13,6 +13,7 @@ from typing import Protocol
 from hydrazero.models.inference.ase_structure import check_names
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
 from hydrazero.shards.readers import READERS, find_sources, unread
 from hydrazero.shards.readers.frames import FieldNames, ReadSettings, UnreadFrame
@@ -104,7 +105,7 @@ class FileSource:
 
     def __init__(self, path: Path, settings: ReadSettings = GEOMETRY_ALONE) -> None:
         self.path, self.settings = path, settings
-        self.name = path.name
+        self.name = escaped(path.name)
         """Name of the file in the source ids of its structures."""
         self.conditions_matter = False
         """Whether results depend on charge and spin, so that a frame whose charge stands under another name is bad."""
@@ -115,7 +116,7 @@ class FileSource:
         try:
             for frame in unread(self.path, self.settings):
                 if selected(index // CHUNK):
-                    source_id = self.name + frame.source_id.removeprefix(self.path.name)
+                    source_id = self.name + escaped(frame.source_id.removeprefix(self.path.name))
                     yield Item(index=index, source_id=source_id, read=partial(self._read, frame))
                 index += 1
         except SourceError as error:

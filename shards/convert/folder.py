@@ -14,6 +14,7 @@ from typing import Any
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, try_lock, write_json
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import FORMAT_VERSION
 
 
@@ -112,6 +113,6 @@ def distinct_names(sources: Sequence[Path]) -> tuple[str, ...]:
     """Return a name for each source: that of the file, or its path below the common folder if two names are equal."""
     paths = [Path(os.path.abspath(source)) for source in sources]
     if len({path.name for path in paths}) == len(set(paths)):
-        return tuple(path.name for path in paths)
+        return tuple(escaped(path.name) for path in paths)
     common = os.path.commonpath([path.parent for path in paths])
-    return tuple(path.relative_to(common).as_posix() for path in paths)
+    return tuple(escaped(path.relative_to(common).as_posix()) for path in paths)

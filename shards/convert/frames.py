@@ -21,6 +21,7 @@ from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, is_selected, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.files import write_bytes, write_text
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
 from hydrazero.shards.structure import Structure
@@ -151,10 +152,13 @@ def _write(job: Conversion, source: int, number: int, chunk: Chunk) -> None:
 
 
 def _named(frame: Frame, file: str, name: str) -> Frame:
-    """Replace the name of the file, with which source ids begin, by the distinct name of the source."""
-    if file == name:
+    """Replace the name of the file, with which source ids begin, by the distinct name of the source.
+
+    Ids are one line that can be written, whatever the names of files, groups and members hold.
+    """
+    source_id = name + escaped(frame.source_id.removeprefix(file))
+    if source_id == frame.source_id:
         return frame
-    source_id = name + frame.source_id.removeprefix(file)
     structure = None if frame.structure is None else replace(frame.structure, source_id=source_id)
     return replace(frame, source_id=source_id, structure=structure)
 

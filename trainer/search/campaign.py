@@ -14,12 +14,13 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.config.tasks import task_manifests
 from hydrazero.trainer.ranks.launcher import handling
+from hydrazero.trainer.records.run_files import RUN_NAME, read_run_json
 from hydrazero.trainer.search.journal import Journal, begin_search
 from hydrazero.trainer.search.objective import trivial_errors
-from hydrazero.trainer.search.space import SearchSpace, require_optuna
+from hydrazero.trainer.search.space import WANTED_STRUCTURES, SearchSpace, require_optuna
 from hydrazero.trainer.search.space_check import check_space
 from hydrazero.trainer.search.trial_rows import TrialRow
-from hydrazero.trainer.search.trial_settings import trial_overrides
+from hydrazero.trainer.search.trial_settings import BATCH_KEYS, toml_value
 from hydrazero.trainer.search.worker import STOPPED
 
 
@@ -93,6 +94,14 @@ def _environment(space: SearchSpace, worker: int, workers: int) -> dict[str, str
 
 
 def command_of(journal: Journal, row: TrialRow) -> str:
-    """Return the command that trains with a trial's values and the schedule and number of steps of the run file."""
-    words = [word for each in trial_overrides(journal.run_file, row.values) for word in ("--set", each)]
+    """Return the command that trains with a trial's values and the schedule and number of steps of the run file.
+
+    The batch is the one that the trial recorded; reports do not read shards, whose location is that of a run file which
+    others may have written.
+    """
+    overrides = [f"{key}={toml_value(value)}" for key, value in row.values.items() if key != WANTED_STRUCTURES]
+    if WANTED_STRUCTURES in row.values:
+        batch = read_run_json(journal.run_dir(row.number), RUN_NAME).get("batch", {})
+        overrides += [f"batch.{key}={int(batch[key])}" for key in BATCH_KEYS if key in batch]
+    words = [word for each in overrides for word in ("--set", each)]
     return shlex.join(["hydrazero", "train", journal.space.search.run, *words])

@@ -24,6 +24,9 @@ ENDLESS = 1_000_000_000
 """Number of steps of a run that ends after a time."""
 WARM_UP = "deepspeed.scheduler.params.warmup_num_steps"
 
+BATCH_KEYS = ("structures", "atoms", "slots", "edges")
+"""Keys of [batch] that are worked out from the wanted number of structures."""
+
 BY_TIME = "trials end at a time, see search.seconds"
 NEVER_REACHED = "weights change with the fraction of a run's steps, and trials end at a time"
 SET_BY_SEARCH = {
@@ -52,17 +55,17 @@ def trial_overrides(run_file: Path | str, values: Mapping[str, Value]) -> list[s
     If the values contain a number of structures in a batch, [batch] is worked out from it. Raise ConfigError for values
     that the run file cannot have, and ShardError for damaged shards.
     """
-    own = [f"{key}={_toml(value)}" for key, value in values.items() if key != WANTED_STRUCTURES]
+    own = [f"{key}={toml_value(value)}" for key, value in values.items() if key != WANTED_STRUCTURES]
     if WANTED_STRUCTURES not in values:
         return own
     config = load_run_config(run_file, own)
     folders = tuple(task.location for task in config.tasks)
     wanted = int(values[WANTED_STRUCTURES])
     shape = _proposed(folders, config.model.cutoff, config.data.temperature, wanted)
-    return [*own, *(f"batch.{key}={getattr(shape, key)}" for key in ("structures", "atoms", "slots", "edges"))]
+    return [*own, *(f"batch.{key}={getattr(shape, key)}" for key in BATCH_KEYS)]
 
 
-def _toml(value: Value) -> str:
+def toml_value(value: Value) -> str:
     """Return a single value as TOML, in which it is written as in JSON."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -96,4 +99,4 @@ def search_overrides(ds_config: Mapping[str, Any], out: Path, seconds: float) ->
         "train.keep_checkpoints": 1,
     }
     constant = f'{{type = "WarmupStableDecayLR", params = {{warmup_num_steps = {warm_up}, decay_share = 0}}}}'
-    return [*(f"{key}={_toml(value)}" for key, value in fixed.items()), f"deepspeed.scheduler={constant}"]
+    return [*(f"{key}={toml_value(value)}" for key, value in fixed.items()), f"deepspeed.scheduler={constant}"]
