@@ -6,8 +6,9 @@ SCHNETPACK := .bench/schnetpack
 MACE := .bench/mace
 KILLS ?= 20
 SEED ?= 0
+MINUTES ?= 10
 
-.PHONY: demo test test-compiled test-docs torture slurm-test hosts-test check docs bench bench-scaling real results sixteen links clean
+.PHONY: demo test test-compiled test-docs fuzz torture slurm-test hosts-test check docs bench bench-scaling real results sixteen links clean
 
 demo: .venv/.installed
 	rm -rf runs/demo
@@ -15,8 +16,8 @@ demo: .venv/.installed
 
 # What starts no ranks in two processes, then the rest alone, since ranks share the cores already.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ranks and not compiler and not docs" -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not compiler and not docs"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ranks and not compiler and not docs and not fuzz" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not compiler and not docs and not fuzz"
 
 # Every encoder and head through the compiler; some eight minutes.
 test-compiled: .venv/.installed
@@ -25,6 +26,10 @@ test-compiled: .venv/.installed
 # Every command and every line of Python in the manual, with few steps; some minutes.
 test-docs: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m docs
+
+# Random faulty files for every reader, MINUTES altogether: each must be converted, or end in one sentence.
+fuzz: .venv/.installed
+	OMP_NUM_THREADS=1 HYDRAZERO_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m fuzz --timeout 0
 
 # Kills a run at random moments and resumes it each time; the end must be that of a run which was never killed.
 torture: .venv/.installed
