@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeA
 from pydantic_core import ErrorDetails
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError, did_you_mean
+from hydrazero.shards.foreign_text import escaped
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")
@@ -72,7 +73,7 @@ def parse_settings(section: type[S], table: Any, where: str) -> S:
     try:
         return section.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(_sentence(error.errors(include_url=False)[0], where)) from error
+        raise ConfigError(escaped(_sentence(error.errors(include_url=False)[0], where))) from error
 
 
 def parse_typed(
@@ -86,7 +87,7 @@ def parse_typed(
     try:
         return kind.validate_json(text)
     except ValidationError as error:
-        sentence = _sentence(error.errors(include_url=False)[0], where)
+        sentence = escaped(_sentence(error.errors(include_url=False)[0], where))
         raise raised(f"{sentence.removesuffix('.')}; {hint}." if hint else sentence) from error
 
 

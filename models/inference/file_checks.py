@@ -15,7 +15,9 @@ from torch import Tensor
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_card import ERROR_UNITS
 from hydrazero.shards.errors import ModelFileError
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.settings_parser import STRICT, parse_typed
+from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.units import INTERNAL_UNITS
 
 MOST_FACTS = 64 << 20
@@ -64,11 +66,11 @@ def check_card(path: Path, text: str) -> None:
     """Raise ModelFileError unless a JSON text is the card of a model whose results are in our units."""
     card = parse_typed(_CARD, text, f"{path} has a damaged header: card", ModelFileError, hint="export the model again")
     if (card.units, card.error_units) != (INTERNAL_UNITS, ERROR_UNITS):
-        raise ModelFileError(f"{path} has a damaged header: its units are {card.units}, not {INTERNAL_UNITS}.")
+        raise ModelFileError(f"{path} has a damaged header: its units are {escaped(card.units)}, not {INTERNAL_UNITS}.")
     for name, task in card.tasks.items():
         errors = task.errors
         if errors is not None and not {"structures"} <= errors.keys() <= {"structures", *ERROR_UNITS, *task.predicts}:
-            raise ModelFileError(f"{path} has a damaged header: the errors of task '{name}' are not those of results.")
+            raise ModelFileError(f"{path} has a damaged header: the errors of task '{escaped(name)}' are not those of results.")
 
 
 def unpacked_text(packed: str) -> bytes:
@@ -91,7 +93,7 @@ def check_shapes(path: Path, expected: AtomisticModel) -> None:
     for name in sorted(held.keys() | wanted.keys()):
         if held.get(name) != wanted.get(name):
             raise ModelFileError(
-                f"{path} contains other weights than its header describes: '{name}' is {_shape(held.get(name))}, and "
+                f"{path} contains other weights than its header describes: '{escaped(name)}' is {_shape(held.get(name))}, and "
                 f"should be {_shape(wanted.get(name))}; export the model again."
             )
 
@@ -101,12 +103,15 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def check_weights(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Raise ModelFileError unless all weights are finite numbers of a type."""
+    """Raise ModelFileError unless all weights are of a type, and none is NaN, infinite or huge."""
     for name, value in weights.items():
         if value.dtype != dtype:
             raise ModelFileError(
-                f"{path} contains other weights than its header describes: '{name}' is of type {value.dtype}, and "
+                f"{path} contains other weights than its header describes: '{escaped(name)}' is of type {value.dtype}, and "
                 f"should be {dtype}; export the model again."
             )
-        if not bool(torch.isfinite(value).all()):
-            raise ModelFileError(f"{path} is damaged: the weights '{name}' are not finite; export the model again.")
+        if not float(value.abs().max()) <= MAX_MAGNITUDE:  # NaN is not, either
+            raise ModelFileError(
+                f"{path} is damaged: a weight of '{name}' is NaN, infinite or above {MAX_MAGNITUDE:.0e}; export the "
+                "model again."
+            )

@@ -24,6 +24,7 @@ from hydrazero.models.inference.model_card import Origin, digest_of, model_card,
 from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
 from hydrazero.shards.errors import ConfigError, ModelFileError, did_you_mean
 from hydrazero.shards.files import replacing
+from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
 
@@ -183,7 +184,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def _brief(error: Exception) -> str:
     """Return the message of an error in one line of limited length."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = escaped(" ".join(str(error).split())).rstrip(".") or type(error).__name__
     return f"it lacks {text}" if isinstance(error, KeyError) else text[:200]
 
 
@@ -231,7 +232,7 @@ def _metadata(path: Path) -> dict[str, str]:
     version = metadata.get("format_version", "")
     if version not in READABLE:
         raise ModelFileError(
-            f"{path} has model format version {version}, this hydrazero reads versions {', '.join(READABLE)}; "
+            f"{path} has model format version {escaped(version[:20])}, this hydrazero reads versions {', '.join(READABLE)}; "
             "use a matching hydrazero or export the model again."
         )
     return metadata
@@ -244,7 +245,7 @@ def _check_encoder(path: Path, facts: dict[str, Any]) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{path} has a damaged header ({_brief(error)}); export the model again.") from error
     except ConfigError as error:
-        raise ModelFileError(f"{path}: {error}") from error
+        raise ModelFileError(f"{path}: {escaped(error)}") from error
 
 
 def read_model(path: Path) -> AtomisticModel:
@@ -271,7 +272,7 @@ def read_model(path: Path) -> AtomisticModel:
     except ModelFileError:
         raise
     except ConfigError as error:
-        raise ModelFileError(f"{path} has a damaged header: {error}") from error
+        raise ModelFileError(f"{path} has a damaged header: {escaped(error)}") from error
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ModelFileError(
             f"{path} contains other weights than its header describes ({_brief(error)}); export the model again."
