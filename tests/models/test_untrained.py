@@ -151,7 +151,10 @@ def test_energies_of_other_compositions_are_said_to_be_arbitrary(of_one_composit
     with pytest.warns(ExtrapolationWarning, match="c.extxyz#0: the compositions .* further structures are not named"):
         done = CliRunner().invoke(
             main,
-            ["screen", str(of_one_composition), str(tmp_path / "c.extxyz"), "--out", str(tmp_path / "s.parquet")]
-            + ["--workers", "0"],
+            [
+                *map(str, ("screen", of_one_composition, tmp_path / "c.extxyz", "--out", tmp_path / "s.parquet")),
+                "--workers",
+                "0",
+            ],
         )
     assert done.exit_code == 0, done.output
