@@ -34,6 +34,13 @@ def ignored_conditions(facts: TaskFacts, structure: Structure) -> str | None:
     return f"task '{facts.name}' does not depend on charge and spin, and ignores the structure's {what}"
 
 
+def undetermined_energy(facts: TaskFacts, numbers: NDArray[np.uint8]) -> str | None:
+    """Return why the total energy of atoms with these atomic numbers is arbitrary, None if it is not."""
+    if not facts.has_energy or is_determined(numbers.tolist(), facts.undetermined_sums):
+        return None
+    return undetermined_text(facts.undetermined_sums)
+
+
 class Extrapolation:
     """Checks structures of one task and warns once for each kind of extrapolation and each formula."""
 
@@ -71,8 +78,8 @@ class Extrapolation:
 
     def look_at_composition(self, formula: str, numbers: NDArray[np.uint8]) -> None:
         """Warn about a composition whose total energy the training data does not determine."""
-        if not is_determined(numbers.tolist(), self.facts.undetermined_sums):
-            self._warn("composition", formula, undetermined_text(self.facts.undetermined_sums))
+        if (text := undetermined_energy(self.facts, numbers)) is not None:
+            self._warn("composition", formula, text)
 
     def look_at_untrained(self, formula: str, wanted: Collection[str]) -> None:
         """Warn about those of the wanted 'forces' and 'stress' that are predicted, but were not trained."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.inference.ase_structure import check_all_conditions, structure_from_atoms
-from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions
+from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
@@ -129,8 +129,9 @@ class Potential:
         eV/Å³ (for periodic structures whose cell has three vectors), each None where the task has none,
         'reference_energy' eV (the sum of the reference energies of all atoms), and 'targets', the task's other
         quantities by name. Numbers are of type float, arrays of type float64. A charge or spin that a task ignores
-        gives an ExtrapolationWarning. Raises StructureError for a structure that is not valid or that a task does not
-        support, ModelFileError for a task that the model does not have.
+        gives an ExtrapolationWarning, and so does a composition whose energy its data leaves arbitrary. Raises
+        StructureError for a structure that is not valid or that a task does not support, ModelFileError for a task that
+        the model does not have.
         """
         names = names_of(self.tasks if tasks is None else tasks)
         indices = [self.task_index(name) for name in names]
@@ -197,14 +198,17 @@ class Potential:
     def _check_supported(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
         """Raise StructureError, which gives the reason, unless all tasks support all structures.
 
-        Warn of the first structure whose charge or spin a task ignores.
+        Warn of the first structure whose charge or spin a task ignores, and of the first whose energy is arbitrary.
         """
-        said = set()
+        said: set[tuple[str, str]] = set()
         for structure in structures:
             for task in tasks:
-                if task not in said and (ignored := ignored_conditions(self.facts(task), structure)):
-                    said.add(task)
+                if (task, "state") not in said and (ignored := ignored_conditions(self.facts(task), structure)):
+                    said.add((task, "state"))
                     warnings.warn(f"{structure.source_id}: {ignored}.", ExtrapolationWarning, stacklevel=4)
+                if (task, "energy") not in said and (open_ := undetermined_energy(self.facts(task), structure.numbers)):
+                    said.add((task, "energy"))
+                    warnings.warn(f"task '{task}', {structure.source_id}: {open_}.", ExtrapolationWarning, stacklevel=4)
                 if (reason := self.why_not(structure, task)) is not None:
                     raise StructureError(
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."

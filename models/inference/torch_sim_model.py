@@ -170,8 +170,10 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             raise StructureError(error.reason, f"{structure.source_id}: {error}.") from error
         if (reason := self.potential.why_not(structure, self.task)) is not None:
             raise StructureError("unseen", f"{structure.source_id} {reason}; leave it out or choose another task.")
-        if structure.charge or structure.multiplicity:
-            self._watch.look_at_conditions(str(Symbols(structure.numbers).get_chemical_formula()), structure)
+        formula = str(Symbols(structure.numbers).get_chemical_formula())
+        self._watch.look_at_conditions(formula, structure)
+        self._watch.look_at_composition(formula, structure.numbers)
+        self._watch.look_at_untrained(formula, ["forces"] * self.compute_forces + ["stress"] * self.compute_stress)
 
 
 def _plain(state: Any) -> dict[str, Any]:

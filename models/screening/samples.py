@@ -12,7 +12,7 @@ from ase.geometry import complete_cell
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 
-from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions
+from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.models.screening.sources import Item, read_structure
@@ -89,6 +89,7 @@ class SampleBuilder:
         workers find them."""
         self._facts = facts = [potential.facts(task) for task in settings.tasks]
         self._said_ignored = False
+        self._said_arbitrary: set[str] = set()
         self._references = reference_table(facts).numpy().T
         self._known = known_elements(facts).numpy().T
         self._needs_multiplicity = np.array([task.charge_spin and task.multiplicity_known for task in facts])
@@ -101,6 +102,7 @@ class SampleBuilder:
             if len(self._compositions) >= COMPOSITIONS_KEPT:
                 self._compositions.clear()
             numbers = structure.numbers.astype(np.int64)
+            self._look_at_composition(structure)
             self._compositions[key] = Composition(
                 formula=str(Symbols(numbers).get_chemical_formula()),
                 known=np.asarray(self._known[numbers].all(axis=0)),
@@ -132,6 +134,14 @@ class SampleBuilder:
         none = np.zeros(0, dtype=np.int64)
         pairs = HalfPairs(first=none, second=none, shift=None, degrees=np.zeros(len(structure), dtype=np.int64))
         return GraphSample(structure=structure, pairs=pairs, task=0, rows=rows, edges=0, origin=(item.index,))
+
+    def _look_at_composition(self, structure: Structure) -> None:
+        """Warn of the first structure, for each task, whose energy the task's training data leaves arbitrary."""
+        for facts in self._facts:
+            if facts.name not in self._said_arbitrary and (text := undetermined_energy(facts, structure.numbers)):
+                self._said_arbitrary.add(facts.name)
+                words = f"task '{facts.name}', {structure.source_id}: {text}; further structures are not named."
+                warnings.warn(words, ExtrapolationWarning, stacklevel=2)
 
     def _look_at_conditions(self, structure: Structure, name: str) -> None:
         """Warn of the first structure whose charge or spin a task of the screen ignores."""

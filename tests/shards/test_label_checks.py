@@ -76,7 +76,7 @@ def test_right_labels_are_not_doubted(tmp_path):
     for unit, per in (("Hartree", units.Hartree), ("kcal/mol", KCAL)):
         files = scaled(trajectory() + molecules(40), energy=1 / per, forces=1 / per)
         settings = {"units": {"energy": unit, "forces": f"{unit}/Angstrom"}}
-        assert converted(tmp_path / unit[:2], list(files), **settings).warnings == []
+        assert converted(tmp_path / unit[:2], files, **settings).warnings == []
 
 
 FORCES = [
