@@ -28,7 +28,7 @@ def fixed_in(fields: Mapping[str, Any], atoms: int) -> tuple[Any, ...]:
                 continue
             if flags.shape in ((atoms,), (atoms, 1), (atoms, 3)):
                 # Only selective dynamics, which is VASP's word, is along the lattice vectors.
-                movable = np.broadcast_to((flags == free).reshape(atoms, -1), (atoms, 3))
+                movable = np.broadcast_to((flags == free).reshape(atoms, flags.size // max(atoms, 1)), (atoms, 3))
                 found += constraints_of(movable, scaled=name == "selective_dynamics")
     return tuple(found)
 
