@@ -16,6 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from hydrazero.models.atomistic import Predictions
 from hydrazero.models.inference.ase_structure import check_all_conditions, stated_conditions
 from hydrazero.models.inference.extrapolation import Extrapolation
+from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential, names_of
 from hydrazero.models.inference.reused_neighbours import ReusedNeighbours
 from hydrazero.models.task_facts import NONE, TaskFacts
@@ -105,7 +106,7 @@ class HydrazeroCalculator(Calculator):
         with self._lock:
             return super().get_property(name, atoms, allow_calculation)
 
-    @torch.inference_mode(mode=False)
+    @own_modes()
     def calculate(
         self, atoms: Atoms | None = None, properties: list[str] | None = None, system_changes: list[str] = all_changes
     ) -> None:

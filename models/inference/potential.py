@@ -18,6 +18,7 @@ from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.inference.ase_structure import check_all_conditions, structure_from_atoms
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
 from hydrazero.models.inference.model_file import read_model
+from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
@@ -118,7 +119,7 @@ class Potential:
     def _batch(self, packed: list[GraphSample], shape: BatchShape) -> tuple[list[GraphSample], GraphBatch]:
         return packed, collate(packed, shape, self.model.dtype).to(self.device)
 
-    @torch.inference_mode(mode=False)
+    @own_modes()
     def predict(
         self, structures: Atoms | Sequence[Atoms], tasks: str | Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
@@ -150,7 +151,7 @@ class Potential:
                     rows[n * len(names) + place] = {"structure": n, "task": names[place], **row}
         return rows
 
-    @torch.inference_mode(mode=False)
+    @own_modes()
     def rows(self, packed: Sequence[GraphSample], batch: GraphBatch) -> Iterator[dict[str, Any]]:
         """Predict each sample of a batch with the head of its task; yield rows as in `predict`.
 
@@ -214,7 +215,7 @@ class Potential:
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
                     )
 
-    @torch.inference_mode(mode=False)
+    @own_modes()
     def member_energies(self, batch: GraphBatch) -> NDArray[np.float64]:
         """Return the energies of a batch by the heads of all tasks in one pass: [structures, tasks, members] eV."""
         return self.model.members_of_all_tasks(batch).cpu().numpy()
@@ -278,5 +279,5 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Potentia
 
     Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version.
     """
-    with torch.inference_mode(mode=False):  # weights made in that mode could not be differentiated later
+    with own_modes():  # weights made in inference mode could not be differentiated later
         return Potential(read_model(Path(path)), device)

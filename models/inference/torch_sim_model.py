@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydrazero.models.inference.extrapolation import Extrapolation
+from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import NONE
 from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
@@ -93,7 +94,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             raise NotImplementedError(f"task '{self.task}' has no {name}")
         return compute
 
-    @torch.inference_mode(mode=False)
+    @own_modes()
     def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
         """Return 'energy', 'forces' and 'stress' of a SimState, or of a dictionary with its fields.
 

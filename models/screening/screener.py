@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.batch_loading import (
     RankShare,
@@ -76,6 +77,7 @@ class ScreenSummary:
     """Whether the same screen was complete when this rank began."""
 
 
+@own_modes()
 def screen(
     potential: Potential,
     sources: Sequence[Source],

@@ -12,8 +12,8 @@ from pydantic import AfterValidator
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.missing_labels import missing_label
+from hydrazero.shards.readers.parts.fixed_atoms import fixed_in
 from hydrazero.shards.readers.parts.geometry import cell_matrix, numbers_in, periodicity
-from hydrazero.shards.readers.symbols import fixed_in
 from hydrazero.shards.settings_parser import Section
 from hydrazero.shards.structure import Structure, atomic_numbers_of, charge_of, check_structure, multiplicity_of
 from hydrazero.shards.targets import TargetSection, target_value

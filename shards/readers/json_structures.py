@@ -12,8 +12,9 @@ import numpy as np
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
+from hydrazero.shards.readers.parts.fixed_atoms import constraints_of
 from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, list_entries
-from hydrazero.shards.readers.symbols import constraints_of, numbers_of
+from hydrazero.shards.readers.symbols import numbers_of
 
 Geometry = dict[str, Any]
 """Values of numbers, positions, cell, pbc and constraints of a RawFrame."""

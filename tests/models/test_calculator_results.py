@@ -171,7 +171,7 @@ def test_calculators_are_copied_and_pickled_after_compiled_use(monkeypatch):
     assert moved.predict(atoms, "task0")[0]["energy"] == pytest.approx(energy, abs=1e-9)
 
 
-def test_predictions_under_inference_mode_and_without_gradients(tmp_path):
+def test_predictions_do_not_depend_on_modes_of_the_caller(tmp_path):
     save_model(small_model("mace"), tmp_path / "m.safetensors", dtype="float64")
     atoms, fresh = rattled_crystal(), load_model(tmp_path / "m.safetensors")
     expected = fresh.predict([atoms])
@@ -188,6 +188,16 @@ def test_predictions_under_inference_mode_and_without_gradients(tmp_path):
             fresh.calculator("task0").get_forces(rattled_crystal(1)),
             atol=1e-9,
         )  # what was made in that mode does not stay behind
+
+
+def test_the_callers_autocast_rounds_nothing():
+    potential, atoms = Potential(small_model(dtype=torch.float32)), rattled_crystal()
+    expected = potential.predict(atoms, "task0")[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = potential.predict(atoms, "task0")[0]
+        forces = potential.calculator("task0").get_forces(atoms)
+    assert found["energy"] == expected["energy"] and np.array_equal(found["forces"], expected["forces"])
+    np.testing.assert_allclose(forces, expected["forces"], atol=1e-6)
 
 
 def test_one_structure_and_one_task_need_no_list():
