@@ -108,7 +108,8 @@ def _relaxed(entry: Any) -> Any:
         return entry
     data, structure = entry.get("data"), entry.get("structure")
     sites = structure.get("sites") if isinstance(structure, Mapping) else None
-    properties = [site.get("properties") for site in sites or () if isinstance(site, Mapping)]
+    listed = sites if isinstance(sites, list) else ()
+    properties = [site.get("properties") for site in listed if isinstance(site, Mapping)]
     forces = [each.get("forces") if isinstance(each, Mapping) else None for each in properties]
     # If only some sites have forces, the list stays incomplete, and the frame is bad.
     labels = {"forces": forces} if any(force is not None for force in forces) else {}
