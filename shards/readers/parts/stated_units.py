@@ -37,6 +37,8 @@ WORDS = {
 }
 """Word before '_unit' in the name of a key or attribute -> part of a structure."""
 
+PER_ATOM = re.compile(r"(?P<unit>.+?)\s*(?:/|per)\s*atom", re.IGNORECASE)
+
 SAME = 1e-3
 """Relative difference between factors that different values of the constants explain."""
 
@@ -117,6 +119,12 @@ def with_stated_units(
         quantity = QUANTITY.get(part, part)
         if quantity not in FACTORS:
             continue
+        if quantity == "energy" and isinstance(unit.unit, str) and (match := PER_ATOM.fullmatch(unit.unit.strip())):
+            if not settings.energy_per_atom:
+                raise SourceError(
+                    f"{source} states '{unit.unit}' for the {part} ({unit.where}); set energy_per_atom = true."
+                )
+            unit = replace(unit, unit=match["unit"])
         factor = unit_factor(unit.unit, quantity)
         if quantity in settings.units.model_fields_set:
             chosen = getattr(settings.units, quantity)
