@@ -79,7 +79,8 @@ class RaggedArrays:
             raise SourceError(
                 f"{path} lacks {', '.join(sorted(missing))}; it holds {there}: name the datasets under [columns]."
             )
-        self._lengths = next((part for part in ("ptr", "n_atoms") if part in known or part in file), "")
+        lengths = (part for part in ("ptr", "n_atoms") if part in known or isinstance(file.get(part), dataset))
+        self._lengths = next(lengths, "")
         if not self._lengths:
             raise SourceError(f"{path} has neither 'ptr' nor 'n_atoms'; name one of them under [columns].")
         self._sizes = known.pop(self._lengths) if self._lengths in known else file[self._lengths]
