@@ -31,6 +31,7 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
 from hydrazero.shards.readers import find_sources
+from hydrazero.shards.readers.column_names import listed
 from hydrazero.shards.targets import TargetStatistics
 from hydrazero.shards.units import target_unit
 
@@ -164,7 +165,7 @@ def _no_training_frames(job: Conversion, index: Index) -> str:
     if total == 0 and index.set_aside:
         absent = [key for key, count in index.lacking.items() if count == index.set_aside["not_selected"]]
         if absent:
-            there = ", ".join(index.fields) or "no field"
+            there = listed(index.fields) or "no field"
             return f"task '{job.task}': no frame has the field '{absent[0]}' of [select]; the frames have {there}."
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(index.set_aside.items()))
         return f"task '{job.task}': every frame was skipped ({reasons}); fix the sources or the settings."

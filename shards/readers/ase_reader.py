@@ -91,5 +91,6 @@ def frame_from_row(row: Any, source_id: str, maker: FrameMaker, own: Mapping[str
         if name in atoms.info and label not in {*atoms.info, *maker.settings.fields.model_fields_set}:
             value = atoms.info[name]
             # fairchem writes a spin of 0 where the multiplicity is not known.
-            atoms.info[label] = None if name == "spin" and np.size(value) == 1 and not np.any(value) else value
+            unknown = name == "spin" and isinstance(value, int | float | np.number) and value == 0
+            atoms.info[label] = None if unknown else value
     return frame_from_atoms(atoms, source_id, maker)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+
 from hydrazero.shards.readers.frames import ReadSettings
+from hydrazero.shards.text.foreign_text import escaped
 
 LABELS = ("energy", "forces", "stress", "virial", "charge", "multiplicity")
 
@@ -17,3 +21,11 @@ def column_names(settings: ReadSettings) -> dict[str, str]:
     names |= {part: part for part in ("numbers", "positions", "cell", "pbc")}
     names |= {label: getattr(settings.fields, label) for label in LABELS if getattr(settings.fields, label)}
     return names | dict(settings.columns)
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Return names of a file for a sentence: the first of them, and how many more there are."""
+    every = iter(names)
+    first = [escaped(name)[:60] for name in islice(every, most)]
+    more = sum(1 for _ in every)
+    return ", ".join([*first, f"and {more:,} more"] if more else first)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
-from hydrazero.shards.readers.column_names import LABELS
+from hydrazero.shards.readers.column_names import LABELS, listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
@@ -75,11 +75,12 @@ class RaggedArrays:
         known = {part: file[name] for part, name in names.items() if isinstance(file.get(name), dataset)}
         missing = [f"{part} ('{names[part]}')" for part in asked if part not in known]
         if missing:
-            there = ", ".join(name for name, item in file.items() if isinstance(item, dataset)) or "no dataset"
+            there = listed(name for name, item in file.items() if isinstance(item, dataset)) or "no dataset"
             raise SourceError(
                 f"{path} lacks {', '.join(sorted(missing))}; it holds {there}: name the datasets under [columns]."
             )
-        self._lengths = next((part for part in ("ptr", "n_atoms") if part in known or part in file), "")
+        lengths = (part for part in ("ptr", "n_atoms") if part in known or isinstance(file.get(part), dataset))
+        self._lengths = next(lengths, "")
         if not self._lengths:
             raise SourceError(f"{path} has neither 'ptr' nor 'n_atoms'; name one of them under [columns].")
         self._sizes = known.pop(self._lengths) if self._lengths in known else file[self._lengths]

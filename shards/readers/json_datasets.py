@@ -12,6 +12,7 @@ from hydrazero.shards.readers.frames import FrameMaker, ReadSettings, UnreadFram
 from hydrazero.shards.readers.json_structures import entry_frame, pymatgen_geometry
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
 from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, JsonText, is_json_lines, json_lines
+from hydrazero.shards.text.foreign_text import escaped
 
 Entries = Iterator[tuple[str, Any]]
 """Pairs (name in the file, entry with a 'structure')."""
@@ -81,7 +82,8 @@ def _by_material(values: Values, path: Path) -> Entries:
             continue
         if not isinstance(frames, Mapping):
             raise SourceError(
-                f"{path}: '{material}' is not an object of frames, so the file does not have the layout of MPtrj."
+                f"{path}: '{escaped(material)[:60]}' is not an object of frames, so the file does not have the layout "
+                "of MPtrj."
             )
         for frame, entry in frames.items():
             yield f"{material}/{frame}", _with_material(entry, material)
@@ -96,7 +98,7 @@ def _alexandria(values: Values, path: Path) -> Entries:
             steps = calculation.get("steps") if isinstance(calculation, Mapping) else None
             if not isinstance(steps, list):
                 raise SourceError(
-                    f"{path}: '{key}' has no 'steps', so the file does not have the layout of Alexandria."
+                    f"{path}: '{escaped(key)[:60]}' has no 'steps', so the file does not have the layout of Alexandria."
                 )
             for step, entry in enumerate(steps):
                 yield f"{key}/{place}/{step}", _with_material(entry, key)
@@ -108,7 +110,8 @@ def _relaxed(entry: Any) -> Any:
         return entry
     data, structure = entry.get("data"), entry.get("structure")
     sites = structure.get("sites") if isinstance(structure, Mapping) else None
-    properties = [site.get("properties") for site in sites or () if isinstance(site, Mapping)]
+    listed = sites if isinstance(sites, list) else ()
+    properties = [site.get("properties") for site in listed if isinstance(site, Mapping)]
     forces = [each.get("forces") if isinstance(each, Mapping) else None for each in properties]
     # If only some sites have forces, the list stays incomplete, and the frame is bad.
     labels = {"forces": forces} if any(force is not None for force in forces) else {}

@@ -13,6 +13,7 @@ from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
 from hydrazero.shards.readers.parts.fixed_atoms import constraints_of
+from hydrazero.shards.readers.parts.geometry import is_true
 from hydrazero.shards.readers.parts.json_stream import LINE_SUFFIXES, list_entries
 from hydrazero.shards.readers.symbols import numbers_of
 
@@ -136,5 +137,5 @@ def jarvis_geometry(atoms: Mapping[str, Any]) -> Geometry:
     """Return the geometry in the dict of JARVIS Atoms; raise as `pymatgen_geometry` does."""
     cell = np.asarray(atoms["lattice_mat"], dtype=np.float64)
     coordinates = np.asarray(atoms["coords"], dtype=np.float64)
-    positions = coordinates if atoms["cartesian"] else coordinates @ cell
+    positions = coordinates if is_true(atoms["cartesian"], "cartesian") else coordinates @ cell
     return {"numbers": numbers_of(atoms["elements"]), "positions": positions, "cell": cell, "pbc": True}

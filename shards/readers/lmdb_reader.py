@@ -13,6 +13,7 @@ import ase.db
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.ase_reader import DATABASE_LABELS, frame_from_row
+from hydrazero.shards.readers.column_names import listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
@@ -139,7 +140,7 @@ def _frame_from_pickle(value: bytes, source_id: str, maker: FrameMaker) -> Frame
     names = names_in(maker.settings, fields)
     missing = [names[part] for part in ("numbers", "positions") if names[part] not in fields]
     if missing:
-        fault = f"the pickle has no '{missing[0]}' but {', '.join(fields) or 'nothing'}; name its parts under [columns]"
+        fault = f"the pickle has no '{missing[0]}' but {listed(fields) or 'nothing'}; name its parts under [columns]"
         return Frame(source_id=source_id, error=StructureError("unreadable", fault), info=fields)
     parts = {part: fields[name] for part, name in names.items() if name in fields}
     return frame_of_parts(parts, source_id, maker, info=fields, other=parts)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import SourceError, StructureError
+from hydrazero.shards.readers.column_names import listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.hdf5_reader import RaggedArrays
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
@@ -79,7 +80,7 @@ def _names(path: Path, arrays: Mapping[str, NDArray[Any]], settings: ReadSetting
     layout = next((names for names in LAYOUTS if {names["positions"], names["numbers"]} <= set(arrays)), None)
     if layout is None:
         raise SourceError(
-            f"{path} has the keys {', '.join(arrays)}, neither those of sGDML nor of rMD17; name its arrays under "
+            f"{path} has the keys {listed(arrays)}, neither those of sGDML nor of rMD17; name its arrays under "
             "[columns]."
         )
     chosen = {part for part in settings.fields.model_fields_set if getattr(settings.fields, part) != part}

@@ -10,6 +10,7 @@ from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import StructureError
+from hydrazero.shards.text.foreign_text import escaped
 
 
 def numbers_of(symbols: Iterable[Any]) -> NDArray[np.uint8]:
@@ -17,5 +18,5 @@ def numbers_of(symbols: Iterable[Any]) -> NDArray[np.uint8]:
     names = [symbol.decode("ascii", "replace") if isinstance(symbol, bytes) else str(symbol) for symbol in symbols]
     for name in names:
         if atomic_numbers.get(name, 0) < 1:
-            raise StructureError("unknown_element", f"'{name}' is not a chemical element")
+            raise StructureError("unknown_element", f"'{escaped(name[:40])}' is not a chemical element")
     return np.array([atomic_numbers[name] for name in names], dtype=np.uint8)

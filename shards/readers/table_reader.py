@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import SourceError
+from hydrazero.shards.readers.column_names import listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
 from hydrazero.shards.readers.parts.stated_units import StatedUnit, units_by_key, with_stated_units
@@ -32,7 +33,7 @@ def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             missing = [names[part] for part in ("numbers", "positions", *settings.columns) if names[part] not in there]
             if missing:
                 raise SourceError(
-                    f"{path} has no column '{missing[0]}' but {', '.join(sorted(there))}; name its columns under "
+                    f"{path} has no column '{missing[0]}' but {listed(sorted(there))}; name its columns under "
                     "[columns]."
                 )
             parts = [part for part, name in names.items() if name in there]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ijson
 import pytest
-from format_files import BOTH, OUTPUTS, alike, frames, pymatgen_entry, reasons, samples, structures
+from format_files import BOTH, OUTPUTS, alike, frames, jarvis_entry, pymatgen_entry, reasons, samples, structures
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers import FieldNames
@@ -92,6 +92,18 @@ def test_a_line_that_does_not_end(tmp_path, monkeypatch):
     path.write_text('{"structure": "' + "x" * 2000)
     with pytest.raises(SourceError, match=r"line 1, is longer than 1,000 bytes"):
         frames(path, "pymatgen")
+
+
+def test_texts_are_no_true_flags(tmp_path):
+    crystal = samples()[2]
+    made = [jarvis_entry(crystal, cartesian=False) for _ in range(3)]
+    made[1]["atoms"]["cartesian"], made[2]["atoms"]["cartesian"] = "False", "maybe"
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(made))
+    found = frames(path, "jarvis")
+    assert reasons(found) == ["", "", "unreadable"] and "'cartesian' is 'maybe'" in str(found[2].error)
+    for frame in found[:2]:
+        assert frame.structure.positions == pytest.approx(crystal.positions)
 
 
 def test_charges_of_structures_that_the_settings_leave_out(tmp_path):

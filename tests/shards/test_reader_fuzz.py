@@ -363,6 +363,9 @@ CASES = {**{case: cases_of(case) for case in FILES}, "another format": of_anothe
 
 FOUND: list[tuple[str, Any]] = [
     ("aselmdb", {"energy": -1.0, "spin": np.array([])}),
+    ("aselmdb", {"energy": -1.0, "spin": [None, []]}),
+    ("parquet", {"numbers": b"\x01\n", "positions": [[0.0, 0, 0]]}),
+    ("alexandria", '{"entries": [{"structure": {"sites": true}}]}'),
 ]
 """Files that were once read with a traceback."""
 

@@ -123,6 +123,16 @@ def test_attributes_of_datasets(tmp_path):
     assert structures(path, columns=PTR, units=SourceUnits(forces="Hartree/Angstrom"))
 
 
+def test_energies_that_are_stated_to_be_per_atom(tmp_path):
+    path = write_hdf5_with_units(tmp_path / "a.h5", E="meV/atom")
+    with pytest.raises(SourceError, match=r"states 'meV/atom' for the energy .*; set energy_per_atom = true"):
+        frames(path, columns=PTR)
+    atoms = samples()[2]
+    units = SourceUnits(forces="eV/Angstrom")
+    read = structures(path, columns=PTR, units=units, energy_per_atom=True)[2]
+    assert read.energy == pytest.approx(atoms.calc.results["energy"] * len(atoms) / 1000)
+
+
 def test_attributes_of_a_file(tmp_path):
     path = write_hdf5(tmp_path / "a.h5", samples())
     with h5py.File(path, "a") as file:

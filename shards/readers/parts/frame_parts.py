@@ -12,6 +12,7 @@ from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.column_names import LABELS, column_names
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings
 from hydrazero.shards.readers.symbols import numbers_of
+from hydrazero.shards.text.foreign_text import escaped
 
 OWN_NAMES = {"charge": "total_charge", "multiplicity": "spin_multiplicity"}
 """Label -> name that formats use for it, which is read where the settings name none and the usual name is absent."""
@@ -59,7 +60,7 @@ def _words(text: str) -> list[str]:
     try:
         return list(string2symbols(words[0]))
     except Exception as error:  # ASE's parser of formulas raises errors of many kinds
-        raise StructureError("unknown_element", f"'{text[:40]}' is neither symbols nor a formula") from error
+        raise StructureError("unknown_element", f"'{escaped(text[:40])}' is neither symbols nor a formula") from error
 
 
 def frame_of_parts(

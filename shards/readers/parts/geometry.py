@@ -84,6 +84,14 @@ def periodicity(value: Any, cell: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.array(flags * 3 if len(flags) == 1 else flags, dtype=bool)
 
 
+def is_true(value: Any, name: str) -> bool:
+    """Return a single flag; raise StructureError for anything but true and false, 1 and 0, or texts of them."""
+    try:
+        return _flag(value, value)
+    except StructureError as error:
+        raise StructureError("unreadable", f"'{name}' is {_short(value)}, neither true nor false") from error
+
+
 def _items(value: Any) -> list[Any]:
     """Return the single flags in a value: the elements of an array, or the words or letters of a text."""
     if isinstance(value, bytes):

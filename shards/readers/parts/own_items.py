@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hydrazero.shards.errors import SourceError
+from hydrazero.shards.text.foreign_text import escaped
 
 MOST_LINKS = 16
 """Largest number of soft links that lead to an item; more are a circle."""
@@ -47,7 +48,8 @@ class OwnItems(Mapping[str, Any]):
             virtual = item.is_virtual and any(source.file_name != "." for source in item.virtual_sources())
             if virtual or item.external:
                 raise SourceError(
-                    f"{self._source}: the numbers of '{name}' are in another file, which is not read; copy them."
+                    f"{self._source}: the numbers of '{escaped(name)}' are in another file, which is not read; copy "
+                    "them."
                 )
         return item
 
@@ -67,8 +69,8 @@ class OwnItems(Mapping[str, Any]):
                 raise KeyError(name)
             if isinstance(link, self._h5py.ExternalLink):
                 raise SourceError(
-                    f"{self._source}: '{name}' is a link to the file '{link.filename}', which is not followed; copy "
-                    "what it leads to."
+                    f"{self._source}: '{escaped(name)}' is a link to the file '{escaped(link.filename)}', which is not "
+                    "followed; copy what it leads to."
                 )
             if isinstance(link, self._h5py.SoftLink):
                 if links == MOST_LINKS:

@@ -12,6 +12,7 @@ import numpy as np
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.frames import ReadSettings
+from hydrazero.shards.text.foreign_text import escaped
 from hydrazero.shards.units import energy_factor, force_factor, length_factor, stress_factor, target_unit
 
 FACTORS: dict[str, Callable[[str], float]] = {
@@ -36,6 +37,8 @@ WORDS = {
     "virial": "virial",
 }
 """Word before '_unit' in the name of a key or attribute -> part of a structure."""
+
+PER_ATOM = re.compile(r"(?P<unit>.+?)\s*(?:/|per)\s*atom", re.IGNORECASE)
 
 SAME = 1e-3
 """Relative difference between factors that different values of the constants explain."""
@@ -117,6 +120,12 @@ def with_stated_units(
         quantity = QUANTITY.get(part, part)
         if quantity not in FACTORS:
             continue
+        if quantity == "energy" and isinstance(unit.unit, str) and (match := PER_ATOM.fullmatch(unit.unit.strip())):
+            if not settings.energy_per_atom:
+                raise SourceError(
+                    f"{source} states '{unit.unit}' for the {part} ({unit.where}); set energy_per_atom = true."
+                )
+            unit = replace(unit, unit=match["unit"])
         factor = unit_factor(unit.unit, quantity)
         if quantity in settings.units.model_fields_set:
             chosen = getattr(settings.units, quantity)
@@ -178,7 +187,7 @@ def schnetpack_units(metadata: Mapping[str, Any], settings: ReadSettings) -> dic
     found: dict[str, StatedUnit] = {}
     length = metadata.get("_distance_unit")
     if isinstance(length, str | int | float):
-        found["positions"] = StatedUnit(unit=length, where="metadata '_distance_unit'")
+        found["positions"] = StatedUnit(unit=_unit(length), where="metadata '_distance_unit'")
     properties = metadata.get("_property_unit_dict")
     if not isinstance(properties, Mapping):
         return found
@@ -186,8 +195,12 @@ def schnetpack_units(metadata: Mapping[str, Any], settings: ReadSettings) -> dic
     fields |= {target.field: target.field for target in settings.targets.values()}
     for part, name in fields.items():
         if name and isinstance(properties.get(name), str | int | float):
-            found[part] = StatedUnit(unit=properties[name], where=f"metadata '_property_unit_dict', '{name}'")
+            found[part] = StatedUnit(unit=_unit(properties[name]), where=f"metadata '_property_unit_dict', '{name}'")
     return found
+
+
+def _unit(value: str | float) -> str | float:
+    return escaped(value[:40]) if isinstance(value, str) else value
 
 
 def _says_nothing(unit: str | float) -> bool:
@@ -197,9 +210,8 @@ def _says_nothing(unit: str | float) -> bool:
 def _text(value: Any) -> str | None:
     """Return a text that is stored as a text, as bytes, or as an array of one of them; None for anything else."""
     item = value.item() if isinstance(value, np.ndarray | np.generic) and np.size(value) == 1 else value
-    if isinstance(item, bytes):
-        return item.decode("utf-8", "replace")
-    return item if isinstance(item, str) else None
+    text = item.decode("utf-8", "replace") if isinstance(item, bytes) else item
+    return escaped(text[:40]) if isinstance(text, str) else None
 
 
 def _alike(one: float, other: float) -> bool:
