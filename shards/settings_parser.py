@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, TypeA
 from pydantic_core import ErrorDetails
 
 from hydrazero.shards.errors import ConfigError, HydrazeroError, did_you_mean
-from hydrazero.shards.foreign_text import escaped
+from hydrazero.shards.text.foreign_text import escaped
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Section")

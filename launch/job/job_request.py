@@ -9,7 +9,7 @@ from hydrazero.launch.job.hosts import check_hosts, chosen_hosts
 from hydrazero.launch.job.job import Job, check_account, check_size, longest_hours
 from hydrazero.launch.job.site_file import Site, load_site
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.names import check_plain
+from hydrazero.shards.text.names import check_plain
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.setup import check_run
 

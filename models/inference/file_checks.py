@@ -15,9 +15,9 @@ from torch import Tensor
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_card import ERROR_UNITS
 from hydrazero.shards.errors import ModelFileError
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.settings_parser import STRICT, parse_typed
 from hydrazero.shards.structure import MAX_MAGNITUDE
+from hydrazero.shards.text.foreign_text import escaped
 from hydrazero.shards.units import INTERNAL_UNITS
 
 MOST_FACTS = 64 << 20

@@ -13,12 +13,12 @@ from typing import Protocol
 from hydrazero.models.inference.ase_structure import check_names
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
 from hydrazero.shards.readers import READERS, find_sources, unread
 from hydrazero.shards.readers.frames import FieldNames, ReadSettings, UnreadFrame
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.structure import Structure, check_structure
+from hydrazero.shards.text.foreign_text import escaped
 
 GEOMETRY_ALONE = ReadSettings(fields=FieldNames(energy="", forces="", stress=""))
 """Settings by which labels are ignored, since a screen does not use them."""

@@ -14,8 +14,8 @@ from typing import Any
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import read_json, try_lock, write_json
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import FORMAT_VERSION
+from hydrazero.shards.text.foreign_text import escaped
 
 
 @dataclass(frozen=True, kw_only=True)

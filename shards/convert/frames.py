@@ -21,11 +21,11 @@ from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, is_selected, split_of, split_of_file
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.files import write_bytes, write_text
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
 from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
+from hydrazero.shards.text.foreign_text import escaped
 
 CHUNK_FRAMES = 1024
 """Number of frames in a chunk, which is also what is lost when a conversion is killed."""

@@ -19,9 +19,9 @@ from structures import small_model
 from hydrazero.launch.cli.main import main
 from hydrazero.models import save_model
 from hydrazero.models.inference.model_card import Origin
-from hydrazero.shards.foreign_text import HIDDEN, escaped, escaped_json, escaped_lines, for_html, for_plot
 from hydrazero.shards.manifest import read_manifest
-from hydrazero.shards.terminal import PlainConsole
+from hydrazero.shards.text.foreign_text import HIDDEN, escaped, escaped_json, escaped_lines, for_html, for_plot
+from hydrazero.shards.text.terminal import PlainConsole
 from hydrazero.trainer.plots.panels import nothing, plain_axes
 
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m[bold red]:warning: $\\frac{$ <script>alert(1)</script> \u202egpj.exe \r end"

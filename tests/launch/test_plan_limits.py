@@ -48,7 +48,7 @@ DEVICE, NODE = "memory = {value = 6.4e10", "memory = {value = 5.12e11"
             ["--site", "frontier", "--set", "plan.structures.oc20=-4"],
             "plan.structures.oc20 is -4; it must be at least 0",
         ),
-        (["--site", "frontier", "--set", "model.features=100000"], "measuring the costs of a small step of it takes"),
+        (["--site", "frontier", "--set", "model.features=65536"], "measuring the costs of a small step of it takes"),
         (
             ["--site", "frontier", "--set", "deepspeed.gradient_accumulation_steps=2.5"],
             "deepspeed.gradient_accumulation_steps is 2.5; it must be a whole number of at least 1.",

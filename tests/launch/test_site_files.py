@@ -14,7 +14,7 @@ SITES = Path(__file__).parents[2] / "launch" / "sites"
 FAULTS = [
     ('scheduler = "slurm"', 'scheduler = "slrum"', r"scheduler 'slrum' is not known \(did you mean 'slurm'\?\)"),
     ('kind = "gpu"', 'kind = "cuda"', r"die.kind 'cuda' is not known \(known: cpu, gpu\)"),
-    ("tf32 = {", "tf31 = {", r"die.flops.tf31 is not known \(did you mean 'tf32'\?\)"),
+    ("tf32 = {", "tf31 = {", r"die.flops.tf31 is not known \(known: bf16, float32, float64, fp16, tf32\)"),
     ("[job]", "[job]\nretrys = 2", r"job.retrys is not known \(did you mean 'retries'\?\)"),
     ("[job]", "[job]\nretries = -1", r"job.retries is -1; it must be at least 0"),
     ("[job]", "[job]\nstop_before = 0", r"job.stop_before is 0; it must be above 0"),

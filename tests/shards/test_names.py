@@ -20,8 +20,8 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError, ShardError
 from hydrazero.shards.files import locked, read_json, replacing
 from hydrazero.shards.location import ShardCommand, address, is_remote
 from hydrazero.shards.manifest import check_shard_files, read_manifest
-from hydrazero.shards.names import is_name, path_fault
 from hydrazero.shards.stream.block_reader import BlockReader
+from hydrazero.shards.text.names import is_name, path_fault
 
 GOOD = ("qm9", "train-000000.tar", "a b", "MoS₂", "water (PBE)", "a<b>", "$x$", "_x", "x" * 200)
 BAD = (

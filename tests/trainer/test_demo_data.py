@@ -154,7 +154,7 @@ def test_a_missing_engine_is_an_error_that_says_what_to_install(monkeypatch, tmp
 
 
 def test_an_unknown_task_is_an_error_before_anything_is_written(tmp_path):
-    with pytest.raises(DemoError, match=r"no task 'gfn3' \(did you mean 'gfn"):
+    with pytest.raises(DemoError, match=r"no task 'gfn3' \(known: emt, gfn1, gfn2"):
         make_demo_sources(tmp_path / "out", counts={"gfn3": 1})
     assert not (tmp_path / "out").exists()
 

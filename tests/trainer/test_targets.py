@@ -226,7 +226,7 @@ mu = "mu"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[targets.gap]\nfield = "homo_lumo"\nunit = "eVs"', "did you mean 'eV'"),
+        ('[targets.gap]\nfield = "homo_lumo"\nunit = "Hartee"', "did you mean 'Hartree'"),
         ('[targets.gap]\nfield = "homo_lumo"\nof = "atoms"', "did you mean 'atom'"),
         ('[targets.energy]\nfield = "homo_lumo"', "none of energy"),
         ('[targets.gap]\nfield = "homo_lumo"\nkind = "tensor"', "'tensor' is not known"),
