@@ -124,7 +124,8 @@ def test_the_run_file_is_checked_against_its_shards(run_file):
 def test_an_existing_run_is_continued_only_with_resume(run_file):
     record = run_file.parent / "run" / "run.json"
     record.parent.mkdir()
-    record.write_text('{"ranks": 2}')
+    tables = {"tasks": [{"name": "emt", "shards": "emt"}], "train": {"steps": 1}, "model": {}}
+    record.write_text(json.dumps({**tables, "ranks": 2, "command": "", "started": "", "versions": {}}))
     refused(launch(run_file, "--site", "slurm"), "holds a run already; use --resume")
     result = launch(run_file, "--site", "slurm", "--resume")
     assert result.exit_code == 0 and "\nresume=--resume\n" in Path(result.output.strip()).read_text()

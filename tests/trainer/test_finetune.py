@@ -299,6 +299,7 @@ def test_bad_models_and_folders(teacher, data, tmp_path):
     potential = load_model(teacher)
     empty = make_split_shards(tmp_path, "empty", train=taught(potential, 2, 9), val=taught(potential, 2, 8))
     document = json.loads((empty / "manifest.json").read_text())
+    document["splits"]["test"] += document["splits"]["train"]
     document["splits"]["train"] = []
     (empty / "manifest.json").write_text(json.dumps(document))
     assert "has no training structures" in finetune(teacher, empty, "--out", tmp_path / "a").output
