@@ -11,6 +11,7 @@ from hydrazero.shards.errors import SourceError
 from hydrazero.shards.readers.column_names import column_names
 from hydrazero.shards.readers.frames import ReadSettings
 from hydrazero.shards.readers.opening import READ_ERRORS, open_binary, optional_module
+from hydrazero.shards.readers.parts.own_items import OwnItems
 
 HEAD = 1 << 18
 """Number of bytes of a file by which its format is recognised."""
@@ -65,7 +66,8 @@ def hdf5_format(path: Path, settings: ReadSettings) -> str:
             if {"ptr", "n_atoms"} & {*file, *settings.columns}:
                 return "hdf5"
             for group in _groups(file, h5py):
-                held = {name for name in group if isinstance(group.get(name), h5py.Dataset)}
+                items = OwnItems(h5py, group, path)
+                held = {name for name in items if items.dataset(name) is not None}
                 if own <= held:
                     return "hdf5_groups"
                 for preset, layout, makers in LAYOUTS:
