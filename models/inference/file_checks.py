@@ -15,9 +15,9 @@ from torch import Tensor
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.model_card import ERROR_UNITS
 from hydrazero.shards.errors import ModelFileError
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.settings_parser import STRICT, parse_typed
 from hydrazero.shards.structure import MAX_MAGNITUDE
+from hydrazero.shards.text.foreign_text import escaped
 from hydrazero.shards.units import INTERNAL_UNITS
 
 MOST_FACTS = 64 << 20
@@ -70,7 +70,9 @@ def check_card(path: Path, text: str) -> None:
     for name, task in card.tasks.items():
         errors = task.errors
         if errors is not None and not {"structures"} <= errors.keys() <= {"structures", *ERROR_UNITS, *task.predicts}:
-            raise ModelFileError(f"{path} has a damaged header: the errors of task '{escaped(name)}' are not those of results.")
+            raise ModelFileError(
+                f"{path} has a damaged header: the errors of task '{escaped(name)}' are not those of results."
+            )
 
 
 def unpacked_text(packed: str) -> bytes:

@@ -24,9 +24,9 @@ from hydrazero.models.inference.model_card import Origin, digest_of, model_card,
 from hydrazero.shards.convert.element_pairs import listed_pairs, named_pairs
 from hydrazero.shards.errors import ConfigError, ModelFileError, did_you_mean
 from hydrazero.shards.files import replacing
-from hydrazero.shards.foreign_text import escaped
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.structure import Structure
+from hydrazero.shards.text.foreign_text import escaped
 
 FORMAT = "hydrazero-model"
 FORMAT_VERSION = 4
