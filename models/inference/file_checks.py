@@ -95,8 +95,8 @@ def check_shapes(path: Path, expected: AtomisticModel) -> None:
     for name in sorted(held.keys() | wanted.keys()):
         if held.get(name) != wanted.get(name):
             raise ModelFileError(
-                f"{path} contains other weights than its header describes: '{escaped(name)}' is {_shape(held.get(name))}, and "
-                f"should be {_shape(wanted.get(name))}; export the model again."
+                f"{path} contains other weights than its header describes: '{escaped(name)}' is "
+                f"{_shape(held.get(name))}, and should be {_shape(wanted.get(name))}; export the model again."
             )
 
 
@@ -109,8 +109,8 @@ def check_weights(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) ->
     for name, value in weights.items():
         if value.dtype != dtype:
             raise ModelFileError(
-                f"{path} contains other weights than its header describes: '{escaped(name)}' is of type {value.dtype}, and "
-                f"should be {dtype}; export the model again."
+                f"{path} contains other weights than its header describes: '{escaped(name)}' is of type "
+                f"{value.dtype}, and should be {dtype}; export the model again."
             )
         if not float(value.abs().max()) <= MAX_MAGNITUDE:  # NaN is not, either
             raise ModelFileError(
