@@ -13,8 +13,7 @@ from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.manifest import Pair
-from hydrazero.shards.settings_parser import STRICT, Element, Name, parse_typed
+from hydrazero.shards.settings_parser import STRICT, Element, Name, Pair, parse_typed
 from hydrazero.shards.structure import MAX_ATOMIC_NUMBER, MAX_MAGNITUDE
 from hydrazero.shards.targets import TargetName, internal_unit
 

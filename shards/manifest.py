@@ -8,17 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, PositiveInt, TypeAdapter
+from pydantic import Field, PositiveInt, TypeAdapter
 
 from hydrazero.shards.block import BLOCK_STRUCTURES
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import write_text
 from hydrazero.shards.location import Location, address, check_file, is_remote, read_whole
-from hydrazero.shards.settings_parser import STRICT, Count, Element, parse_typed
+from hydrazero.shards.settings_parser import STRICT, Count, DistanceText, Element, Pair, parse_typed
 from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.targets import TargetName, TargetStatistics
 from hydrazero.shards.text.names import FileName, path_fault
@@ -29,27 +30,15 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val", "test")
 
+STATISTICS = {"energy": "energy_per_atom", "forces": "forces", "stress": "stress"}
+"""Label -> name of its statistics among the labels of a manifest."""
 AGAIN = "convert the task again"
 
-TAR_RECORD = 512
-"""Members of a tar begin at multiples of this number of bytes."""
 SMALLEST_STRUCTURE = 88
 """Number of bytes that a structure takes in a block at least, of which 72 are for its cell."""
 
-
+LabelName = Annotated[str, Field(pattern="^(energy_per_atom|energy_residual_per_atom|forces|stress)$")]
 SplitName = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
-
-
-def _distance(text: str) -> str:
-    if not 0.0 < float(text) < 1e3:
-        raise ValueError(f"'{text}' is not a distance in Å.")
-    return text
-
-
-Distance = Annotated[str, AfterValidator(_distance)]
-"""A distance in Å as text."""
-Pair = Annotated[str, Field(pattern="^[A-Z][a-z]?-[A-Z][a-z]?$")]
-"""Two elements, such as 'Al-Cu'."""
 Number = Annotated[float, Field(ge=-MAX_MAGNITUDE * 1e6, le=MAX_MAGNITUDE * 1e6)]
 """A number that may be the energy of a large structure in eV, or the sum of a few such numbers."""
 
@@ -169,12 +158,14 @@ class Manifest:
     """Elements of the training split; elements that only other splits contain have no reference energy."""
     size_histogram: dict[PositiveInt, PositiveInt]
     """Number of atoms -> number of structures."""
-    labels: dict[str, LabelRange]
+    labels: dict[
+        Annotated[str, Field(pattern="^(energy_per_atom|energy_residual_per_atom|forces|stress)$")], LabelRange
+    ]
     """Statistics of the training split: 'energy_per_atom', 'energy_residual_per_atom' (the energy minus reference
     energies), 'forces' and 'stress'."""
     reference_energies: dict[Element, Number]
     """Element -> energy per atom in eV, by the way in `references`."""
-    required_labels: list[str]
+    required_labels: list[Annotated[str, Field(pattern=r"^[^\W\d]\w*$")]]
     """Labels that every structure has."""
     periodic_structures: Count
     references: str = "fit"
@@ -196,7 +187,7 @@ class Manifest:
     """Number of structures with a charge, or a spin multiplicity other than 1."""
     multiplicity_known: Count = 0
     """Number of structures whose spin multiplicity is known."""
-    degrees: dict[Distance, Degrees] = field(default_factory=dict)
+    degrees: dict[DistanceText, Degrees] = field(default_factory=dict)
     """Cutoff in Å as text -> numbers of neighbours within it, over all splits."""
     closest: dict[Pair, Annotated[float, Field(ge=0, le=1e3)]] = field(default_factory=dict)
     """Two elements as 'Al-Cu', the lighter one first -> smallest distance in the training split in Å, rounded down to
@@ -310,28 +301,45 @@ def _contradiction(manifest: Manifest) -> str:
             return f"{shard.file}: {fault}"
     if manifest.units != INTERNAL_UNITS:
         return f"its units are {manifest.units}, not {INTERNAL_UNITS}"
-    for name, label in manifest.labels.items():
-        if not _consistent(label):
-            return f"labels.{name}: minimum, mean, rms and maximum cannot belong to the same numbers"
+    if fault := _label_contradiction(manifest):
+        return fault
     sizes = manifest.size_histogram
     totals = {
-        "structures": (manifest.structures(), sum(sizes.values())),
-        "atoms": (manifest.atoms(), sum(size * count for size, count in sizes.items())),
-        "atoms by element": (manifest.atoms(), sum(manifest.elements.values())),
-        **{
-            f"atoms by neighbours within {cutoff} Å": (manifest.atoms(), sum(degrees.histogram.values()))
-            for cutoff, degrees in manifest.degrees.items()
-        },
+        "structures": sum(sizes.values()),
+        "atoms": sum(size * count for size, count in sizes.items()),
+        "atoms by element": sum(manifest.elements.values()),
     }
-    for what, (here, there) in totals.items():
-        if here != there:
+    for cutoff, degrees in manifest.degrees.items():
+        totals[f"atoms by neighbours within {cutoff} Å"] = sum(degrees.histogram.values())
+    for what, there in totals.items():
+        if (here := manifest.structures() if what == "structures" else manifest.atoms()) != there:
             return f"its shards hold {here:,} {what.split(' by ')[0]}, its counts of {what} add up to {there:,}"
+    for cutoff, degrees in manifest.degrees.items():
+        mean = degrees.edges / max(manifest.structures(), 1)
+        if not mean <= degrees.most_edges <= min(degrees.edges, degrees.most_slots):
+            return f"degrees.{cutoff}: its counts do not fit the largest numbers of edges and slots"
+    if len(set(manifest.trained_elements)) < len(manifest.trained_elements):
+        return "trained_elements names an element twice"
     if extra := set(manifest.trained_elements) - set(manifest.elements):
         return f"trained_elements names {', '.join(sorted(extra))}, which no structure holds"
     if manifest.reference_energies and (lost := set(manifest.trained_elements) - set(manifest.reference_energies)):
         return f"reference_energies lacks {', '.join(sorted(lost))}"
     most = max(manifest.periodic_structures, manifest.charged_structures, manifest.multiplicity_known)
     return "" if most <= manifest.structures() else f"it counts {most:,} of {manifest.structures():,} structures"
+
+
+def _label_contradiction(manifest: Manifest) -> str:
+    for name, label in manifest.labels.items():
+        if not _consistent(label):
+            return f"labels.{name}: minimum, mean, rms and maximum cannot belong to the same numbers"
+    for label_name, statistics in STATISTICS.items():
+        if label_name in manifest.required_labels and statistics not in manifest.labels:
+            return f"it requires {label_name}, and labels lacks {statistics}"
+    for name, histogram in manifest.distributions.items():
+        edges = histogram.edges
+        if len(edges) != len(histogram.counts) + 1 or sorted(edges) != edges:
+            return f"distributions.{name}: its edges do not bound its counts"
+    return ""
 
 
 def _shard_contradiction(shard: Shard) -> str:
@@ -341,7 +349,7 @@ def _shard_contradiction(shard: Shard) -> str:
     if sum(structures) != shard.structures or shard.atoms < shard.structures:
         return f"{shard.structures:,} structures and {shard.atoms:,} atoms do not fit its blocks"
     for begin, end, count in zip(offsets, [*offsets[1:], shard.bytes], structures, strict=True):
-        if begin % TAR_RECORD or end - begin < TAR_RECORD + count * SMALLEST_STRUCTURE:
+        if begin % BLOCKSIZE or end - begin < BLOCKSIZE + count * SMALLEST_STRUCTURE:
             return f"no block of {count} structures fits between bytes {begin} and {end}"
     return ""
 

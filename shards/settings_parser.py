@@ -38,6 +38,18 @@ def _element(symbol: str) -> str:
 
 Element = Annotated[str, AfterValidator(_element)]
 """The symbol of an element."""
+Pair = Annotated[str, Field(pattern="^[A-Z][a-z]?-[A-Z][a-z]?$")]
+"""Two elements, such as 'Al-Cu'."""
+
+
+def _distance(text: str) -> str:
+    if not 0.0 < float(text) < 1e3:
+        raise ValueError(f"'{text}' is not a distance in Å.")
+    return text
+
+
+DistanceText = Annotated[str, AfterValidator(_distance)]
+"""A distance in Å as text."""
 
 
 class Section(BaseModel):

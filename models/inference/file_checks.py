@@ -70,7 +70,9 @@ def check_card(path: Path, text: str) -> None:
     for name, task in card.tasks.items():
         errors = task.errors
         if errors is not None and not {"structures"} <= errors.keys() <= {"structures", *ERROR_UNITS, *task.predicts}:
-            raise ModelFileError(f"{path} has a damaged header: the errors of task '{escaped(name)}' are not those of results.")
+            raise ModelFileError(
+                f"{path} has a damaged header: the errors of task '{escaped(name)}' are not those of results."
+            )
 
 
 def unpacked_text(packed: str) -> bytes:
@@ -93,8 +95,8 @@ def check_shapes(path: Path, expected: AtomisticModel) -> None:
     for name in sorted(held.keys() | wanted.keys()):
         if held.get(name) != wanted.get(name):
             raise ModelFileError(
-                f"{path} contains other weights than its header describes: '{escaped(name)}' is {_shape(held.get(name))}, and "
-                f"should be {_shape(wanted.get(name))}; export the model again."
+                f"{path} contains other weights than its header describes: '{escaped(name)}' is "
+                f"{_shape(held.get(name))}, and should be {_shape(wanted.get(name))}; export the model again."
             )
 
 
@@ -107,8 +109,8 @@ def check_weights(path: Path, weights: dict[str, Tensor], dtype: torch.dtype) ->
     for name, value in weights.items():
         if value.dtype != dtype:
             raise ModelFileError(
-                f"{path} contains other weights than its header describes: '{escaped(name)}' is of type {value.dtype}, and "
-                f"should be {dtype}; export the model again."
+                f"{path} contains other weights than its header describes: '{escaped(name)}' is of type "
+                f"{value.dtype}, and should be {dtype}; export the model again."
             )
         if not float(value.abs().max()) <= MAX_MAGNITUDE:  # NaN is not, either
             raise ModelFileError(

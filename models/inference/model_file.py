@@ -232,8 +232,8 @@ def _metadata(path: Path) -> dict[str, str]:
     version = metadata.get("format_version", "")
     if version not in READABLE:
         raise ModelFileError(
-            f"{path} has model format version {escaped(version[:20])}, this hydrazero reads versions {', '.join(READABLE)}; "
-            "use a matching hydrazero or export the model again."
+            f"{path} has model format version {escaped(version[:20])}, this hydrazero reads versions "
+            f"{', '.join(READABLE)}; use a matching hydrazero or export the model again."
         )
     return metadata
 

@@ -17,7 +17,7 @@ from hydrazero.shards.block import StructureBlock
 from hydrazero.shards.block_checks import decode_block
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.location import Location, open_at
-from hydrazero.shards.manifest import Manifest, Shard, read_manifest
+from hydrazero.shards.manifest import STATISTICS, Manifest, Shard, read_manifest
 
 CACHE_BYTES = 96_000_000
 """Maximum size of the cache of decoded blocks in bytes, about 300 blocks of molecules."""
@@ -43,7 +43,10 @@ class BlockReader:
         ]
         self._damaged: dict[int, str] = {}
         self._known = np.zeros(256, dtype=bool)
-        self._known[[atomic_numbers[symbol] for symbol in self.manifest.elements]] = True
+        # Where energies may be absent, elements without any are not among those that are trained.
+        trained = split == "train" and "energy" in self.manifest.required_labels
+        elements = self.manifest.trained_elements if trained else self.manifest.elements
+        self._known[[atomic_numbers[symbol] for symbol in elements]] = True
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -98,10 +101,16 @@ class BlockReader:
             return "holds an element that the manifest does not list"
         if block.n_atoms.max() > manifest.max_atoms:
             return f"holds a structure of {block.n_atoms.max():,} atoms, the largest has {manifest.max_atoms:,}"
-        for label in ("energy", "forces", "stress"):
+        for label, statistics in STATISTICS.items():
             column = getattr(block, label)
             if label in manifest.required_labels and (column is None or np.isnan(column).any()):
                 return f"lacks {label}, which every structure has"
+            if statistics not in manifest.labels and self.split == "train" and not (column is None or _absent(column)):
+                return f"holds {label}, which no structure of the training split has"
+        if not manifest.charged_structures and (block.charge.any() or block.multiplicity.max() > 1):
+            return "holds charges or multiplicities, which no structure has"
+        if not manifest.multiplicity_known and block.multiplicity.any():
+            return "holds multiplicities, which no structure has"
         return ""
 
     def _read_bytes(self, shard: Shard, index: int, where: str) -> bytes:
@@ -120,6 +129,10 @@ class BlockReader:
         raise ShardError(
             f"{where} is not at the place that the manifest gives; copy it again or convert the task again."
         )
+
+
+def _absent(column: NDArray[np.floating]) -> bool:
+    return bool(np.isnan(column).all())
 
 
 def read_up_to(stream: BinaryIO, most: int) -> bytes:
