@@ -70,7 +70,7 @@ def undetermined_sums(triangle: NDArray[np.float64]) -> list[dict[str, float]]:
     rank = int((sizes > SAME_DIRECTION * sizes.max(initial=0.0)).sum())
     basis = _echelon(directions[rank:].copy())
     return [
-        {chemical_symbols[z]: round(float(c), 6) + 0.0 for z, c in zip(numbers, row, strict=True) if abs(c) > 1e-6}
+        {chemical_symbols[z]: round(float(c), 9) + 0.0 for z, c in zip(numbers, row, strict=True) if abs(c) > 1e-6}
         for row in basis
     ]
 
@@ -95,7 +95,7 @@ def _echelon(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 def is_determined(numbers: Iterable[int], undetermined: Iterable[Mapping[str, float]]) -> bool:
     """Return whether the sum of the reference energies of atoms with these atomic numbers is known from the data."""
     counts = np.bincount(list(numbers), minlength=119)
-    tolerance = 1e-4 * max(int(counts.sum()), 1)
+    tolerance = 1e-6 * max(int(counts.sum()), 1)
     return all(
         abs(sum(c * counts[atomic_numbers[symbol]] for symbol, c in combination.items())) <= tolerance
         for combination in undetermined
