@@ -27,6 +27,7 @@ from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.screening import relaxation
 from hydrazero.models.screening.freedom import freedom_of
 from hydrazero.models.screening.relaxation import Relaxer
+from hydrazero.shards.readers.parts.fixed_atoms import fixed_in
 
 pytest.importorskip("torch_sim")
 
@@ -98,6 +99,17 @@ def test_files_without_ase_fix_atoms_too(tmp_path):
     rows += screened(tmp_path, [tmp_path / "a.parquet"])
     for row in rows:
         assert row["reason"] is None and moved(row, atoms)[fixed].max() < 1e-7 < 0.02 < moved(row, atoms)[~fixed].max()
+
+
+def test_flags_of_atoms_are_read_in_all_forms_and_nothing_else_is():
+    def fixed(value: object, name: str = "fixed", atoms: int = 2) -> list[list[int]]:
+        return [constraint.get_indices().tolist() for constraint in fixed_in({name: value}, atoms)]
+
+    assert fixed([1, 0]) == fixed([[True], [False]]) == fixed(["T", "F"]) == fixed([0, 1], "move_mask") == [[0]]
+    assert fixed([[1, 1, 1], [0, 1, 0]], "move_mask") == [[1]]  # along x and z
+    for other in (True, "none", [1, 0, 1], [[1, 0]], [], None, {"a": 1}):
+        assert fixed(other) == []
+    assert fixed([], atoms=0) == []
 
 
 def test_atoms_move_along_the_directions_that_are_left():

@@ -19,7 +19,7 @@ def fixed_in(fields: Mapping[str, Any], atoms: int) -> tuple[Any, ...]:
     """Return the constraints in the fields of a frame; values of any other shape do not concern atoms."""
     found: list[Any] = []
     for name, free in MOVABLE.items():
-        if name in fields and fields[name] is not None:
+        if atoms and name in fields and fields[name] is not None:
             try:
                 values = np.asarray(fields[name])
                 texts = values.dtype.kind in "SU"
@@ -28,7 +28,7 @@ def fixed_in(fields: Mapping[str, Any], atoms: int) -> tuple[Any, ...]:
                 continue
             if flags.shape in ((atoms,), (atoms, 1), (atoms, 3)):
                 # Only selective dynamics, which is VASP's word, is along the lattice vectors.
-                movable = np.broadcast_to((flags == free).reshape(atoms, flags.size // max(atoms, 1)), (atoms, 3))
+                movable = np.broadcast_to((flags == free).reshape(atoms, -1), (atoms, 3))
                 found += constraints_of(movable, scaled=name == "selective_dynamics")
     return tuple(found)
 
