@@ -9,6 +9,8 @@ from typing import Any
 import click
 from reference_keys import cell, prose
 
+from hydrazero.launch.cli.options import GivenOnce
+
 NUMBERS = {
     "integer": "whole number",
     "integer range": "whole number",
@@ -54,7 +56,7 @@ def _option_row(option: click.Option, context: click.Context) -> str:
         value = NUMBERS[option.type.name] + _range_words(option.type)
     else:
         value = cell(option.make_metavar(context))
-    if option.multiple:
+    if option.multiple and not isinstance(option, GivenOnce):
         value += ", may be given several times"
     return f"| {names} | {value} | {_default(option)} | {cell(option.help or '')} |"
 

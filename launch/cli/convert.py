@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hydrazero.launch.cli.options import FOLDER
+from hydrazero.launch.cli.options import FOLDER, GivenOnce
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.text.foreign_text import echo
 
@@ -41,7 +41,7 @@ def _list_formats(context: click.Context, _: Any, requested: bool) -> None:
 
 @click.command("convert")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=FOLDER)
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Name of the task.  [default: the preset's name]")
+@click.option("--task", cls=GivenOnce, metavar="NAME", help="Name of the task.  [default: the preset's name]")
 @click.option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder for the shards.")
 @click.option("--preset", metavar="NAME", help="Use the settings of a well-known dataset.")
 @click.option(
@@ -80,7 +80,7 @@ def _list_formats(context: click.Context, _: Any, requested: bool) -> None:
     metavar="N",
     help="Number of processes that share the work. Under mpirun, the MPI ranks share it instead.",
 )
-def convert_command(sources: tuple[Path, ...], tasks: tuple[str, ...], out: Path, **options: Any) -> None:
+def convert_command(sources: tuple[Path, ...], task: str | None, out: Path, **options: Any) -> None:
     """Convert labelled structures into the shards of one task.
 
     SOURCEs are files or folders in a supported format: extended XYZ, ASE databases, HDF5, LMDB, NumPy, JSON and others.
@@ -90,13 +90,11 @@ def convert_command(sources: tuple[Path, ...], tasks: tuple[str, ...], out: Path
     from hydrazero.shards.convert.settings import load_convert_settings
 
     preset = options["preset"]
-    if len(tasks) > 1:
-        raise ConfigError(f"--task is given {len(tasks)} times ({', '.join(tasks)}); a conversion makes one task.")
-    if not tasks and preset is None:
+    if task is None and preset is None:
         raise ConfigError("neither --task nor --preset is given; name the task.")
     convert_with_progress(
         sources,
-        tasks[0] if tasks else str(preset),
+        str(preset) if task is None else task,
         out,
         load_convert_settings(options["config"], options["format_name"], preset=preset),
         workers=options["workers"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +11,21 @@ from hydrazero.shards.errors import ConfigError
 
 FOLDER = click.Path(path_type=Path)
 """Type of every argument that names a file or a folder; commands check by themselves what they find there."""
+
+
+class GivenOnce(click.Option):
+    """An option that is refused if it is given several times, of which click itself would take the last one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "multiple": True, "callback": self._only})
+
+    def _only(self, _: click.Context, __: click.Parameter, values: tuple[Any, ...]) -> Any:
+        """Return the only value, or None; raise ConfigError if there are several."""
+        if len(values) > 1:
+            given = ", ".join(map(str, values))
+            raise ConfigError(f"{self.opts[0]} is given {len(values)} times ({given}); give it once.")
+        return values[0] if values else None
+
 
 ranks_option = click.option(
     "--ranks",

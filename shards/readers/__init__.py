@@ -46,6 +46,8 @@ READERS: Registry[Reader | ReadFunction] = Registry(
         "mptrj": f"{_PACKAGE}.json_datasets:read_mptrj",
         "alexandria": f"{_PACKAGE}.json_datasets:read_alexandria",
         "extxyz_tar": f"{_PACKAGE}.extxyz.tar:read_extxyz_tar",
+        "fitsnap": f"{_PACKAGE}.codes.fitsnap:read_fitsnap",
+        "xsf": f"{_PACKAGE}.codes.xsf:read_xsf",
         "parquet": f"{_PACKAGE}.table_reader:read_parquet",
     },
     error=SourceError,

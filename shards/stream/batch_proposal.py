@@ -107,12 +107,15 @@ def propose(demand: Demand, reader: SplitReader, structures: int) -> BatchShape:
         atoms = max(atoms, blocks.manifest.max_atoms)
         slots, edges = max(slots, found[1].most_slots), max(edges, found[1].most_edges)
     _, mean_atoms, mean_rows, mean_edges = demand.mean.tolist()
-    # Atoms, slots and edges keep their proportions, even if one large structure determines the size.
-    scale = max(structures, atoms / mean_atoms, slots / (mean_rows * ROW_SLOTS), edges / max(mean_edges, 1e-9))
+    # Atoms, slots and edges keep their proportions, even if one large structure determines the size. Where no structure
+    # has neighbours, as isolated atoms have none, there is nothing to keep, and one row of slots is the least.
+    scale = max(structures, atoms / mean_atoms)
+    if mean_rows and mean_edges:
+        scale = max(scale, slots / (mean_rows * ROW_SLOTS), edges / mean_edges)
     return BatchShape(
         structures=int(np.ceil(2 * scale)),
         atoms=int(np.ceil(ROOM_ATOMS * scale * mean_atoms)),
-        slots=int(np.ceil(ROOM_SLOTS * scale * mean_rows)) * ROW_SLOTS,
+        slots=max(int(np.ceil(ROOM_SLOTS * scale * mean_rows)), 1) * ROW_SLOTS,
         edges=int(np.ceil(scale * mean_edges)),
     )
 
@@ -141,5 +144,5 @@ def fill_of(held: Sequence[NDArray[np.int64]] | NDArray[np.int64], shape: BatchS
         structures=float(structures.mean() / shape.structures),
         atoms=float(atoms.mean() / shape.atoms),
         slots=float(edges.mean() / shape.slots),
-        edges_spread=float(edges.max() / edges.mean()),
+        edges_spread=float(edges.max() / edges.mean()) if edges.any() else 1.0,
     )

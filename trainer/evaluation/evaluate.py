@@ -89,6 +89,9 @@ def _evaluate(
         tasks[manifest.task] = replace(errors.summary(), fidelity=potential.model.tasks[index].fidelity)
         results[manifest.task] = errors.table()
     files.predictions.mkdir(parents=True, exist_ok=True)
+    for path in files.predictions.glob("*.parquet"):
+        if path.stem not in results:
+            path.unlink()  # of a former evaluation, to which the new errors do not belong
     for name, table in results.items():
         _write_table(table, files.predictions / f"{name}.parquet")
     digests = {"weights": weights_fingerprint(potential.model), "model": model_digest(potential.model)}

@@ -26,10 +26,12 @@ JSON_MARKS = (
 """Format of JSON -> pattern of the beginning of its files; the first that fits counts."""
 
 LAYOUTS = (
-    ("comp6", ("species", "coordinates", "energies"), "COMP6 and other sets of the makers of ANI"),
+    ("comp6", ("species", "coordinates", "energies", "forces"), "COMP6"),
+    ("ani1", ("species", "coordinates", "energies"), "ANI-1"),
     ("ani1x", ("atomic_numbers", "coordinates", "wb97x_dz.energy"), "ANI-1x"),
     ("aimnet2", ("numbers", "coord", "energy"), "AIMNet2"),
     ("qm7x", ("atNUM", "atXYZ", "ePBE0+MBD"), "QM7-X"),
+    ("transition1x", ("atomic_numbers", "positions", "wB97x_6-31G(d).energy"), "Transition1x"),
 )
 """Preset, the names of datasets in a group by which its files are recognised, and who writes such files."""
 
@@ -73,8 +75,9 @@ def hdf5_format(path: Path, settings: ReadSettings) -> str:
                 for preset, layout, makers in LAYOUTS:
                     if held.issuperset(layout) and not settings.columns:
                         raise SourceError(
-                            f"{path} has groups with {', '.join(layout)}, as {makers} have; convert it with --preset "
-                            f"{preset}, which knows their units, or name its format, columns and units with --config."
+                            f"{path} has groups with {', '.join(layout)}, as {makers} has; convert it with --preset "
+                            f"{preset}, which knows units and signs, or say with --config what they are (format = "
+                            "'hdf5_groups')."
                         )
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, SourceError):

@@ -1,0 +1,1 @@
+"""Formats of single programs: FitSNAP and aenet."""
