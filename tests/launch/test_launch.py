@@ -20,7 +20,10 @@ from hydrazero.launch.job.site_file import load_site, site_names
 from hydrazero.launch.node.check import check_devices
 from hydrazero.shards.device import BACKENDS, device_kind
 from hydrazero.shards.errors import ConfigError
+from hydrazero.trainer.config.deepspeed_json import deepspeed_config
+from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.ranks.distributed import device
+from hydrazero.trainer.records.run_record import run_record
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +127,13 @@ def test_the_run_file_is_checked_against_its_shards(run_file):
 def test_an_existing_run_is_continued_only_with_resume(run_file):
     record = run_file.parent / "run" / "run.json"
     record.parent.mkdir()
-    tables = {"tasks": [{"name": "emt", "shards": "emt"}], "train": {"steps": 1}, "model": {}}
-    record.write_text(json.dumps({**tables, "ranks": 2, "command": "", "started": "", "versions": {}}))
+    config = load_run_config(run_file)
+    settings = {**config.model_dump(), "deepspeed": deepspeed_config(config.deepspeed, config.train.steps)}
+    record.write_text(json.dumps(run_record(settings, ranks=2)))
     refused(launch(run_file, "--site", "slurm"), "holds a run already; use --resume")
     result = launch(run_file, "--site", "slurm", "--resume")
-    assert result.exit_code == 0 and "\nresume=--resume\n" in Path(result.output.strip()).read_text()
+    assert result.exit_code == 0, result.output
+    assert "\nresume=--resume\n" in Path(result.output.strip()).read_text()
 
 
 def test_a_job_for_gpus_can_be_written_on_a_machine_without_one(run_file):
