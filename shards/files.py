@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from hydrazero.shards.errors import ConfigError, HydrazeroError
 
 if TYPE_CHECKING:
     from filelock import AcquireReturnProxy
+    from pydantic import TypeAdapter
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """Errors of file systems without locks, such as Lustre mounted without flock."""
@@ -35,8 +37,7 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
     `path` keeps its old content, or stays absent, until the rename; the temporary one is removed if the block raises.
     Set `shared` where several processes may write `path` at the same time: each then has a temporary file of its own.
     With `durable`, the content is on the disk before the rename, so that a power failure cannot leave an empty file.
-    `suffix` ends the temporary name, for writers that look at it. Raises OSError, which names `path`, where the system
-    does.
+    `suffix` ends the temporary name, for writers that look at it. Raises OSError, about `path`, where the system does.
     """
     owner = f"-{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}.part{owner}{suffix}")
@@ -127,16 +128,23 @@ def check_shape(
     document: Any, name: str, shape: Any, *, hint: str = "", error: type[HydrazeroError] = ConfigError
 ) -> None:
     """Raise `error`, with the place of the first fault, unless a document fits a type that pydantic knows."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        TypeAdapter(shape).validate_python(document)
+        _adapter(shape).validate_python(document)
     except ValidationError as faults:
         fault = faults.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, fault["loc"])) or "its top level"
         message = fault["msg"][:1].lower() + fault["msg"][1:200]
         advice = f"; {hint}" if hint else ""
         raise error(f"{name} has other content than it should have ({place}: {message}){advice}.") from faults
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # its import takes 100 ms, and the launched ranks' watchers do not need it
+
+    return TypeAdapter(shape)
 
 
 def read_json_lines(path: Path, *, shape: Any = Any) -> list[Any]:

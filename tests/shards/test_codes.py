@@ -66,9 +66,9 @@ def test_units_of_fitsnap(tmp_path):
     np.testing.assert_allclose(found.stress, -1000 * np.array(STRESS) * bar)
     with pytest.raises(SourceError, match=r"units\.energy is 'eV', but the file states 'hartree' .*EnergyStyle"):
         frames(path, units=SourceUnits(energy="eV"))
-    with pytest.raises(SourceError, match="'furlong' for the positions .* not known"):
+    with pytest.raises(SourceError, match=r"'furlong' for the positions .* not known"):
         frames(fitsnap(tmp_path / "b.json", configuration(), PositionsStyle="furlong"))
-    with pytest.raises(SourceError, match="states two units, 'angstrom' .* and 'bohr'"):
+    with pytest.raises(SourceError, match=r"states two units, 'angstrom' .* and 'bohr'"):
         frames(fitsnap(tmp_path / "c.json", configuration(), LatticeStyle="bohr"))
 
 
@@ -209,7 +209,7 @@ def write_aimnet2(path: Path) -> Path:
 def test_aimnet2_is_grouped_by_size(tmp_path):
     found = converted(write_aimnet2(tmp_path / "a.h5"), tmp_path / "out", "--preset", "aimnet2")
     assert len(found) == 2 * COUNT
-    positions, energies, forces = molecules(3)
+    _, energies, forces = molecules(3)
     frame = found["a.h5#003/1"]
     assert frame.numbers.tolist() == [1, 8, 1] and frame.charge == -1 and frame.energy == energies[1]
     np.testing.assert_allclose(frame.forces, forces[1], rtol=1e-6)

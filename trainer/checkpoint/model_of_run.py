@@ -40,7 +40,13 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
         weights.update(load_file(str(folder / AVERAGE_NAME)))
     weights = merged(weights)
     model = model.to(reduce(torch.promote_types, (value.dtype for value in weights.values()), torch.float32))
-    model.load_state_dict(weights, strict=True)
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{run_dir / MODEL_FACTS_NAME} does not describe the model whose weights {folder} holds; restore it "
+            "from a copy."
+        ) from error
     return model.eval()
 
 

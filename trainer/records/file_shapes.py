@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StrictBool, StrictFloat, StrictInt
+from typing_extensions import TypeAliasType
 
 from hydrazero.shards.text.names import FileName
 
@@ -76,14 +77,22 @@ class EvaluationShape(BaseModel):
 
     split: str
     weights: str | None = None
-    tasks: dict[str, dict[str, Any]]
+    tasks: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+
+
+Numbers = TypeAliasType("Numbers", "StrictFloat | StrictInt | StrictBool | list[Numbers] | dict[str, Numbers] | None")
+"""A number, or tables and lists of them."""
 
 
 class MetricsRow(BaseModel):
-    """A row of `metrics.jsonl`."""
+    """A row of `metrics.jsonl`, whose other values are numbers."""
 
-    step: NonNegativeInt
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Numbers] = Field(init=False)
+
+    step: Annotated[int, Field(ge=0, strict=True)]
     kind: str
+    split: str = ""
 
 
 SHAPES: dict[str, Any] = {
