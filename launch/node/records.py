@@ -43,7 +43,8 @@ SIGN_EVERY = 10.0
 def add_event(folder: Path, node: str, event: str, **facts: Any) -> None:
     """Append a line to a node's file, atomically, since all ranks of the node write to it."""
     line = json.dumps({"event": event, "time": time.time(), "node": node, **facts}) + "\n"
-    descriptor = os.open(folder / f"{node}{RECORDS}", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no links, and no waiting for pipes
+    descriptor = os.open(folder / f"{node}{RECORDS}", flags, 0o644)
     try:
         os.write(descriptor, line.encode())
     finally:
@@ -106,6 +107,8 @@ def read_attempt(folder: Path) -> AttemptRecords:
 
 
 def _signals(folder: Path) -> tuple[str, ...]:
+    if not (folder / SIGNALS_NAME).is_file():
+        return ()
     try:
         return tuple(f"SIG{name}" for name in (folder / SIGNALS_NAME).read_text(encoding="utf-8").split())
     except OSError:
@@ -123,7 +126,9 @@ def all_events(folder: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return rows
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = parse_json(line, str(path))

@@ -49,6 +49,8 @@ def read_chunk_records(path: Path) -> dict[int, ChunkRecord]:
     Raises FileNotFoundError if another rank has replaced it meanwhile.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         text = (pq.read_schema(path).metadata or {})[CHUNKS_KEY]
         document = parse_json(text, str(path), shape=list[tuple[int, int, dict[str, int]]])
         return {

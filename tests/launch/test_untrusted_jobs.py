@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from torture import make_data, write_run
 
 from hydrazero.launch.job import hosts as hosts_module
 from hydrazero.launch.job.hosts import read_hostfile
+from hydrazero.launch.node.records import add_event, read_attempt
 from hydrazero.shards.errors import ConfigError
 
 
@@ -116,3 +118,17 @@ def test_the_command_in_a_script_is_a_comment(run_file, monkeypatch):
     lines = script_path(run_file).read_text().splitlines()
     assert not [line for line in lines if line.startswith(("touch", "#SBATCH --uid"))]
     assert any("#SBATCH --uid=root" in line and line.startswith("#     hydrazero launch") for line in lines)
+
+
+def test_pipes_among_the_records_of_a_job_hang_nothing(tmp_path):
+    attempt = tmp_path / "launch" / "attempt-0001"
+    attempt.mkdir(parents=True)
+    for name in ("node1.jsonl", "told", "job.json", "verdict.json"):
+        os.mkfifo(attempt / name)
+    assert read_attempt(attempt).ranks == () and read_attempt(attempt).signals == ()
+    with pytest.raises(OSError, match="No such device"):
+        add_event(attempt, "node1", "start")
+    (attempt / "node2.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        add_event(attempt, "node2", "start")
+    assert not (tmp_path / "elsewhere").exists()

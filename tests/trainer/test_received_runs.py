@@ -201,3 +201,13 @@ def test_pipes_in_a_run_folder_hang_nothing(home, run, name):
     place(home, run)
     for result in (hydrazero("report", run), resume(run)):
         assert isinstance(result.exception, SystemExit | None), repr(result.exception)
+
+
+def test_a_run_file_that_a_user_starts_may_name_commands(home, tmp_path):
+    tasks = [{"name": "metals", "shards": f"pipe:cat {home}/metals/{{}}"}]
+    path = write_small_run(tmp_path, home, tasks=tasks, train=TRAIN, balance={"method": "uniform"})
+    for words in (("--dry-run",), (), ("--resume", "--set", "train.steps=6")):
+        result = hydrazero("train", path, *words)
+        assert result.exit_code == 0, result.output
+    refused(hydrazero("evaluate", tmp_path / "run"), "names a command for its shards")
+    assert hydrazero("evaluate", tmp_path / "run", home / "metals").exit_code == 0
