@@ -22,6 +22,7 @@ from hydrazero.shards.location import Location, address, check_file, is_remote, 
 from hydrazero.shards.settings_parser import STRICT, Count, DistanceText, Element, Pair, parse_typed
 from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.targets import TargetName, TargetStatistics
+from hydrazero.shards.text.foreign_text import escaped
 from hydrazero.shards.text.names import FileName, path_fault
 from hydrazero.shards.units import INTERNAL_UNITS
 
@@ -241,7 +242,7 @@ def read_manifest(folder: Location) -> Manifest:
         )
     if head.format_version != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {head.format_version}, but this version of hydrazero reads format version "
+            f"{path} has format version {escaped(head.format_version)[:20]}, but this version of hydrazero reads format version "
             f"{FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
         )
     manifest = parse_typed(_MANIFEST, text, f"{path} has a missing or wrong field:", ShardError, hint=AGAIN)

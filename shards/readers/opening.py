@@ -108,6 +108,10 @@ def text_of(file: BinaryIO, where: str) -> TextIO:
     return _Text(file, where)
 
 
+MOST_OF_LINE = 16 << 20
+"""Largest number of letters in a line: a file without line ends would be read into memory as a whole."""
+
+
 class _Text(io.TextIOWrapper):
     """A text file in UTF-8 that says where a letter in another encoding is."""
 
@@ -116,11 +120,14 @@ class _Text(io.TextIOWrapper):
         self._where = where
 
     def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
-        """Return the next line."""
+        """Return the next line; raise SourceError for one that is too long for any."""
         try:
-            return super().readline(size)
+            line = super().readline(MOST_OF_LINE if size < 0 else size)
         except UnicodeDecodeError as error:
             raise self._fault(error) from error
+        if len(line) == MOST_OF_LINE:
+            raise SourceError(f"{self._where} has a line of over {MOST_OF_LINE:,} letters; it is no list of structures.")
+        return line
 
     def __next__(self) -> str:  # type: ignore[override]
         """Return the next line, or end."""
