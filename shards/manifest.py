@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tarfile import BLOCKSIZE
 from typing import Annotated, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from hydrazero.shards.block import BLOCK_STRUCTURES
 from hydrazero.shards.errors import ConfigError, ShardError
 from hydrazero.shards.files import write_text
 from hydrazero.shards.location import Location, address, check_file, is_remote, read_whole
+from hydrazero.shards.manifest_parts import (
+    Degrees,
+    Histogram,
+    LabelRange,
+    Number,
+    Outlier,
+    Shard,
+    is_consistent,
+    shard_contradiction,
+)
 from hydrazero.shards.settings_parser import STRICT, Count, DistanceText, Element, Pair, parse_typed
-from hydrazero.shards.structure import MAX_MAGNITUDE
 from hydrazero.shards.targets import TargetName, TargetStatistics
 from hydrazero.shards.text.foreign_text import escaped
 from hydrazero.shards.text.names import FileName, path_fault
@@ -35,112 +39,9 @@ STATISTICS = {"energy": "energy_per_atom", "forces": "forces", "stress": "stress
 """Label -> name of its statistics among the labels of a manifest."""
 AGAIN = "convert the task again"
 
-SMALLEST_STRUCTURE = 88
-"""Number of bytes that a structure takes in a block at least, of which 72 are for its cell."""
 
 LabelName = Annotated[str, Field(pattern="^(energy_per_atom|energy_residual_per_atom|forces|stress)$")]
 SplitName = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
-Number = Annotated[float, Field(ge=-MAX_MAGNITUDE * 1e6, le=MAX_MAGNITUDE * 1e6)]
-"""A number that may be the energy of a large structure in eV, or the sum of a few such numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar file and the blocks in it."""
-
-    __pydantic_config__ = STRICT
-
-    file: FileName
-    """Name of the file beside the manifest."""
-    bytes: Count
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    structures: Count
-    atoms: Count
-    block_offsets: list[Count]
-    """Byte offset of the tar member of each block."""
-    block_structures: list[Annotated[int, Field(ge=1, le=BLOCK_STRUCTURES)]]
-    """Number of structures in each block."""
-    block_crc32: list[Annotated[int, Field(ge=0, lt=2**32)]]
-    """CRC-32 of the bytes of each block, which is checked at every read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelRange:
-    """Statistics of one label over the training split: force components, or energies per atom."""
-
-    __pydantic_config__ = STRICT
-
-    count: PositiveInt
-    minimum: Number
-    maximum: Number
-    mean: Number
-    rms: Annotated[Number, Field(ge=0)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Histogram:
-    """Histogram of a label."""
-
-    __pydantic_config__ = STRICT
-
-    edges: list[Number]
-    """Edges of the bins, one more than bins; the outermost bins also contain the values beyond them."""
-    counts: list[Count]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outlier:
-    """A structure with an extreme label."""
-
-    __pydantic_config__ = STRICT
-
-    source_id: str
-    value: Number
-    """Energy minus reference energies, relative to the mean, in eV/atom; the largest force norm in eV/Å; or the largest
-    component of the stress in eV/Å³."""
-
-
-@dataclass(kw_only=True)
-class Degrees:
-    """Numbers of neighbours within one cutoff."""
-
-    __pydantic_config__ = STRICT
-
-    histogram: dict[Count, Count] = field(default_factory=dict)
-    """Number of neighbours of an atom -> number of atoms."""
-    most_edges: Count = 0
-    """Largest number of edges (neighbours of all atoms) of any structure."""
-    most_edges_in: str = ""
-    """Source id of the structure with the most edges."""
-    most_slots: Count = 0
-    """Largest number of neighbour slots, in complete rows, of any structure."""
-    most_slots_in: str = ""
-    """Source id of the structure with the most slots."""
-
-    @property
-    def edges(self) -> int:
-        """Number of neighbours of all atoms."""
-        return sum(degree * atoms for degree, atoms in self.histogram.items())
-
-    def slots(self, row: int) -> int:
-        """Return the number of slots of all atoms, in complete rows of `row` slots."""
-        return sum(-(-degree // row) * row * atoms for degree, atoms in self.histogram.items())
-
-    def add(self, degrees: NDArray[np.int64], source_id: str, row: int) -> None:
-        """Add one structure, given the number of neighbours of each of its atoms, [atoms]."""
-        counts = Counter(degrees.tolist())
-        one = Degrees(histogram=dict(counts), most_edges=int(degrees.sum()), most_edges_in=source_id)
-        one.most_slots, one.most_slots_in = one.slots(row), source_id
-        self.merge(one)
-
-    def merge(self, other: Degrees) -> None:
-        """Add the numbers of other structures."""
-        for degree, atoms in other.histogram.items():
-            self.histogram[degree] = self.histogram.get(degree, 0) + atoms
-        if other.most_edges > self.most_edges:
-            self.most_edges, self.most_edges_in = other.most_edges, other.most_edges_in
-        if other.most_slots > self.most_slots:
-            self.most_slots, self.most_slots_in = other.most_slots, other.most_slots_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +143,9 @@ def read_manifest(folder: Location) -> Manifest:
         )
     if head.format_version != FORMAT_VERSION:
         raise ShardError(
-            f"{path} has format version {escaped(head.format_version)[:20]}, but this version of hydrazero reads format version "
-            f"{FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
+    """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (isolated
+    atoms)."""
+            f"version {FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
         )
     manifest = parse_typed(_MANIFEST, text, f"{path} has a missing or wrong field:", ShardError, hint=AGAIN)
     if fault := _contradiction(manifest):
@@ -298,7 +200,7 @@ def _contradiction(manifest: Manifest) -> str:
     if len({shard.file for shard in shards}) < len(shards):
         return "two shards have the same file"
     for shard in shards:
-        if fault := _shard_contradiction(shard):
+        if fault := shard_contradiction(shard):
             return f"{shard.file}: {fault}"
     if manifest.units != INTERNAL_UNITS:
         return f"its units are {manifest.units}, not {INTERNAL_UNITS}"
@@ -331,7 +233,7 @@ def _contradiction(manifest: Manifest) -> str:
 
 def _label_contradiction(manifest: Manifest) -> str:
     for name, label in manifest.labels.items():
-        if not _consistent(label):
+        if not is_consistent(label):
             return f"labels.{name}: minimum, mean, rms and maximum cannot belong to the same numbers"
     for label_name, statistics in STATISTICS.items():
         if label_name in manifest.required_labels and statistics not in manifest.labels:
@@ -341,25 +243,6 @@ def _label_contradiction(manifest: Manifest) -> str:
         if len(edges) != len(histogram.counts) + 1 or sorted(edges) != edges:
             return f"distributions.{name}: its edges do not bound its counts"
     return ""
-
-
-def _shard_contradiction(shard: Shard) -> str:
-    offsets, structures = shard.block_offsets, shard.block_structures
-    if not len(offsets) == len(structures) == len(shard.block_crc32):
-        return "its lists of blocks have different lengths"
-    if sum(structures) != shard.structures or shard.atoms < shard.structures:
-        return f"{shard.structures:,} structures and {shard.atoms:,} atoms do not fit its blocks"
-    for begin, end, count in zip(offsets, [*offsets[1:], shard.bytes], structures, strict=True):
-        if begin % BLOCKSIZE or end - begin < BLOCKSIZE + count * SMALLEST_STRUCTURE:
-            return f"no block of {count} structures fits between bytes {begin} and {end}"
-    return ""
-
-
-def _consistent(label: LabelRange) -> bool:
-    largest = max(abs(label.minimum), abs(label.maximum))
-    room = 1e-6 * largest + 1e-12
-    ordered = label.minimum <= label.mean + room and label.mean <= label.maximum + room
-    return ordered and abs(label.mean) <= label.rms + room and label.rms <= largest + room
 
 
 def check_shard_files(manifest: Manifest, folder: Location, *, checksums: bool = False) -> None:

@@ -29,7 +29,8 @@ from hydrazero.shards.convert.task_statistics import Statistics, isolated_atoms
 from hydrazero.shards.convert.workers import Workers, one_worker
 from hydrazero.shards.errors import ConfigError, HydrazeroError, SourceError
 from hydrazero.shards.files import write_json
-from hydrazero.shards.manifest import SPLITS, Manifest, Shard, write_manifest
+from hydrazero.shards.manifest import SPLITS, Manifest, write_manifest
+from hydrazero.shards.manifest_parts import Shard
 from hydrazero.shards.readers import find_sources
 from hydrazero.shards.readers.column_names import listed
 from hydrazero.shards.targets import TargetStatistics

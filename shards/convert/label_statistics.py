@@ -19,7 +19,7 @@ from hydrazero.shards.convert.task_statistics import (
     strongest,
 )
 from hydrazero.shards.convert.writer import read_blocks
-from hydrazero.shards.manifest import Histogram, LabelRange, Outlier, Shard
+from hydrazero.shards.manifest_parts import Histogram, LabelRange, Outlier, Shard
 from hydrazero.shards.targets import TargetStatistics
 
 LABELS = ("energy_per_atom", "energy_residual_per_atom", "forces", "stress")

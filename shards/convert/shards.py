@@ -20,7 +20,7 @@ from hydrazero.shards.convert.frames import ChunkFile, chunk_path, length_of
 from hydrazero.shards.convert.task_statistics import Statistics
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
 from hydrazero.shards.files import write_bytes
-from hydrazero.shards.manifest import Shard
+from hydrazero.shards.manifest_parts import Shard
 
 SHARD_STRUCTURES = BLOCKS_PER_SHARD * BLOCK_STRUCTURES
 

@@ -17,7 +17,8 @@ from hydrazero.shards.convert.task_statistics import Statistics, isolated_atoms
 from hydrazero.shards.convert.writer import BLOCKS_PER_SHARD, write_shard
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import replacing
-from hydrazero.shards.manifest import SPLITS, Manifest, Shard, read_manifest, write_manifest
+from hydrazero.shards.manifest import SPLITS, Manifest, read_manifest, write_manifest
+from hydrazero.shards.manifest_parts import Shard
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.structure import Structure
 

@@ -15,7 +15,7 @@ from hydrazero.shards.block import StructureBlock
 from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
 from hydrazero.shards.convert.splits import is_isolated_atom
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS, half_pairs
-from hydrazero.shards.manifest import Degrees, Histogram, LabelRange, Outlier
+from hydrazero.shards.manifest_parts import Degrees, Histogram, LabelRange, Outlier
 from hydrazero.shards.structure import Structure
 
 NAMED_OUTLIERS = 10

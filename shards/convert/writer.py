@@ -12,7 +12,8 @@ from webdataset import TarWriter
 from hydrazero.shards.block import StructureBlock, encode_block
 from hydrazero.shards.block_checks import decode_block
 from hydrazero.shards.files import replacing
-from hydrazero.shards.manifest import Shard, file_sha256
+from hydrazero.shards.manifest import file_sha256
+from hydrazero.shards.manifest_parts import Shard
 
 BLOCKS_PER_SHARD = 64
 MEMBER = "block.safetensors"

@@ -126,7 +126,7 @@ class _Text(io.TextIOWrapper):
         except UnicodeDecodeError as error:
             raise self._fault(error) from error
         if len(line) == MOST_OF_LINE:
-            raise SourceError(f"{self._where} has a line of over {MOST_OF_LINE:,} letters; it is no list of structures.")
+            raise SourceError(f"{self._where} has a line of over {MOST_OF_LINE:,} letters; it holds no structures.")
         return line
 
     def __next__(self) -> str:  # type: ignore[override]

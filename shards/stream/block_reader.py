@@ -17,7 +17,8 @@ from hydrazero.shards.block import StructureBlock
 from hydrazero.shards.block_checks import decode_block
 from hydrazero.shards.errors import ShardError
 from hydrazero.shards.location import Location, open_at
-from hydrazero.shards.manifest import STATISTICS, Manifest, Shard, read_manifest
+from hydrazero.shards.manifest import STATISTICS, Manifest, read_manifest
+from hydrazero.shards.manifest_parts import Shard
 
 CACHE_BYTES = 96_000_000
 """Maximum size of the cache of decoded blocks in bytes, about 300 blocks of molecules."""

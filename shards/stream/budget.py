@@ -5,7 +5,8 @@ from __future__ import annotations
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
-from hydrazero.shards.manifest import Degrees, Manifest
+from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.manifest_parts import Degrees
 
 Counted = tuple[float, Degrees]
 """A cutoff in Å, and the numbers of neighbours within it."""

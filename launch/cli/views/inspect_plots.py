@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
-from hydrazero.shards.manifest import Histogram, Manifest
+from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.manifest_parts import Histogram
 from hydrazero.shards.text.foreign_text import for_plot
 
 COLOURS = ("#3366aa", "#cc6633", "#338855", "#aa3377", "#776644", "#447799", "#998822", "#884444")

@@ -16,7 +16,8 @@ from rich.text import Text
 from hydrazero.launch.cli.views.periodic_table import COLUMNS, ROWS, place_of
 from hydrazero.launch.cli.views.target_table import targets_table
 from hydrazero.launch.cli.views.task_notes import task_notes
-from hydrazero.shards.manifest import SPLITS, Degrees, Manifest
+from hydrazero.shards.manifest import SPLITS, Manifest
+from hydrazero.shards.manifest_parts import Degrees
 from hydrazero.shards.text.terminal import plain
 
 HISTOGRAM_BINS = 12
