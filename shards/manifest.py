@@ -143,8 +143,7 @@ def read_manifest(folder: Location) -> Manifest:
         )
     if head.format_version != FORMAT_VERSION:
         raise ShardError(
-    """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (isolated
-    atoms)."""
+            f"{path} has format version {escaped(str(head.format_version)[:20])}, but hydrazero reads format "
             f"version {FORMAT_VERSION}; use a matching version of hydrazero, or convert the task again."
         )
     manifest = parse_typed(_MANIFEST, text, f"{path} has a missing or wrong field:", ShardError, hint=AGAIN)
