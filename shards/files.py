@@ -195,6 +195,10 @@ def file_fault(error: OSError) -> str | None:
     if error.filename is None and not full:
         return None
     name = "a file" if error.filename is None else os.fsdecode(error.filename)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return (
+            f"{name} cannot be written, since a file is where a folder is needed ({error.strerror}); name another path."
+        )
     advice = "free some space there, or name a folder on another disk" if full else "check its path and permissions"
     return f"{name} cannot be {'written' if full else 'read or written'} ({error.strerror}); {advice}."
 
