@@ -8,18 +8,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from hydrazero.shards.conditions import condition_named, is_set
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.ase_atoms import check_occupancy
 from hydrazero.shards.structure import Structure, atomic_numbers_of, charge_of, check_structure, multiplicity_of
 
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` on which predictions may depend."""
-OTHER_NAMES = {
-    "charge": ("total_charge", "totalcharge", "net_charge", "molecular_charge", "system_charge", "initial_charges"),
-    "multiplicity": ("spin_multiplicity", "spinmultiplicity", "mult", "spin", "total_spin", "unpaired_electrons"),
-}
-"""Names, in small letters, under which other programs store charge and spin, not always in the same convention."""
-
 TINY = 1e-3
 """Largest sum of initial charges that is taken for zero."""
 
@@ -62,7 +57,7 @@ def check_names(
         if read is None or info.get(read) is not None:
             continue
         for name, value in info.items():
-            if isinstance(name, str) and name.lower() in (*OTHER_NAMES[kind], kind) and name != read and _set(value):
+            if condition_named(name) == kind and name != read and is_set(value):
                 raise StructureError(
                     f"{kind}_name",
                     f"its '{name}' is {value}, but the {kind} is read from '{read}', which is not there; rename it",
@@ -77,17 +72,5 @@ def check_all_conditions(atoms: Atoms) -> None:
 
 def stated_conditions(atoms: Atoms) -> str:
     """Return all that `atoms.info` says about charge and spin, under any name, as a text that can be compared."""
-    names = {*CONDITIONS, *(name for names in OTHER_NAMES.values() for name in names)}
-    found = ((name, atoms.info[name]) for name in atoms.info if isinstance(name, str) and name.lower() in names)
+    found = ((name, value) for name, value in atoms.info.items() if condition_named(name))
     return repr(sorted(found, key=lambda pair: pair[0]))
-
-
-def _set(value: Any) -> bool:
-    """Return whether a value is there and is not zero."""
-    if value is None:
-        return False
-    try:
-        numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        return bool(str(value).strip())
-    return bool((np.nan_to_num(numbers) != 0).any())

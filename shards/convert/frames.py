@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
 from hydrazero.shards.convert.checks.methods import MethodFields
+from hydrazero.shards.convert.checks.unread_conditions import UnreadConditions
 from hydrazero.shards.convert.checks.work import WorkPairs
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, is_selected, split_of, split_of_file
@@ -52,6 +53,8 @@ class Chunk:
     """Pairs of successive frames whose labels can be compared."""
     methods: MethodFields = field(default_factory=MethodFields)
     """Values of the fields that name the method of the labels."""
+    unread_conditions: UnreadConditions = field(default_factory=UnreadConditions)
+    """Values of fields that look like a charge or a spin and are not read."""
 
     def add(self, frame: Frame, job: Conversion, source: Path) -> None:
         """Add a frame; raise SourceError for a bad one unless bad frames are skipped."""
@@ -84,12 +87,14 @@ class Chunk:
         self.splits.append(SPLITS.index(split))
         self.work.add(frame.structure)
         self.methods.add(frame.info)
+        self.unread_conditions.add(frame.info, frame.structure, settings)
 
     def encode(self, float_dtype: str) -> bytes:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
         about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
         about["lacking"] = json.dumps([self.lacking, self.fields])
         about["methods"] = json.dumps(self.methods.counts)
+        about["unread_conditions"] = json.dumps(self.unread_conditions.counts)
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
             columns |= columns_of(block_from_structures(self.structures, float_dtype=float_dtype))
@@ -217,6 +222,7 @@ class ChunkFile:
         self.fields: list[str]
         self.lacking, self.fields = json.loads(about.get("lacking", "[{}, []]"))
         self.methods = MethodFields(json.loads(about.get("methods", "{}")))
+        self.unread_conditions = UnreadConditions(json.loads(about.get("unread_conditions", "{}")))
         self._names = set(self._file.keys())
 
     def column(self, name: str) -> NDArray[Any]:

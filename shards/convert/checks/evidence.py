@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.convert.checks.magnitudes import EnergySample
 from hydrazero.shards.convert.checks.methods import MethodFields
+from hydrazero.shards.convert.checks.unread_conditions import UnreadConditions
 from hydrazero.shards.convert.frames import ChunkFile
 from hydrazero.shards.structure import FloatArray
 
@@ -29,10 +30,13 @@ class Evidence:
         self._names: list[str] = []
         self.methods = MethodFields()
         """Values of the fields that name the method of the labels."""
+        self.unread_conditions = UnreadConditions()
+        """Values of fields that look like a charge or a spin and are not read."""
 
     def add(self, source: int, first: int, file: ChunkFile) -> None:
         """Take what is needed of a chunk, of which `first` is the number of its first structure."""
         self.methods.merge(file.methods)
+        self.unread_conditions.merge(file.unread_conditions)
         pairs = file.column("work")
         if len(pairs) and self._kept < MOST_PAIRS:
             self._pairs.setdefault(source, []).append(pairs)

@@ -12,7 +12,7 @@ from hydrazero.shards.convert.task_statistics import FORCE_EDGES, STRESS_EDGES, 
 def label_warnings(job: Conversion, evidence: Evidence, equal_geometries: str | None, total: Statistics) -> list[str]:
     """Return what is doubtful in the labels of a task; it depends on the sources and the settings alone."""
     units = job.settings.units
-    found = [equal_geometries, *evidence.methods.warnings()]
+    found = [equal_geometries, *evidence.methods.warnings(), *evidence.unread_conditions.warnings()]
     found += energy_warnings(evidence.sample(), units)
     found.append(force_warning(median_of(total.forces, FORCE_EDGES), units))
     if total.most_stressed:

@@ -1,0 +1,103 @@
+"""A charge or spin under a name that is not read is never lost without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ase.io
+import pytest
+from ase.build import molecule
+from sources import labelled
+
+from hydrazero.shards.convert.convert import convert
+from hydrazero.shards.convert.settings import ConvertSettings
+from hydrazero.shards.manifest import Manifest
+
+CHARGE = "the field '{}' looks like the total charge ({}), but is not read"
+
+
+def waters(name: str, values: list[object]) -> list:
+    frames = []
+    for number, value in enumerate(values):
+        atoms = molecule("H2O")
+        atoms.rattle(0.05, seed=number)
+        atoms = labelled(atoms)
+        atoms.info[name] = value
+        frames.append(atoms)
+    return frames
+
+
+def converted(path: Path, frames: list, **settings: object) -> Manifest:
+    ase.io.write(path, frames)
+    return convert([path], "t", path.parent / f"{len(list(path.parent.iterdir()))}", ConvertSettings(**settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", ["extxyz", "traj"])
+@pytest.mark.parametrize("name", ["total_charge", "Charge", "REF_charge", "net_charge"])
+def test_a_charge_under_another_name_is_said_and_can_be_read(tmp_path, name, suffix):
+    frames = waters(name, [1, 0, -1, 1] * 5)
+    manifest = converted(tmp_path / f"a.{suffix}", frames)
+    (warning,) = [text for text in manifest.warnings if "total charge" in text]
+    assert warning.startswith(CHARGE.format(name, "-1 in 5, 0 in 5, 1 in 10 frames"))
+    assert f'[fields] charge = "{name}" reads it' in warning and manifest.charged_structures == 0
+    read = converted(tmp_path / f"a.{suffix}", frames, fields={"charge": name})
+    assert read.charged_structures == 15 and not [text for text in read.warnings if "charge" in text]
+    assert not [
+        text for text in converted(tmp_path / f"a.{suffix}", frames, fields={"charge": ""}).warnings if "charge" in text
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("total_charge", [0, 0.0], False),
+        ("total_charge", ["+1", 0], True),
+        ("spin", [0, 0], False),
+        ("spin", [1, 1], False),
+        ("spin", [0, 1], True),
+        ("spin", [2, 1], True),
+        ("spin", [0.5, 0.5], True),
+        ("spin_multiplicity", [3, 3], True),
+        ("charges", [1, 1], False),
+    ],
+)
+def test_neutral_structures_and_singlets_lose_nothing(tmp_path, name, values, said):
+    manifest = converted(tmp_path / "a.extxyz", waters(name, values * 10))
+    found = [text for text in manifest.warnings if "is not read" in text]
+    assert len(found) == said and all(f"'{name}'" in text for text in found)
+
+
+def test_charges_of_atoms_that_add_up_to_a_total_charge_are_said(tmp_path):
+    frames = []
+    for seed in range(20):
+        atoms = molecule("H2O")
+        atoms.rattle(0.05, seed=seed)
+        atoms.set_initial_charges([0.4, 0.3, 0.3])
+        frames.append(labelled(atoms))
+    (warning,) = [text for text in converted(tmp_path / "a.traj", frames).warnings if "charge" in text]
+    assert warning.startswith(
+        "the initial charges of atoms add up to a total charge (1 in 20 frames), which is not read"
+    )
+
+
+def test_other_formats_say_it_too(tmp_path):
+    entries = [
+        {
+            "energy": -14.0 - 0.01 * n,
+            "forces": [[0.0, 0.0, 0.0]] * 2,
+            "info": {"total_charge": 1 + n % 2},
+            "structure": {
+                "sites": [
+                    {"species": [{"element": "H", "occu": 1}], "xyz": [0, 0, 0]},
+                    {"species": [{"element": "O", "occu": 1}], "xyz": [0, 0, 1 + 0.01 * n]},
+                ]
+            },
+        }
+        for n in range(20)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps([{**entry, **entry.pop("info")} for entry in entries]))
+    manifest = convert([tmp_path / "a.json"], "t", tmp_path / "out", ConvertSettings(format="pymatgen"))
+    assert [
+        text for text in manifest.warnings if text.startswith(CHARGE.format("total_charge", "1 in 10, 2 in 10 frames"))
+    ]
