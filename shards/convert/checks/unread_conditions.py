@@ -70,8 +70,8 @@ def _sentence(kind: str, name: str, values: Mapping[str, int]) -> str:
     counts = f"({', '.join([*shown, *more])} frames)"
     if name == SUM:
         return (
-            f"the initial charges of atoms add up to a total charge {counts}, which is not read: all structures without "
-            "a field 'charge' count as neutral; write the total charge into atoms.info['charge'] if it is one."
+            f"the initial charges of atoms add up to a total charge {counts}, which is not read: structures "
+            "without a field 'charge' count as neutral; write the total charge into atoms.info['charge'] if it is one."
         )
     if kind == "charge":
         return (
