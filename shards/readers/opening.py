@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.files import encoding_of
+from hydrazero.shards.foreign_text import escaped
 
 COMPRESSIONS: dict[str, Callable[[Any], Any]] = {".xz": lzma.open, ".bz2": bz2.open, ".gz": gzip.open}
 
@@ -139,9 +140,12 @@ class _Text(io.TextIOWrapper):
         # The text is decoded in large pieces: the line is that of the first such letter in the piece.
         before = error.object[: error.start]
         byte = error.object[error.start]
+        if b"\0" in error.object:
+            return SourceError(f"{self._where} cannot be read as a text, since it is binary; check its format.")
         read = cast(_Readable, self.buffer).total
         place = read - len(error.object) + error.start
-        near = before.rsplit(b"\n", 1)[-1][-20:].decode("utf-8", "replace")
+        near = before.rsplit(b"\n", 1)[-1][-20:]
+        near = escaped(near.decode("utf-8", "replace"))
         return SourceError(
             f"{self._where}: the byte 0x{byte:02x} at position {place:,} (after '{near}') is not UTF-8, so the text is "
             "in another encoding, perhaps Latin-1; convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW."
