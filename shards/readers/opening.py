@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.files import encoding_of
-from hydrazero.shards.foreign_text import escaped
+from hydrazero.shards.text.foreign_text import escaped
 
 COMPRESSIONS: dict[str, Callable[[Any], Any]] = {".xz": lzma.open, ".bz2": bz2.open, ".gz": gzip.open}
 
