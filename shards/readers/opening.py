@@ -144,8 +144,7 @@ class _Text(io.TextIOWrapper):
             return SourceError(f"{self._where} cannot be read as a text, since it is binary; check its format.")
         read = cast(_Readable, self.buffer).total
         place = read - len(error.object) + error.start
-        near = before.rsplit(b"\n", 1)[-1][-20:]
-        near = escaped(near.decode("utf-8", "replace"))
+        near = escaped(before.rsplit(b"\n", 1)[-1][-20:].decode("utf-8", "replace"))
         return SourceError(
             f"{self._where}: the byte 0x{byte:02x} at position {place:,} (after '{near}') is not UTF-8, so the text is "
             "in another encoding, perhaps Latin-1; convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW."
