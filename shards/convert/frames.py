@@ -24,6 +24,7 @@ from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.files import write_bytes, write_text
 from hydrazero.shards.manifest import SPLITS
 from hydrazero.shards.readers import Frame, unread
+from hydrazero.shards.readers.frames import SourceUnits
 from hydrazero.shards.structure import Structure
 from hydrazero.shards.targets import ATOM_PREFIX, STRUCTURE_PREFIX
 from hydrazero.shards.text.foreign_text import escaped
@@ -55,6 +56,8 @@ class Chunk:
     """Values of the fields that name the method of the labels."""
     unread_conditions: UnreadConditions = field(default_factory=UnreadConditions)
     """Values of fields that look like a charge or a spin and are not read."""
+    units: SourceUnits | None = None
+    """Units of the first structure."""
 
     def add(self, frame: Frame, job: Conversion, source: Path) -> None:
         """Add a frame; raise SourceError for a bad one unless bad frames are skipped."""
@@ -86,6 +89,7 @@ class Chunk:
         self.hashes.append(frame.structure.geometry_hash())
         self.splits.append(SPLITS.index(split))
         self.work.add(frame.structure)
+        self.units = self.units or frame.units
         self.methods.add(frame.info)
         self.unread_conditions.add(frame.info, frame.structure, settings)
 
@@ -94,6 +98,7 @@ class Chunk:
         about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
         about["lacking"] = json.dumps([self.lacking, self.fields])
         about["methods"] = json.dumps(self.methods.counts)
+        about["units"] = self.units.model_dump_json() if self.units else ""
         about["unread_conditions"] = json.dumps(self.unread_conditions.counts)
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
@@ -223,6 +228,7 @@ class ChunkFile:
         self.lacking, self.fields = json.loads(about.get("lacking", "[{}, []]"))
         self.methods = MethodFields(json.loads(about.get("methods", "{}")))
         self.unread_conditions = UnreadConditions(json.loads(about.get("unread_conditions", "{}")))
+        self.units = SourceUnits.model_validate_json(about["units"]) if about.get("units") else None
         self._names = set(self._file.keys())
 
     def column(self, name: str) -> NDArray[Any]:

@@ -96,6 +96,8 @@ class Frame:
     error: StructureError | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of the frame, for grouping and selection."""
+    units: SourceUnits = field(default_factory=SourceUnits)
+    """Units that it was read in: those of the settings or of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ class FrameMaker:
             self._check_required(raw, structure, info)
         except StructureError as error:
             return Frame(source_id=source_id, error=error, info=info)
-        return Frame(source_id=source_id, structure=structure, info=info)
+        return Frame(source_id=source_id, structure=structure, info=info, units=self.settings.units)
 
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
         numbers = atomic_numbers_of(numbers_in(raw.numbers, "atomic_numbers"))

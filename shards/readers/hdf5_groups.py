@@ -17,7 +17,7 @@ from hydrazero.shards.readers.column_names import LABELS, column_names
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.hdf5_reader import H5_ERRORS, plain
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, open_binary, optional_module
-from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in, unread_conditions
 from hydrazero.shards.readers.parts.own_items import OwnItems
 from hydrazero.shards.readers.parts.shared import shared_parts
 from hydrazero.shards.readers.parts.stated_units import attributes_of, unit_of_array, units_by_key, with_stated_units
@@ -109,7 +109,7 @@ def _groups(file: OwnItems, wanted: tuple[str, str]) -> Iterator[tuple[OwnItems,
 
 def _frames(items: OwnItems, path: Path, fraction: float, settings: ReadSettings) -> Iterator[UnreadFrame]:
     name = items.group.name.strip("/")
-    names = names_in(settings, items)
+    names = names_in(settings, {*items, *attributes_of(items.group)})
     shape: tuple[int, ...] = items[names["positions"]].shape or ()
     several = len(shape) == 3
     info = {f"group{depth}": part for depth, part in enumerate(name.split("/"))}
@@ -158,11 +158,14 @@ class _Group:
         if len(shape) == 3:
             targets = {target.field: target for target in settings.targets.values()}
             self._shared = shared_parts(self._columns, names, shape[0], shape[1], targets)
+        read, frames = set(names.values()), shape[0] if len(shape) == 3 else 1
+        self._unread = {**unread_conditions(attributes, read, frames), **unread_conditions(items, read, frames)}
 
     def frame(self, number: int, source_id: str, info: dict[str, str]) -> Frame:
         """Return the frame of a row."""
         parts = {part: column if part in self._shared else column[number] for part, column in self._columns.items()}
         fields = {part: plain(value) for part, value in parts.items() if np.ndim(value) == 0}
+        fields |= {name: values[number] for name, values in self._unread.items()}
         labels = {label: _unless_nan(parts[label]) for label in LABELS if label in parts}
         return frame_of_parts({**parts, **labels}, source_id, self._maker, info={**fields, **info}, other=parts)
 

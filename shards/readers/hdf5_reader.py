@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
 from hydrazero.shards.readers.column_names import LABELS, listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
-from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in, unread_conditions
 from hydrazero.shards.readers.parts.own_items import OwnItems
 from hydrazero.shards.readers.parts.shared import check_one_cell, part_shapes
 from hydrazero.shards.readers.parts.stated_units import (
@@ -75,10 +76,13 @@ class RaggedArrays:
         known = {part: file[name] for part, name in names.items() if isinstance(file.get(name), dataset)}
         missing = [f"{part} ('{names[part]}')" for part in asked if part not in known]
         if missing:
-            there = listed(name for name, item in file.items() if isinstance(item, dataset)) or "no dataset"
-            raise SourceError(
-                f"{path} lacks {', '.join(sorted(missing))}; it holds {there}: name the datasets under [columns]."
-            )
+            there = listed(name for name, item in file.items() if isinstance(item, dataset))
+            advice = "name the datasets under [columns]"
+            if not there and len(file):
+                there = f"only groups ({listed(file, 3)})"
+                advice = "use --format hdf5_groups, and name the datasets of the groups under [columns]"
+            there = there or "nothing"
+            raise SourceError(f"{path} lacks {', '.join(sorted(missing))}; it holds {there}: {advice}.")
         lengths = (part for part in ("ptr", "n_atoms") if part in known or isinstance(file.get(part), dataset))
         self._lengths = next(lengths, "")
         if not self._lengths:
@@ -99,6 +103,9 @@ class RaggedArrays:
             self._shared["pbc"] = attributes["pbc"]
         self._columns, self._names = known, names
         self._check_lengths()
+        arrays = {name: item for name in file if condition_named(name) and isinstance(item := file.get(name), dataset)}
+        self.unread = unread_conditions(arrays, set(names.values()), self._count)
+        """What looks like a charge or a spin and is not read, for each structure."""
 
     @property
     def parts(self) -> set[str]:
@@ -198,6 +205,7 @@ class _Block:
         }
         structural = {*LABELS, "numbers", "positions", "cell", "pbc"}
         info = {part: value for part, value in parts.items() if part not in structural}
+        info |= {name: values[self._first + row] for name, values in self._source.unread.items()}
         return frame_of_parts({**self._source.shared, **parts}, source_id, maker, info=info)
 
 

@@ -148,6 +148,8 @@ def _frame_from_pickle(value: bytes, source_id: str, maker: FrameMaker) -> Frame
 
 def _attributes(value: Any) -> Mapping[str, Any]:
     """Return the fields of an object such as PyTorch Geometric's Data."""
+    if not hasattr(value, "to_dict") and not hasattr(value, "__dict__"):
+        raise TypeError(f"it holds a {type(value).__name__}, not a dict or an object with attributes")
     return value.to_dict() if hasattr(value, "to_dict") else vars(value)
 
 

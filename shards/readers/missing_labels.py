@@ -48,7 +48,9 @@ def missing_label(label: str, name: str, fields: Mapping[str, Any], atoms: int, 
     elif not because and fields:
         text += " nor another field that could be it"
     if label != "energy":
-        text += f", or leave '{label}' out of [labels] require if frames may lack it"
+        text += (
+            f"{', or' if listed and not because else ';'} leave '{label}' out of [labels] require if frames may lack it"
+        )
     return StructureError(f"no_{label}", text)
 
 

@@ -14,7 +14,7 @@ from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.column_names import listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.hdf5_reader import RaggedArrays
-from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in
+from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in, unread_conditions
 from hydrazero.shards.readers.parts.shared import shared_parts
 from hydrazero.shards.readers.parts.stated_units import units_by_key, with_stated_units
 
@@ -53,11 +53,14 @@ def read_npz(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     except StructureError as error:
         raise SourceError(f"{path}: {error}.") from error
 
+    unread = unread_conditions(arrays, set(names.values()), frames)
+
     def read(number: int) -> Frame:
         parts: dict[str, Any] = {part: array if part in shared else array[number] for part, array in columns.items()}
         if names.get("cell") == LATTICE and np.shape(parts["cell"]) == (3, 3):
             parts["cell"] = np.transpose(parts["cell"])
-        return frame_of_parts(parts, f"{path.name}#{number}", maker, info={}, other=parts)
+        info = {name: values[number] for name, values in unread.items()}
+        return frame_of_parts(parts, f"{path.name}#{number}", maker, info=info, other=parts)
 
     for number in range(frames):
         source_id = f"{path.name}#{number}"
@@ -70,6 +73,11 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # depends on the damage: OSError, BadZipFile, zlib.error, ValueError, EOFError, ...
+        if "allow_pickle" in str(error):
+            raise SourceError(
+                f"{path} holds arrays of Python objects, which are pickles and not read; save arrays of "
+                "numbers, with structures of several sizes one after the other and their numbers of atoms."
+            ) from error
         raise SourceError(
             f"{path} is not a readable npz archive ({brief(error)}); copy it again if it should be one."
         ) from error

@@ -273,3 +273,31 @@ def test_manifests_without_the_sentences_are_read(tmp_path):
     old = read_manifest(tmp_path / "out")
     assert old.warnings == [] and old.references == "fit" and old.undetermined_sums == []
     assert ase.io.read(tmp_path / "a.extxyz", 0).get_chemical_formula() == "H2O"
+
+
+def test_units_that_a_file_states_are_named(tmp_path):
+    frames = molecules(40)
+    small = [atoms for atoms in frames if len(atoms) == 3]
+    positions = np.array([atoms.positions for atoms in small])
+    arrays = {
+        "z": small[0].numbers,
+        "R": positions,
+        "E": np.full(len(small), -479000.0),
+        "F": np.full(positions.shape, 40),
+    }
+    np.savez(tmp_path / "a.npz", e_unit="kcal/mol", r_unit="Bohr", **arrays)
+    found = convert([tmp_path / "a.npz"], "t", tmp_path / "out", ConvertSettings()).warnings
+    (energy,) = [text for text in found if "energies are improbable" in text or "with all their electrons" in text]
+    assert "not in kcal/mol" in energy and "not in eV" not in energy
+
+
+@pytest.mark.parametrize(
+    ("factor", "cause"), [(8, "as if they were divided by the number of atoms"), (5, "which no change")]
+)
+def test_half_of_the_energies_are_of_another_kind(tmp_path, factor, cause):
+    frames = relabelled(trajectory(40), lambda _, labels: {**labels, "energy": labels["energy"] - 3700.0})
+    assert converted(tmp_path / "right", frames).warnings == []
+    mixed = relabelled(frames, lambda n, labels: {**labels, "energy": labels["energy"] / (factor if n < 20 else 1)})
+    (warning,) = converted(tmp_path / "mixed", mixed).warnings
+    assert warning.startswith("the energies of 20 structures of the same 8 atoms, such as a.extxyz#0, are smaller by a")
+    assert "than those of 20 others, such as a.extxyz#20" in warning and cause in warning

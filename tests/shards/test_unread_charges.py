@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import ase.io
+import h5py
+import numpy as np
 import pytest
 from ase.build import molecule
 from sources import labelled
@@ -101,3 +103,39 @@ def test_other_formats_say_it_too(tmp_path):
     assert [
         text for text in manifest.warnings if text.startswith(CHARGE.format("total_charge", "1 in 10, 2 in 10 frames"))
     ]
+
+
+@pytest.mark.parametrize("name", ["Charge", "spin"])
+def test_arrays_of_archives_say_it_too(tmp_path, name):
+    frames = waters("number", list(range(20)))
+    positions = np.array([atoms.positions for atoms in frames])
+    forces = np.array([atoms.get_forces() for atoms in frames])
+    labels = {"energy": [atoms.get_potential_energy() for atoms in frames], name: [2, 1] * 10}
+    values = {"z": frames[0].numbers, "R": positions, "E": labels["energy"], "F": forces, name: labels[name]}
+    np.savez(tmp_path / "a.npz", **values)
+    with h5py.File(tmp_path / "groups.h5", "w") as file:
+        of_atoms = {"numbers": frames[0].numbers, "positions": positions, "forces": forces}
+        for key, array in {**of_atoms, **labels}.items():
+            file[f"H2O/{key}"] = array
+    with h5py.File(tmp_path / "ragged.h5", "w") as file:
+        of_atoms = {"numbers": np.tile(frames[0].numbers, 20), "positions": positions.reshape(-1, 3)}
+        of_atoms |= {"forces": forces.reshape(-1, 3), "n_atoms": np.full(20, 3)}
+        for key, array in {**of_atoms, **labels}.items():
+            file[key] = array
+    for path in sorted(tmp_path.iterdir()):
+        settings = ConvertSettings(format="hdf5_groups" if path.stem == "groups" else None)
+        found = [
+            text for text in convert([path], "t", tmp_path / path.stem, settings).warnings if "is not read" in text
+        ]
+        assert len(found) == 1 and f"the field '{name}'" in found[0] and "(1 in 10, 2 in 10 frames)" in found[0], path
+
+
+def test_a_charge_among_the_attributes_of_a_group_is_read(tmp_path):
+    frames = waters("number", list(range(4)))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["H2O/numbers"], file["H2O/positions"] = frames[0].numbers, np.array([atoms.positions for atoms in frames])
+        file["H2O/energy"] = [atoms.get_potential_energy() for atoms in frames]
+        file["H2O/forces"] = np.array([atoms.get_forces() for atoms in frames])
+        file["H2O"].attrs["total_charge"] = -1
+    manifest = convert([tmp_path / "a.h5"], "t", tmp_path / "out", ConvertSettings(format="hdf5_groups"))
+    assert manifest.charged_structures == 4

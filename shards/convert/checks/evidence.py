@@ -9,6 +9,7 @@ from hydrazero.shards.convert.checks.magnitudes import EnergySample
 from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.checks.unread_conditions import UnreadConditions
 from hydrazero.shards.convert.frames import ChunkFile
+from hydrazero.shards.readers.frames import SourceUnits
 from hydrazero.shards.structure import FloatArray
 
 SAMPLE = 20_000
@@ -32,9 +33,12 @@ class Evidence:
         """Values of the fields that name the method of the labels."""
         self.unread_conditions = UnreadConditions()
         """Values of fields that look like a charge or a spin and are not read."""
+        self.units: SourceUnits | None = None
+        """Units of the first structure, which a file may state."""
 
     def add(self, source: int, first: int, file: ChunkFile) -> None:
         """Take what is needed of a chunk, of which `first` is the number of its first structure."""
+        self.units = self.units or file.units
         self.methods.merge(file.methods)
         self.unread_conditions.merge(file.unread_conditions)
         pairs = file.column("work")

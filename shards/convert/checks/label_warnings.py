@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hydrazero.shards.convert.checks.evidence import Evidence
 from hydrazero.shards.convert.checks.magnitudes import energy_warnings, force_warning, median_of, stress_warning
+from hydrazero.shards.convert.checks.same_atoms import same_atoms_warning
 from hydrazero.shards.convert.checks.work_warnings import work_warnings
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.task_statistics import FORCE_EDGES, STRESS_EDGES, Statistics
@@ -11,9 +12,10 @@ from hydrazero.shards.convert.task_statistics import FORCE_EDGES, STRESS_EDGES, 
 
 def label_warnings(job: Conversion, evidence: Evidence, equal_geometries: str | None, total: Statistics) -> list[str]:
     """Return what is doubtful in the labels of a task; it depends on the sources and the settings alone."""
-    units = job.settings.units
+    units = evidence.units or job.settings.units
     found = [equal_geometries, *evidence.methods.warnings(), *evidence.unread_conditions.warnings()]
-    found += energy_warnings(evidence.sample(), units)
+    sample = evidence.sample()
+    found += energy_warnings(sample, units) or [same_atoms_warning(sample)]
     found.append(force_warning(median_of(total.forces, FORCE_EDGES), units))
     if total.most_stressed:
         worst = total.most_stressed[0]

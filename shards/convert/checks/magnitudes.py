@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.readers.frames import SourceUnits
 from hydrazero.shards.structure import FloatArray
-from hydrazero.shards.units import energy_factor, stress_factor
+from hydrazero.shards.units import energy_factor, force_factor, stress_factor
 
 HARTREE = energy_factor("Hartree")
 
@@ -125,8 +125,16 @@ def _hydrogen(sample: EnergySample, units: SourceUnits) -> str | None:
     return (
         f"the energies are improbable: by them, an atom of hydrogen adds {hydrogen:.3g} eV, but its electron and its "
         f"bonds hardly add {LOWEST_HYDROGEN:g} eV; they are probably not in {units.energy} but, for example, in "
-        "kcal/mol; look at units.energy."
+        f"{_smaller(units)}; look at units.energy."
     )
+
+
+def _smaller(units: SourceUnits) -> str:
+    """Return a usual unit of energy that is smaller than that of the settings."""
+    smaller = (
+        name for name in ("kcal/mol", "kJ/mol", "meV") if energy_factor(name) < 0.9 * energy_factor(units.energy)
+    )
+    return next(smaller, "a smaller unit")
 
 
 def _per_atom(sample: EnergySample) -> str | None:
@@ -229,9 +237,12 @@ def force_warning(median: float, units: SourceUnits) -> str | None:
     """Return a sentence about forces whose median norm (eV/Å) is too large."""
     if median <= LARGE_FORCE:
         return None
+    usual = ("eV/Angstrom", "kcal/mol/Angstrom", "kJ/mol/Angstrom", "meV/Angstrom")
+    smaller = [name for name in usual if force_factor(name) < 0.9 * abs(force_factor(units.forces))]
+    example = f" but, for example, in {smaller[0]}" if smaller else ""
     return (
         f"half of the forces exceed {median:.3g} eV/Å, which is rare even in hot liquids; they are probably not in "
-        f"{units.forces} but, for example, in kcal/mol/Angstrom; look at units.forces and units.energy."
+        f"{units.forces}{example}; look at units.forces and units.energy."
     )
 
 

@@ -34,7 +34,7 @@ class UnreadConditions:
         """Count a frame, unless it has what is read, or the settings leave it out."""
         read = {"charge": structure.charge, "multiplicity": structure.multiplicity}
         for name, value in info.items():
-            kind = condition_named(name)
+            kind = condition_named(name.rpartition(".")[2]) if isinstance(name, str) else None  # in nested objects
             if kind is None:
                 continue
             chosen = settings.columns.get(kind, getattr(settings.fields, kind))

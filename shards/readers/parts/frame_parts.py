@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ase.symbols import string2symbols
 
+from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.column_names import LABELS, column_names
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings
@@ -26,6 +27,23 @@ def names_in(settings: ReadSettings, there: Collection[str]) -> dict[str, str]:
         if not chosen and names.get(label) not in there and other in there:
             names[label] = other
     return names
+
+
+def unread_conditions(there: Mapping[str, Any], read: Collection[str], frames: int) -> dict[str, list[Any]]:
+    """Return name -> its value in each frame, of what looks like a charge or a spin but is none of the names `read`.
+
+    As fields of frames they show what a conversion leaves out. Arrays with numbers for each atom are something else.
+    """
+    found = {}
+    for name in there:
+        if condition_named(name) is None or name in read:
+            continue
+        values = there[name]
+        if np.shape(values) in ((), (1,), (frames,), (frames, 1)):
+            array = np.asarray(values[()] if hasattr(values, "shape") else values).reshape(-1)
+            if array.dtype.kind in "biufSUO":
+                found[name] = (array.tolist() * frames)[:frames] if len(array) == 1 else array.tolist()
+    return found
 
 
 def atomic_numbers_of(value: Any) -> Any:
