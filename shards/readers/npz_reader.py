@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -73,13 +74,15 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # depends on the damage: OSError, BadZipFile, zlib.error, ValueError, EOFError, ...
-        if "allow_pickle" in str(error):
+        is_archive = zipfile.is_zipfile(path)
+        if is_archive and "allow_pickle" in str(error):
             raise SourceError(
                 f"{path} holds arrays of Python objects, which are pickles and not read; save arrays of "
                 "numbers, with structures of several sizes one after the other and their numbers of atoms."
             ) from error
         raise SourceError(
-            f"{path} is not a readable npz archive ({brief(error)}); copy it again if it should be one."
+            f"{path} is not a readable npz archive ({brief(error) if is_archive else 'it is no zip archive'}); "
+            "copy it again if it should be one."
         ) from error
 
 

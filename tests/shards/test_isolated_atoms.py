@@ -86,7 +86,7 @@ def test_references_are_those_of_isolated_atoms_where_the_settings_say_so(tmp_pa
     manifest = read_manifest(folder)
     assert manifest.reference_energies == {"H": HYDROGEN, "O": OXYGEN}  # the ground states of neutral atoms
     assert manifest.labels["energy_residual_per_atom"].maximum == pytest.approx(-0.4 - HYDROGEN)
-    subset = write_subset(folder, tmp_path / "part", {"train": 64}, seed=0)
+    subset = write_subset(folder, tmp_path / "part", {"train": manifest.structures("train")}, seed=0)
     assert subset.references == "isolated"
     with pytest.raises(
         SourceError, match=r"references = 'isolated', but .* no neutral isolated atom of O with an energy"
