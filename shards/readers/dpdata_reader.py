@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.frames import Frame, FrameMaker, RawFrame, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import optional_module
@@ -24,7 +26,8 @@ KEYS = {"energy": "energies", "forces": "forces", "virial": "virials"}
 def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the frames of a DeePMD system: type.raw, type_map.raw and the arrays of set.*; it must fit into memory.
 
-    A system may lack energies, forces or virials in all of its sets. Raises SourceError if dpdata cannot read the
+    A system may lack energies, forces or virials in all of its sets. A charge or multiplicity is read from files such
+    as charge.npy. Raises SourceError if dpdata cannot read the
     system, if its sets hold different labels, or if its types differ between frames (deepmd/npy/mixed).
     """
     dpdata = optional_module("dpdata", "dpdata", f"{path}: reading a DeePMD folder")
@@ -42,6 +45,7 @@ def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     periodic = not system.nopbc
     maker = FrameMaker(settings)
     frames = len(data["coords"])
+    conditions = _conditions(path, frames)
 
     def read(number: int) -> Frame:
         source_id = f"{path.name}#{number}"
@@ -49,17 +53,34 @@ def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
             numbers = numbers_of(symbols)
         except StructureError as error:
             return Frame(source_id=source_id, error=error)
+        fields = {name: values[number] for name, values in conditions.items()}
         raw = RawFrame(
             numbers=numbers,
             positions=data["coords"][number],
             cell=data["cells"][number] if periodic else np.zeros((3, 3)),
             pbc=periodic,
             **{label: data[key][number] for label, key in KEYS.items() if key in data},
+            charge=fields.get(settings.fields.charge),
+            multiplicity=fields.get(settings.fields.multiplicity),
         )
-        return maker.make(raw, source_id, {"system": path.name})
+        return maker.make(raw, source_id, {**fields, "system": path.name})
 
     for number in range(frames):
         yield UnreadFrame(source_id=f"{path.name}#{number}", read=partial(read, number), fraction=(number + 1) / frames)
+
+
+def _conditions(path: Path, frames: int) -> dict[str, list[Any]]:
+    """Return the numbers of each frame in files that are named like a charge or a spin, which dpdata leaves out."""
+    found = {}
+    for name in sorted({file.stem for file in path.glob("set.*/*.npy") if condition_named(file.stem)}):
+        try:
+            arrays = [np.load(file, allow_pickle=False) for file in sorted(path.glob(f"set.*/{name}.npy"))]
+        except (OSError, ValueError, EOFError):
+            continue
+        values = np.concatenate([array.reshape(-1) for array in arrays])
+        if len(values) == frames:  # others are numbers of atoms
+            found[name] = values.tolist()
+    return found
 
 
 def _labels(path: Path) -> dict[str, bool]:

@@ -24,6 +24,8 @@ _LIKELY = {
 """Label -> pattern of the names, in small letters, that fields with the label usually have."""
 _UNLIKELY = r"kin|atom|form|hull|free|zero|zpe|bind|ads|std|spread|error|correct|initial"
 """Pattern of names that are less likely than the others."""
+_OTHER = r"kin|atom|form|hull|zero_point|zpe|bind|ads|std|spread|error|correct"
+"""Pattern of names of other quantities, which are listed but never suggested."""
 
 
 def missing_label(label: str, name: str, fields: Mapping[str, Any], atoms: int, *, because: str = "") -> StructureError:
@@ -41,7 +43,7 @@ def missing_label(label: str, name: str, fields: Mapping[str, Any], atoms: int, 
     listed = [*likely, *(field for field in found if field not in likely)][:MOST]
     if listed and not because:
         names = ", ".join(f"'{field}'" for field in listed)
-        best = likely[0] if likely else "..."
+        best = next((field for field in likely if not re.search(_OTHER, field.lower())), "...")
         text += f'; it has {names}: name the right one as [fields] {label} = "{best}" in the file given with --config'
         if label == "forces" and "grad" in best.lower():
             text += " (with a minus sign in the unit of forces, for a gradient)"

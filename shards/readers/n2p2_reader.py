@@ -71,5 +71,6 @@ def _parse(text: str, source_id: str, maker: FrameMaker, no_conversion: Any) -> 
         # With its own units as those of the file, ASE leaves all numbers unchanged.
         read: Any = ase.io.read(io.StringIO(text), format="runnerdata", parallel=False, input_units=no_conversion)
     except Exception as error:  # depends on the damage: KeyError, ValueError, IndexError, ...
-        return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
+        fault = StructureError("unreadable", f"its lines cannot be parsed ({brief(error)})")
+        return Frame(source_id=source_id, error=fault)
     return frame_from_atoms(cast(Atoms, read), source_id, maker)

@@ -156,6 +156,7 @@ def test_no_cell_is_lost(tmp_path, header, words):
         ('pbc="2 1 0"', ("must be like",)),
         ("pbc=", ("must be like",)),
         ('pbc="T T T" PBC="F F F"', ("pbc twice",)),
+        ("energy=-1.0 energy=-2.0", ("energy twice, as '-1.0' and as '-2.0'",)),
     ],
 )
 def test_no_periodicity_is_lost(tmp_path, entry, words):

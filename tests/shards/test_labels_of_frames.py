@@ -126,6 +126,8 @@ def test_words_of_a_comment_are_no_labels(tmp_path):
     [
         ("REF_energy=-1 T=300", ("'REF_energy', 'T'", '[fields] energy = "REF_energy"', "--config")),
         ("dft_energy=-1 kinetic_energy=1", ('[fields] energy = "dft_energy"', "'kinetic_energy'")),
+        ("kinetic_energy=1 step=3", ('[fields] energy = "..."', "'kinetic_energy'")),
+        ("formation_energy=1", ('[fields] energy = "..."', "'formation_energy'")),
         ("free_energy=-1 step=3", ('[fields] energy = "free_energy"',)),
         ("energy_wb97x=-1", ('[fields] energy = "energy_wb97x"',)),
         ("E=-1 n=3", ('[fields] energy = "E"',)),

@@ -139,3 +139,28 @@ def test_a_charge_among_the_attributes_of_a_group_is_read(tmp_path):
         file["H2O"].attrs["total_charge"] = -1
     manifest = convert([tmp_path / "a.h5"], "t", tmp_path / "out", ConvertSettings(format="hdf5_groups"))
     assert manifest.charged_structures == 4
+
+
+@pytest.mark.parametrize(("name", "charged"), [("charge", 2), ("total_charge", 0), ("total_spin", 0)])
+def test_files_of_deepmd_systems(tmp_path, name, charged):
+    (tmp_path / "sys" / "set.000").mkdir(parents=True)
+    (tmp_path / "sys" / "type.raw").write_text("0\n0\n")
+    (tmp_path / "sys" / "type_map.raw").write_text("H\n")
+    (tmp_path / "sys" / "nopbc").write_text("")
+    coordinates = np.array([[0, 0, 0, 0, 0, 0.7 + 0.01 * n] for n in range(4)])
+    arrays = {
+        "coord": coordinates,
+        "energy": np.arange(-4.0, 0.0),
+        "force": np.zeros((4, 6)),
+        name: np.array([2, 0, 0, 2]),
+    }
+    for key, array in arrays.items():
+        np.save(tmp_path / "sys" / "set.000" / f"{key}.npy", array)
+    manifest = convert(
+        [tmp_path / "sys"],
+        "t",
+        tmp_path / "out",
+        ConvertSettings(format="deepmd", split={"train": 1, "val": 0, "test": 0}),
+    )
+    assert manifest.charged_structures == charged
+    assert sum("is not read" in text for text in manifest.warnings) == (charged == 0)

@@ -99,4 +99,4 @@ def _text(value: Any) -> str:
         return ""
     if array.size != 1 or np.isnan(array).any():
         return ""
-    return f"{float(array.reshape(-1)[0]) + 0.0:g}"
+    return f"{round(float(array.reshape(-1)[0]), 6) + 0.0:g}"  # charges may miss a whole number by rounding

@@ -46,6 +46,8 @@ class Header:
         others = [entry for entry in found if entry.value is None or entry.key.lower() not in _NAMES]
         _check_taken_in(others, own)
         _check_quoted(found)
+        for name in dict.fromkeys(entry.key for entry in others):
+            _check_equal(name, [entry.value for entry in others if entry.key == name and entry.value is not None])
         check_lookalikes(others, own, line)
         info: dict[str, Any] = {}
         if own["Lattice"] is not None:
@@ -61,15 +63,19 @@ class Header:
 
 def _only(name: str, found: Sequence[Entry]) -> str | None:
     """Return the text of a key in any case, None if it is absent; raise StructureError for two different ones."""
-    texts = list(
-        dict.fromkeys(entry.value for entry in found if entry.value is not None and entry.key.lower() == name.lower())
-    )
-    if len(texts) > 1:
+    texts = [entry.value for entry in found if entry.value is not None and entry.key.lower() == name.lower()]
+    _check_equal(name, texts)
+    return texts[0] if texts else None
+
+
+def _check_equal(name: str, texts: Sequence[str]) -> None:
+    """Raise StructureError if a key has several values, of which only the last would count."""
+    other = next((text for text in texts if text != texts[0]), None)
+    if other is not None:
         raise StructureError(
             "header",
-            f"the comment line has {name} twice, as '{texts[0][:40]}' and as '{texts[1][:40]}'; remove one of them",
+            f"the comment line has {name} twice, as '{texts[0][:40]}' and as '{other[:40]}'; remove one of them",
         )
-    return texts[0] if texts else None
 
 
 def _check_taken_in(others: Sequence[Entry], own: dict[str, str | None]) -> None:
