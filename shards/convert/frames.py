@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
 from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.checks.unread_conditions import UnreadConditions
+from hydrazero.shards.convert.checks.unread_stress import UnreadStress
 from hydrazero.shards.convert.checks.work import WorkPairs
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.splits import group_key, is_isolated_atom, is_selected, split_of, split_of_file
@@ -56,6 +57,8 @@ class Chunk:
     """Values of the fields that name the method of the labels."""
     unread_conditions: UnreadConditions = field(default_factory=UnreadConditions)
     """Values of fields that look like a charge or a spin and are not read."""
+    unread_stress: UnreadStress = field(default_factory=UnreadStress)
+    """Names of fields that look like a stress and are not read."""
     units: SourceUnits | None = None
     """Units of the first structure."""
 
@@ -92,6 +95,7 @@ class Chunk:
         self.units = self.units or frame.units
         self.methods.add(frame.info)
         self.unread_conditions.add(frame.info, frame.structure, settings)
+        self.unread_stress.add(frame.info, frame.structure, settings)
 
     def encode(self, float_dtype: str) -> bytes:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
@@ -99,6 +103,7 @@ class Chunk:
         about["lacking"] = json.dumps([self.lacking, self.fields])
         about["methods"] = json.dumps(self.methods.counts)
         about["units"] = self.units.model_dump_json() if self.units else ""
+        about["unread_stress"] = json.dumps(self.unread_stress.counts)
         about["unread_conditions"] = json.dumps(self.unread_conditions.counts)
         columns: dict[str, Any] = {"splits": np.array(self.splits, dtype=np.uint8)}
         if self.structures:
@@ -228,6 +233,7 @@ class ChunkFile:
         self.lacking, self.fields = json.loads(about.get("lacking", "[{}, []]"))
         self.methods = MethodFields(json.loads(about.get("methods", "{}")))
         self.unread_conditions = UnreadConditions(json.loads(about.get("unread_conditions", "{}")))
+        self.unread_stress = UnreadStress(json.loads(about.get("unread_stress", "{}")))
         self.units = SourceUnits.model_validate_json(about["units"]) if about.get("units") else None
         self._names = set(self._file.keys())
 

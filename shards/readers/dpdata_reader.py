@@ -27,8 +27,8 @@ def read_deepmd(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     """Yield the frames of a DeePMD system: type.raw, type_map.raw and the arrays of set.*; it must fit into memory.
 
     A system may lack energies, forces or virials in all of its sets. A charge or multiplicity is read from files such
-    as charge.npy. Raises SourceError if dpdata cannot read the
-    system, if its sets hold different labels, or if its types differ between frames (deepmd/npy/mixed).
+    as charge.npy. Raises SourceError if dpdata cannot read the system, if its sets hold different labels, or if its
+    types differ between frames (deepmd/npy/mixed).
     """
     dpdata = optional_module("dpdata", "dpdata", f"{path}: reading a DeePMD folder")
     if not (path / MARKER).is_file():

@@ -1,4 +1,4 @@
-"""A charge or spin under a name that is not read is never lost without a word."""
+"""A charge, a spin or a stress under a name that is not read is never lost without a word."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ase.io
 import h5py
 import numpy as np
 import pytest
-from ase.build import molecule
+from ase.build import bulk, molecule
 from sources import labelled
 
 from hydrazero.shards.convert.convert import convert
@@ -164,3 +164,24 @@ def test_files_of_deepmd_systems(tmp_path, name, charged):
     )
     assert manifest.charged_structures == charged
     assert sum("is not read" in text for text in manifest.warnings) == (charged == 0)
+
+
+@pytest.mark.parametrize(("name", "label"), [("virial", "virial"), ("REF_virials", "virial"), ("Stress", "stress")])
+def test_a_stress_under_another_name_is_said_and_can_be_read(tmp_path, name, label):
+    frames = []
+    for seed in range(8):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=seed)
+        atoms = labelled(atoms)
+        atoms.info[name] = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+        del atoms.calc.results["stress"]
+        frames.append(atoms)
+    manifest = converted(tmp_path / "a.extxyz", frames)
+    (warning,) = [text for text in manifest.warnings if "is not read" in text]
+    assert warning.startswith(f"8 structures have a field '{name}', which is not read, and no stress")
+    assert f'[fields] {label} = "{name}" reads it' in warning and "stress" not in manifest.labels
+    read = converted(tmp_path / "a.extxyz", frames, fields={label: name})
+    assert "stress" in read.labels and not [text for text in read.warnings if "is not read" in text]
+    assert not [
+        text for text in converted(tmp_path / "a.extxyz", frames, fields={"stress": ""}).warnings if "stress" in text
+    ]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hydrazero.shards.convert.checks.magnitudes import EnergySample
 from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.checks.unread_conditions import UnreadConditions
+from hydrazero.shards.convert.checks.unread_stress import UnreadStress
 from hydrazero.shards.convert.frames import ChunkFile
 from hydrazero.shards.readers.frames import SourceUnits
 from hydrazero.shards.structure import FloatArray
@@ -33,6 +34,8 @@ class Evidence:
         """Values of the fields that name the method of the labels."""
         self.unread_conditions = UnreadConditions()
         """Values of fields that look like a charge or a spin and are not read."""
+        self.unread_stress = UnreadStress()
+        """Names of fields that look like a stress and are not read."""
         self.units: SourceUnits | None = None
         """Units of the first structure, which a file may state."""
 
@@ -41,6 +44,7 @@ class Evidence:
         self.units = self.units or file.units
         self.methods.merge(file.methods)
         self.unread_conditions.merge(file.unread_conditions)
+        self.unread_stress.merge(file.unread_stress)
         pairs = file.column("work")
         if len(pairs) and self._kept < MOST_PAIRS:
             self._pairs.setdefault(source, []).append(pairs)

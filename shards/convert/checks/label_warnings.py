@@ -14,6 +14,7 @@ def label_warnings(job: Conversion, evidence: Evidence, equal_geometries: str | 
     """Return what is doubtful in the labels of a task; it depends on the sources and the settings alone."""
     units = evidence.units or job.settings.units
     found = [equal_geometries, *evidence.methods.warnings(), *evidence.unread_conditions.warnings()]
+    found += evidence.unread_stress.warnings()
     sample = evidence.sample()
     found += energy_warnings(sample, units) or [same_atoms_warning(sample)]
     found.append(force_warning(median_of(total.forces, FORCE_EDGES), units))
