@@ -70,6 +70,15 @@ def test_neutral_structures_and_singlets_lose_nothing(tmp_path, name, values, sa
     assert len(found) == said and all(f"'{name}'" in text for text in found)
 
 
+@pytest.mark.parametrize("charge", [0, np.nan])
+def test_a_charge_that_is_zero_or_unknown_beside_another(tmp_path, charge):
+    frames = waters("charge", [charge] * 10)
+    for number, atoms in enumerate(frames):
+        atoms.info["total_charge"] = number % 2
+    (warning,) = [text for text in converted(tmp_path / "a.extxyz", frames).warnings if "is not read" in text]
+    assert warning.startswith(CHARGE.format("total_charge", "0 in 5, 1 in 5 frames"))
+
+
 def test_charges_of_atoms_that_add_up_to_a_total_charge_are_said(tmp_path):
     frames = []
     for seed in range(20):

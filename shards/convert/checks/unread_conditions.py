@@ -39,7 +39,7 @@ class UnreadConditions:
                 continue
             chosen = settings.columns.get(kind, getattr(settings.fields, kind))
             # The value 0 stands for a neutral structure and for one whose charge was not given.
-            if chosen and not read[kind] and name != chosen and info.get(chosen) is None and (text := _text(value)):
+            if chosen and not read[kind] and name != chosen and (text := _text(value)):
                 self._add(kind, name, text, 1)
 
     def merge(self, other: UnreadConditions) -> None:
