@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """Errors of file systems without locks, such as Lustre mounted without flock."""
+MOST_BYTES = 1 << 30
+"""Largest file that is read into memory as a whole: a manifest, a record, or metrics."""
 LONGEST_NOTE = 300
 """Bytes of the note on the process that holds a lock."""
 
@@ -218,6 +220,10 @@ def _read_bytes(source: Path | Traversable, name: str, hint: str = "") -> bytes:
         what = "is a folder" if source.is_dir() else "is not a regular file"  # to open a pipe would wait for a writer
         raise ConfigError(f"{name} {what}; name a file.")
     try:
+        if isinstance(source, Path) and (size := source.stat().st_size) > MOST_BYTES:
+            raise ConfigError(
+                f"{name} has {size:,} bytes, more than the {MOST_BYTES:,} that are read; name a smaller one."
+            )
         return source.read_bytes()
     except OSError as error:
         advice = f"; {hint}" if hint else ""

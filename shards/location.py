@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 from urllib.parse import quote
 
 from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.files import MOST_BYTES
 from hydrazero.shards.text.names import NAME_RULE, is_name, path_fault
 
 WEB = ("http://", "https://")
@@ -28,8 +29,6 @@ CURL = (
 )
 """Command that prints what is at a web address: no other protocols, even if the server redirects to one."""
 CHUNK = 1 << 20
-MOST_BYTES = 1 << 30
-"""Largest file that is read as a whole from a web server or a command: a manifest."""
 END_WITHIN = 10.0
 """Seconds within which a command must end after its output has been closed."""
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, TypeAdapter
 
 from hydrazero.shards.errors import ConfigError, ShardError
-from hydrazero.shards.files import write_text
+from hydrazero.shards.files import MOST_BYTES, write_text
 from hydrazero.shards.location import Location, address, check_file, is_remote, read_whole
 from hydrazero.shards.manifest_parts import (
     Degrees,
@@ -179,6 +179,8 @@ def _manifest_bytes(folder: Location) -> bytes:
             f"{folder} holds no {MANIFEST_NAME}, so it is not a finished conversion; run 'hydrazero convert'."
         )
     check_file(str(folder), MANIFEST_NAME)
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ShardError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read; {AGAIN}.")
     return path.read_bytes()
 
 

@@ -14,7 +14,13 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.launcher_variables import launcher_rank
 from hydrazero.shards.processes import end_with_parent
-from hydrazero.trainer.checkpoint.folders import latest_checkpoint, step_of, usable_checkpoint
+from hydrazero.trainer.checkpoint.folders import (
+    folder_of,
+    latest_checkpoint,
+    restoring,
+    step_of,
+    usable_checkpoint,
+)
 from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
 from hydrazero.trainer.config.resume_rules import sentences_on, starts_anew
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
@@ -125,8 +131,9 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             said.append(resumed_from(state, engine))
         changes = distributed.from_first(lambda: changes_since(run_dir, state, checked.settings))
         if folder is not None:
-            apply_settings(engine, configured, [change.key for change in changes])
-        said += sentences_on(changes, state)
+            with restoring(folder):
+                apply_settings(engine, configured, [change.key for change in changes])
+                said += sentences_on(changes, state)
 
     log = RunLog(run_dir, config.train.steps, start=state["step"], settings=hyperparameters(config.model_dump()))
     stop = StopRequest(config.train.max_hours, used_hours, config.train.budget_seconds)
@@ -154,7 +161,8 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
             log.say(compile_steps(engine))
         trainer = Trainer(run_dir, config.train, parts)
         if state["step"]:
-            trainer.load(state, starts_anew(changes))
+            with restoring(folder_of(run_dir, state["step"])):
+                trainer.load(state, starts_anew(changes))
         trainer.train()
 
 

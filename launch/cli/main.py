@@ -47,6 +47,9 @@ class HydrazeroGroup(click.Group):
         except HydrazeroError as error:
             echo(f"Error: {escaped(error)}", err=True)
             ctx.exit(error.exit_status)
+        except MemoryError:
+            echo("Error: the memory of this machine does not suffice; use smaller files or batches.", err=True)
+            ctx.exit(1)
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough; click ends the process
         except OSError as error:

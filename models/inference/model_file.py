@@ -213,6 +213,23 @@ def _check_digest(path: Path, metadata: dict[str, str], card: dict[str, Any]) ->
         )
 
 
+def check_weights_sum(path: Path) -> None:
+    """Raise ModelFileError unless the weights of a file are those that were written, which earlier files do not say."""
+    digest = _metadata(path).get("weights_sha256")
+    if digest is None:
+        return
+    try:
+        weights = safetensors.torch.load_file(str(path))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ModelFileError(f"{path} cannot be read ({_brief(error)}); copy it again.") from error
+    _compare_sum(path, digest, weights)
+
+
+def _compare_sum(path: Path, digest: str | None, weights: dict[str, torch.Tensor]) -> None:
+    if digest not in (None, sha256_of(weights)):  # files of earlier versions do not contain it
+        raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
+
+
 def _metadata(path: Path) -> dict[str, str]:
     if path.is_dir():
         raise ModelFileError(
@@ -263,8 +280,7 @@ def read_model(path: Path) -> AtomisticModel:
             expected = model_from_facts(facts)
         check_shapes(path, expected)
         weights = safetensors.torch.load_file(str(path))
-        if digest not in (None, sha256_of(weights)):  # files of earlier versions do not contain it
-            raise ModelFileError(f"{path} is damaged: its weights are not those that were written; copy it again.")
+        _compare_sum(path, digest, weights)
         check_weights(path, weights, DTYPES[facts["dtype"]])
         read_card(path)
         model = model_from_facts(facts).to(_compute_dtype(weights))

@@ -204,7 +204,7 @@ def sources_of(
                 say(sentence)
     files = [source for source in sources if isinstance(source, FileSource)]
     for source, name in zip(files, distinct_names([source.path for source in files]), strict=True):
-        source.name = name
+        source.name = escaped(name)
     return sources
 
 

@@ -52,7 +52,10 @@ def start_of_stream(
 
     If the number of lanes has changed, the rest of the epoch is dealt again: each structure goes to one new lane.
     """
-    lanes, turns, past = _parsed(saved)
+    try:
+        lanes, turns, past = _parsed(saved)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"the checkpoint's position in the data cannot be read ({error!r}).") from error
     if saved and (len(lanes), len(turns)) != (ranks * workers, ranks):
         past, lanes = (*past, lanes), ()
     rest, pending = None, []
@@ -130,7 +133,7 @@ def saved_state(fingerprint: str, past: tuple[Lanes, ...], of_ranks: Sequence[by
 
 def check_fingerprint(saved: dict[str, Any] | None, fingerprint: str) -> None:
     """Raise ConfigError if a saved position belongs to other data, another seed or another mixture."""
-    if saved and saved["fingerprint"] != fingerprint:
+    if saved and saved.get("fingerprint") != fingerprint:
         raise ConfigError(
             "the checkpoint's position in the data belongs to other shards, another run.seed or another "
             "data.temperature; resume with the same ones, or start a new run."

@@ -52,7 +52,8 @@ def trained(tmp_path, monkeypatch) -> tuple[Path, Path, AtomisticModel]:
     step.mkdir(parents=True)
     (step / "checksums.json").write_text("{}")
     manifests = {"task0": manifest_sha256(shards)}
-    start = {"command": "", "started": "", "versions": {}, "model": {}, "train": {"steps": 20}, "ranks": 1}
+    settings = {"encoder": "painn", "features": 8, "layers": 2, "cutoff": 4.0}
+    start = {"command": "", "started": "", "versions": {}, "model": settings, "train": {"steps": 20}, "ranks": 1}
     tasks = [{"name": "task0", "shards": str(shards)}]
     write_json(folder / "run.json", {**start, "manifests": manifests, "tasks": tasks})
     monkeypatch.setattr(exporting, "model_of_run", lambda _: deepcopy(model))
@@ -78,6 +79,11 @@ def test_a_card_tells_data_and_test_errors(trained, tmp_path):
     for word in ("a_run, step 20", "eV/Å³", "C Cl H Na O", manifest_sha256(shards)[:12], f"{errors['forces']:.2f}"):
         assert word in shown, word
     assert json.loads(run("inspect", out, "--json")) == card
+    with safetensors.safe_open(str(out), framework="pt") as file:
+        weights, metadata = {name: 2 * file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    safetensors.torch.save_file(weights, str(tmp_path / "other.safetensors"), metadata=metadata)
+    said = run("inspect", tmp_path / "other.safetensors", exit_code=1)
+    assert "other.safetensors is damaged: its weights are not those that were written" in said
     one = tmp_path / "one.safetensors"
     run("export", folder, "--out", one, "--tasks", "task0", "--dtype", "float64")
     assert list(read_card(one)["tasks"]) == ["task0"] and read_card(one)["tasks"]["task0"]["errors"] == errors

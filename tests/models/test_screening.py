@@ -659,3 +659,12 @@ def test_neighbours_found_in_batch_are_those_of_the_workers(model, tmp_path):
     for one, other in zip(rows_of(tmp_path / "device.parquet"), rows_of(tmp_path / "host.parquet"), strict=True):
         assert one["energy_task0"] == pytest.approx(other["energy_task0"], abs=1e-4)
         np.testing.assert_allclose(one["forces_task0"], other["forces_task0"], atol=1e-4)
+
+
+def test_names_of_files_are_text_in_results(tmp_path):
+    """A name that is not UTF-8, and one with a line break."""
+    paths = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.extxyz")), tmp_path / "a\nb.extxyz"]
+    for path in paths:
+        write_extxyz(tmp_path / "plain.extxyz", molecules(1)).rename(path)
+    names = [source.name for source in sources_of(paths)]
+    assert names == ["\\udcff.extxyz", "a\\nb.extxyz"]

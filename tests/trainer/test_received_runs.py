@@ -132,9 +132,10 @@ def test_plain_pickles_and_damaged_files_are_errors(tmp_path):
 
 def test_positions_in_the_data_hold_no_code(tmp_path):
     assert rank_state((), 1) == b'{"turn":1,"lanes":[]}'
-    state = {"fingerprint": "", "past": [], "ranks": [pickle.dumps(Calls(tmp_path / "made"), protocol=4)]}
-    with pytest.raises(ConfigError, match="position in the data cannot be read"):
-        start_of_stream([], 0, 1, 0, state)
+    for rank in (pickle.dumps(Calls(tmp_path / "made"), protocol=4), b"{}", b'{"lanes":[{"epoch":1}]}', 5):
+        state = {"fingerprint": "", "past": [], "ranks": [rank]}
+        with pytest.raises(ConfigError, match="position in the data cannot be read"):
+            start_of_stream([], 0, 1, 0, state)
     assert not (tmp_path / "made").exists()
 
 
@@ -211,3 +212,43 @@ def test_a_run_file_that_a_user_starts_may_name_commands(home, tmp_path):
         assert result.exit_code == 0, result.output
     refused(hydrazero("evaluate", tmp_path / "run"), "names a command for its shards")
     assert hydrazero("evaluate", tmp_path / "run", home / "metals").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("run_state.pt", {"step": "x"}, "run_state.pt has other content than it should have (step: "),
+        ("run_state.pt", {"step": 2}, "run_state.pt is of step 2"),
+        ("run_state.pt", {"best": {"a": 1}}, "(best.step: "),
+        ("run_state.pt", {"interval": {"a": 1}}, "does not hold the state of this run ('since' is missing)"),
+        ("run_state.pt", {"balance": {"a": 1}}, "does not hold the state of this run ('method' is missing)"),
+        ("run_state.pt", {"layout": {"a": 1}}, "does not hold the state of this run ('places' is missing)"),
+        ("run_state.pt", {"random": {"cpu": 1}}, "does not hold the state of this run"),
+        ("run_state.pt", {"settings": {"a": 1}}, "does not hold the state of this run ('a' is missing)"),
+        ("run_state.pt", {"stream": {"a": 1}}, "position in the data belongs to other shards"),
+        ("run_state.pt", {"facts_sha256": None}, "model.json is not the one with which checkpoint"),
+        ("mp_rank_00_model_states.pt", {"module": None}, "does not hold the state of this run"),
+        (
+            "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+            {"optimizer_state_dict": None},
+            "does not hold the state of this",
+        ),
+    ],
+)
+def test_checkpoints_of_another_form_are_named(home, run, name, changed, said):
+    for folder in checkpoints(run)[-1:]:
+        content = torch.load(folder / name, weights_only=False)
+        torch.save({**content, **changed}, folder / name)
+        sign(folder)
+    place(home, run)
+    refused(resume(run), said)
+
+
+def test_the_advice_of_torch_to_load_pickles_is_not_repeated(tmp_path):
+    path = tmp_path / "state.pt"
+    torch.save(Calls(tmp_path / "made"), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        ConfigError, match=r"state.pt is not loaded, since that would call '[\w.]+'; use one from"
+    ) as caught:
+        safe_load(path)
+    assert "weights_only" not in str(caught.value)

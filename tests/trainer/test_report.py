@@ -247,6 +247,86 @@ def test_damaged_files_are_named(tmp_path):
         write_report([run])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss", "x"),
+        ("loss", [1.0]),
+        ("loss", -1e300),
+        ("loss", 10**400),
+        ("memory_mb", {}),
+        ("skipped_steps", "x"),
+        ("weights", {"plain": "x"}),
+        ("cosines", "x"),
+        ("cosines", [[1.0, 2.0], [3.0]]),
+        ("cosines", [[1.0] * 3] * 3),
+    ],
+)
+def test_metrics_that_are_no_numbers_are_named(tmp_path, key, value):
+    path = made_run(tmp_path) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, key: value}) + "\n" for row in rows))
+    run = read_run(tmp_path, "run")
+    with pytest.raises(ConfigError, match=rf"metrics.jsonl: {key}[.\w]* of step \d+ \(\w+\) "):
+        cosines(run) if key == "cosines" else run.series("train", key, *(["plain"] if key == "weights" else []))
+
+
+@pytest.mark.parametrize(
+    ("changed", "place"),
+    [
+        ({"balance": 5}, "balance"),
+        ({"data": {"temperature": "x"}}, "data.temperature"),
+        ({"loss": []}, "loss"),
+        ({"model": {}}, "model.encoder"),
+        ({"resumes": [{"step": 1, "steps": 5, "changes": [1]}]}, "resumes.0.changes.0"),
+        ({"resumes": [{"step": 1, "steps": 5, "changes": [{"key": "a", "old": 1, "new": 2, "x": 3}]}]}, "changes.0.x"),
+        ({"resumes": [{"step": 10**400, "steps": 5}]}, "resumes.0.step"),
+    ],
+)
+def test_records_of_another_form_are_named(tmp_path, changed, place):
+    path = made_run(tmp_path) / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ConfigError, match=rf"run.json has other content than it should have \([\w.]*{place}: "):
+        write_report([tmp_path])
+
+
+def test_resumes_without_a_date_are_shown(tmp_path):
+    path = made_run(tmp_path) / "run.json"
+    change = {"key": "train.steps", "old": 5, "new": 20}
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "resumes": [{"step": 4, "steps": 20, "changes": [change]}]})
+    )
+    page = write_report([tmp_path]).read_text()
+    assert "resumed from step 4 on an unknown date" in page and "Settings changed at step 4: train.steps 5" in page
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("energy", None, "it lacks the column"),
+        ("energy", "x", "Failed to parse string"),
+        ("numbers", "x", "has no kernel"),
+        ("forces", [[1.0]], "sequence"),
+    ],
+)
+def test_predictions_of_another_form_are_named(tmp_path, column, value, said):
+    path = made_run(tmp_path) / "predictions" / "plain.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index(column)
+    rest = table.remove_column(place)
+    pq.write_table(rest if value is None else rest.add_column(place, column, pa.array([value] * len(table))), path)
+    with pytest.raises(ConfigError, match=rf"plain.parquet cannot be read \(.*{said}.*run 'hydrazero evaluate' again"):
+        write_report([tmp_path])
+
+
+def test_files_larger_than_memory_are_not_read(tmp_path):
+    path = made_run(tmp_path) / "metrics.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl has 1,099,511,627,776 bytes, more than the 1,073,741,824"):
+        write_report([tmp_path])
+
+
 def test_truncate_leaves_what_came_before(tmp_path):
     run = made_run(tmp_path / "run")
     truncate_metrics(run, 7)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.files import read_json, write_json
 from hydrazero.shards.text.names import path_fault
 
@@ -118,6 +120,22 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{folder} cannot be read ({error})"
     return None
+
+
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Raise ConfigError for what goes wrong because a checkpoint holds other values than its run has written."""
+    try:
+        yield
+    except HydrazeroError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if type(error) is not RuntimeError and isinstance(error, RuntimeError):
+            raise  # of a device or of the network
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"checkpoint {folder} does not hold the state of this run ({reason}); use one that is intact."
+        ) from error
 
 
 def usable_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:

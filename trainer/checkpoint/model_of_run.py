@@ -12,7 +12,7 @@ from torch import Tensor
 from hydrazero.models.atomistic import AtomisticModel, model_from_facts
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.shards.errors import ConfigError
-from hydrazero.trainer.checkpoint.folders import checkpoint_named, checkpoints, damage, step_of
+from hydrazero.trainer.checkpoint.folders import checkpoint_named, checkpoints, damage, restoring, step_of
 from hydrazero.trainer.checkpoint.save_load import read_state
 from hydrazero.trainer.checkpoint.zero_files import ZeroFiles
 from hydrazero.trainer.engine.low_rank import merged
@@ -35,11 +35,13 @@ def model_of_run(run_dir: Path, checkpoint: str = "best", *, averaged: bool = Tr
         others = ", ".join(str(step_of(each)) for each in checkpoints(run_dir) if each != folder)
         raise ConfigError(f"{wrong}; restore it from a copy, or use another checkpoint ({others or 'none is left'}).")
     model = model_from_facts(facts)
-    weights = weights_in(folder, partition_in(read_state(folder)["layout"]))
-    if averaged and (folder / AVERAGE_NAME).is_file():
-        weights.update(load_file(str(folder / AVERAGE_NAME)))
-    weights = merged(weights)
-    model = model.to(reduce(torch.promote_types, (value.dtype for value in weights.values()), torch.float32))
+    state = read_state(folder)
+    with restoring(folder):
+        weights = weights_in(folder, partition_in(state["layout"]))
+        if averaged and (folder / AVERAGE_NAME).is_file():
+            weights.update(load_file(str(folder / AVERAGE_NAME)))
+        weights = merged(weights)
+        model = model.to(reduce(torch.promote_types, (value.dtype for value in weights.values()), torch.float32))
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def safe_load(path: Path | str, map_location: Any = "cpu") -> Any:
     except ConfigError:
         raise
     except pickle.UnpicklingError as error:
-        said = str(error).strip().splitlines()
-        reason = next((line.strip() for line in said if "WeightsUnpickler error" in line), said[0] if said else "")
-        raise ConfigError(f"{path} is not loaded ({reason.rstrip('.')}); use a checkpoint that is intact.") from error
+        # The rest of what torch says is advice to load the file without protection.
+        call = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        reason = f"that would call '{call[1]}'" if call else "it is damaged, or is no file of a checkpoint"
+        raise ConfigError(f"{path} is not loaded, since {reason}; use one from a run that you trust.") from error
     except READ_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path} cannot be read ({reason}); use a checkpoint that is intact.") from error

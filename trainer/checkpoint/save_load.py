@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, NonNegativeInt
 from safetensors import SafetensorError
 
 from hydrazero.shards.device import device_kind, gpu_module
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import check_shape
 from hydrazero.trainer.checkpoint.folders import (
     CHECKSUMS_NAME,
     PART,
+    BestCheckpoint,
     Retention,
     file_sum,
     finish_checkpoint,
     folder_of,
     remove_leftovers,
+    restoring,
+    step_of,
 )
 from hydrazero.trainer.checkpoint.reshard import load_from_partition
 from hydrazero.trainer.checkpoint.safe_load import safe_load
@@ -34,6 +39,25 @@ from hydrazero.trainer.records.identity import check_identity
 
 STATE_NAME = "run_state.pt"
 """File in a checkpoint: position in the data, balancing, and everything else that all ranks share."""
+
+
+class RunState(BaseModel):
+    """What the state of a run must hold; its parts are checked by those that restore them."""
+
+    step: NonNegativeInt
+    best: BestCheckpoint | None
+    stale: NonNegativeInt
+    skipped_structures: NonNegativeInt
+    trained_seconds: float = 0.0
+    interval: dict[str, Any]
+    stream: dict[str, Any]
+    balance: dict[str, Any]
+    guard: dict[str, float]
+    random: dict[str, Any]
+    layout: dict[str, Any]
+    settings: dict[str, Any] = {}
+    average_steps: NonNegativeInt = 0
+
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Errors that a full disk raises, depending on the library that writes."""
@@ -145,6 +169,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ConfigError(f"{folder / STATE_NAME} does not hold the state of a run; use a checkpoint that is intact.")
     check_identity(folder.parent.parent, folder, state)
+    check_shape(state, str(folder / STATE_NAME), RunState, hint="use a checkpoint that is intact")
+    if state["step"] != step_of(folder):
+        raise ConfigError(f"{folder / STATE_NAME} is of step {state['step']}; use a checkpoint that is intact.")
     return state
 
 
@@ -163,6 +190,12 @@ def load_checkpoint(engine: TrainingEngine, folder: Path, average: WeightAverage
     weights and moments are partitioned anew; raises ConfigError if that is not possible.
     """
     state = from_first(lambda: read_state(folder))
+    with restoring(folder):
+        _restore(engine, folder, state, average)
+    return state
+
+
+def _restore(engine: TrainingEngine, folder: Path, state: dict[str, Any], average: WeightAverage | None) -> None:
     saved = partition_in(state["layout"])
     layout = layout_of(engine)
     if saved != layout.partition():
@@ -178,4 +211,3 @@ def load_checkpoint(engine: TrainingEngine, folder: Path, average: WeightAverage
         average.load(folder, state["average_steps"])
     elif average is not None:  # the run keeps an average only from here on
         average.start_here()
-    return state

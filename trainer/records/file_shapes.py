@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StrictBool, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, StrictFloat, StrictInt
 from typing_extensions import TypeAliasType
 
 from hydrazero.shards.text.names import FileName
@@ -14,6 +14,10 @@ RUN_NAME = "run.json"
 MODEL_FACTS_NAME = "model.json"
 """File with the settings of the model and the facts of its tasks."""
 EVALUATION_NAME = "evaluation.json"
+
+
+Step = Annotated[int, Field(ge=0, le=2**53, strict=True)]
+"""A step of a run, which plots can show."""
 
 
 class RunTask(BaseModel):
@@ -29,11 +33,33 @@ class RunSteps(BaseModel):
     steps: PositiveInt
 
 
-class Resume(BaseModel):
-    """An entry of `resumes` in `run.json`."""
+class RunModel(BaseModel):
+    """The table `model` of `run.json`."""
 
-    step: NonNegativeInt
-    steps: PositiveInt
+    encoder: str
+    features: PositiveInt
+    layers: PositiveInt
+    cutoff: float
+
+
+class RunLoss(BaseModel):
+    """The table `loss` of `run.json`."""
+
+    forces_weight: float = 1.0
+    stress_weight: float = 1.0
+    final_weights: dict[str, float] = {}
+
+
+class RunBalance(BaseModel):
+    """The table `balance` of `run.json`."""
+
+    method: str = ""
+
+
+class RunSampling(BaseModel):
+    """The table `data` of `run.json`."""
+
+    temperature: float = 1.0
 
 
 class Commit(BaseModel):
@@ -43,12 +69,35 @@ class Commit(BaseModel):
     changed: bool
 
 
+class Change(BaseModel):
+    """A setting that a resume changed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    old: Any
+    new: Any
+
+
+class Resume(BaseModel):
+    """An entry of `resumes` in `run.json`."""
+
+    step: Step
+    steps: PositiveInt
+    started: str = ""
+    git: Commit | None = None
+    changes: list[Change] = []
+
+
 class RunRecordShape(BaseModel):
     """The content of `run.json`: the tables of the run file, and how the run was started."""
 
     tasks: Annotated[list[RunTask], Field(min_length=1)]
     train: RunSteps
-    model: dict[str, Any]
+    model: RunModel
+    loss: RunLoss = RunLoss()
+    balance: RunBalance = RunBalance()
+    data: RunSampling = RunSampling()
     ranks: PositiveInt | None = None
     command: str
     started: str
@@ -90,7 +139,7 @@ class MetricsRow(BaseModel):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Numbers] = Field(init=False)
 
-    step: Annotated[int, Field(ge=0, strict=True)]
+    step: Step
     kind: str
     split: str = ""
 

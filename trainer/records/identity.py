@@ -49,7 +49,7 @@ def check_identity(run_dir: Path, folder: Path, state: Mapping[str, Any]) -> Non
             f"checkpoint {folder} was written by another run than the one in {run_dir / RUN_NAME}; put back the "
             "checkpoints and the files of one run."
         )
-    if state.get(FACTS) not in (None, here[FACTS]):
+    if state.get(FACTS) != here[FACTS] and (state.get(FACTS) is not None or here[RUN_ID] is not None):
         raise ConfigError(
             f"{run_dir / MODEL_FACTS_NAME} is not the one with which checkpoint {folder} was written, so the model "
             "would be another one; restore it from a copy of the run."

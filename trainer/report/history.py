@@ -157,7 +157,7 @@ def cosines(run: RunData) -> list[tuple[str, NDArray[np.float64]]]:
     rows = run.rows("balance")
     if not rows:
         return []
-    measured = np.array([row["cosines"] for row in rows], dtype=np.float64)
+    measured = np.array([run.matrix(row, "cosines") for row in rows])
     known = np.isfinite(measured)
     total = np.where(known, measured, 0.0).sum(axis=0)
     mean = np.divide(total, known.sum(axis=0), out=np.full(total.shape, np.nan), where=known.any(axis=0))

@@ -138,9 +138,11 @@ def _training(run: RunData) -> list[str]:
     parts = ["<h2>Losses</h2>", picture(overview([run]), "loss, learning rate, gradient norm over steps")]
     if not run.rows("evaluation"):
         parts.append(paragraph("No evaluation on the validation split has been logged yet."))
-    if skipped := max(row.get("skipped_structures", 0) for row in rows):
+    if skipped := max(run.series("train", "skipped_structures")[1], default=0):
         parts.append(
-            paragraph(f"{skipped:,} training structures were skipped because their blocks of shards could not be read.")
+            paragraph(
+                f"{skipped:,.0f} training structures were skipped because their blocks of shards could not be read."
+            )
         )
     parts += ["<h2>Learning curves</h2>", picture(learning_curves([run]), "errors of each task over steps")]
     parts.append(
@@ -227,7 +229,11 @@ def configuration(run: RunData) -> list[str]:
     ]
     parts.append(table(["task", "shards", "SHA-256 of the manifest"], rows, texts=(0, 1, 2)))
     for resume in record.get("resumes", []):
-        parts.append(facts(f"resumed from step {resume['step']:,} on {resume['started']}; {commit(resume)}"))
+        parts.append(
+            facts(
+                f"resumed from step {resume['step']:,} on {resume.get('started', 'an unknown date')}; {commit(resume)}"
+            )
+        )
     for step, changes in lasting_changes(record):
         parts.append(paragraph(f"Settings changed at step {step:,}: {', '.join(map(str, changes))}."))
     parts.append(f"<details><summary>run.json</summary><pre>{for_html(json.dumps(record, indent=1))}</pre></details>")

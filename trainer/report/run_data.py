@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,19 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.plots.parity import Array, OtherParity, Parity
-from hydrazero.trainer.records.run_files import EVALUATION_NAME, PREDICTIONS, RUN_NAME, read_metrics, read_run_json
+from hydrazero.trainer.records.run_files import (
+    EVALUATION_NAME,
+    METRICS_NAME,
+    PREDICTIONS,
+    RUN_NAME,
+    read_metrics,
+    read_run_json,
+)
 from hydrazero.trainer.records.task_errors import KEYS, Evaluation, TargetErrors, read_evaluation
+
+LARGEST = 1e100
+"""Largest number of a row of metrics.jsonl, apart from infinity: axes of plots do not reach farther."""
+AGAIN = "run 'hydrazero evaluate' again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +97,27 @@ class RunData:
                 value = value.get(key) if isinstance(value, dict) else None
             if value is not None:
                 steps.append(row["step"])
-                values.append(value)
+                values.append(self._number(value, row, keys))
         return steps, values
+
+    def matrix(self, row: Mapping[str, Any], key: str) -> Array:
+        """Return the numbers of all pairs of tasks, [tasks, tasks], under a key of a row; NaN where there is none."""
+        lines, tasks = row.get(key), len(self.tasks)
+        square = isinstance(lines, list) and all(isinstance(line, list) and len(line) == tasks for line in lines)
+        if not isinstance(lines, list) or not square or len(lines) != tasks:
+            raise self._misused(f"has no table of {tasks} x {tasks} numbers", row, [key])
+        return np.array(
+            [[math.nan if value is None else self._number(value, row, [key]) for value in line] for line in lines]
+        )
+
+    def _number(self, value: Any, row: Mapping[str, Any], keys: Sequence[str]) -> float:
+        if not isinstance(value, int | float) or LARGEST < abs(value) != math.inf:
+            raise self._misused("is not a number that can be drawn", row, keys)
+        return float(value)
+
+    def _misused(self, what: str, row: Mapping[str, Any], keys: Sequence[str]) -> ConfigError:
+        name = f"{'.'.join(keys)} of step {row['step']} ({row['kind']})"
+        return ConfigError(f"{self.path / METRICS_NAME}: {name} {what}; remove that line.")
 
     def error_series(self, kind: str, task: str, error: str) -> tuple[list[int], list[float]]:
         """Return steps and values of one of a task's errors, an attribute of `TaskErrors` such as 'energy_mae'."""
@@ -129,20 +160,28 @@ def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPre
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file")
-        table = pq.read_table(path).combine_chunks()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); run 'hydrazero evaluate' again.") from error
+        return _predictions(pq.read_table(path).combine_chunks(), targets)
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        reason = f"it lacks the column {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(f"{path} cannot be read ({reason}); {AGAIN}.") from error
+
+
+def _predictions(table: pa.Table, targets: Mapping[str, TargetErrors]) -> TaskPredictions:
+    """Return the predictions in a table; raise KeyError, ValueError or ArrowException for a table of another form."""
     atoms = _numbers(pc.list_value_length(table.column("numbers")))
     reference = _numbers(table.column("reference_energy"))
     forced = table.filter(pc.is_valid(table.column("forces")))
     force_numbers = _flat(forced, "numbers").astype(np.int64)
     sizes = _numbers(pc.list_value_length(forced.column("numbers"))).astype(np.int64)
+    forces, predicted = (_vectors(forced, name, len(force_numbers)) for name in ("forces", "forces_predicted"))
+    if len(force_numbers) and not 1 <= force_numbers.min() <= force_numbers.max() < len(chemical_symbols):
+        raise ValueError("a number in 'numbers' is not that of an element")
     others = {"stress": "eV/Å³", **{name: errors.unit for name, errors in targets.items()}}
     return TaskPredictions(
         energy=(_numbers(table.column("energy")) - reference) / atoms,
         energy_predicted=(_numbers(table.column("energy_predicted")) - reference) / atoms,
-        forces=_flat(forced, "forces"),
-        forces_predicted=_flat(forced, "forces_predicted"),
+        forces=forces,
+        forces_predicted=predicted,
         atoms=atoms,
         energy_spread=_numbers(table.column("energy_spread")) / atoms,
         force_atoms=np.repeat(sizes, sizes).astype(np.float64),
@@ -153,6 +192,14 @@ def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPre
             if (found := _other(table, name if name == "stress" else f"target_{name}", unit)) is not None
         },
     )
+
+
+def _vectors(table: pa.Table, name: str, atoms: int) -> Array:
+    """Return the numbers of a column with three for each atom."""
+    found = _flat(table, name)
+    if len(found) != 3 * atoms:
+        raise ValueError(f"'{name}' has {len(found)} numbers for {atoms} atoms")
+    return found
 
 
 def _numbers(column: Any) -> Array:
@@ -171,5 +218,7 @@ def _other(table: pa.Table, column: str, unit: str) -> OtherParity | None:
         return None
     known = table.filter(pc.is_valid(table.column(column)))
     true, predicted = _flat(known, column), _flat(known, f"{column}_predicted")
+    if len(true) != len(predicted):
+        raise ValueError(f"'{column}' and '{column}_predicted' differ in length")
     kept = np.isfinite(true)
     return OtherParity(unit=unit, true=true[kept], predicted=predicted[kept]) if kept.any() else None

@@ -37,15 +37,14 @@ def comparison(runs: Sequence[RunData]) -> list[str]:
 def _facts(runs: Sequence[RunData]) -> list[str]:
     rows = []
     for run in runs:
-        trained = run.rows("train")
-        memory = [row["memory_mb"] for row in trained if row.get("memory_mb") is not None]
+        memory = run.series("train", "memory_mb")[1]
         rows.append(
             [
                 run.label,
                 progress(run),
                 str(run.record.get("ranks", "-")),
-                shown(_median(trained, "structures_per_s")),
-                shown(_median(trained, "data_wait_share", 100.0)),
+                shown(_median(run, "structures_per_s")),
+                shown(_median(run, "data_wait_share", 100.0)),
                 f"{max(memory):,.0f}" if memory else "-",
             ]
         )
@@ -53,8 +52,8 @@ def _facts(runs: Sequence[RunData]) -> list[str]:
     return [table(headings, rows, texts=(0, 1)), *(facts(f"{run.label}: {commit(run.record)}") for run in runs)]
 
 
-def _median(rows: list[dict[str, Any]], key: str, factor: float = 1.0) -> float | None:
-    values = [row[key] for row in rows if row.get(key) is not None]
+def _median(run: RunData, key: str, factor: float = 1.0) -> float | None:
+    values = run.series("train", key)[1]
     return factor * float(np.median(values)) if values else None
 
 

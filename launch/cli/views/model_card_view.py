@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from hydrazero.models.inference.model_card import Origin, model_facts
-from hydrazero.models.inference.model_file import read_card, read_model
+from hydrazero.models.inference.model_file import check_weights_sum, read_card, read_model
 from hydrazero.shards.text.terminal import plain
 
 SHOWN_HASH = 12
@@ -20,10 +20,11 @@ SHOWN_HASH = 12
 def card_of(path: Path) -> dict[str, Any]:
     """Return the card of a model file, or, for an old file without one, what is known of its model.
 
-    Raises ModelFileError as `read_card` does.
+    Raises ModelFileError as `read_card` does, and if its weights are not those that the card is about.
     """
     card = read_card(path)
     if card is not None:
+        check_weights_sum(path)  # a card says nothing about other weights
         return card
     model = read_model(path)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
