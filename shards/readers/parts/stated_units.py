@@ -157,8 +157,8 @@ def with_stated_units(
 def _check_forces(settings: ReadSettings, changes: Mapping[str, str], source: object, present: Collection[str]) -> None:
     """Raise SourceError for forces without a unit beside energies that are stated to be in another unit than eV."""
     energy = changes.get("energy", "eV")
-    told = "forces" in changes or "forces" in settings.units.model_fields_set
-    if "forces" in present and not told and not _alike(energy_factor(energy), 1.0):
+    stated = "forces" in changes or "forces" in settings.units.model_fields_set
+    if "forces" in present and not stated and not _alike(energy_factor(energy), 1.0):
         raise SourceError(
             f"{source} states the unit '{energy}' for the energy and none for the forces; name it by units.forces."
         )
