@@ -40,6 +40,9 @@ WORDS = {
 
 PER_ATOM = re.compile(r"(?P<unit>.+?)\s*(?:/|per)\s*atom", re.IGNORECASE)
 
+NO_UNIT = ("", "1", "none", "unknown", "dimensionless", "unitless", "n/a")
+"""Texts, in small letters, that stand in place of a unit and state none."""
+
 SAME = 1e-3
 """Relative difference between factors that different values of the constants explain."""
 
@@ -204,7 +207,7 @@ def _unit(value: str | float) -> str | float:
 
 
 def _says_nothing(unit: str | float) -> bool:
-    return isinstance(unit, str) and unit.strip().lower() in ("", "1", "none", "unknown", "dimensionless", "n/a")
+    return isinstance(unit, str) and unit.strip().lower() in NO_UNIT
 
 
 def _text(value: Any) -> str | None:
