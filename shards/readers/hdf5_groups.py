@@ -140,7 +140,12 @@ class _Group:
             targets = {target.field: target for target in settings.targets.values()}
             self._shared = shared_parts(self._columns, names, shape[0], shape[1], targets)
         read, frames = set(names.values()), shape[0] if len(shape) == 3 else 1
-        self._unread = {**unread_conditions(attributes, read, frames), **unread_conditions(items, read, frames)}
+        try:
+            self._unread = {**unread_conditions(attributes, read, frames), **unread_conditions(items, read, frames)}
+        except HydrazeroError:
+            raise
+        except H5_ERRORS:  # a damaged dataset, or a link that leads to nothing; all they serve for is a warning
+            self._unread = {}
 
     def frame(self, number: int, source_id: str, info: dict[str, str]) -> Frame:
         """Return the frame of a row."""
