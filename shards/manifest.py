@@ -60,9 +60,7 @@ class Manifest:
     """Elements of the training split; elements that only other splits contain have no reference energy."""
     size_histogram: dict[PositiveInt, PositiveInt]
     """Number of atoms -> number of structures."""
-    labels: dict[
-        Annotated[str, Field(pattern="^(energy_per_atom|energy_residual_per_atom|forces|stress)$")], LabelRange
-    ]
+    labels: dict[LabelName, LabelRange]
     """Statistics of the training split: 'energy_per_atom', 'energy_residual_per_atom' (the energy minus reference
     energies), 'forces' and 'stress'."""
     reference_energies: dict[Element, Number]
@@ -169,7 +167,7 @@ def _manifest_bytes(folder: Location) -> bytes:
     if is_remote(folder):
         try:
             return read_whole(folder, MANIFEST_NAME)
-        except Exception as error:  # whatever the command of webdataset's gopen raises
+        except OSError as error:
             raise ShardError(f"{address(folder, MANIFEST_NAME)} cannot be read ({error}).") from error
     path = Path(str(folder)) / MANIFEST_NAME
     if not path.parent.exists():

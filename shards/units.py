@@ -50,7 +50,7 @@ _EXACT: dict[str, tuple[float, Dimension]] = {
 }
 # Small letters; capitals change nothing.
 _ANY_CASE: dict[str, tuple[float, Dimension]] = {
-    "ev": (1.0, ENERGY),
+    **dict.fromkeys(("ev", "electronvolt", "electronvolts"), (1.0, ENERGY)),
     **dict.fromkeys(("hartree", "hartrees", "ha", "eh", "e_h"), (_ase.Hartree, ENERGY)),
     **dict.fromkeys(("ry", "ryd", "rydberg", "rydbergs"), (_ase.Rydberg, ENERGY)),
     # Of one molecule, once divided by mol.

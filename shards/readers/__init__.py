@@ -54,7 +54,7 @@ READERS: Registry[Reader | ReadFunction] = Registry(
 )
 """Readers by the names of their formats."""
 
-NEED_PLAIN = ("ase", "db", "npz", "hdf5", "parquet", "lmdb", "aselmdb")
+NEED_PLAIN = ("ase", "db", "npz", "hdf5", "hdf5_groups", "parquet", "lmdb", "aselmdb")
 """Formats that need to seek in a file: a compressed one is unpacked into a temporary file before it is read."""
 MAPPED = ("lmdb", "aselmdb")
 """Formats that are read in place, so that a compressed file must be unpacked by the user."""
@@ -168,7 +168,7 @@ def _content_of(folder: Path, settings: ReadSettings) -> FolderContent:
 
     def is_source(path: Path) -> bool:
         known = bool({plain_suffix(path), path.suffix.lower()} & suffixes)
-        return known or (chosen is None and _by_content(path, settings) is not None)
+        return known or (chosen is None and _by_content(path) is not None)
 
     content = folder_content(folder, is_source, markers)
     if not content.sources:
@@ -190,7 +190,7 @@ def _by_suffix(path: Path) -> str | None:
     return _formats_by_suffix().get(plain_suffix(path))
 
 
-def _by_content(path: Path, settings: ReadSettings) -> str | None:
+def _by_content(path: Path) -> str | None:
     """Return the format of a file whose suffix several formats share; None for others, and if it is not recognised."""
     suffix = plain_suffix(path)
     if suffix in ("", ".json", ".jsonl", ".ndjson", ".data"):
@@ -205,7 +205,7 @@ def _format_of(path: Path, settings: ReadSettings) -> str:
     name = _by_suffix(path)
     if name == "hdf5" and path.suffix.lower() not in COMPRESSIONS:
         return hdf5_format(path, settings)
-    return name or _by_content(path, settings) or "ase"
+    return name or _by_content(path) or "ase"
 
 
 def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:

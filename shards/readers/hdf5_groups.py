@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
-from hydrazero.shards.readers.column_names import LABELS, column_names
+from hydrazero.shards.readers.column_names import column_names
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.hdf5_reader import H5_ERRORS, plain
-from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, open_binary, optional_module
+from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in, unread_conditions
 from hydrazero.shards.readers.parts.own_items import OwnItems
 from hydrazero.shards.readers.parts.shared import shared_parts
@@ -30,48 +27,32 @@ def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame
     The names of the groups around a frame become its fields 'group0' (the outermost), 'group1', ...; a group that
     several links reach is read once. In a group of several frames, an array with the shape of one frame (a cell, a pbc,
     a charge) holds for all. A label that is NaN counts as absent. Units in attributes of datasets ('units') are used.
-    A compressed file is unpacked into a temporary one, since HDF5 needs to seek. Raises SourceError if the file is
-    damaged, is not HDF5, or has no such group, or if the settings contradict its units.
+    Raises SourceError if the file is damaged, is not HDF5, or has no such group, or if the settings contradict its
+    units.
     """
     h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
     names, found = column_names(settings), False
-    with _unpacked(path) as unpacked:
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise SourceError(
+            f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
+        ) from error
+    with file:
         try:
-            file = h5py.File(unpacked, "r")
-        except OSError as error:
-            raise SourceError(
-                f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
-            ) from error
-        with file:
-            try:
-                wanted = (names["numbers"], names["positions"])
-                for items, fraction in _groups(OwnItems(h5py, file, path), wanted):
-                    found = True
-                    yield from _frames(items, path, fraction, settings)
-            except HydrazeroError:
-                raise
-            except H5_ERRORS as error:
-                raise SourceError(f"{path} is damaged ({brief(error)}); copy it again.") from error
+            wanted = (names["numbers"], names["positions"])
+            for items, fraction in _groups(OwnItems(h5py, file, path), wanted):
+                found = True
+                yield from _frames(items, path, fraction, settings)
+        except HydrazeroError:
+            raise
+        except H5_ERRORS as error:
+            raise SourceError(f"{path} is damaged ({brief(error)}); copy it again.") from error
     if not found:
         raise SourceError(
             f"{path} has no group with '{names['numbers']}' and '{names['positions']}', so its layout is another one; "
             "name the datasets under [columns]."
         )
-
-
-@contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
-    if path.suffix.lower() not in COMPRESSIONS:
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(suffix=".h5") as plain:
-        try:
-            with open_binary(path) as (file, _):
-                shutil.copyfileobj(file, plain)
-        except READ_ERRORS as error:
-            raise SourceError(f"{path} cannot be unpacked ({brief(error)}); copy it again.") from error
-        plain.flush()
-        yield Path(plain.name)
 
 
 def _groups(file: OwnItems, wanted: tuple[str, str]) -> Iterator[tuple[OwnItems, float]]:
@@ -159,17 +140,16 @@ class _Group:
             targets = {target.field: target for target in settings.targets.values()}
             self._shared = shared_parts(self._columns, names, shape[0], shape[1], targets)
         read, frames = set(names.values()), shape[0] if len(shape) == 3 else 1
-        self._unread = {**unread_conditions(attributes, read, frames), **unread_conditions(items, read, frames)}
+        try:
+            self._unread = {**unread_conditions(attributes, read, frames), **unread_conditions(items, read, frames)}
+        except HydrazeroError:
+            raise
+        except H5_ERRORS:  # a damaged dataset, or a link that leads to nothing; all they serve for is a warning
+            self._unread = {}
 
     def frame(self, number: int, source_id: str, info: dict[str, str]) -> Frame:
         """Return the frame of a row."""
         parts = {part: column if part in self._shared else column[number] for part, column in self._columns.items()}
         fields = {part: plain(value) for part, value in parts.items() if np.ndim(value) == 0}
         fields |= {name: values[number] for name, values in self._unread.items()}
-        labels = {label: _unless_nan(parts[label]) for label in LABELS if label in parts}
-        return frame_of_parts({**parts, **labels}, source_id, self._maker, info={**fields, **info}, other=parts)
-
-
-def _unless_nan(value: Any) -> Any:
-    array = np.asarray(value)
-    return None if array.size and array.dtype.kind == "f" and np.isnan(array).all() else value
+        return frame_of_parts(parts, source_id, self._maker, info={**fields, **info}, other=parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ def missing_label(label: str, name: str, fields: Mapping[str, Any], atoms: int, 
     return StructureError(f"no_{label}", text)
 
 
+@lru_cache(maxsize=4096)  # frames repeat their fields, and millions of them may lack a label
 def _rank(label: str, field: str) -> int:
     """Return 0 for a name that the label usually has, 1 for a less likely one, 2 for any other name."""
     misspelt = SequenceMatcher(None, field.lower(), label).ratio() >= 0.75

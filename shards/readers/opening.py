@@ -98,23 +98,23 @@ def in_utf8(file: Any) -> BinaryIO:
 def open_text(path: Path) -> Iterator[tuple[TextIO, Callable[[], float]]]:
     """Yield an open text file in UTF-8 or UTF-16, otherwise as `open_binary` does.
 
-    Its byte order mark is left out. A letter in another encoding raises SourceError, which says where it is.
+    Its byte order mark is left out. A character in another encoding raises SourceError, which says where it is.
     """
     with open_binary(path) as (file, fraction):
         yield text_of(file, str(path)), fraction
 
 
 def text_of(file: BinaryIO, where: str) -> TextIO:
-    """Return a binary file as a text in UTF-8; a letter in another encoding raises SourceError, which names `where`."""
+    """Return a binary file as a text in UTF-8; another encoding raises SourceError, which names `where`."""
     return _Text(file, where)
 
 
 MOST_OF_LINE = 16 << 20
-"""Largest number of letters in a line: a file without line ends would be read into memory as a whole."""
+"""Largest number of characters in a line: a file without line ends would be read into memory as a whole."""
 
 
 class _Text(io.TextIOWrapper):
-    """A text file in UTF-8 that says where a letter in another encoding is."""
+    """A text file in UTF-8 that says where a character in another encoding is."""
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         super().__init__(cast(Any, _Readable(file)), encoding="utf-8-sig")
@@ -127,7 +127,10 @@ class _Text(io.TextIOWrapper):
         except UnicodeDecodeError as error:
             raise self._fault(error) from error
         if len(line) == MOST_OF_LINE:
-            raise SourceError(f"{self._where} has a line of over {MOST_OF_LINE:,} letters; it holds no structures.")
+            raise SourceError(
+                f"{self._where} has a line of over {MOST_OF_LINE:,} characters, so it is not a file of structures; "
+                "check its format."
+            )
         return line
 
     def __next__(self) -> str:  # type: ignore[override]
@@ -137,7 +140,7 @@ class _Text(io.TextIOWrapper):
         return line
 
     def _fault(self, error: UnicodeDecodeError) -> SourceError:
-        # The text is decoded in large pieces: the line is that of the first such letter in the piece.
+        # The text is decoded in large pieces: the line is that of the first such character in the piece.
         before = error.object[: error.start]
         byte = error.object[error.start]
         if b"\0" in error.object:

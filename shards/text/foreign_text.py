@@ -1,6 +1,6 @@
 """Text that others may have written (names, comments, messages from files), for terminals, tables, plots and pages.
 
-Such text can hold terminal escapes, markup of the program that shows it, or halves of characters that no file can hold.
+Such text can hold terminal escapes, markup of the program that shows it, or surrogates, which no file can hold.
 Whatever shows text of a file passes it through one of these functions; tables go through `shards.text.terminal`.
 """
 
@@ -11,12 +11,12 @@ import re
 import unicodedata
 
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode categories of letters that are not shown as themselves: control, format (such as those that turn the reading
-direction round), halves of characters, line and paragraph separators."""
+"""Unicode categories of characters that are not shown as themselves: control, format (such as those that reverse the
+reading direction), surrogates, line and paragraph separators."""
 
 
 def escaped(text: object) -> str:
-    r"""Return a text on one line in which letters that are not shown as themselves are written like '\x1b'."""
+    r"""Return a text on one line in which characters that are not shown as themselves are written like '\x1b'."""
     shown = str(text)
     if shown.isascii() and shown.isprintable():
         return shown
@@ -29,7 +29,7 @@ def escaped_lines(text: object) -> str:
 
 
 def escaped_json(text: str) -> str:
-    r"""Return a JSON text in which hidden letters, which can only be in its strings, are written like '\u001b'."""
+    r"""Return a JSON text in which hidden characters, which can only be in its strings, are written like '\u001b'."""
     return "".join(map(_json_written, text))
 
 

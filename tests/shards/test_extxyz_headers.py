@@ -114,7 +114,8 @@ def test_one_flag_for_all_directions(tmp_path):
         (f'{GIVEN} note="a pbc="T T F"', ("other half",)),
         (f'{GIVEN} note="a pbc="T T F', ("'pbc='", "inside")),
         (f'{GIVEN} energy=-1 note="abc', ("after 'note='",)),
-        (f"Don't trust energy=-1 {GIVEN}", ("other half",)),
+        (f"trust 'me energy=-1 {GIVEN}", ("other half",)),
+        (f"name=a'{GIVEN}", ("'Lattice='", "inside")),
         (f'"{GIVEN}"', ("displaced",)),
         (f'note="a"{GIVEN}', ("'Lattice='", "inside")),
         (f"note=x{GIVEN}", ("'Lattice='", "inside")),
@@ -175,6 +176,7 @@ def test_periodic_without_a_cell(tmp_path):
         *("periodic=T", "boundary=grain", "cell_id=3", "lattice_type=fcc", "PBE=1", "pbe0=2", "box_name=a", "Pb=1"),
         *('relax="T T T"', 'pbc="T T T" relax="T T F"'),
         *("lattice=" + f'"{NINE}"', "pbc", 'comment=""', 'note="from Lattice=bcc"', '{"a": "b"}'),
+        *("Don't trust", "author=O'Neill", "author=O'Neill other=d'Arc"),
     ],
 )
 def test_other_fields_beside_a_cell(tmp_path, header):

@@ -160,6 +160,11 @@ def test_equal_geometries_with_different_energies(tmp_path):
     same = relabelled(frames[:6], lambda _, labels: {**labels, "energy": labels["energy"] + 1e-4})
     equal = converted(tmp_path / "e", frames + same)
     assert equal.warnings == [] and equal.duplicate_count == 6
+    many = [
+        *relabelled(frames[:1] * 12, lambda n, labels: {**labels, "energy": labels["energy"] + 0.01 * n}),
+        frames[1],
+    ]
+    assert "(a.extxyz#0 and a.extxyz#11)" in converted(tmp_path / "f", many).warnings[0]
 
 
 def bound(count: int, seed: int = 0) -> list[Atoms]:

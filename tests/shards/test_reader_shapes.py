@@ -308,6 +308,13 @@ def test_a_comment_of_n2p2_with_the_word_begin(tmp_path):
     assert [len(s) for s in read] == [len(a) for a in atoms]
 
 
+def test_a_link_that_leads_to_nothing_and_is_not_read(tmp_path):
+    path = group(tmp_path / "a.h5")
+    with h5py.File(path, "a") as file:
+        file["g/total_spin"] = h5py.SoftLink("/nothing")
+    assert all(frame.structure is not None for frame in frames(path, "hdf5_groups"))
+
+
 # HDF5 files that lead to others
 
 

@@ -32,7 +32,7 @@ LENGTHS = {
     "pm": 0.01,
 }
 FORCES = {
-    **dict.fromkeys(("eV/Ang", "eV/A", "eV/Å", "eV/angstrom", "eV Å^-1", "ev/Angstrom"), 1.0),
+    **dict.fromkeys(("eV/Ang", "eV/A", "eV/Å", "eV/angstrom", "eV Å^-1", "ev/Angstrom", "electronvolt/Ang"), 1.0),
     **dict.fromkeys(("Hartree/Bohr", "Ha/bohr", "Eh/a0", "au", "a.u."), HARTREE / BOHR),
     **dict.fromkeys(("-Hartree/Bohr", "- Ha/bohr", "\u2212au"), -HARTREE / BOHR),
     **dict.fromkeys(("kcal/mol/Ang", "kcal/(mol*Å)", "kcal/(mol Å)", "kcal mol^-1 A^-1"), KCAL),

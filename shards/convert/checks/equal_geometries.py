@@ -27,7 +27,12 @@ SELECT hash, COUNT(energy), MIN(energy), MAX(energy), atoms FROM frames WHERE ha
 (SELECT hash FROM frames GROUP BY hash HAVING COUNT(*) > 1)
 GROUP BY hash HAVING MAX(energy) - MIN(energy) > ? * atoms ORDER BY MIN(number)
 """
-MEMBERS = "SELECT source, chunk, row, energy FROM frames WHERE hash = ? AND energy IS NOT NULL ORDER BY number LIMIT ?"
+MEMBERS = "SELECT source, chunk, row FROM frames WHERE hash = ? AND energy IS NOT NULL ORDER BY number LIMIT ?"
+EXTREMES = (
+    "SELECT source, chunk, row FROM frames WHERE hash = ? AND energy IS NOT NULL ORDER BY energy, number LIMIT 1",
+    "SELECT source, chunk, row FROM frames WHERE hash = ? AND energy IS NOT NULL ORDER BY energy DESC, number LIMIT 1",
+)
+"""Statements for the members of a set with the lowest and the highest energy."""
 
 
 def equal_geometry_warning(database: sqlite3.Connection, job: Conversion) -> str | None:
@@ -38,18 +43,14 @@ def equal_geometry_warning(database: sqlite3.Connection, job: Conversion) -> str
     worst = max(sets, key=lambda one: (one[3] - one[2]) / one[4])
     looked_at = [worst, *(one for one in sets if one is not worst)][:LOOKED_AT]
     members = [database.execute(MEMBERS, (one[0], FRAMES_OF_SET)).fetchall() for one in looked_at]
-    names = [[frame_name(job, *member[:3]) for member in group] for group in members]
-    low, high = (names[0][k] for k in (_extreme(members[0], np.argmin), _extreme(members[0], np.argmax)))
+    names = [[frame_name(job, *member) for member in group] for group in members]
+    low, high = (frame_name(job, *database.execute(query, (worst[0],)).fetchone()) for query in EXTREMES)
     kept = "; duplicates = 'drop' kept the first of each" if job.settings.duplicates == "drop" else ""
     return (
         f"{sum(one[1] for one in sets):,} structures in {len(sets):,} sets of equal geometry have different energies, "
         f"by up to {(worst[3] - worst[2]) / worst[4]:.3g} eV/atom ({low} and {high}): "
         f"{_reason(job, members, names)}{kept}."
     )
-
-
-def _extreme(group: Sequence[Any], which: Any) -> int:
-    return int(which([member[3] for member in group]))
 
 
 def frame_name(job: Conversion, source: int, chunk: int, row: int) -> str:

@@ -56,7 +56,7 @@ class MethodFields:
                 shown = [f"{value} {count:,}" for value, count in sorted(values.items())[:SHOWN_VALUES]]
                 more = [f"{len(values) - SHOWN_VALUES} others"] if len(values) > SHOWN_VALUES else []
                 found.append(
-                    f"the frames have {len(values)} values of the field '{key}' ({', '.join([*shown, *more])}); labels "
-                    "of different methods must be tasks of their own, for which [select] chooses frames by the field."
+                    f"the frames have {len(values)} values of the field '{key}' ({', '.join([*shown, *more])}); "
+                    "convert the labels of each method as a task of its own, with [select]."
                 )
         return found

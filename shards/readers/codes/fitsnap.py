@@ -41,8 +41,6 @@ DEFAULTS = {
 }
 """Units where a file names none: those of LAMMPS's units 'metal', in which FitSNAP computes."""
 WORDS = {
-    "electronvolt": "eV",
-    "electronvolts": "eV",
     "kilocalorie": "kcal/mol",
     "kilojoule": "kJ/mol",
     "kilocaloriepermole": "kcal/mol",

@@ -18,7 +18,7 @@ _PIECE = re.compile(
     | \{(?P<braces>(?:\\.|[^}\\])*)\}
     | \[(?P<brackets>(?:\\.|\[[^\[\]]*\]|[^\[\]\\])*)\]
     | (?P<open>["'{\[])
-    | (?P<plain>[^\s=\\"'{\[]+|\\)
+    | (?P<plain>(?:[^\s=\\"'{\[]|(?<=\w)'(?=\w))+|\\)  # an apostrophe inside a word is a letter of it
     """,
     re.VERBOSE | re.DOTALL,
 )

@@ -95,7 +95,10 @@ class JsonText:
         steps = np.where(letters == 0x22, 0, np.where(opening, 1, -1)) * (1 - text.astype(np.int64))
         depths = self._depth + np.cumsum(steps)
         if depths.max() > MAX_DEPTH:
-            raise SourceError(f"{self._path} nests more than {MAX_DEPTH} lists and objects; it is no list of data.")
+            raise SourceError(
+                f"{self._path} nests more than {MAX_DEPTH} lists and objects, so it is not a list of structures; check "
+                "its format."
+            )
         self._text, self._depth = bool(text[-1]), int(depths[-1])
 
 
@@ -109,7 +112,10 @@ def json_lines(file: BinaryIO, path: Path, begin: bytes = b"") -> Iterator[Any]:
         begin = b""
         number += 1
         if len(line) >= MAX_LINE and not line.endswith(b"\n"):
-            raise SourceError(f"{path}, line {number}, is longer than {MAX_LINE:,} bytes; it is no file of JSON lines.")
+            raise SourceError(
+                f"{path}, line {number}, is longer than {MAX_LINE:,} bytes, so the file is not JSON lines; check its "
+                "format."
+            )
         line = line.removeprefix(BYTE_ORDER_MARK).strip()
         if not line:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import SourceError
@@ -34,7 +34,13 @@ class OwnItems(Mapping[str, Any]):
 
     def below(self, name: str) -> OwnItems | None:
         """Return the items of a group inside of this one, or None if there is none of that name."""
-        item = self.get(name)
+        link = self.group.get(name, getlink=True)
+        if isinstance(link, self._h5py.HardLink) and self.group.get(name, getclass=True) is not self._h5py.Group:
+            return None  # a dataset, as most items of large files are, which is not opened for this
+        try:
+            item = self._resolved(self.group, name, 0)
+        except KeyError:
+            return None
         return OwnItems(self._h5py, item, self._source) if isinstance(item, self._h5py.Group) else None
 
     @property
@@ -61,9 +67,11 @@ class OwnItems(Mapping[str, Any]):
 
     def _resolved(self, group: Any, name: str, links: int) -> Any:
         place = group.file if name.startswith("/") else group
-        for part in PurePosixPath(name.strip("/")).parts:
+        for part in filter(None, name.split("/")):
             if not isinstance(place, self._h5py.Group):
                 raise KeyError(name)
+            if part == ".":
+                continue
             link = place.get(part, getlink=True)
             if link is None or part == "..":
                 raise KeyError(name)

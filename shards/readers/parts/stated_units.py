@@ -40,6 +40,9 @@ WORDS = {
 
 PER_ATOM = re.compile(r"(?P<unit>.+?)\s*(?:/|per)\s*atom", re.IGNORECASE)
 
+NO_UNIT = ("", "1", "none", "unknown", "dimensionless", "unitless", "n/a")
+"""Texts, in small letters, that stand in place of a unit and state none."""
+
 SAME = 1e-3
 """Relative difference between factors that different values of the constants explain."""
 
@@ -157,8 +160,8 @@ def with_stated_units(
 def _check_forces(settings: ReadSettings, changes: Mapping[str, str], source: object, present: Collection[str]) -> None:
     """Raise SourceError for forces without a unit beside energies that are stated to be in another unit than eV."""
     energy = changes.get("energy", "eV")
-    told = "forces" in changes or "forces" in settings.units.model_fields_set
-    if "forces" in present and not told and not _alike(energy_factor(energy), 1.0):
+    stated = "forces" in changes or "forces" in settings.units.model_fields_set
+    if "forces" in present and not stated and not _alike(energy_factor(energy), 1.0):
         raise SourceError(
             f"{source} states the unit '{energy}' for the energy and none for the forces; name it by units.forces."
         )
@@ -204,7 +207,7 @@ def _unit(value: str | float) -> str | float:
 
 
 def _says_nothing(unit: str | float) -> bool:
-    return isinstance(unit, str) and unit.strip().lower() in ("", "1", "none", "unknown", "dimensionless", "n/a")
+    return isinstance(unit, str) and unit.strip().lower() in NO_UNIT
 
 
 def _text(value: Any) -> str | None:
