@@ -29,11 +29,22 @@ class RunSteps(BaseModel):
     steps: PositiveInt
 
 
+class ChangeShape(BaseModel):
+    """A change of a setting at a resume."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    old: Any
+    new: Any
+
+
 class Resume(BaseModel):
     """An entry of `resumes` in `run.json`."""
 
     step: NonNegativeInt
     steps: PositiveInt
+    changes: list[ChangeShape] = []
 
 
 class Commit(BaseModel):
@@ -49,6 +60,7 @@ class RunRecordShape(BaseModel):
     tasks: Annotated[list[RunTask], Field(min_length=1)]
     train: RunSteps
     model: dict[str, Any]
+    batch: dict[str, int] = {}
     ranks: PositiveInt | None = None
     command: str
     started: str
