@@ -54,7 +54,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         """Create a model; `charge` and `multiplicity` are those of all systems, for states that do not have them.
 
         Raises ModelFileError for a task that the model does not have, or that has no energies, StructureError for a
-        charge or multiplicity that is not one.
+        charge or multiplicity that is not valid.
         """
         super().__init__()
         facts = potential.facts(task)
