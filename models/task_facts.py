@@ -95,7 +95,7 @@ class TaskFacts:
     """Smallest distance of two elements in the training split in Å, by a key such as 'Al-Cu', the lighter one first."""
     closest_within: Distance = 0.0
     """Distance in Å that pairs of elements missing in `closest` are always above; 0 if it is unknown."""
-    undetermined_sums: list[dict[Element, Number]] = field(default_factory=list)
+    undetermined_sums: list[Annotated[dict[Element, Number], Field(min_length=1)]] = field(default_factory=list)
     """Combinations of elements, element -> coefficient, whose reference energies the training compositions leave open;
     see the manifest."""
     largest_spread: Annotated[Number, Field(ge=0)] = 0.0

@@ -73,7 +73,7 @@ class Manifest:
     atoms)."""
     isolated_atoms: dict[Element, Number] = field(default_factory=dict)
     """Element -> energy in eV of a neutral isolated atom in the training split, the lowest if there are several."""
-    undetermined_sums: list[dict[Element, Number]] = field(default_factory=list)
+    undetermined_sums: list[Annotated[dict[Element, Number], Field(min_length=1)]] = field(default_factory=list)
     """Combinations of elements, each element -> coefficient, that the training compositions leave open: any multiple
     of one may be added to the reference energies. Energies of compositions that are not orthogonal to all of them are
     arbitrary."""

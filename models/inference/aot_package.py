@@ -9,9 +9,9 @@ Packages of tasks that depend on charge and spin also take charge [1] int64 and 
 pair is positions[second] + shifts - positions[first]; pairs beyond the cutoff add nothing. The cell is that to whose
 volume the stress refers; it must be zero if the structure is not periodic or the cell lacks a vector. The outputs are
 energy [1] eV float64, forces [A, 3] eV/Å, stress [3, 3] eV/Å³ (zero without a cell), and then the task's other
-quantities. All of them are NaN if an atom is of an element that is not in the task's training data (or of none, such as
-0), or if the task needs a multiplicity and it is below 1. `get_metadata()` returns the names of inputs and outputs, the
-precision, the cutoff in Å and the model card.
+quantities. All of them are NaN if an atom is of an element that is not in the task's training data, if an atomic
+number is not valid, or if the task needs a multiplicity and it is below 1. `get_metadata()` returns the names of inputs
+and outputs, the precision, the cutoff in Å and the model card.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def package_function(model: AtomisticModel) -> Function:
     ) -> tuple[Tensor, ...]:
         pairs, none = first.shape[0], torch.zeros(1, dtype=torch.int64)
         charge, multiplicity = conditions or (none, none)
-        # Numbers of no element stand for hydrogen here, so that no table is read out of bounds.
+        # Invalid atomic numbers are replaced by hydrogen, so that no table is read out of bounds.
         element = torch.where((numbers > 0) & (numbers <= MAX_ATOMIC_NUMBER), numbers, torch.ones_like(numbers))
         supported = (known[element] & (element == numbers)).all()
         if conditions:
@@ -157,7 +157,7 @@ def write_package(model: AtomisticModel, out: Path, card: dict[str, Any] | None)
     remove_cut_off_files()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # PyTorch ends the process where it finds a disk full, so the package is made where the compiler works anyway.
+        # PyTorch ends the process if a disk is full, so the package is made in the folder that its compiler uses too.
         with TemporaryDirectory() as folder, replacing(out, shared=True) as temporary:
             made = Path(folder) / f"package{SUFFIX}"
             with warnings.catch_warnings():
@@ -212,7 +212,7 @@ def _compare(model: AtomisticModel, path: Path) -> None:
     for number in (0, MAX_ATOMIC_NUMBER + 1):
         outputs = package(torch.full_like(inputs[0], number), *inputs[1:])
         if not all(value.isnan().all() for value in outputs):
-            raise ModelFileError("the package gives numbers for atoms that are no elements; nothing was written.")
+            raise ModelFileError("the package gives numbers for invalid atomic numbers; nothing was written.")
 
 
 def _cell_of(symbol: str) -> Structure:

@@ -15,7 +15,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from hydrazero.models.atomistic import Predictions
 from hydrazero.models.inference.ase_structure import check_all_conditions, stated_conditions
-from hydrazero.models.inference.extrapolation import Extrapolation
+from hydrazero.models.inference.extrapolation import Extrapolation, formula_of
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential, names_of
 from hydrazero.models.inference.reused_neighbours import ReusedNeighbours
@@ -117,7 +117,8 @@ class HydrazeroCalculator(Calculator):
             if self.atoms is None:
                 raise StructureError("no_atoms", "the calculator has no structure; give it one.")
             results, extras = self._results(self.atoms)
-            self._watch.look_at_untrained(self.atoms.get_chemical_formula(), properties or ())
+            formula = formula_of(self.neighbours.sample.structure.numbers)
+            self._watch.look_at_untrained(formula, properties or ())
             self.results, self.extras = results, extras
             if "stress" not in results and properties and "stress" in properties:
                 raise PropertyNotImplementedError("stress needs a periodic structure whose cell has three vectors.")
@@ -147,8 +148,7 @@ class HydrazeroCalculator(Calculator):
         sample = self.neighbours.sample
         if (reason := self.potential.why_not(sample.structure, self.task)) is not None:
             raise StructureError("unseen", f"the structure {reason}; leave it out or choose another task.")
-        assert self.atoms is not None
-        self._watch.look_at_composition(self.atoms.get_chemical_formula(), sample.structure.numbers)
+        self._watch.look_at_composition(formula_of(sample.structure.numbers), sample.structure.numbers)
         self._bounds = self._watch.bounds(sample.structure.numbers, sample.pairs)
         self._seen_lists = self.neighbours.lists
 
@@ -165,7 +165,8 @@ class HydrazeroCalculator(Calculator):
         return predictions
 
     def _look(self, atoms: Atoms, spread: float | None) -> None:
-        sample, formula = self.neighbours.sample, atoms.get_chemical_formula()
+        sample = self.neighbours.sample
+        formula = formula_of(sample.structure.numbers)
         self._watch.look_at_conditions(formula, sample.structure)
         if self._bounds.any():
             distances = self.neighbours.distances(atoms.positions)
@@ -180,7 +181,7 @@ class HydrazeroCalculator(Calculator):
         energies, interactions = dict[str, float](), []
         for name in [self.task, *self.others]:
             if (reason := self.potential.why_not(structure, name)) is not None:
-                self._watch.look_at_other(atoms.get_chemical_formula(), name, f"it {reason}")
+                self._watch.look_at_other(formula_of(structure.numbers), name, f"it {reason}")
                 continue
             index = self.potential.task_index(name)
             energies[name] = float(every[index])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from functools import lru_cache
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
+from ase.symbols import Symbols
 from numpy.typing import NDArray
 
 from hydrazero.models.task_facts import UNTRAINED, TaskFacts
@@ -36,9 +38,20 @@ def ignored_conditions(facts: TaskFacts, structure: Structure) -> str | None:
 
 def undetermined_energy(facts: TaskFacts, numbers: NDArray[np.uint8]) -> str | None:
     """Return why the total energy of atoms with these atomic numbers is arbitrary, None if it is not."""
-    if not facts.has_energy or is_determined(numbers.tolist(), facts.undetermined_sums):
+    sums = facts.undetermined_sums
+    if not facts.has_energy or not sums or is_determined(numbers.tolist(), sums):
         return None
-    return undetermined_text(facts.undetermined_sums)
+    return undetermined_text(sums)
+
+
+def formula_of(numbers: NDArray[np.uint8]) -> str:
+    """Return the chemical formula of atoms; it is kept, since making it takes milliseconds for thousands of atoms."""
+    return _formula(numbers.tobytes())
+
+
+@lru_cache(maxsize=1024)
+def _formula(numbers: bytes) -> str:
+    return str(Symbols(np.frombuffer(numbers, dtype=np.uint8)).get_chemical_formula())
 
 
 class Extrapolation:

@@ -205,7 +205,7 @@ def read_card(path: Path | str) -> dict[str, Any] | None:
 
 def _check_digest(path: Path, metadata: dict[str, str], card: dict[str, Any]) -> None:
     """Raise ModelFileError unless card, facts and weights were written together; earlier files do not say it."""
-    digest = digest_of(metadata["facts"], metadata.get("weights_sha256", ""))
+    digest = digest_of(metadata.get("facts", ""), metadata.get("weights_sha256", ""))
     if {metadata.get(MODEL_DIGEST), card.get(MODEL_DIGEST)} not in ({None}, {digest}):
         raise ModelFileError(
             f"{path} is damaged: its card, its facts and its weights do not belong together; copy it again, or export "

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from ase.symbols import Symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hydrazero.models.inference.extrapolation import Extrapolation
+from hydrazero.models.inference.extrapolation import Extrapolation, formula_of
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import NONE
@@ -55,7 +54,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         """Create a model; `charge` and `multiplicity` are those of all systems, for states that do not have them.
 
         Raises ModelFileError for a task that the model does not have, or that has no energies, StructureError for a
-        charge or multiplicity that is not one.
+        charge or multiplicity that is not valid.
         """
         super().__init__()
         facts = potential.facts(task)
@@ -171,7 +170,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             raise StructureError(error.reason, f"{structure.source_id}: {error}.") from error
         if (reason := self.potential.why_not(structure, self.task)) is not None:
             raise StructureError("unseen", f"{structure.source_id} {reason}; leave it out or choose another task.")
-        formula = str(Symbols(structure.numbers).get_chemical_formula())
+        formula = formula_of(structure.numbers)
         self._watch.look_at_conditions(formula, structure)
         self._watch.look_at_composition(formula, structure.numbers)
         self._watch.look_at_untrained(formula, ["forces"] * self.compute_forces + ["stress"] * self.compute_stress)

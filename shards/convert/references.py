@@ -105,10 +105,10 @@ def is_determined(numbers: Iterable[int], undetermined: Iterable[Mapping[str, fl
 def undetermined_text(undetermined: Sequence[Mapping[str, float]]) -> str:
     """Return which reference energies are not determined by the data, and what follows, without a stop at the end."""
     symbols = sorted({symbol for combination in undetermined for symbol in combination}, key=atomic_numbers.__getitem__)
+    named = " and ".join(filter(None, [", ".join(symbols[:-1]), *symbols[-1:]]))
     return (
-        "the compositions of the training structures do not determine the reference energies of "
-        f"{', '.join(symbols[:-1])} and {symbols[-1]} separately, so that total energies of other compositions are "
-        "arbitrary, by any amount"
+        f"the compositions of the training structures do not determine the reference energies of {named} separately, "
+        "so that total energies of other compositions are arbitrary, by any amount"
     )
 
 

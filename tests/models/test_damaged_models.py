@@ -70,6 +70,7 @@ FACTS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "unknown": ((*TASK, "further"), 1, "further is not known"),
     "distance": ((*TASK, "closest"), {"elements": ["H"], "hundredths": [14.5]}, "whole hundredths"),
     "two of a name": ((*TASK, "name"), "task1", "each once"),
+    "an empty sum": ((*TASK, "undetermined_sums"), [{}], "undetermined_sums"),
     "no tasks": (("tasks",), [], "must name its tasks"),
     "unit": ((*TASK, "targets"), {"gap": {"of": "structure", "kind": "scalar", "unit": "Hartree"}}, "'Hartree' is not"),
 }
@@ -120,6 +121,15 @@ def test_other_units_are_refused(good, tmp_path):
     for read in (load_model, read_card):
         with pytest.raises(ModelFileError, match=r"its units are .*kcal/mol"):
             read(out)
+
+
+def test_a_card_without_facts_is_refused(good, tmp_path):
+    header = header_of(good)
+    del header["facts"]
+    safetensors.torch.save_file(safetensors.torch.load_file(str(good)), str(tmp_path / "m.st"), metadata=header)
+    for read in (read_card, load_model):
+        with pytest.raises(ModelFileError):
+            read(tmp_path / "m.st")
 
 
 def test_a_text_is_no_model(tmp_path):

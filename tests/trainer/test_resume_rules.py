@@ -35,6 +35,7 @@ from hydrazero.trainer.config.resume_rules import (
     rule_of,
 )
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
+from hydrazero.trainer.config.schedule_shapes import StableDecay
 from hydrazero.trainer.records.run_files import read_metrics
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -115,9 +116,11 @@ def test_each_key_of_the_deepspeed_files_has_a_rule(name):
         assert rule_of(key).outcome in (APPLIES, REFUSED)
 
 
-def test_unknown_sections_have_no_rule():
-    with pytest.raises(KeyError):
-        rule_of("something.else")
+def test_settings_of_other_versions_have_no_rule():
+    with pytest.raises(
+        ConfigError, match=r"has the setting 'data\.later', which this version of hydrazero does not know"
+    ):
+        rule_of("data.later")
 
 
 def test_the_manual_shows_the_rules():
@@ -274,6 +277,21 @@ def test_the_optimizer_has_the_settings_of_the_resume(data, tmp_path, seen, conf
         assert [group["lr"] for group in now["groups"]] == pytest.approx([rate, rate], rel=1e-9)
         assert [group["weight_decay"] for group in now["groups"]] == [0.5, 0.0]
         assert [list(group["betas"]) for group in now["groups"]] == [[0.8, 0.99]] * 2
+
+
+def test_a_rate_takes_effect_in_the_middle_of_a_schedule_of_our_own(data, tmp_path, seen):
+    """From the first step on, at its place in the schedule; not at that of the first step of a run."""
+    document = deepspeed_config({"config": "zero1"}, 6)
+    params = {"total_num_steps": 6, "warmup_num_steps": 2, "decay_share": 0.5}
+    document["scheduler"] = {"type": "WarmupStableDecayLR", "params": params}
+    (tmp_path / "own.json").write_text(json.dumps(document))
+    file = write_run(tmp_path, data, str(tmp_path / "own.json"))
+    train(file)
+    del seen[:]
+    resume(file, "train.steps=6", "deepspeed.optimizer.params.lr=0.004")
+    shape = StableDecay(**params)
+    rates = [[group["lr"] for group in step["groups"]] for step in seen]
+    assert rates == [pytest.approx([0.004 * shape.ratio(step, 0)] * 2) for step in (5, 6)]
 
 
 def test_a_rate_without_a_schedule_takes_effect(data, tmp_path, seen):

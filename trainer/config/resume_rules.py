@@ -95,11 +95,14 @@ RULES = (
 
 
 def rule_of(key: str) -> ResumeRule:
-    """Return the rule for a key; raise KeyError for a key that has none."""
+    """Return the rule for a key; raise ConfigError for one of another version of hydrazero, which has none."""
     for rule in RULES:
         if any(fnmatchcase(key, pattern) for pattern in rule.keys):
             return rule
-    raise KeyError(key)
+    raise ConfigError(
+        f"the run has the setting '{key}', which this version of hydrazero does not know; resume it with the version "
+        "that wrote it (versions in its run.json)."
+    )
 
 
 def flat_settings(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class SettingChange:
-    """A setting that a run is resumed with, and that it had not before."""
+    """A setting that has another value when a run is resumed."""
 
     key: str
     """The key, with dots."""

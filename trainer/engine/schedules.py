@@ -22,9 +22,8 @@ class Schedule:
         self._set()
 
     def _set(self) -> None:
-        ratio = self.shape.ratio(self.taken + 1, self.reductions)
-        for group, full in zip(self.optimizer.param_groups, self.full, strict=True):
-            group["lr"] = full * ratio
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
 
     def step(self) -> None:
         """Set the learning rate of the next step."""
@@ -49,7 +48,8 @@ class Schedule:
 
     def get_lr(self) -> list[float]:
         """Return the learning rates of the next step, one for each group of parameters."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        ratio = self.shape.ratio(self.taken + 1, self.reductions)
+        return [full * ratio for full in self.full]
 
     def get_last_lr(self) -> list[float]:
         """Return the same as `get_lr`; DeepSpeed calls this name too."""

@@ -33,7 +33,7 @@ class RunSteps(BaseModel):
     steps: PositiveInt
 
 
-class RunModel(BaseModel):
+class ModelTable(BaseModel):
     """The table `model` of `run.json`."""
 
     encoder: str
@@ -42,7 +42,7 @@ class RunModel(BaseModel):
     cutoff: float
 
 
-class RunLoss(BaseModel):
+class LossTable(BaseModel):
     """The table `loss` of `run.json`."""
 
     forces_weight: float = 1.0
@@ -50,13 +50,13 @@ class RunLoss(BaseModel):
     final_weights: dict[str, float] = {}
 
 
-class RunBalance(BaseModel):
+class BalanceTable(BaseModel):
     """The table `balance` of `run.json`."""
 
     method: str = ""
 
 
-class RunSampling(BaseModel):
+class SamplingTable(BaseModel):
     """The table `data` of `run.json`."""
 
     temperature: float = 1.0
@@ -94,10 +94,11 @@ class RunRecordShape(BaseModel):
 
     tasks: Annotated[list[RunTask], Field(min_length=1)]
     train: RunSteps
-    model: RunModel
-    loss: RunLoss = RunLoss()
-    balance: RunBalance = RunBalance()
-    data: RunSampling = RunSampling()
+    model: ModelTable
+    loss: LossTable = LossTable()
+    balance: BalanceTable = BalanceTable()
+    data: SamplingTable = SamplingTable()
+    batch: dict[str, int] = {}
     ranks: PositiveInt | None = None
     command: str
     started: str

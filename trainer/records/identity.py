@@ -1,4 +1,4 @@
-"""The identity of a run: its number, and the facts of its model, which its checkpoints repeat.
+"""The identity of a run: a unique identifier, and the facts of its model, which its checkpoints repeat.
 
 A checkpoint that was put into the folder of another run, or a `model.json` that was changed after training, would
 otherwise be exported with the errors of another model.
@@ -17,18 +17,18 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_run_json
 
 RUN_ID = "run_id"
-"""Key of the number of a run in `run.json` and in its checkpoints."""
+"""Key of the identifier of a run in `run.json` and in its checkpoints."""
 FACTS = "facts_sha256"
 """Key of the digest of `model.json` in a checkpoint."""
 
 
 def new_run_id() -> str:
-    """Return the number of a run that starts now, which no other run has."""
+    """Return the identifier of a run that starts now, which no other run has."""
     return uuid4().hex
 
 
 def identity_of(run_dir: Path) -> dict[str, str | None]:
-    """Return what the checkpoints of a run repeat of it; None where the run, of an earlier version, lacks it."""
+    """Return the identifier and the digest that the checkpoints of a run repeat; None where an older run lacks them."""
     found: dict[str, str | None] = {RUN_ID: None, FACTS: None}
     if (run_dir / RUN_NAME).exists():
         found[RUN_ID] = read_run_json(run_dir, RUN_NAME).get(RUN_ID)

@@ -161,7 +161,7 @@ def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableTy
     )
     notes = [f"{manifest.task}: {text}" for manifest in manifests for text in task_notes(manifest)]
     return Group(
-        head, *tables, Text(note), Text(""), element_map(manifests), *([Text("\n".join(notes))] if notes else [])
+        head, *tables, Text(note), Text(""), element_map(manifests), *([plain("\n".join(notes))] if notes else [])
     )
 
 
