@@ -73,7 +73,7 @@ def is_remote(location: Location) -> bool:
 
 
 def address(location: Location, name: str) -> str:
-    """Return the path, web address or command of a file of a location; raise ConfigError for a name that is none."""
+    """Return the path, web address or command of a file of a location; raise ConfigError for an invalid name."""
     if not is_name(name):
         raise ConfigError(f"{location} names the file {name!r}, which is not a name of a file there ({NAME_RULE}).")
     if isinstance(location, ShardCommand):
@@ -86,7 +86,7 @@ def open_at(location: Location, name: str, begin: int, end: int) -> Iterator[Bin
     """Yield a file of a location, opened at byte `begin`; bytes after `end` may be missing.
 
     Only that range is requested from a web server; the output of a command is read from its start. Raises ConfigError
-    for a name that is none, ShardError for a local file that is not a regular file of the folder, else OSError.
+    for an invalid name, ShardError for a local file that is not a regular file of the folder, else OSError.
     """
     where, begin, end = address(location, name), int(begin), int(end)
     if not isinstance(location, ShardCommand) and not is_remote(location):

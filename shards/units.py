@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 
 from ase import units as _ase
 
@@ -75,6 +76,7 @@ _ATOMIC = ("au", "a.u.", "atomic units")
 """Names of the atomic unit of whatever is measured."""
 _LONG_NAMES = ("Hartree", "Rydberg", "Angstrom", "Bohr", "Debye")
 """Names that are suggested for similar ones. Their first letters are no prefixes that a change of case would alter."""
+_BETWEEN = re.compile(r"\s*[*/·⋅]?\s*")
 _FACTOR = re.compile(r"(?P<name>[^\W\d_]+(?:_?0(?!\d)|_[^\W\d]+)?)(?:(?:\^|\*\*)?(?P<power>-?\d+))?")
 
 
@@ -189,6 +191,7 @@ def _plain(unit: str) -> str:
     return unicodedata.normalize("NFKC", unit).replace("\u2212", "-").strip()
 
 
+@lru_cache(maxsize=256)  # files state the units of every group
 def _parsed(unit: str) -> tuple[float, Dimension]:
     """Return value and dimension of a product of names; raise KeyError with the name that is not known, or ''."""
     text = _plain(unit)
@@ -196,7 +199,7 @@ def _parsed(unit: str) -> tuple[float, Dimension]:
     text = re.sub(r"/\s*\(([^()/]*)\)", lambda group: "/" + "/".join(re.split(r"[*·⋅\s]+", group[1].strip())), text)
     value, powers, place = 1.0, list(NONE), 0
     while place < len(text):
-        between = re.compile(r"\s*[*/·⋅]?\s*").match(text, place)
+        between = _BETWEEN.match(text, place)
         assert between is not None  # it matches nothing, too
         found = _FACTOR.match(text, between.end())
         if found is None or (place == 0) != (between[0] == ""):

@@ -103,7 +103,7 @@ def is_determined(numbers: Iterable[int], undetermined: Iterable[Mapping[str, fl
 
 
 def undetermined_text(undetermined: Sequence[Mapping[str, float]]) -> str:
-    """Return which reference energies are not determined by the data, and what follows, without a stop at the end."""
+    """Return which reference energies the data leave open, and what follows, without a full stop at the end."""
     symbols = sorted({symbol for combination in undetermined for symbol in combination}, key=atomic_numbers.__getitem__)
     named = " and ".join(filter(None, [", ".join(symbols[:-1]), *symbols[-1:]]))
     return (

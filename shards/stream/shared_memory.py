@@ -1,8 +1,8 @@
 """Shared memory, through which worker processes pass batches: whether there is enough, and one sentence if not.
 
 Containers often have 64 MB of it. Where it is used up, PyTorch fails in a thread of the worker, which prints a
-traceback and passes nothing on, or the kernel ends the worker (SIGBUS): whoever waits for a batch would wait without
-end.
+traceback and passes nothing on, or the kernel ends the worker (SIGBUS): a process that waits for a batch would wait
+forever.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def outputs_of(
     """Yield what a DataLoader gives, whose `timeout` is POLL if it has workers.
 
     Raises ConfigError if a worker has ended for lack of shared memory, of which batches need `needed` bytes; or if
-    `stop` returns a reason to stop while no batch comes, since whoever waits could not obey it.
+    `stop` returns a reason to stop while no batch comes, since a process that waits could not obey it.
     """
     waiting, waited = iter(loader), 0.0
     while True:

@@ -35,7 +35,7 @@ def is_name(text: object) -> bool:
 
 
 def check_name(text: object, what: str) -> str:
-    """Return a name, which `what` describes in messages; raise ConfigError if it is none."""
+    """Return a name, which `what` describes in messages; raise ConfigError if it is invalid."""
     if not is_name(text):
         raise ConfigError(f"{what} {text!r} cannot be used as the name of a file: {NAME_RULE}.")
     return str(text)

@@ -72,7 +72,7 @@ def _telling(table: FloatArray) -> FloatArray:
 def _fault(kind: int, table: FloatArray, units: SourceUnits) -> tuple[str, str] | None:
     """Return a fault of the labels of a part: what is the same where the fault is, and a sentence without its subject.
 
-    None stands for labels against which nothing can be said.
+    None stands for labels in which nothing is doubtful.
     """
     if len(table) < FEWEST_PAIRS:
         return None

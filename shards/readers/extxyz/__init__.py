@@ -1,1 +1,1 @@
-"""Extended XYZ: the comment line, with whatever is said about cell and periodicity; text files; tar archives."""
+"""Extended XYZ: the comment line, with the cell and the periodicity; text files; tar archives."""

@@ -117,7 +117,7 @@ def _by_atom(value: Any, atoms: int) -> Any:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):
-        return value  # whose fault is found where numbers are made of it
+        return value  # the conversion to numbers raises the error
     if array.shape == (3 * atoms,) or (array.ndim == 3 and array.shape == (1, atoms, 3)):
         return array.reshape(atoms, 3)
     return value

@@ -45,7 +45,7 @@ class OwnItems(Mapping[str, Any]):
 
     @property
     def address(self) -> Any:
-        """What tells a group from others of the file, whatever links lead to it."""
+        """Address of the group in the file, which is the same for all links to it."""
         return self._h5py.h5o.get_info(self.group.id).addr
 
     def __getitem__(self, name: str) -> Any:

@@ -13,7 +13,7 @@ from hydrazero.shards.targets import TargetSection
 Shape = tuple[int, ...]
 
 OWN = ("positions", "energy", "forces", "stress", "virial")
-"""Parts that each frame has for itself, so that one value is none for all frames."""
+"""Parts that differ between frames, so that one value cannot hold for all of them."""
 
 
 def part_shapes(part: str, atoms: int, target: TargetSection | None = None) -> tuple[Shape, ...]:
