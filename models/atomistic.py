@@ -289,5 +289,5 @@ def model_from_facts(facts: dict[str, Any]) -> AtomisticModel:
         raise ConfigError(f"the model's description lacks or misuses a field ({error}).") from error
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
-        raise ConfigError(f"the model's description must name its tasks, each once, and names {names}.")
+        raise ConfigError(f"the model's description names the tasks {names}; it must name its tasks, each once.")
     return AtomisticModel(parse_settings(ModelSettings, settings, "the model's description: settings"), tasks)

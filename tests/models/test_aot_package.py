@@ -41,7 +41,7 @@ for n, atoms in enumerate(read(sys.argv[2], index=":")):
     first, second = (np.array([key[end] for key in once], dtype=np.int64).reshape(-1) for end in (0, 1))
     shifts = np.array([key[2] for key in once], dtype=float).reshape(-1, 3) @ atoms.cell[:]
     number = getattr(torch, facts["dtype"])
-    cell = torch.tensor(atoms.cell[:] * atoms.pbc.all(), dtype=number)
+    cell = torch.tensor(atoms.cell[:] * bool(atoms.pbc.any() and atoms.cell.rank == 3), dtype=number)
     energy, forces, stress = package(
         torch.tensor(atoms.numbers), torch.tensor(atoms.positions, dtype=number), torch.tensor(first),
         torch.tensor(second), torch.tensor(shifts, dtype=number), cell)

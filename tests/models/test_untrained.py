@@ -114,10 +114,20 @@ def test_a_task_without_stress_says_that_its_stress_is_derived(tmp_path):
 )
 def test_weights_of_zero_leave_forces_and_stress_untrained(loss, untrained):
     model = small_model()
-    _set_trained(model, loss)
+    _set_trained(model, {"loss": loss})
     assert [task.untrained for task in model.tasks] == [untrained] * 2
     trained = make_objective(model, LossSection(**loss), [1.0, 1.0]).quantities
     assert ("stress" in trained) == ("stress" not in untrained)
+
+
+def test_a_weight_before_a_resume_counts_as_training():
+    def untrained(old: float) -> list[str]:
+        model = small_model()
+        change = {"key": "loss.stress_weight", "old": old, "new": 0.0}
+        _set_trained(model, {"loss": {"stress_weight": 0.0}, "resumes": [{"changes": [change]}, {"changes": []}]})
+        return model.tasks[0].untrained
+
+    assert untrained(0.1) == [] and untrained(0.0) == ["stress"]
 
 
 @pytest.fixture

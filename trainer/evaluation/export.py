@@ -47,7 +47,7 @@ def export_run(
     belongs = evaluation is not None and _is_of(evaluation, model, run_dir)
     if evaluation is not None and belongs:
         _set_largest_spreads(model, evaluation.tasks)
-    _set_trained(model, read_record(run_dir).get("loss", {}))
+    _set_trained(model, read_record(run_dir))
     model = with_old_heads(model, run_dir) if old_heads else model
     chosen = model if tasks is None else with_tasks(model, tasks)
     save_model(chosen, out, dtype=dtype, origin=_origin(run_dir, evaluation, belongs, dtype))
@@ -75,10 +75,14 @@ def _set_largest_spreads(model: AtomisticModel, tasks: Mapping[str, TaskEvaluati
     model.tasks = [replace(task, largest_spread=1e-3 * spreads.get(task.name, 0.0)) for task in model.tasks]
 
 
-def _set_trained(model: AtomisticModel, loss: Mapping[str, Any]) -> None:
+def _set_trained(model: AtomisticModel, record: Mapping[str, Any]) -> None:
     """Set that forces and stress were not trained, where their weight in the loss was 0 throughout the run."""
-    final = loss.get("final_weights", {})
-    trained = {name: bool(loss.get(f"{name}_weight", 1.0) or final.get(name)) for name in ("forces", "stress")}
+    trained = {
+        name: any(
+            loss.get(f"{name}_weight", 1.0) or loss.get("final_weights", {}).get(name) for loss in _losses(record)
+        )
+        for name in ("forces", "stress")
+    }
     model.tasks = [
         replace(
             task,
@@ -87,6 +91,16 @@ def _set_trained(model: AtomisticModel, loss: Mapping[str, Any]) -> None:
         )
         for task in model.tasks
     ]
+
+
+def _losses(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings of the loss after each resume, the last one first, and at the start of the run."""
+    found = [dict(record.get("loss", {}))]
+    for resume in reversed(record.get("resumes", [])):
+        changed = {change["key"]: change["old"] for change in resume.get("changes", [])}
+        old = {key.removeprefix("loss."): value for key, value in changed.items() if key.startswith("loss.")}
+        found.append(found[-1] | old)
+    return found
 
 
 def _origin(run_dir: Path, evaluation: Evaluation | None, belongs: bool, dtype: str) -> Origin:
