@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.files import read_text
 
 SECONDS = 10
 """Seconds within which a host must respond."""
@@ -21,12 +22,7 @@ LINE = re.compile(rf"({HOST})\s+slots=([0-9]{{1,6}})\s*(#.*)?", re.ASCII)
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """Return the slots of each host of a hostfile, in order; raise ConfigError for a line not like 'HOST slots=N'."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"hostfile {path} cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"hostfile {path} is not a text in UTF-8 ({error.reason}).") from error
+    lines = read_text(path, "hostfile").splitlines()
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -34,8 +30,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         match = LINE.fullmatch(line.strip())
         if match is None:
             raise ConfigError(
-                f"hostfile {path}, line {number}: {line.strip()!r} does not have the form 'HOST slots=N', where HOST "
-                "holds letters, digits and . - _ : and begins with a letter or a digit."
+                f"hostfile {path}, line {number}: {line.strip()[:80]!r} does not have the form 'HOST slots=N', where "
+                "HOST holds letters, digits and . - _ : and begins with a letter or a digit."
             )
         if int(match[2]) == 0:
             raise ConfigError(f"hostfile {path}, line {number}: host {match[1]} has no slots; leave it out.")

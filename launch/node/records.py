@@ -110,7 +110,9 @@ def _signals(folder: Path) -> tuple[str, ...]:
     if not (folder / SIGNALS_NAME).is_file():
         return ()
     try:
-        return tuple(f"SIG{name}" for name in (folder / SIGNALS_NAME).read_text(encoding="utf-8").split())
+        return tuple(
+            f"SIG{name}" for name in (folder / SIGNALS_NAME).read_text(encoding="utf-8", errors="replace").split()
+        )
     except OSError:
         return ()
 

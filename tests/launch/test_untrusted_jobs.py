@@ -14,7 +14,7 @@ from torture import make_data, write_run
 
 from hydrazero.launch.job import hosts as hosts_module
 from hydrazero.launch.job.hosts import read_hostfile
-from hydrazero.launch.node.records import add_event, read_attempt
+from hydrazero.launch.node.records import SIGNALS_NAME, add_event, read_attempt
 from hydrazero.shards.errors import ConfigError
 
 
@@ -67,6 +67,19 @@ def test_hosts_that_are_reached(tmp_path, monkeypatch):
     path.write_bytes(b"n\xf6de slots=1\n")
     with pytest.raises(ConfigError, match="is not a text in UTF-8"):
         read_hostfile(path)
+    path.write_text("-" * 10**6)
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(path)
+    assert len(str(caught.value)) < 500
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        read_hostfile(path)
+
+
+def test_signals_that_are_no_text_do_no_harm(tmp_path):
+    (tmp_path / SIGNALS_NAME).write_bytes(b"TERM \xff\n")
+    assert read_attempt(tmp_path).signals == ("SIGTERM", "SIG\ufffd")
 
 
 @pytest.mark.parametrize("site", ["slurm", "aurora"])

@@ -250,14 +250,13 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("loss", "x"),
         ("loss", [1.0]),
         ("loss", -1e300),
         ("loss", 10**400),
         ("memory_mb", {}),
-        ("skipped_steps", "x"),
-        ("weights", {"plain": "x"}),
-        ("cosines", "x"),
+        ("skipped_steps", []),
+        ("weights", {"plain": [1]}),
+        ("cosines", 5),
         ("cosines", [[1.0, 2.0], [3.0]]),
         ("cosines", [[1.0] * 3] * 3),
     ],
