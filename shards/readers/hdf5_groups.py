@@ -115,7 +115,10 @@ class _Group:
     def __init__(self, items: OwnItems, path: Path, names: dict[str, str], settings: ReadSettings) -> None:
         group = items.group
         found = {part: items.dataset(key) for part, key in names.items()}
-        datasets = {part: dataset for part, dataset in found.items() if dataset is not None}
+        # A dataset without a shape is empty, and stands for no value.
+        datasets = {
+            part: dataset for part, dataset in found.items() if dataset is not None and dataset.shape is not None
+        }
         try:
             self._columns: dict[str, Any] = {part: dataset[()] for part, dataset in datasets.items()}
         except H5_ERRORS as error:
@@ -130,7 +133,7 @@ class _Group:
         units = {part: unit_of_array(dataset, f"'{dataset.name}'") for part, dataset in datasets.items()}
         stated |= {part: unit for part, unit in units.items() if unit is not None}
         self._maker = FrameMaker(with_stated_units(settings, stated, path, datasets))
-        shape: tuple[int, ...] = np.shape(self._columns["positions"])
+        shape: tuple[int, ...] = np.shape(self._columns.get("positions", ()))
         if len(shape) not in (2, 3):
             raise StructureError(
                 "positions_shape", f"'{names['positions']}' has shape {shape}, not ([frames,] atoms, 3)"

@@ -74,6 +74,7 @@ class RaggedArrays:
         self.per_atom = {*PER_ATOM, *(target.field for target in settings.targets.values() if target.of == "atom")}
         asked = {*settings.columns, "numbers", "positions"}
         known = {part: file[name] for part, name in names.items() if isinstance(file.get(name), dataset)}
+        known = {part: item for part, item in known.items() if item.shape is not None}  # others are empty
         missing = [f"{part} ('{names[part]}')" for part in asked if part not in known]
         if missing:
             there = listed(name for name, item in file.items() if isinstance(item, dataset))

@@ -194,3 +194,24 @@ def test_a_stress_under_another_name_is_said_and_can_be_read(tmp_path, name, lab
     assert not [
         text for text in converted(tmp_path / "a.extxyz", frames, fields={"stress": ""}).warnings if "stress" in text
     ]
+
+
+@pytest.mark.parametrize("name", ["charge", "Charge", "cell"])
+def test_empty_datasets_of_hdf5_are_no_values(tmp_path, name):
+    frames = waters("number", list(range(4)))
+    positions, forces = np.array([a.positions for a in frames]), np.array([a.get_forces() for a in frames])
+    energies, numbers = [a.get_potential_energy() for a in frames], frames[0].numbers
+    with h5py.File(tmp_path / "groups.h5", "w") as file:
+        group = file.create_group("H2O")
+        group["numbers"], group["positions"], group["energy"], group["forces"] = numbers, positions, energies, forces
+        group[name] = h5py.Empty("f8")
+        group.attrs["multiplicity"] = h5py.Empty("f8")
+    with h5py.File(tmp_path / "ragged.h5", "w") as file:
+        file["numbers"], file["n_atoms"], file["energy"] = np.tile(numbers, 4), np.full(4, 3), energies
+        file["positions"], file["forces"] = positions.reshape(-1, 3), forces.reshape(-1, 3)
+        file[name] = h5py.Empty("f8")
+    for path in sorted(tmp_path.iterdir()):
+        settings = ConvertSettings(format="hdf5_groups" if path.stem == "groups" else None)
+        manifest = convert([path], "t", tmp_path / path.stem, settings)
+        assert manifest.charged_structures == manifest.periodic_structures == 0
+        assert not [text for text in manifest.warnings if "is not read" in text]

@@ -38,11 +38,16 @@ def unread_conditions(there: Mapping[str, Any], read: Collection[str], frames: i
     for name in there:
         if condition_named(name) is None or name in read:
             continue
-        values = there[name]
-        if np.shape(values) in ((), (1,), (frames,), (frames, 1)):
-            array = np.asarray(values[()] if hasattr(values, "shape") else values).reshape(-1)
-            if array.dtype.kind in "biufSUO":
-                found[name] = (array.tolist() * frames)[:frames] if len(array) == 1 else array.tolist()
+        try:
+            values = there[name]
+            # A group of an HDF5 file has no shape, and an empty dataset has None.
+            if not hasattr(values, "shape") or values.shape not in ((), (1,), (frames,), (frames, 1)):
+                continue
+            array = np.asarray(values[()]).reshape(-1)
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError):  # damaged, and nothing that is read
+            continue
+        if array.dtype.kind in "biufSUO":
+            found[name] = (array.tolist() * frames)[:frames] if len(array) == 1 else array.tolist()
     return found
 
 

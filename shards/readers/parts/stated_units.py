@@ -62,7 +62,9 @@ def attributes_of(item: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in getattr(item, "attrs", ()):
         with suppress(OSError, RuntimeError, KeyError, ValueError, TypeError):  # of a type that h5py does not know
-            found[name] = item.attrs[name]
+            value = item.attrs[name]
+            if getattr(value, "shape", ()) is not None:  # an empty one has no shape
+                found[name] = value
     return found
 
 
