@@ -14,7 +14,7 @@ from ase import Atoms
 from torch import Tensor
 
 from hydrazero.models.inference.potential import Potential
-from hydrazero.models.screening.freedom import box_of, freedom_of
+from hydrazero.models.screening.constraints import box_of, freedom_of
 from hydrazero.models.screening.settings import CHUNK, CONVERGED
 from hydrazero.models.screening.sources import Item, read_structure
 from hydrazero.models.task_facts import CONSERVATIVE

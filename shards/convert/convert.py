@@ -1,8 +1,9 @@
 """The converter: source files become a folder of shards with a manifest, which is complete or does not appear at all.
 
 A conversion has three parts: workers read frames into chunks on the disk (`frames`), one process builds an index that
-finds duplicates and shuffles (`index`), and workers write the shards from the chunks (`shards`). The result depends on
-the sources and the settings alone, not on the number of workers. A conversion that is killed keeps its finished work.
+finds duplicates and shuffles (`duplicates_and_order`), and workers write the shards from the chunks (`shards`). The
+result depends on the sources and the settings alone, not on the number of workers. A conversion that is killed keeps
+its finished work.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from hydrazero.shards.convert.checks.label_warnings import label_warnings
+from hydrazero.shards.convert.duplicates_and_order import Index, build_index
 from hydrazero.shards.convert.element_pairs import closest_pairs
 from hydrazero.shards.convert.folder import Conversion, distinct_names, working_folder
 from hydrazero.shards.convert.frames import SLICED_BYTES, frames_path, read_part, status_path
-from hydrazero.shards.convert.index import Index, build_index
 from hydrazero.shards.convert.label_statistics import label_statistics, residuals_of, target_statistics
 from hydrazero.shards.convert.references import chosen_references, undetermined_sums
 from hydrazero.shards.convert.settings import ConvertSettings

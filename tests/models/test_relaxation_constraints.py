@@ -25,7 +25,7 @@ from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.model_settings import ModelSettings
 from hydrazero.models.screening import relaxation
-from hydrazero.models.screening.freedom import freedom_of
+from hydrazero.models.screening.constraints import freedom_of
 from hydrazero.models.screening.relaxation import Relaxer
 from hydrazero.shards.readers.parts.fixed_atoms import fixed_in
 

@@ -254,7 +254,7 @@ def test_stress_without_a_volume_is_said_not_to_be_used(tmp_path):
 
 def test_sentences_do_not_depend_on_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "CHUNK_FRAMES", 16)
-    monkeypatch.setattr("hydrazero.shards.convert.index.CHUNK_FRAMES", 16)
+    monkeypatch.setattr("hydrazero.shards.convert.duplicates_and_order.CHUNK_FRAMES", 16)
     frames = scaled(trajectory(60), forces=-1.0, stress=1 / units.GPa)
     again = relabelled(frames[:5], lambda _, labels: {**labels, "energy": labels["energy"] + 1})
     one = converted(tmp_path / "a", frames, again)
