@@ -13,7 +13,7 @@ from hydrazero.shards.convert.frames import ChunkFile
 from hydrazero.shards.readers.frames import SourceUnits
 from hydrazero.shards.structure import FloatArray
 
-SAMPLE = 20_000
+SAMPLE = 5_000
 """Number of frames whose energies are compared; if a task has more, one of so many is taken."""
 MOST_PAIRS = 200_000
 """Number of pairs of successive frames that are compared."""

@@ -22,7 +22,7 @@ def same_atoms_warning(sample: EnergySample) -> str | None:
 
     This also finds what comparisons with most structures do not: that half of the energies are of another kind.
     """
-    _, kinds = np.unique(sample.counts, axis=0, return_inverse=True)
+    _, kinds = np.unique(sample.counts[:, sample.counts.any(axis=0)], axis=0, return_inverse=True)
     for kind in range(int(kinds.max(initial=-1)) + 1):
         rows = np.flatnonzero(kinds.reshape(-1) == kind)
         atoms = int(sample.counts[rows[0]].sum())
