@@ -273,7 +273,22 @@ BAD_ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("warmup_num_steps is 2, but the run has 2 steps",),
     ),
     "unknown optimizer": ('{"optimizer": {"type": "AdamX", "params": {"lr": 1e-3}}}', ("DeepSpeed", "AdamX")),
-    "unknown parameter": ('{"optimizer": {"type": "AdamW", "params": {"lrr": 1e-3}}}', ("DeepSpeed", "'lrr'")),
+    "unknown parameter": (
+        '{"optimizer": {"type": "AdamW", "params": {"lrr": 1e-3}}}',
+        ("params.lrr is not known (did you mean 'lr'?)",),
+    ),
+    "other name of the rate": (
+        '{"optimizer": {"type": "AdamW", "params": {"learning_rate": 1e-3}}}',
+        ("deepspeed.optimizer.params.learning_rate is not known (did you mean 'lr'?)",),
+    ),
+    "rate that is a word": (
+        '{"optimizer": {"type": "Lamb", "params": {"lr": "fast"}}}',
+        ('deepspeed.optimizer.params.lr must be a number, not "fast"',),
+    ),
+    "betas that are a number": (
+        '{"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}',
+        ("deepspeed.optimizer.params.betas must be a list of numbers, not 0.9",),
+    ),
     "unknown stage": ('{"zero_optimization": {"stage": 7}}', ("DeepSpeed", "stage", "0, 1, 2, 3")),
     "unknown ZeRO key": ('{"zero_optimization": {"stag": 1}}', ("DeepSpeed", "stag", "not permitted")),
     "no optimizer": ('{"optimizer": {}}', ("optimizer.type is missing",)),

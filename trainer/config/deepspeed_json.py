@@ -15,6 +15,14 @@ from hydrazero.trainer.config.precision import KEYS, precision_of
 from hydrazero.trainer.config.schedule_shapes import own_shape
 
 TABLES = ("optimizer", "scheduler", "zero_optimization", *KEYS)
+ADAM = (
+    *("lr", "betas", "eps", "weight_decay", "amsgrad", "bias_correction"),
+    *("torch_adam", "adam_w_mode", "set_grad_none", "fp32_optimizer_states", "adamw_mode"),
+    *("foreach", "fused", "maximize", "capturable", "differentiable"),
+)
+"""Parameters of Adam and AdamW in DeepSpeed, on GPUs and CPUs, and in PyTorch."""
+RATE_NAMES = ("learning_rate", "learningrate", "rate")
+"""Names of the learning rate elsewhere."""
 WARMUP_SHARE = 5
 """The warm-up of a packaged schedule takes at most the steps of the run divided by this number."""
 
@@ -47,6 +55,7 @@ def deepspeed_config(section: Mapping[str, Any], steps: int) -> dict[str, Any]:
         raise ConfigError(f"{where} {error}") from error
     if not document.get("optimizer", {}).get("type"):
         raise ConfigError(f"{where} optimizer.type is missing; name an optimizer such as AdamW.")
+    _check_optimizer(document["optimizer"])
     clip = document.get("gradient_clipping", 0.0)
     if not _is_number(clip) or not clip >= 0:
         raise ConfigError(f"{where} gradient_clipping is {clip!r}; it must be a number of at least 0.")
@@ -85,6 +94,21 @@ def _check_tables(document: dict[str, Any], where: str) -> None:
     for key, table in places:
         if not isinstance(table.get(key, {}), dict):
             raise ConfigError(f"{where} {key} is {json.dumps(table[key])}; it must be an object, {{...}}, or left out.")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a parameter that Adam and AdamW do not have, or one of another type."""
+    params, place = optimizer.get("params", {}), "deepspeed.optimizer.params"
+    for key in params if str(optimizer["type"]).lower() in ("adam", "adamw") else ():
+        if key not in ADAM:
+            hint = " (did you mean 'lr'?)" if key in RATE_NAMES else did_you_mean(key, list(ADAM))
+            raise ConfigError(f"{place}.{key} is not known{hint}.")
+    for key in ("lr", "eps", "weight_decay"):
+        if key in params and not _is_number(params[key]):
+            raise ConfigError(f"{place}.{key} must be a number, not {json.dumps(params[key])}.")
+    betas = params.get("betas", [0.9, 0.999])
+    if not isinstance(betas, list | tuple) or not all(map(_is_number, betas)):
+        raise ConfigError(f"{place}.betas must be a list of numbers, not {json.dumps(betas)}.")
 
 
 def _is_number(value: Any) -> bool:
