@@ -41,7 +41,7 @@ def evaluate_command(run_or_model: Path, folders: tuple[Path, ...], split: str, 
     chosen, total = _with_structures(list(folders) or list(own_folders), split)
     bar, advance = progress_bar("evaluating", total)
     with bar:
-        evaluation = evaluate(potential, chosen, split, files if out is None else results_in(out), advance)
+        evaluation = evaluate(potential, chosen, split, files if out is None else results_in(out, files.step), advance)
     print_evaluation(evaluation)
 
 

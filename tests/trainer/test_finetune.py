@@ -32,6 +32,7 @@ from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.finetune_section import FinetuneSection
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.engine.low_rank import add_low_rank_changes, merged
+from hydrazero.trainer.finetune.outcome import worse_than_before
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_metrics
 from hydrazero.trainer.start.methods import rate_factors
 from hydrazero.trainer.start.unit_check import ENERGY_UNITS, FORCE_UNITS, Likeness, suspicion
@@ -363,3 +364,17 @@ def test_two_ranks_begin_with_the_same_head(teacher, data, tmp_path):
     ours, theirs = (model_of_run(tmp_path / name) for name in ("one", "two"))
     assert theirs.tasks[0].reference_energies == pytest.approx(ours.tasks[0].reference_energies, abs=1e-6)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
+
+
+def test_a_result_that_is_worse_than_the_start_is_said():
+    def outcome(energy: float, force: float | None) -> str:
+        tasks = {"before": {"energy_mae_mev_per_atom": 10.0, "force_mae_mev_per_angstrom": 50.0}}
+        tasks["after"] = {"energy_mae_mev_per_atom": energy, "force_mae_mev_per_angstrom": force}
+        return worse_than_before({"split": "test", **tasks})
+
+    assert outcome(9.0, 50.0) == outcome(9.0, None) == ""
+    assert worse_than_before({"split": "test", "before": None, "after": {}}) == ""
+    said = outcome(9.0, 60.0)
+    assert said.startswith("warning: the fine-tuned head is worse than the head that it started from (force MAE 60 ")
+    assert "instead of 50 meV/Å, test split): train longer (--steps)" in said and "energy" not in said
+    assert "energy MAE 12 instead of 10 meV/atom" in outcome(12.0, 40.0)

@@ -31,11 +31,13 @@ class ResultFiles:
     """JSON file of errors by task."""
     predictions: Path
     """Folder with a file TASK.parquet for each task."""
+    step: int | None = None
+    """Step of the run's checkpoint that is evaluated, which the JSON file repeats; None for a model file."""
 
 
-def results_in(folder: Path) -> ResultFiles:
-    """Return the paths of results in a folder: that of a run, or one of their own."""
-    return ResultFiles(evaluation=folder / EVALUATION_NAME, predictions=folder / PREDICTIONS)
+def results_in(folder: Path, step: int | None = None) -> ResultFiles:
+    """Return the paths of results in a folder: that of a run, or one of their own; `step` is that of a checkpoint."""
+    return ResultFiles(evaluation=folder / EVALUATION_NAME, predictions=folder / PREDICTIONS, step=step)
 
 
 def results_beside(model: Path) -> ResultFiles:
@@ -84,7 +86,10 @@ def _evaluate(
             raise ConfigError(f"task '{manifest.task}' is named twice ({folder}); name each task once.")
         index = potential.task_index(manifest.task)
         if manifest.structures(split) == 0:
-            raise ShardError(f"{folder} has no structures in the split '{split}'.")
+            raise ShardError(
+                f"{folder} has no structures in the split '{split}'; evaluate another one (such as --split train), or "
+                "convert again with a fraction for it."
+            )
         errors = evaluate_task(potential, folder, index, split, progress)
         tasks[manifest.task] = replace(errors.summary(), fidelity=potential.model.tasks[index].fidelity)
         results[manifest.task] = errors.table()
@@ -95,7 +100,7 @@ def _evaluate(
     for name, table in results.items():
         _write_table(table, files.predictions / f"{name}.parquet")
     digests = {"weights": weights_fingerprint(potential.model), "model": model_digest(potential.model)}
-    evaluation = Evaluation(split=split, **digests, tasks=tasks)
+    evaluation = Evaluation(split=split, **digests, step=files.step, tasks=tasks)
     write_json(files.evaluation, evaluation.to_json())
     return evaluation
 
@@ -133,10 +138,13 @@ def evaluate_task(
 def open_run_or_model(path: Path) -> tuple[Potential, list[str], ResultFiles]:
     """Return the potential, where the run's own shards are (empty for a model file) and the paths of the results."""
     if path.is_dir():
+        from hydrazero.trainer.checkpoint.folders import checkpoint_named, step_of
         from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 
         record = read_run_json(path, RUN_NAME)
-        return Potential(model_of_run(path)), [str(task["shards"]) for task in record["tasks"]], results_in(path)
+        step = step_of(checkpoint_named(path, "best"))  # read once: a run in progress may find a better one meanwhile
+        model = model_of_run(path, str(step))
+        return Potential(model), [str(task["shards"]) for task in record["tasks"]], results_in(path, step)
     return load_model(path), [], results_beside(path)
 
 

@@ -44,7 +44,7 @@ def export_run(
         raise ConfigError(f"{out} exists; remove it or choose another name.")
     model = model_of_run(run_dir)
     evaluation = _evaluation(run_dir)
-    belongs = evaluation is not None and _is_of(evaluation, model, run_dir)
+    belongs = evaluation is not None and is_of(evaluation, model, run_dir)
     if evaluation is not None and belongs:
         _set_largest_spreads(model, evaluation.tasks)
     _set_trained(model, read_record(run_dir))
@@ -59,7 +59,7 @@ def _evaluation(run_dir: Path) -> Evaluation | None:
     return read_evaluation(path) if path.is_file() else None
 
 
-def _is_of(evaluation: Evaluation, model: AtomisticModel, run_dir: Path) -> bool:
+def is_of(evaluation: Evaluation, model: AtomisticModel, run_dir: Path) -> bool:
     """Return whether an evaluation has measured these weights with these facts.
 
     Evaluations of earlier versions know the weights alone, and so do their runs.

@@ -28,7 +28,9 @@ def other_rows(tasks: Mapping[str, TaskEvaluation]) -> list[tuple[str, str, str,
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print a row of errors per task, with those of the trivial predictor (reference energies alone, zero forces)."""
-    table = Table(title=f"{evaluation.split} split", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    of_step = "" if evaluation.step is None else f", checkpoint of step {evaluation.step}"
+    title = f"{evaluation.split} split{of_step}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("fidelity", no_wrap=True)
     for heading in ("struc-\ntures", "E MAE\nmeV/atom", "trivial", "F MAE\nmeV/Å", "trivial"):

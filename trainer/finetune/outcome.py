@@ -19,6 +19,7 @@ from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream.stream import SplitReader, StreamSettings, split_samples
+from hydrazero.trainer.checkpoint.folders import checkpoint_named, step_of
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.checkpoint.old_heads import with_old_heads
 from hydrazero.trainer.evaluation.errors import Mean
@@ -56,7 +57,8 @@ def measure_outcome(
     if split is not None:
         document["trivial"] = reference_errors(new, split).to_json()
         document["before"] = _errors(before, new, split).to_json() if rows else None
-        evaluation = evaluate(Potential(after), [new], split, results_in(run_dir))
+        step = step_of(checkpoint_named(run_dir, "best"))
+        evaluation = evaluate(Potential(after), [new], split, results_in(run_dir, step))
         document["after"] = evaluation.tasks[task].to_json()
     joined = with_old_heads(after, run_dir) if old else after
     document["old"] = {}
@@ -129,8 +131,33 @@ def print_outcome(document: dict[str, Any], say: Callable[[str], None]) -> None:
             errors = ReferenceErrors.from_json(row)
             table.add_row(name, str(errors.structures), shown(errors.energy_mae, 2), shown(errors.force_mae))
         wide_console(stderr=False).print(table)
+        if sentence := worse_than_before(document):
+            say(sentence)
     if document["old"]:
         print_forgetting(document["old"])
+
+
+def worse_than_before(document: dict[str, Any]) -> str:
+    """Return a warning if an error of the new task is larger than that of the head it started from, else ""."""
+    if not document["before"]:
+        return ""
+    before, after = (TaskEvaluation.from_json(document[when]) for when in ("before", "after"))
+    pairs = (
+        ("energy MAE", before.energy_mae, after.energy_mae, "meV/atom"),
+        ("force MAE", before.force_mae, after.force_mae, "meV/Å"),
+    )
+    worse = [
+        f"{name} {now:.4g} instead of {old:.4g} {unit}"
+        for name, old, now, unit in pairs
+        if old is not None and now is not None and not now <= old
+    ]
+    if not worse:
+        return ""
+    return (
+        f"warning: the fine-tuned head is worse than the head that it started from ({', '.join(worse)}, "
+        f"{document['split']} split): train longer (--steps), use a lower learning rate (--lr), or train the head "
+        "alone (--method heads)."
+    )
 
 
 def print_forgetting(old: dict[str, Any]) -> None:

@@ -176,6 +176,8 @@ class Evaluation(JsonFields):
     """Fingerprint of the model's weights; None in files of older versions."""
     model: str | None = None
     """Digest of the model's weights and facts, see `model_digest`; None in files of older versions."""
+    step: int | None = None
+    """Step of the run's checkpoint that was evaluated; None for a model file, and in files of older versions."""
     tasks: dict[str, TaskEvaluation] = field(default_factory=dict)
     """Errors by task."""
 

@@ -53,10 +53,7 @@ def sections(run: RunData) -> list[str]:
 def evaluation(run: RunData) -> list[str]:
     """Return the errors on the evaluated split, as tables and pictures."""
     if run.evaluation is None:
-        hint = f"hydrazero evaluate {run.path}"
-        return [
-            f"<h2>Errors</h2><p>This run has not been evaluated. To evaluate it, run <code>{for_html(hint)}</code>.</p>"
-        ]
+        return [f"<h2>Errors</h2>{not_evaluated(run, 'This run')}"]
     tasks = run.evaluation.tasks
     parts = [f"<h2>Errors on the {for_html(run.evaluation.split)} split</h2>", _errors(tasks)]
     parts.append(paragraph(TRIVIAL))
@@ -81,6 +78,14 @@ def evaluation(run: RunData) -> list[str]:
         ]
         parts.append(paragraph("The error is the length of the error vector. On the dashed line it equals the force."))
     return [*parts, *_spread(run)]
+
+
+def not_evaluated(run: RunData, name: str) -> str:
+    """Return a paragraph that states why there are no errors of a run, and how to measure them."""
+    reason = f"{name} has not been evaluated{' as it is now' if run.no_errors else ''}."
+    hint = f"hydrazero evaluate {run.path}"
+    why = f"{reason} {run.no_errors}".strip()
+    return f"<p>{for_html(why)} To evaluate it, run <code>{for_html(hint)}</code>.</p>"
 
 
 def _errors(tasks: Mapping[str, TaskEvaluation]) -> str:

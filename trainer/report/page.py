@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.plots.parity import parity_plots
 from hydrazero.trainer.records.run_files import REPORT_NAME
 from hydrazero.trainer.report.markup import write_page
@@ -31,4 +32,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 def parity_picture(run_dir: Path, out: Path) -> None:
     """Write the parity plots of a run's evaluation as one PNG."""
-    parity_plots(read_run(run_dir, run_dir.name).predictions).savefig(out, dpi=130)
+    run = read_run(run_dir, run_dir.name)
+    if run.no_errors:
+        raise ConfigError(f"{run_dir}: {run.no_errors} Run 'hydrazero evaluate {run_dir}' first.")
+    parity_plots(run.predictions).savefig(out, dpi=130)

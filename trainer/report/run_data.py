@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
-from hydrazero.shards.errors import ConfigError
+from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.trainer.plots.parity import Array, OtherParity, Parity
 from hydrazero.trainer.records.run_files import (
     EVALUATION_NAME,
@@ -73,6 +73,8 @@ class RunData:
     """Content of evaluation.json; None if the run has not been evaluated."""
     predictions: dict[str, TaskPredictions] = field(default_factory=dict)
     """Predictions of the evaluation, by task."""
+    no_errors: str = ""
+    """Why the run's evaluation is left out, if it has one that is not of the run's model as it is now."""
 
     @property
     def tasks(self) -> list[str]:
@@ -145,11 +147,35 @@ def read_run(run_dir: Path, label: str) -> RunData:
     if not (run_dir / EVALUATION_NAME).is_file():
         return run
     evaluation = read_evaluation(run_dir / EVALUATION_NAME)
+    if reason := _of_other_weights(evaluation, run_dir):
+        return replace(run, no_errors=reason)
     predictions = {
         name: read_predictions(run_dir / PREDICTIONS / f"{name}.parquet", task.targets)
         for name, task in evaluation.tasks.items()
     }
-    return RunData(**{**vars(run), "evaluation": evaluation, "predictions": predictions})
+    return replace(run, evaluation=evaluation, predictions=predictions)
+
+
+def _of_other_weights(evaluation: Evaluation, run_dir: Path) -> str:
+    """Return a sentence if an evaluation has not measured the model that the run has now, else "".
+
+    Evaluations of early versions do not record what they have measured, and a folder may be without its checkpoints;
+    then nothing can be compared.
+    """
+    from hydrazero.trainer.checkpoint.folders import checkpoint_named, checkpoints, step_of
+    from hydrazero.trainer.checkpoint.model_of_run import model_of_run
+    from hydrazero.trainer.evaluation.export import is_of
+
+    if (evaluation.weights is None and evaluation.step is None) or not checkpoints(run_dir):
+        return ""
+    try:
+        best = step_of(checkpoint_named(run_dir, "best"))
+        if evaluation.step in (None, best) and is_of(evaluation, model_of_run(run_dir, str(best)), run_dir):
+            return ""
+    except (HydrazeroError, OSError) as error:
+        return f"Its evaluation is left out, since it cannot be compared with the run's best checkpoint: {error}"
+    of = "other weights" if evaluation.step in (None, best) else f"the checkpoint of step {evaluation.step}"
+    return f"Its last evaluation is of {of}, and is left out: the run's best checkpoint is now of step {best}."
 
 
 def read_predictions(path: Path, targets: Mapping[str, TargetErrors]) -> TaskPredictions:

@@ -13,7 +13,7 @@ from hydrazero.trainer.records.run_log import shown
 from hydrazero.trainer.report.errors_by import force_errors, size_errors
 from hydrazero.trainer.report.history import cosine_maps, cosines, learning_curves, over_steps, overview, throughput
 from hydrazero.trainer.report.markup import facts, paragraph, picture, table
-from hydrazero.trainer.report.one_run import commit, configuration, evaluation, heading, progress
+from hydrazero.trainer.report.one_run import commit, configuration, evaluation, heading, not_evaluated, progress
 from hydrazero.trainer.report.run_data import RunData, tasks_of
 
 Value = Callable[[RunData, str], float | None]
@@ -62,11 +62,7 @@ def _errors(runs: Sequence[RunData]) -> list[str]:
     parts = ["<h2>Errors</h2>"]
     for run in runs:
         if run.evaluation is None:
-            hint = f"hydrazero evaluate {run.path}"
-            parts.append(
-                f"<p>{for_html(run.label)} has not been evaluated. "
-                f"To evaluate it, run <code>{for_html(hint)}</code>.</p>"
-            )
+            parts.append(not_evaluated(run, run.label))
     if evaluated:
         splits = list(dict.fromkeys(run.evaluation.split for run in evaluated if run.evaluation))
         if len(splits) > 1:

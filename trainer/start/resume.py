@@ -43,7 +43,7 @@ def check_resume(run_dir: Path, settings: Mapping[str, Any], tasks: Sequence[Tas
     if done and done[-1] > steps:
         raise ConfigError(
             f"train.steps is {steps}, but run {run_dir} has a checkpoint of step {done[-1]} already; set train.steps "
-            f"to {done[-1]} or more, or remove the checkpoints after step {steps}."
+            f"to at least {done[-1]}, in the run file or by --set train.steps={done[-1]} if it was set so before."
         )
     known = record.get("manifests", {}) if shards else {}
     for task in tasks:
