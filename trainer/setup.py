@@ -32,7 +32,12 @@ from hydrazero.trainer.config.tasks import (
     task_facts,
     task_manifests,
 )
-from hydrazero.trainer.config.validation import check_validation_labels, check_validation_split, needs_validation
+from hydrazero.trainer.config.validation import (
+    check_validation_labels,
+    check_validation_split,
+    missing_split_warnings,
+    needs_validation,
+)
 from hydrazero.trainer.engine.engine import make_engine
 from hydrazero.trainer.engine.losses import make_objective
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
@@ -154,14 +159,17 @@ def check_settings(
         facts=facts,
         manifests=tuple(manifests),
         warnings=[
-            text
-            for task, manifest in zip(facts, manifests, strict=True)
-            for text in (
-                charge_warning(task, manifest),
-                budget_warning(task.name, manifest, config.batch, config.model.cutoff),
-                cutoff_warning(task.name, manifest, config.model.cutoff),
-            )
-            if text
+            *missing_split_warnings(config.tasks, manifests),
+            *(
+                text
+                for task, manifest in zip(facts, manifests, strict=True)
+                for text in (
+                    charge_warning(task, manifest),
+                    budget_warning(task.name, manifest, config.batch, config.model.cutoff),
+                    cutoff_warning(task.name, manifest, config.model.cutoff),
+                )
+                if text
+            ),
         ],
     )
 

@@ -14,14 +14,17 @@ from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import write_json
 from hydrazero.shards.launcher_variables import launcher_rank
 from hydrazero.shards.processes import end_with_parent
+from hydrazero.shards.text.foreign_text import echo
 from hydrazero.trainer.checkpoint.folders import (
+    damage,
     folder_of,
+    has_checkpoint,
     latest_checkpoint,
     restoring,
     step_of,
     usable_checkpoint,
 )
-from hydrazero.trainer.checkpoint.save_load import load_checkpoint, resumed_from
+from hydrazero.trainer.checkpoint.save_load import load_checkpoint, read_state, resumed_from
 from hydrazero.trainer.config.resume_rules import sentences_on, starts_anew
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
 from hydrazero.trainer.config.setting_change import SettingChange
@@ -71,13 +74,21 @@ def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
     """Train a run on this machine, in this process if it has one rank; return a sentence about the result."""
     check_run(config, options.resume)
     run_dir = Path(config.run.out)
+    was_complete = options.resume and _is_complete(config)
     if options.ranks == 1 and not options.retries:
         run_rank(config, options.resume)
     else:
         train_ranks(run_file, options.ranks, options.words, run_dir / RUN_NAME, options.retries)
     step, steps = step_of(latest_checkpoint(run_dir)), config.train.steps
-    state = "trained" if step == steps else f"stopped at step {step} of {steps}"
-    return f"{state}: {run_dir}"
+    if step != steps:
+        return f"stopped at step {step} of {steps}: {run_dir}"
+    return f"{'complete' if was_complete else 'trained'}: {run_dir}"
+
+
+def _is_complete(config: RunConfig) -> bool:
+    """Return whether a run has an intact checkpoint of its last step."""
+    last, steps = folder_of(Path(config.run.out), config.train.steps), config.train.steps
+    return has_checkpoint(Path(config.run.out), steps) and damage(last) is None
 
 
 def run_rank(config: RunConfig, resume: bool, used_hours: float = 0.0) -> None:
@@ -126,6 +137,15 @@ def _train(config: RunConfig, resume: bool, checked: CheckedRun, used_hours: flo
         folder, damaged = _checkpoint_to_resume(run_dir)
         said += damaged
         configured = group_settings(engine)
+        if folder is not None and step_of(folder) == (steps := config.train.steps):
+            distributed.together(lambda: read_state(folder) if distributed.rank() == 0 else None)
+            if distributed.rank() == 0:
+                for sentence in damaged:
+                    echo(sentence, err=True)
+                echo(
+                    f"the run is complete ({steps} of {steps} steps); set train.steps higher to continue it.", err=True
+                )
+            return
         if folder is not None:
             state = load_checkpoint(engine, folder, average)
             said.append(resumed_from(state, engine))

@@ -37,6 +37,7 @@ from hydrazero.trainer.config.resume_rules import (
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
 from hydrazero.trainer.config.schedule_shapes import StableDecay
 from hydrazero.trainer.records.run_files import read_metrics
+from hydrazero.trainer.report.run_data import read_run
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
@@ -161,7 +162,7 @@ def test_tables_of_a_precision_that_is_off_do_not_count():
         ("deepspeed.scheduler.type=WarmupLR", r"another deepspeed.scheduler.type"),
         (
             "train.steps=3",
-            r"train.steps is 3, but run {run} has a checkpoint of step 4 already; set train.steps to 4",
+            r"train.steps is 3, but run {run} has a checkpoint of step 4 already; set train.steps to at least 4",
         ),
     ],
 )
@@ -205,6 +206,52 @@ def test_a_changed_loss_starts_the_best_anew(copied):
     assert {"key": "loss.energy_weight", "old": 1.0, "new": 1000.0} in resumed["changes"]
     CliRunner().invoke(main, ["report", str(run)])
     assert "Settings changed at step 4: " in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_errors_of_an_older_checkpoint_are_not_reported_as_those_of_the_run(copied):
+    run = copied.parent / "run"
+
+    def invoke(*words: object) -> str:
+        result = CliRunner().invoke(main, list(map(str, words)))
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    def page(*runs: Path) -> str:
+        invoke("report", *runs, "--out", run.parent / "page.html")
+        return (run.parent / "page.html").read_text(encoding="utf-8")
+
+    before = step_of(best_checkpoint(run))
+    assert f"checkpoint of step {before}" in invoke("evaluate", run, "--split", "val")
+    other = shutil.copytree(run, run.parent / "other")
+    assert read_run(run, "run").predictions and not read_run(run, "run").no_errors
+    resume(copied, "loss.energy_weight=1000.0", "train.steps=8")
+    best = step_of(best_checkpoint(run))
+    assert best > before
+    said = f"Its last evaluation is of the checkpoint of step {before}, and is left out: "
+    said += f"the run&#x27;s best checkpoint is now of step {best}."
+    alone = page(run)
+    assert said in alone and "Errors on the val split" not in alone and "Parity" not in alone
+    both = page(run, other)
+    assert said in both and "Errors on the val split. The lowest" in both
+    evaluation = read_json(run / "evaluation.json")
+    assert evaluation.pop("step") == before
+    (run / "evaluation.json").write_text(json.dumps(evaluation))  # an earlier version wrote no step
+    assert read_run(run, "run").no_errors.startswith("Its last evaluation is of other weights, and is left out")
+    assert read_run(run, "run").evaluation is None and not read_run(run, "run").predictions
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "weights": None, "model": None}))
+    assert read_run(run, "run").evaluation is not None
+    assert f"checkpoint of step {best}" in invoke("evaluate", run, "--split", "val")
+    assert read_run(run, "run").predictions and not read_run(run, "run").no_errors
+
+
+def test_a_complete_run_is_not_resumed(copied):
+    run = copied.parent / "run"
+    before = {name: (run / name).read_bytes() for name in ("run.json", "metrics.jsonl")}
+    result = resume(copied, "loss.energy_weight=1000.0")
+    said = "the run is complete (4 of 4 steps); set train.steps higher to continue it."
+    assert result.stderr.count(said) == 1 and result.stdout.strip() == f"complete: {run}"
+    assert "resumed from" not in result.output and "settings changed" not in result.output
+    assert {name: (run / name).read_bytes() for name in before} == before
 
 
 def test_a_change_counts_again_when_its_steps_were_lost(copied):

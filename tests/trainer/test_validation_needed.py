@@ -62,11 +62,18 @@ def test_without_validation_structures(data, tmp_path, dry, changes, said):
 
 
 def test_a_run_that_needs_none_trains(data, tmp_path):
-    assert "trained: " in outcome(run_file(tmp_path, data, 0.0), f"--set={OFF}")
+    shown = outcome(run_file(tmp_path, data, 0.0), f"--set={OFF}")
+    said = "task 'molecules' has no validation structures: its errors are not shown during training."
+    assert "trained: " in shown and shown.count(said) == 1 and "task 'metals' has no validation" not in shown
+    result = CliRunner().invoke(main, ["evaluate", str(tmp_path / "run")])
+    assert result.exit_code == 1 and "structures in the split 'test'; evaluate another one (such as --split train)" in (
+        result.output
+    )
 
 
 def test_one_task_with_validation_structures_is_enough(data, tmp_path):
-    assert "the run can start" in outcome(run_file(tmp_path, data, 1.0), "--dry-run")
+    shown = outcome(run_file(tmp_path, data, 1.0), "--dry-run")
+    assert "the run can start" in shown and "task 'molecules' has no validation structures" in shown
 
 
 def with_validation_of(folder: Path, frames: list[Atoms]) -> Path:

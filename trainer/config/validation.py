@@ -40,6 +40,15 @@ def check_validation_split(needed: str, tasks: Sequence[TaskSection], manifests:
         )
 
 
+def missing_split_warnings(tasks: Sequence[TaskSection], manifests: Sequence[Manifest]) -> list[str]:
+    """Return a sentence for each task whose shards have no validation structures."""
+    return [
+        f"warning: task '{task.name}' has no validation structures: its errors are not shown during training."
+        for task, manifest in zip(tasks, manifests, strict=True)
+        if not manifest.structures("val")
+    ]
+
+
 def check_validation_labels(
     needed: str, loss: LossSection, data: DataSection, tasks: Sequence[TaskSection], known: Sequence[TaskFacts]
 ) -> None:
