@@ -77,8 +77,7 @@ def _fault(kind: int, table: FloatArray, units: SourceUnits) -> tuple[str, str] 
     if len(table) < FEWEST_PAIRS:
         return None
     label, work = ("forces", "work of the forces") if kind == FORCES else ("stress", "work of the stress")
-    close = "between close frames that follow each other"
-    between = f"{close}, the energy"
+    between = "between close frames that follow each other, the energy"
     ratios: NDArray[np.float64] = table[:, 2] / table[:, 1]
     per_atom = ratios * table[:, 3]
     if table[:, 3].min() > 1 and _steady(per_atom) and RIGHT[0] < np.median(per_atom) < RIGHT[1]:
@@ -96,9 +95,8 @@ def _fault(kind: int, table: FloatArray, units: SourceUnits) -> tuple[str, str] 
         return same, f"{between} changes by {ratio:.3g} times the {work}, {reason}; look at [units]."
     if len(table) >= MANY_PAIRS and _rank_correlation(table[:, 1], table[:, 2]) < 0.3:
         return "nothing", (
-            f"{close}, the change of the energy is not related to the {work}, so the "
-            f"{label} probably belong{'' if kind == FORCES else 's'} to other frames or to another energy; look at "
-            "[fields]."
+            f"{between} changes without any relation to the {work}, so the {label} probably "
+            f"belong{'' if kind == FORCES else 's'} to other frames or to another energy; look at [fields]."
         )
     return None
 
