@@ -84,7 +84,7 @@ class Chunk:
         except StructureError as error:
             if not job.skip_bad:
                 number = frame.source_id.rpartition("#")[2]
-                hint = "fix it, or skip bad frames with --skip-bad"
+                hint = "correct the frame, or skip bad frames with --skip-bad"
                 raise SourceError(f"{source}, frame {number}: {error}; {hint}.") from error
             self.bad.append({"source_id": frame.source_id, "reason": error.reason, "message": str(error)})
             return

@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock
+from hydrazero.shards.convert.checks.lengths import RATIO_EDGES, smallest_ratio
 from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
 from hydrazero.shards.convert.splits import is_isolated_atom
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS, half_pairs
@@ -101,6 +102,9 @@ class Statistics:
     """Cutoff in Å -> numbers of neighbours within it."""
     closest: NDArray[np.float32] = field(default_factory=lambda: np.full(ELEMENTS**2, np.inf, dtype=np.float32))
     """Smallest distances of pairs of elements in the training split, Å, [119 * 119]; see `pair_places`."""
+    length_ratios: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(RATIO_EDGES) - 1, dtype=np.int64))
+    """Number of structures of all splits by the smallest ratio of a distance to the sum of the covalent radii, in the
+    bins of RATIO_EDGES."""
 
     def add(self, block: StructureBlock, split: str, cutoffs: Sequence[float], extensive: Collection[str] = ()) -> None:
         """Add the structures of a block; targets named in `extensive` are divided by the number of atoms."""
@@ -171,6 +175,8 @@ class Statistics:
             ends = np.concatenate([pairs.first[near], pairs.second[near]])
             degrees = np.bincount(ends, minlength=len(structure))
             self.degrees[cutoff].add(degrees, structure.source_id, ROW_SLOTS)
+        if (ratio := smallest_ratio(structure, pairs, distances, max(cutoffs))) is not None:
+            self.length_ratios += np.histogram(np.clip(ratio, RATIO_EDGES[0], RATIO_EDGES[-1]), RATIO_EDGES)[0]
         if split == "train":
             places = pair_places(structure.numbers[pairs.first], structure.numbers[pairs.second])
             np.minimum.at(self.closest, places, distances.astype(np.float32))
@@ -189,6 +195,7 @@ class Statistics:
             self.targets.setdefault(name, LabelSums()).merge(moments)
         self._add_rows(other.triangle)
         self.forces = self.forces + other.forces
+        self.length_ratios = self.length_ratios + other.length_ratios
         self.closest = np.minimum(self.closest, other.closest)
         self.strongest = strongest([*self.strongest, *other.strongest])
         for number, energy in other.isolated.items():

@@ -25,6 +25,7 @@ from hydrazero.shards.readers.frames import (
     UnreadFrame,
 )
 from hydrazero.shards.readers.opening import COMPRESSIONS, ZIP, check_compression, plain_suffix, unpacked
+from hydrazero.shards.text.foreign_text import escaped
 
 _PACKAGE = "hydrazero.shards.readers"
 READERS: Registry[Reader | ReadFunction] = Registry(
@@ -227,11 +228,35 @@ def unread(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
         yield from _unread_copy(path, name, settings)
         return
     count = 0
-    for frame in reader(path, settings):
-        count += 1
-        yield frame
+    try:
+        for frame in reader(path, settings):
+            count += 1
+            yield frame
+    except SourceError as error:
+        if count or settings.format is not None or not _is_unknown(path):
+            raise
+        raise SourceError(_unknown_suffix(path)) from error
     if count == 0:
+        if settings.format is None and path.is_file() and path.suffix and name == "ase" and _by_suffix(path) is None:
+            raise SourceError(_unknown_suffix(path))
         raise SourceError(f"source file {path} holds no structure in the format '{name}'.")
+
+
+def _is_unknown(path: Path) -> bool:
+    """Return whether neither a reader nor ASE knows the suffix of a file, and its content is of no known format."""
+    from ase.io.formats import extension2format
+
+    suffix = plain_suffix(path)
+    if not suffix or not path.is_file() or suffix[1:] in extension2format:
+        return False
+    return _by_suffix(path) is None and _by_content(path) is None
+
+
+def _unknown_suffix(path: Path) -> str:
+    return (
+        f"source file {path} holds no structure that is recognised, and its suffix {escaped(path.suffix)} is not "
+        "known; name the format with --format."
+    )
 
 
 def _unread_copy(path: Path, name: str, settings: ReadSettings) -> Iterator[UnreadFrame]:

@@ -49,11 +49,10 @@ def missing_label(label: str, name: str, fields: Mapping[str, Any], atoms: int, 
         if label == "forces" and "grad" in best.lower():
             text += " (with a minus sign in the unit of forces, for a gradient)"
     elif not because and fields:
-        text += " nor another field that could be it"
+        text += ", and no other field could be it"
     if label != "energy":
-        text += (
-            f"{', or' if listed and not because else ';'} leave '{label}' out of [labels] require if frames may lack it"
-        )
+        start = ", or," if listed and not because else ";"
+        text += f"{start} if frames may lack it, leave '{label}' out of [labels] require"
     return StructureError(f"no_{label}", text)
 
 

@@ -37,6 +37,14 @@ TO_UNPACK = {
 
 ZIP = ".zip"
 
+BEGINNINGS = {
+    ".gz": ("gzip", (b"\x1f\x8b",)),
+    ".bz2": ("bzip2", (b"BZh",)),
+    ".xz": ("xz", (b"\xfd7zXZ", b"]\0\0")),
+    ZIP: ("zip", (b"PK",)),
+}
+"""Suffix -> name of a compression, and bytes with which its files begin."""
+
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 """Errors that are raised when a file is damaged, truncated, or of another kind."""
 
@@ -212,10 +220,22 @@ def _packed(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def check_compression(path: Path) -> None:
-    """Raise SourceError for a file in a compression that is not read, with the command that unpacks it."""
+    """Raise SourceError for a file in a compression that is not read, or not in the one that its suffix names."""
     command = TO_UNPACK.get(path.suffix.lower())
     if command is not None:
         raise SourceError(
             f"source file {path} is compressed in a way that is not read; unpack it ({command.format(path.name)}), and "
             "name the unpacked file."
         )
+    if path.suffix.lower() in BEGINNINGS and path.is_file() and path.stat().st_size:
+        name, beginnings = BEGINNINGS[path.suffix.lower()]
+        try:
+            with open(path, "rb") as file:
+                start = file.read(8)
+        except OSError as error:
+            raise SourceError(f"source file {path} cannot be read ({error.strerror}).") from error
+        if not any(start.startswith(each[: len(start)]) for each in beginnings):
+            raise SourceError(
+                f"source file {path} is not {name}-compressed, although its name ends in {path.suffix}; rename it, or "
+                "copy it again if it is damaged."
+            )

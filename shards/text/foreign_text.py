@@ -23,6 +23,11 @@ def escaped(text: object) -> str:
     return "".join(_written(letter) if unicodedata.category(letter) in HIDDEN else letter for letter in shown)
 
 
+def excerpt(text: str, most: int = 40) -> str:
+    """Return the beginning of a text for a quotation, as in `escaped`; a repeated control character is shown once."""
+    return escaped(re.sub(r"([\x00-\x1f\x7f-\x9f])\1{2,}", r"\1…", text[:most]))
+
+
 def escaped_lines(text: object) -> str:
     """Return a text in which line breaks and tabs stay, and everything else is as in `escaped`."""
     return "".join(part if part in ("\n", "\t") else escaped(part) for part in re.split(r"([\n\t])", str(text)))

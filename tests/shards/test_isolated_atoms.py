@@ -138,7 +138,11 @@ def test_a_task_of_one_composition_says_that_others_are_arbitrary(tmp_path):
     words = (
         "do not determine the reference energies of H and O separately, so that total energies of other compositions"
     )
-    assert words in shown("convert", source, "--task", "w", "--out", tmp_path / "w")
-    assert words in shown("inspect", tmp_path / "w")
+    (tmp_path / "c.toml").write_text("[split]\ntrain = 1.0\nval = 0.0\ntest = 0.0\n[source]\nmethod = 'x'\n")
+    said = shown("convert", source, "--task", "w", "--config", tmp_path / "c.toml", "--out", tmp_path / "w")
+    assert words in said.strip().splitlines()[-1]  # after other warnings
+    assert "warning: there are no validation structures" in said and "warning: there are no test structures" in said
+    said = shown("inspect", tmp_path / "w")
+    assert words in said and said.count("(not determined)") == 2
     assert read_manifest(tmp_path / "w").undetermined_sums == [{"H": 1.0, "O": -2.0}]
     assert ase.io.read(Path(source), 0).get_chemical_formula() == "H2O"

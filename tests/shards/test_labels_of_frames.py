@@ -133,7 +133,7 @@ def test_words_of_a_comment_are_no_labels(tmp_path):
         ("E=-1 n=3", ('[fields] energy = "E"',)),
         ("Energy=-1", ('[fields] energy = "Energy"',)),
         ("step=3", ("'step'", '[fields] energy = "..."')),
-        ("name=a", ("nor another field that could be it",)),
+        ("name=a", (", and no other field could be it",)),
         ("", ("the frame has no energy (field 'energy')",)),
     ],
 )

@@ -91,7 +91,7 @@ def test_compressed_files_are_read(tmp_path, kind, suffix):
     ],
 )
 def test_compressions_that_are_not_read_are_named_with_the_command_that_unpacks(tmp_path, name, words):
-    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd" * 9)
+    (tmp_path / name).write_bytes((b"\x1f\x8b\x08\x00" if name.endswith(".gz") else b"\x28\xb5\x2f\xfd") * 9)
     with pytest.raises(SourceError, match=words) as error:
         frames(tmp_path / name)
     assert "pickle" not in str(error.value)
@@ -151,3 +151,26 @@ def test_compressed_files_in_folders(tmp_path):
     (tmp_path / "c.xyz.zst").write_bytes(b"x")
     found = find_sources([tmp_path], ReadSettings())
     assert found.files == (one, two) and found.not_read[0].endswith("was not read: c.xyz.zst.")
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".gz", "gzip"), (".bz2", "bzip2"), (".xz", "xz"), (".zip", "zip")])
+def test_a_text_with_the_suffix_of_a_compression(tmp_path, suffix, name):
+    path = tmp_path / f"a.xyz{suffix}"
+    path.write_text("1\nenergy=-1\nCu 0 0 0\n")
+    with pytest.raises(SourceError, match=f"is not {name}-compressed, although its name ends in {suffix}; rename it"):
+        frames(path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "a.foo"])
+def test_files_with_unknown_suffixes(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("# Data\n\nText.\n")
+    with pytest.raises(SourceError, match=rf"its suffix \{path.suffix} is not known; name the format with --format"):
+        frames(path)
+
+
+def test_repeated_control_characters_are_shown_once(tmp_path):
+    path = tmp_path / "a.xyz"
+    path.write_bytes(b"\0" * 60)
+    with pytest.raises(SourceError, match="frame 0: '\\\\x00…' is not a number of atoms"):
+        frames(path)

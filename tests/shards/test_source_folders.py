@@ -27,7 +27,7 @@ from hydrazero.trainer.evaluation.evaluate import results_beside, results_in
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME
 from hydrazero.trainer.search.journal import JOURNAL_NAME, TRIALS
 
-PASSED_OVER = "3 files of '{}' are in no known format and were not read: README, a.foo, sub/b.bar."
+PASSED_OVER = "3 files of '{}' are in no known format and were not read: METHOD.md, a.foo, sub/b.bar."
 
 
 def folder_of(tmp_path: Path) -> Path:
@@ -38,7 +38,7 @@ def folder_of(tmp_path: Path) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / name)
-    for name in ("README", "a.foo", "sub/b.bar", ".DS_Store", "Thumbs.db", "desktop.ini"):
+    for name in ("METHOD.md", "a.foo", "sub/b.bar", ".DS_Store", "Thumbs.db", "desktop.ini"):
         (folder / name).write_text("no source")
     convert([source], "t", folder / "out", load_convert_settings(None))
     (folder / "out" / "more.xyz").write_bytes(source.read_bytes())
@@ -57,7 +57,19 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
     (source,) = sources_of([folder], say=said.append)
     assert source.path == folder / "a.xyz" and said == list(found.not_read)
     named = find_sources([folder], ReadSettings(format="extxyz")).not_read[0]
-    assert named.startswith(f"3 files of '{folder}' are in another format than 'extxyz' and were not read: README")
+    assert named.startswith(f"3 files of '{folder}' are in another format than 'extxyz' and were not read: METHOD.md")
+
+
+ABOUT = ("README", "readme.md", "LICENSE", "LICENCE.txt", "LICENSE-MIT", "COPYING", "CITATION.cff", "citation.bib")
+CHECKSUMS = ("SHA256SUMS", "md5sum.txt", "checksums.txt", "a.xyz.sha256")
+
+
+@pytest.mark.parametrize("name", [*ABOUT, *CHECKSUMS])
+def test_files_about_the_data_are_passed_over_without_a_word(tmp_path, name):
+    source = write_extxyz(tmp_path / "a.xyz", molecules(1))
+    (tmp_path / name).write_text("about the data")
+    found = find_sources([tmp_path], ReadSettings())
+    assert found.files == (source,) and not found.not_read
 
 
 def test_long_lists_are_shortened_and_names_cannot_write_on_terminals(tmp_path):
@@ -135,10 +147,12 @@ def write_tar(path: Path, *names: str) -> Path:
 
 
 def test_members_of_archives_that_are_not_read_are_named(tmp_path):
-    path = write_tar(tmp_path / "a.tar", "x/a.extxyz", "x/a.txt", "x/._a.extxyz", "README", "x/b.cif", ".DS_Store")
+    path = write_tar(
+        tmp_path / "a.tar", "x/a.extxyz", "x/a.txt", "x/._a.extxyz", "README", "METHOD", "x/b.cif", ".DS_Store"
+    )
     (sentence,) = find_sources([path], ReadSettings()).not_read
     assert sentence == (
-        f"2 files of '{path}' are in another format than extended XYZ and were not read: README, x/b.cif."
+        f"2 files of '{path}' are in another format than extended XYZ and were not read: METHOD, x/b.cif."
     )
     assert [frame.source_id for frame in frames(path)] == [f"a.tar/x/a.extxyz#{n}" for n in range(3)]
     assert not find_sources([write_tar(tmp_path / "b.tar", "a.xyz", "a.txt")], ReadSettings()).not_read

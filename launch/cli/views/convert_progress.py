@@ -103,5 +103,8 @@ def _print_summary(manifest: Manifest, out: Path, settings: ConvertSettings) -> 
         echo(f"duplicates: {manifest.duplicate_count:,} structures repeat an earlier geometry ({what})")
     for reason, count in manifest.set_aside.items():
         echo(f"skipped, {reason}: {count:,}")
+    for split, kind, use in (("val", "validation", "choose the best step"), ("test", "test", "evaluate the model")):
+        if not manifest.structures(split):
+            echo(f"warning: there are no {kind} structures, with which to {use}; add frames or change [split]")
     for note in task_notes(manifest):
         echo(note)

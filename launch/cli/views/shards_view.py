@@ -247,8 +247,14 @@ def _elements_table(manifest: Manifest) -> Table:
     columns = [manifest.reference_energies, *[manifest.isolated_atoms] * bool(manifest.isolated_atoms)]
     headings = ("reference energy eV", "isolated atom eV")[: len(columns)]
     table = _table("elements", "element", "atoms", *headings)
+    undetermined = {symbol for combination in manifest.undetermined_sums for symbol in combination}
+    if manifest.references == "isolated":
+        undetermined = set()
     for symbol, count in manifest.elements.items():
-        table.add_row(symbol, f"{count:,}", *(f"{own[symbol]:.4f}" if symbol in own else "-" for own in columns))
+        cells = [f"{own[symbol]:.4f}" if symbol in own else "-" for own in columns]
+        if symbol in undetermined:
+            cells[0] += " (not determined)"
+        table.add_row(symbol, f"{count:,}", *cells)
     return table
 
 

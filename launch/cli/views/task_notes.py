@@ -18,12 +18,13 @@ def task_notes(manifest: Manifest) -> list[str]:
         notes.append(
             f"warning: no training structure contains {', '.join(untrained)}, so there is no reference energy for it"
         )
-    if manifest.undetermined_sums:
+    notes += [f"warning: {escaped(text).removesuffix('.')}" for text in manifest.warnings]
+    if manifest.undetermined_sums:  # last, since it is true of many tasks that are right
         notes.append(
             f"warning: {undetermined_text(manifest.undetermined_sums)}; add structures of other compositions, or "
             "isolated atoms"
         )
-    return [*notes, *(f"warning: {escaped(text).removesuffix('.')}" for text in manifest.warnings)]
+    return notes
 
 
 def references_note(manifest: Manifest) -> list[str]:

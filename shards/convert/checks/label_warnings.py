@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hydrazero.shards.convert.checks.evidence import Evidence
+from hydrazero.shards.convert.checks.lengths import length_warning
 from hydrazero.shards.convert.checks.magnitudes import energy_warnings, force_warning, median_of, stress_warning
 from hydrazero.shards.convert.checks.same_atoms import same_atoms_warning
 from hydrazero.shards.convert.checks.work_warnings import work_warnings
@@ -15,6 +16,7 @@ def label_warnings(job: Conversion, evidence: Evidence, equal_geometries: str | 
     units = evidence.units or job.settings.units
     found = [equal_geometries, *evidence.methods.warnings(), *evidence.unread_conditions.warnings()]
     found += evidence.unread_stress.warnings()
+    found.append(length_warning(total.length_ratios, units))
     sample = evidence.sample()
     found += energy_warnings(sample, units) or [same_atoms_warning(sample)]
     found.append(force_warning(median_of(total.forces, FORCE_EDGES), units))

@@ -123,9 +123,9 @@ def _hydrogen(sample: EnergySample, units: SourceUnits) -> str | None:
     if sizes.min() < 0.01 * sizes.max() or hydrogen > LOWEST_HYDROGEN:
         return None
     return (
-        f"the energies are improbable: by them, an atom of hydrogen adds {hydrogen:.3g} eV, but its electron and its "
-        f"bonds hardly add {LOWEST_HYDROGEN:g} eV; they are probably not in {units.energy} but, for example, in "
-        f"{_smaller(units)}; look at units.energy."
+        f"the energies are improbable: each atom of hydrogen lowers the energy by {-hydrogen:.3g} eV on average, while "
+        f"it cannot lower it by more than {-LOWEST_HYDROGEN:g} eV; they are probably not in {units.energy} but, for "
+        f"example, in {_smaller(units)}; look at units.energy."
     )
 
 

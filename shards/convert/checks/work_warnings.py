@@ -95,8 +95,8 @@ def _fault(kind: int, table: FloatArray, units: SourceUnits) -> tuple[str, str] 
         return same, f"{between} changes by {ratio:.3g} times the {work}, {reason}; look at [units]."
     if len(table) >= MANY_PAIRS and _rank_correlation(table[:, 1], table[:, 2]) < 0.3:
         return "nothing", (
-            f"{between} does not change by the {work} at all, so what was read as {label} belongs to other frames or "
-            "to another energy; look at [fields]."
+            f"{between} changes without any relation to the {work}, so the {label} probably "
+            f"belong{'' if kind == FORCES else 's'} to other frames or to another energy; look at [fields]."
         )
     return None
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO, cast
 
 from hydrazero.shards.errors import SourceError, StructureError
 from hydrazero.shards.readers.extxyz.text import extxyz_frames
+from hydrazero.shards.readers.finding.folders import ABOUT
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import COMPRESSIONS, READ_ERRORS, in_utf8, is_hidden, plain_suffix, text_of
 
@@ -72,9 +73,10 @@ def _safe(member: tarfile.TarInfo, path: Path) -> tarfile.TarInfo:
 
 
 def members_not_read(path: Path) -> list[str]:
-    """Return the names of the files in an archive that `read_extxyz_tar` passes over, without hidden ones.
+    """Return the names of the files in an archive that `read_extxyz_tar` passes over.
 
-    The archive is read to its end. One that is damaged has none, since its reader says so.
+    Hidden files and those about the data, such as README, are left out. The archive is read to its end.
+    One that is damaged has none, since its reader says so.
     """
     try:
         with tarfile.open(path) as tar:
@@ -82,8 +84,12 @@ def members_not_read(path: Path) -> list[str]:
     except (tarfile.TarError, *READ_ERRORS):
         return []
     frames = {_stem(name) for name in names if _holds_frames(name)}
-    shown = [name for name in names if not _is_hidden(name) and not _holds_frames(name)]
+    shown = [name for name in names if not (_is_hidden(name) or _holds_frames(name) or _is_about(name))]
     return [name for name in shown if not (plain_suffix(Path(name)) == REFERENCES and _stem(name) in frames)]
+
+
+def _is_about(name: str) -> bool:
+    return ABOUT.fullmatch(PurePosixPath(name).name) is not None
 
 
 def _holds_frames(name: str) -> bool:

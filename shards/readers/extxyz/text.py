@@ -18,6 +18,7 @@ from hydrazero.shards.readers.ase_atoms import frame_from_atoms
 from hydrazero.shards.readers.extxyz.header import Header
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.opening import READ_ERRORS, open_text
+from hydrazero.shards.text.foreign_text import excerpt
 
 
 @reader(suffixes=(".xyz", ".extxyz"))
@@ -80,7 +81,7 @@ def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
         except ValueError:
             count = -1
         if count < 0:
-            raise SourceError(f"{where}, frame {number}: '{line.strip()[:40]}' is not a number of atoms.")
+            raise SourceError(f"{where}, frame {number}: '{excerpt(line.strip())}' is not a number of atoms.")
         # A damaged count may be beyond any file, and beyond what islice takes.
         lines = list(islice(file, min(count + 1, sys.maxsize)))
         if len(lines) < count + 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,13 @@ PREDICTIONS = ".predictions"
 SCREENED = b"hydrazero.screen"
 """Beginning of the keys in the metadata of a screen's Parquet files."""
 
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|copying|citation|(sha\d*|md5)sums?|checksums?)([-_]\w+)?(\.(md|txt|rst|cff|bib))?"
+    r"|.+\.(md5|sha1|sha256|sha512)",
+    re.IGNORECASE,
+)
+"""Names of files about the data beside them: descriptions, licences, citations and checksums."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FolderContent:
@@ -36,7 +44,7 @@ class FolderContent:
     sources: tuple[Path, ...]
     """Files and folders that are read, sorted."""
     others: tuple[str, ...]
-    """Other files, by their paths in the folder."""
+    """Other files, by their paths in the folder, except those about the data, such as README."""
     results: tuple[str, ...]
     """Results of earlier commands, which are no sources, by their paths in the folder."""
 
@@ -96,7 +104,7 @@ def folder_content(folder: Path, is_source: Callable[[Path], bool], markers: Col
                     results.append(str(within / each))
                 else:
                     sources.append(path)
-            else:
+            elif not ABOUT.fullmatch(each):
                 others.append(str(within / each))
     return FolderContent(
         folder=folder, sources=tuple(sorted(sources)), others=tuple(sorted(others)), results=tuple(sorted(results))
