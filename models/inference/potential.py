@@ -15,7 +15,12 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
-from hydrazero.models.inference.ase_structure import check_all_conditions, structure_from_atoms
+from hydrazero.models.inference.ase_structure import (
+    all_conditions,
+    check_all_conditions,
+    structure_from_atoms,
+    unread_condition,
+)
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.models.inference.own_modes import own_modes
@@ -138,7 +143,7 @@ class Potential:
         indices = [self.task_index(name) for name in names]
         given = [structures] if isinstance(structures, Atoms) else structures
         converted = [self._converted(atoms, n, names) for n, atoms in enumerate(given)]
-        self._check_supported(converted, names)
+        self._check_supported(converted, [unread_condition(all_conditions(atoms)) for atoms in given], names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
         for first in range(0, len(converted), STRUCTURES_AT_ONCE):
             samples = []
@@ -196,20 +201,25 @@ class Potential:
         except StructureError as error:
             raise StructureError(error.reason, f"{name}: {error}.") from error
 
-    def _check_supported(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
+    def _check_supported(
+        self, structures: Sequence[Structure], unread: Sequence[str | None], tasks: Sequence[str]
+    ) -> None:
         """Raise StructureError, which gives the reason, unless all tasks support all structures.
 
         Warn of the first structure whose charge or spin a task ignores, and of the first whose energy is arbitrary.
+        `unread` says for each structure which charge or spin stands under a name that is not read.
         """
         said: set[tuple[str, str]] = set()
-        for structure in structures:
+        for structure, other in zip(structures, unread, strict=True):
+            name = structure.source_id
             for task in tasks:
-                if (task, "state") not in said and (ignored := ignored_conditions(self.facts(task), structure)):
+                facts = self.facts(task)
+                if (task, "state") not in said and (text := ignored_conditions(facts, structure, name, other)):
                     said.add((task, "state"))
-                    warnings.warn(f"{structure.source_id}: {ignored}.", ExtrapolationWarning, stacklevel=4)
-                if (task, "energy") not in said and (open_ := undetermined_energy(self.facts(task), structure.numbers)):
+                    warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=4)
+                if (task, "energy") not in said and (text := undetermined_energy(facts, structure.numbers, name)):
                     said.add((task, "energy"))
-                    warnings.warn(f"task '{task}', {structure.source_id}: {open_}.", ExtrapolationWarning, stacklevel=4)
+                    warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=4)
                 if (reason := self.why_not(structure, task)) is not None:
                     raise StructureError(
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
