@@ -25,7 +25,8 @@ from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignor
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.task_facts import NONE, TaskFacts
-from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
+from hydrazero.shards.conditions import condition_named
+from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError, did_you_mean
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.stream.packing import Packer, fits
 from hydrazero.shards.structure import Structure
@@ -45,7 +46,7 @@ class Potential:
     """A model with the methods that apply it to structures."""
 
     def __init__(self, model: AtomisticModel, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+        self.device = _available(device)
         self.model = model.to(self.device).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -231,11 +232,28 @@ class Potential:
         return self.model.members_of_all_tasks(batch).cpu().numpy()
 
     def calculator(
-        self, task: str, *, others: str | Sequence[str] = (), skin: float = 0.3, compile: bool = False
+        self,
+        task: str | None = None,
+        *,
+        others: str | Sequence[str] = (),
+        skin: float = 0.3,
+        compile: bool = False,
+        **unknown: Any,
     ) -> HydrazeroCalculator:
-        """Return an ASE calculator of one task; its options are those of `HydrazeroCalculator`."""
+        """Return an ASE calculator of one task; its options are those of `HydrazeroCalculator`.
+
+        Raises ModelFileError without a task, or for a charge, which belongs to the structure.
+        """
         from hydrazero.models.inference.ase_calculator import HydrazeroCalculator
 
+        for name in unknown:
+            if (kind := condition_named(name)) is not None:
+                raise ModelFileError(
+                    f"a calculator takes no {name}: give that of each structure as atoms.info['{kind}']."
+                )
+            raise TypeError(f"calculator() has no argument '{name}'")
+        if task is None:
+            raise ModelFileError(f"name the task of the calculator as task='...'; the model has {_quoted(self.tasks)}.")
         return HydrazeroCalculator(self, task, others=others, skin=skin, compile=compile)
 
     def torch_sim(
@@ -269,6 +287,19 @@ def names_of(tasks: str | Sequence[str]) -> list[str]:
     return [tasks] if isinstance(tasks, str) else list(tasks)
 
 
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _available(device: torch.device | str) -> torch.device:
+    """Return a device; raise ConfigError if it cannot be used here."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises AssertionError
+        raise ConfigError(f"device '{device}' is not available here; use device='cpu'.") from error
+
+
 def _plain(value: NDArray[np.float64]) -> float | NDArray[np.float64]:
     """Return a value of a structure as a number, or as an array of its own if it is a vector."""
     return float(value) if value.ndim == 0 else value.copy()
@@ -287,7 +318,8 @@ def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Potential:
     """Load an exported model.
 
-    Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version.
+    Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version, ConfigError
+    if this machine has no such device.
     """
     with own_modes():  # weights made in inference mode could not be differentiated later
         return Potential(read_model(Path(path)), device)

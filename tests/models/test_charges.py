@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, save_model
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning
-from hydrazero.shards.errors import ConfigError, StructureError
+from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
 from hydrazero.shards.structure import charge_of, multiplicity_of
 
 CPU = torch.device("cpu")
@@ -159,6 +161,33 @@ def test_a_charge_under_another_name_that_a_task_ignores_is_warned_of(atoms, wor
     rows, said = screened(tmp_path, tmp_path / "a.traj", "--tasks", "neutral")
     assert rows[1]["energy_neutral"] == pytest.approx(right, abs=1e-6)
     assert re.search(f"task 'neutral' ignores the {words} of a.traj#1: its head", said)
+
+
+def test_charges_and_missing_tasks_of_a_calculator_are_one_sentence():
+    potential = charged_potential()
+    with pytest.raises(ModelFileError, match=r"^name the task of the calculator .* has 'charged', 'neutral'\.$"):
+        potential.calculator()
+    with pytest.raises(ModelFileError, match=r"takes no charge: .* as atoms\.info\['charge'\]\.$"):
+        potential.calculator("charged", charge=1)
+    with pytest.raises(TypeError, match="no argument 'skim'"):
+        potential.calculator("charged", skim=1)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_one_sentence(device):
+    with pytest.raises(ConfigError, match=f"^device '{device}' is not available here; use device='cpu'\\.$"):
+        Potential(small_model(), device)
+
+
+def test_warnings_of_commands_show_no_source(tmp_path):
+    save_model(charged_potential().model, tmp_path / "m.safetensors", dtype="float64")
+    write(tmp_path / "a.traj", [water(total_charge=1)])
+    words = ("screen", tmp_path / "m.safetensors", tmp_path / "a.traj", "--out", tmp_path / "s.parquet")
+    code = "from hydrazero.launch.cli.main import main; main()"
+    given = [sys.executable, "-c", code, *map(str, words), "--tasks", "neutral", "--workers", "0"]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=100, check=True)
+    assert "warning: task 'neutral' ignores the 'total_charge' 1 of a.traj#0: its head" in done.stderr
+    assert ".py" not in done.stderr and "warnings.warn" not in done.stderr
 
 
 def test_names_that_hold_nothing_unusual_are_not_warned_of():
