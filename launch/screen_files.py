@@ -149,6 +149,10 @@ def _report_unranked(settings: ScreenSettings, totals: dict[str, Any], say: Call
     say(f"not ranked, without a value of '{settings.ranking}': {computed - totals['written']:,} ({why})")
 
 
+KIND_TEXTS = {"unseen": "that no head supports"}
+"""Kind of a rejection -> its words in the summary, where they are not those of the kind itself."""
+
+
 def summary_text(out: Path, summary: ScreenSummary, ranks: int) -> str:
     """Return what a complete screen has computed, and how fast, as lines."""
     totals = summary.totals or {}
@@ -156,13 +160,16 @@ def summary_text(out: Path, summary: ScreenSummary, ranks: int) -> str:
     kept = "" if totals["written"] == totals["structures"] else f"; the {totals['written']:,} that rank lowest are kept"
     lines = [f"{out}: {totals['structures'] - refused:,} of {totals['structures']:,} structures computed{kept}"]
     if refused:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(totals["refused"].items()))
+        kinds = ", ".join(
+            f"{count:,} {KIND_TEXTS.get(kind, kind.replace('_', ' '))}"
+            for kind, count in sorted(totals["refused"].items())
+        )
         lines.append(f"{refused:,} not computed ({kinds}); the column 'reason' says why")
     rate = summary.structures / max(summary.seconds, 1e-9)
     share = summary.model_seconds / max(summary.seconds - summary.start_seconds, 1e-9)
     lines.append(
         f"{'' if ranks == 1 else 'the last rank: '}{summary.structures:,} structures in {summary.seconds:.1f} s, "
         f"{rate:,.0f} structures/s; start-up took {summary.start_seconds:.1f} s, the model "
-        f"{summary.model_seconds:.1f} s ({share:.0%} of the remaining time)"
+        f"{summary.model_seconds:.1f} s ({share:.0%} of the time after start-up)"
     )
     return "\n".join(lines)

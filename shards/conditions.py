@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,11 @@ PREFIXES = ("ref_", "dft_", "qm_")
 
 def condition_named(name: Any) -> str | None:
     """Return 'charge' or 'multiplicity' if a field has a name for it, in capital or small letters; None otherwise."""
-    if not isinstance(name, str):
-        return None
+    return _condition(name) if isinstance(name, str) else None
+
+
+@lru_cache(maxsize=4096)
+def _condition(name: str) -> str | None:
     plain = name.lower()
     for prefix in PREFIXES:
         plain = plain.removeprefix(prefix)

@@ -65,6 +65,17 @@ def replacing(path: Path, *, shared: bool = False, durable: bool = False, suffix
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path, advice: str) -> None:
+    """Raise ConfigError, which ends with the advice, if a folder cannot be written, or made if there is none."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ConfigError(f"{nearest} is no folder; {advice}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"nothing can be written to the folder {nearest}; {advice}.")
+
+
 def without_links(path: str, flags: int) -> int:
     """Open a file that several steps write, for `open(..., opener=without_links)`.
 

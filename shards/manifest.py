@@ -153,9 +153,10 @@ def read_manifest(folder: Location) -> Manifest:
 def check_different_tasks(manifests: Sequence[Manifest], folders: Sequence[Path]) -> None:
     """Raise ConfigError if two folders hold tasks of the same name."""
     names = [manifest.task for manifest in manifests]
-    for name, folder in zip(names, folders, strict=True):
+    for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two of the folders hold a task '{name}' ({folder}); a run needs different names.")
+            both = " and ".join(str(each) for each, other in zip(folders, names, strict=True) if other == name)
+            raise ConfigError(f"{both} both hold a task '{name}'; name folders of different tasks.")
 
 
 def manifest_sha256(folder: Location) -> str:

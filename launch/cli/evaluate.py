@@ -29,6 +29,7 @@ def evaluate_command(run_or_model: Path, folders: tuple[Path, ...], split: str, 
 
     A run is evaluated on its own shards unless other folders are named.
     """
+    from hydrazero.shards.files import check_writable
     from hydrazero.trainer.evaluation.evaluate import check_no_commands, evaluate, open_run_or_model, results_in
     from hydrazero.trainer.evaluation.tables import print_evaluation
     from hydrazero.trainer.records.run_log import progress_bar
@@ -36,12 +37,14 @@ def evaluate_command(run_or_model: Path, folders: tuple[Path, ...], split: str, 
     potential, own_folders, files = open_run_or_model(run_or_model)
     if not folders and not own_folders:
         raise ConfigError("name the shard folders to evaluate the model on: hydrazero evaluate MODEL DIR...")
+    files = files if out is None else results_in(out, files.step)
+    check_writable(files.evaluation.parent, "name another with --out")
     if not folders:
         check_no_commands(run_or_model, own_folders)
     chosen, total = _with_structures(list(folders) or list(own_folders), split)
     bar, advance = progress_bar("evaluating", total)
     with bar:
-        evaluation = evaluate(potential, chosen, split, files if out is None else results_in(out, files.step), advance)
+        evaluation = evaluate(potential, chosen, split, files, advance)
     print_evaluation(evaluation)
 
 

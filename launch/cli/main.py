@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -22,7 +26,7 @@ from hydrazero.launch.cli.search import search_command
 from hydrazero.launch.cli.train import train_command
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import file_fault
-from hydrazero.shards.text.foreign_text import echo, escaped
+from hydrazero.shards.text.foreign_text import echo, escaped, escaped_lines
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Data": (convert_command, subset_command, inspect_command),
@@ -34,6 +38,29 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
 """Heading on the help page -> its commands, in the order in which they are shown."""
 
 
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Write warnings of this project as 'warning: ...', without the line of its code; those of others as they are."""
+    usual = warnings.formatwarning
+
+    def text_of(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if category.__module__.startswith("hydrazero.") or _is_of_project(filename):
+            return f"warning: {escaped_lines(message)}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = text_of
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _is_of_project(filename: str) -> bool:
+    """Return whether a file is a module of this project that has been imported."""
+    modules = list(sys.modules.items())
+    return any(name.startswith("hydrazero.") and getattr(each, "__file__", None) == filename for name, each in modules)
+
+
 class HydrazeroGroup(click.Group):
     """A group that lists its commands under headings and reports errors of users in one sentence."""
 
@@ -43,7 +70,8 @@ class HydrazeroGroup(click.Group):
         So does an OSError about a file, such as a full disk or a folder that may not be written.
         """
         try:
-            return super().invoke(ctx)
+            with plain_warnings():
+                return super().invoke(ctx)
         except HydrazeroError as error:
             echo(f"Error: {escaped(error)}", err=True)
             ctx.exit(error.exit_status)

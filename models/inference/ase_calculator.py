@@ -14,7 +14,12 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from hydrazero.models.atomistic import Predictions
-from hydrazero.models.inference.ase_structure import check_all_conditions, stated_conditions
+from hydrazero.models.inference.ase_structure import (
+    all_conditions,
+    check_all_conditions,
+    stated_conditions,
+    unread_condition,
+)
 from hydrazero.models.inference.extrapolation import Extrapolation, formula_of
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential, names_of
@@ -167,7 +172,8 @@ class HydrazeroCalculator(Calculator):
     def _look(self, atoms: Atoms, spread: float | None) -> None:
         sample = self.neighbours.sample
         formula = formula_of(sample.structure.numbers)
-        self._watch.look_at_conditions(formula, sample.structure)
+        unread = None if self._watch.facts.charge_spin else unread_condition(all_conditions(atoms))
+        self._watch.look_at_conditions(formula, sample.structure, unread)
         if self._bounds.any():
             distances = self.neighbours.distances(atoms.positions)
             self._watch.look_at_distances(formula, sample.structure.numbers, sample.pairs, distances, self._bounds)
@@ -181,7 +187,7 @@ class HydrazeroCalculator(Calculator):
         energies, interactions = dict[str, float](), []
         for name in [self.task, *self.others]:
             if (reason := self.potential.why_not(structure, name)) is not None:
-                self._watch.look_at_other(formula_of(structure.numbers), name, f"it {reason}")
+                self._watch.look_at_other(formula_of(structure.numbers), name, reason)
                 continue
             index = self.potential.task_index(name)
             energies[name] = float(every[index])

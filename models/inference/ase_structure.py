@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from hydrazero.shards.conditions import condition_named, is_set
 from hydrazero.shards.errors import StructureError
 from hydrazero.shards.readers.ase_atoms import check_occupancy
 from hydrazero.shards.structure import Structure, atomic_numbers_of, charge_of, check_structure, multiplicity_of
+from hydrazero.shards.text.foreign_text import escaped
 
 CONDITIONS = ("charge", "multiplicity")
 """Keys of `atoms.info` on which predictions may depend."""
@@ -53,21 +54,52 @@ def check_names(
     Otherwise a charged structure would be computed as a neutral one. `charge` and `multiplicity` are the names that
     are read, None for what is known already.
     """
+    for kind, name in _named_otherwise(info, charge, multiplicity):
+        read = charge if kind == "charge" else multiplicity
+        raise StructureError(
+            f"{kind}_name",
+            f"its '{name}' is {info[name]}, but the {kind} is read from '{read}', which is not there; rename it",
+        )
+
+
+def unread_condition(
+    info: Mapping[str, Any], charge: str | None = "charge", multiplicity: str | None = "multiplicity"
+) -> str | None:
+    """Return a charge or spin under a name that is not read, as "'total_charge' 1", for tasks that ignore both.
+
+    None if there is none, or only a spin multiplicity of 1 or 2; the names are those of `check_names`.
+    """
+    for _, name in _named_otherwise(info, charge, multiplicity):
+        value = info[name]
+        if not ("mult" in name.lower() and str(value).strip() in ("1", "2", "1.0", "2.0")):
+            return f"'{escaped(name)}' {escaped(value)[:40]}"
+    return None
+
+
+def _named_otherwise(
+    info: Mapping[str, Any], charge: str | None, multiplicity: str | None
+) -> Iterator[tuple[str, str]]:
+    """Yield kind and name of each charge or spin that is not zero and stands under a name that is not read."""
     for read, kind in ((charge, "charge"), (multiplicity, "multiplicity")):
         if read is None or info.get(read) is not None:
             continue
         for name, value in info.items():
             if condition_named(name) == kind and name != read and is_set(value):
-                raise StructureError(
-                    f"{kind}_name",
-                    f"its '{name}' is {value}, but the {kind} is read from '{read}', which is not there; rename it",
-                )
+                yield kind, name
+
+
+def all_conditions(atoms: Atoms) -> Mapping[str, Any]:
+    """Return `atoms.info`, and the sum of the initial charges of the atoms if it is not zero."""
+    charges = atoms.arrays.get("initial_charges")
+    if charges is None:
+        return dict(atoms.info)
+    total = float(np.sum(np.asarray(charges, dtype=np.float64)))
+    return {**atoms.info, "initial_charges": total if abs(total) > TINY else 0.0}
 
 
 def check_all_conditions(atoms: Atoms) -> None:
     """Raise StructureError if charge or spin of ASE atoms are given in another place than `atoms.info`."""
-    total = float(np.sum(np.asarray(atoms.arrays.get("initial_charges", 0.0), dtype=np.float64)))
-    check_names({**atoms.info, "initial_charges": total if abs(total) > TINY else 0.0})
+    check_names(all_conditions(atoms))
 
 
 def stated_conditions(atoms: Atoms) -> str:

@@ -22,26 +22,31 @@ class ExtrapolationWarning(UserWarning):
     """A prediction for a structure unlike those that the task was trained on."""
 
 
-def ignored_conditions(facts: TaskFacts, structure: Structure) -> str | None:
+def ignored_conditions(facts: TaskFacts, structure: Structure, name: str, unread: str | None = None) -> str | None:
     """Return what a task ignores in the charge and spin of a structure, None if that is nothing.
 
-    A spin multiplicity of 1 or 2 is what a structure without charge has at least, and is not reported.
+    `name` is that of the structure in the sentence, `unread` a charge or spin of it under a name that is not read. A
+    spin multiplicity of 1 or 2 is what a structure without charge has at least, and is not reported.
     """
     charge, multiplicity = structure.charge, structure.multiplicity
-    if facts.charge_spin or (charge == 0 and multiplicity <= 2):
+    if facts.charge_spin or (charge == 0 and multiplicity <= 2 and unread is None):
         return None
-    what = " and ".join(
-        [f"charge {charge:+d}"] * (charge != 0) + [f"spin multiplicity {multiplicity}"] * (multiplicity > 2)
+    what = [f"charge {charge:+d}"] * (charge != 0) + [f"spin multiplicity {multiplicity}"] * (multiplicity > 2)
+    what += [] if unread is None else [unread]
+    return (
+        f"task '{facts.name}' ignores the {' and '.join(what)} of {name}: its head does not depend on charge and spin"
     )
-    return f"task '{facts.name}' does not depend on charge and spin, and ignores the structure's {what}"
 
 
-def undetermined_energy(facts: TaskFacts, numbers: NDArray[np.uint8]) -> str | None:
-    """Return why the total energy of atoms with these atomic numbers is arbitrary, None if it is not."""
+def undetermined_energy(facts: TaskFacts, numbers: NDArray[np.uint8], name: str) -> str | None:
+    """Return why the total energy of atoms with these atomic numbers is arbitrary, None if it is not.
+
+    `name` is that of the structure in the sentence.
+    """
     sums = facts.undetermined_sums
     if not facts.has_energy or not sums or is_determined(numbers.tolist(), sums):
         return None
-    return undetermined_text(sums)
+    return f"task '{facts.name}' predicts an arbitrary energy for {name}: {undetermined_text(sums)}"
 
 
 def formula_of(numbers: NDArray[np.uint8]) -> str:
@@ -82,23 +87,26 @@ class Extrapolation:
         ends = (int(pairs.first[worst]), int(pairs.second[worst]))
         elements = "-".join(chemical_symbols[z] for z in sorted(int(numbers[end]) for end in ends))
         nearest = self.facts.closest.get(elements)
-        known = f"their smallest distance is {nearest:.2f} Å" if nearest else "they are never neighbours"
+        known = f"have a smallest distance of {nearest:.2f} Å" if nearest else "are never neighbours"
         self._warn(
             "distance",
             formula,
-            f"{elements} at {distances[worst]:.2f} Å (atoms {ends[0]} and {ends[1]}); in the training data {known}",
+            f"atoms {ends[0]} and {ends[1]} of {formula} ({elements}) are {distances[worst]:.2f} Å apart; these "
+            f"elements {known} in the training data of task '{self.facts.name}'",
         )
 
     def look_at_composition(self, formula: str, numbers: NDArray[np.uint8]) -> None:
         """Warn about a composition whose total energy the training data does not determine."""
-        if (text := undetermined_energy(self.facts, numbers)) is not None:
+        if (text := undetermined_energy(self.facts, numbers, formula)) is not None:
             self._warn("composition", formula, text)
 
     def look_at_untrained(self, formula: str, wanted: Collection[str]) -> None:
         """Warn about those of the wanted 'forces' and 'stress' that are predicted, but were not trained."""
         for name in self.facts.untrained:
             if name in wanted:
-                self._warn(name, formula, f"the predicted {name}: {UNTRAINED[getattr(self.facts, name)]}")
+                verb, what = "are" if name == "forces" else "is", UNTRAINED[getattr(self.facts, name)]
+                predicted = f"the {name} that task '{self.facts.name}' predicts for {formula}"
+                self._warn(name, formula, f"{predicted} {verb} {what}")
 
     def look_at_spread(self, formula: str, per_atom: float) -> None:
         """Warn if the spread of the ensemble in eV per atom exceeds that of 99% of the evaluated structures."""
@@ -106,21 +114,22 @@ class Extrapolation:
             self._warn(
                 "spread",
                 formula,
-                f"the ensemble disagrees by {1000 * per_atom:.3g} meV per atom; it does by less than "
-                f"{1000 * self.facts.largest_spread:.3g} on 99% of the structures that it was evaluated on",
+                f"the ensemble of task '{self.facts.name}' disagrees by {1000 * per_atom:.3g} meV per atom on "
+                f"{formula}; it disagrees by less than {1000 * self.facts.largest_spread:.3g} on 99% of the structures "
+                "that it was evaluated on",
             )
 
-    def look_at_conditions(self, formula: str, structure: Structure) -> None:
-        """Warn about a charge or spin that the task ignores."""
-        if (text := ignored_conditions(self.facts, structure)) is not None:
-            self._warn("conditions", formula, text.removeprefix(f"task '{self.facts.name}' "))
+    def look_at_conditions(self, formula: str, structure: Structure, unread: str | None = None) -> None:
+        """Warn about a charge or spin that the task ignores; `unread` is one under a name that is not read."""
+        if (text := ignored_conditions(self.facts, structure, formula, unread)) is not None:
+            self._warn("conditions", formula, text)
 
     def look_at_other(self, formula: str, task: str, reason: str) -> None:
         """Warn that another task is left out; the reason follows the formula of the structure."""
-        self._warn(f"task {task}", formula, f"{reason}; the task is left out of the comparison")
+        self._warn(f"task {task}", formula, f"{formula} {reason}; the task is left out of the comparison")
 
     def _warn(self, kind: str, formula: str, text: str) -> None:
         place = (self.facts.name, kind, formula)
         if place not in self._said:
             self._said.add(place)
-            warnings.warn(f"task '{self.facts.name}', {formula}: {text}.", ExtrapolationWarning, stacklevel=2)
+            warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=2)

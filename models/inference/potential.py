@@ -15,12 +15,18 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
-from hydrazero.models.inference.ase_structure import check_all_conditions, structure_from_atoms
+from hydrazero.models.inference.ase_structure import (
+    all_conditions,
+    check_all_conditions,
+    structure_from_atoms,
+    unread_condition,
+)
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.task_facts import NONE, TaskFacts
-from hydrazero.shards.errors import ModelFileError, StructureError, did_you_mean
+from hydrazero.shards.conditions import condition_named
+from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError, did_you_mean
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.stream.packing import Packer, fits
 from hydrazero.shards.structure import Structure
@@ -40,7 +46,7 @@ class Potential:
     """A model with the methods that apply it to structures."""
 
     def __init__(self, model: AtomisticModel, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+        self.device = _available(device)
         self.model = model.to(self.device).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -138,7 +144,7 @@ class Potential:
         indices = [self.task_index(name) for name in names]
         given = [structures] if isinstance(structures, Atoms) else structures
         converted = [self._converted(atoms, n, names) for n, atoms in enumerate(given)]
-        self._check_supported(converted, names)
+        self._check_supported(converted, [unread_condition(all_conditions(atoms)) for atoms in given], names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
         for first in range(0, len(converted), STRUCTURES_AT_ONCE):
             samples = []
@@ -196,20 +202,25 @@ class Potential:
         except StructureError as error:
             raise StructureError(error.reason, f"{name}: {error}.") from error
 
-    def _check_supported(self, structures: Sequence[Structure], tasks: Sequence[str]) -> None:
+    def _check_supported(
+        self, structures: Sequence[Structure], unread: Sequence[str | None], tasks: Sequence[str]
+    ) -> None:
         """Raise StructureError, which gives the reason, unless all tasks support all structures.
 
         Warn of the first structure whose charge or spin a task ignores, and of the first whose energy is arbitrary.
+        `unread` says for each structure which charge or spin stands under a name that is not read.
         """
         said: set[tuple[str, str]] = set()
-        for structure in structures:
+        for structure, other in zip(structures, unread, strict=True):
+            name = structure.source_id
             for task in tasks:
-                if (task, "state") not in said and (ignored := ignored_conditions(self.facts(task), structure)):
+                facts = self.facts(task)
+                if (task, "state") not in said and (text := ignored_conditions(facts, structure, name, other)):
                     said.add((task, "state"))
-                    warnings.warn(f"{structure.source_id}: {ignored}.", ExtrapolationWarning, stacklevel=4)
-                if (task, "energy") not in said and (open_ := undetermined_energy(self.facts(task), structure.numbers)):
+                    warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=4)
+                if (task, "energy") not in said and (text := undetermined_energy(facts, structure.numbers, name)):
                     said.add((task, "energy"))
-                    warnings.warn(f"task '{task}', {structure.source_id}: {open_}.", ExtrapolationWarning, stacklevel=4)
+                    warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=4)
                 if (reason := self.why_not(structure, task)) is not None:
                     raise StructureError(
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
@@ -221,11 +232,28 @@ class Potential:
         return self.model.members_of_all_tasks(batch).cpu().numpy()
 
     def calculator(
-        self, task: str, *, others: str | Sequence[str] = (), skin: float = 0.3, compile: bool = False
+        self,
+        task: str | None = None,
+        *,
+        others: str | Sequence[str] = (),
+        skin: float = 0.3,
+        compile: bool = False,
+        **unknown: Any,
     ) -> HydrazeroCalculator:
-        """Return an ASE calculator of one task; its options are those of `HydrazeroCalculator`."""
+        """Return an ASE calculator of one task; its options are those of `HydrazeroCalculator`.
+
+        Raises ModelFileError without a task, or for a charge, which belongs to the structure.
+        """
         from hydrazero.models.inference.ase_calculator import HydrazeroCalculator
 
+        for name in unknown:
+            if (kind := condition_named(name)) is not None:
+                raise ModelFileError(
+                    f"a calculator takes no {name}: give that of each structure as atoms.info['{kind}']."
+                )
+            raise TypeError(f"calculator() has no argument '{name}'")
+        if task is None:
+            raise ModelFileError(f"name the task of the calculator as task='...'; the model has {_quoted(self.tasks)}.")
         return HydrazeroCalculator(self, task, others=others, skin=skin, compile=compile)
 
     def torch_sim(
@@ -259,6 +287,19 @@ def names_of(tasks: str | Sequence[str]) -> list[str]:
     return [tasks] if isinstance(tasks, str) else list(tasks)
 
 
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _available(device: torch.device | str) -> torch.device:
+    """Return a device; raise ConfigError if it cannot be used here."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA raises AssertionError
+        raise ConfigError(f"device '{device}' is not available here; use device='cpu'.") from error
+
+
 def _plain(value: NDArray[np.float64]) -> float | NDArray[np.float64]:
     """Return a value of a structure as a number, or as an array of its own if it is a vector."""
     return float(value) if value.ndim == 0 else value.copy()
@@ -277,7 +318,8 @@ def shape_for(samples: Sequence[GraphSample]) -> BatchShape:
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Potential:
     """Load an exported model.
 
-    Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version.
+    Raises ModelFileError if the file is missing, damaged, of another format or written by a newer version, ConfigError
+    if this machine has no such device.
     """
     with own_modes():  # weights made in inference mode could not be differentiated later
         return Potential(read_model(Path(path)), device)

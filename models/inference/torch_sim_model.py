@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hydrazero.models.inference.ase_structure import check_names, unread_condition
 from hydrazero.models.inference.extrapolation import Extrapolation, formula_of
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.task_facts import NONE
+from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
 from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
 from hydrazero.shards.readers.opening import optional_module
@@ -123,6 +125,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         cells = state["cell"].detach().cpu().numpy().astype(np.float64).transpose(0, 2, 1)
         pbc = np.broadcast_to(np.asarray(torch.as_tensor(state["pbc"]).cpu()), 3).astype(bool)
         charges, multiplicities = self._conditions(state, systems)
+        unread = self._unread(state)
         self._look_at_cells(cells, pbc)
         structures = []
         for n in range(systems):
@@ -135,7 +138,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
                 multiplicity=multiplicities[n],
                 source_id=f"system {n}",
             )
-            self._check(structure)
+            self._check(structure, unread)
             structures.append(structure)
         return structures
 
@@ -153,6 +156,15 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             _per_system(spins, self._multiplicity, systems, lambda value: multiplicity_of(value or None), "spin"),
         )
 
+    def _unread(self, state: dict[str, Any]) -> str | None:
+        """Return a charge or spin that a state has under a name that is not read; StructureError if it matters."""
+        numbers = {name: _number(value) for name, value in state.items() if condition_named(name)}
+        charge = "charge" if self._charge is None else None
+        spin = "spin" if self._multiplicity is None else None
+        if self.potential.facts(self.task).charge_spin:
+            check_names(numbers, charge, spin)
+        return unread_condition(numbers, charge, spin)
+
     def _look_at_cells(self, cells: FloatArray, pbc: NDArray[np.bool_]) -> None:
         """Warn once of cells that are not used; torch-sim 0.3 stores a slab as a structure that is not periodic."""
         if not pbc.any() and not self._warned_of_cell and (np.abs(np.linalg.det(cells)) > 1e-6).any():
@@ -163,7 +175,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    def _check(self, structure: Structure) -> None:
+    def _check(self, structure: Structure, unread: str | None) -> None:
         try:
             check_structure(structure)
         except StructureError as error:
@@ -171,7 +183,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         if (reason := self.potential.why_not(structure, self.task)) is not None:
             raise StructureError("unseen", f"{structure.source_id} {reason}; leave it out or choose another task.")
         formula = formula_of(structure.numbers)
-        self._watch.look_at_conditions(formula, structure)
+        self._watch.look_at_conditions(formula, structure, unread)
         self._watch.look_at_composition(formula, structure.numbers)
         self._watch.look_at_untrained(formula, ["forces"] * self.compute_forces + ["stress"] * self.compute_stress)
 
@@ -189,6 +201,14 @@ def _plain(state: Any) -> dict[str, Any]:
     if fields["cell"].dim() == 2:
         fields["cell"] = fields["cell"].unsqueeze(0)
     return fields
+
+
+def _number(value: Any) -> Any:
+    """Return the largest of the numbers of a tensor, by their size; other values as they are."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return value
+    flat = value.detach().reshape(-1)
+    return flat[flat.abs().argmax()].item()
 
 
 def _per_system(values: Any, default: int | None, systems: int, read: Callable[[Any], int], name: str) -> list[int]:

@@ -117,14 +117,14 @@ class SampleBuilder:
 
     def sample(self, item: Item) -> GraphSample:
         """Read an item and find its neighbours; raise StructureError if it cannot be computed."""
-        structure = read_structure(item)
+        structure, unread = read_structure(item), None if item.unread is None else item.unread()
         if len(structure) > self.settings.max_atoms:
             reason = f"has {len(structure)} atoms, more than --max-atoms {self.settings.max_atoms}"
             raise UnsupportedStructureError(structure, "too_large", reason)
         if not self.supported(structure).any():
             reason = self.potential.why_none(structure, self.settings.tasks) or "is not supported by any task"
             raise UnsupportedStructureError(structure, "unseen", reason)
-        self._look_at_conditions(structure, item.source_id)
+        self._look_at_conditions(structure, item.source_id, unread)
         if self.rows_per_atom is None:
             return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
         rows = math.ceil(self.rows_per_atom * len(structure))
@@ -138,19 +138,18 @@ class SampleBuilder:
     def _look_at_composition(self, structure: Structure) -> None:
         """Warn of the first structure, for each task, whose energy the task's training data leaves arbitrary."""
         for facts in self._facts:
-            if facts.name not in self._said_arbitrary and (text := undetermined_energy(facts, structure.numbers)):
+            if facts.name not in self._said_arbitrary and (
+                text := undetermined_energy(facts, structure.numbers, structure.source_id)
+            ):
                 self._said_arbitrary.add(facts.name)
-                words = f"task '{facts.name}', {structure.source_id}: {text}; further structures are not named."
-                warnings.warn(words, ExtrapolationWarning, stacklevel=2)
+                warnings.warn(f"{text}; further structures are not named.", ExtrapolationWarning, stacklevel=2)
 
-    def _look_at_conditions(self, structure: Structure, name: str) -> None:
+    def _look_at_conditions(self, structure: Structure, name: str, unread: str | None) -> None:
         """Warn of the first structure whose charge or spin a task of the screen ignores."""
         for facts in [] if self._said_ignored else self._facts:
-            if (ignored := ignored_conditions(facts, structure)) is not None:
+            if (ignored := ignored_conditions(facts, structure, name, unread)) is not None:
                 self._said_ignored = True
-                warnings.warn(
-                    f"{name}: {ignored}; further structures are not named.", ExtrapolationWarning, stacklevel=2
-                )
+                warnings.warn(f"{ignored}; further structures are not named.", ExtrapolationWarning, stacklevel=2)
                 return
 
     def rows(self, packed: Sequence[GraphSample], names: dict[int, str]) -> BatchRows:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from hydrazero.models.inference.ase_structure import check_names
+from hydrazero.models.inference.ase_structure import check_names, unread_condition
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.shards.errors import HydrazeroError, ShardError, SourceError, StructureError
 from hydrazero.shards.manifest import MANIFEST_NAME, SPLITS, manifest_sha256
@@ -37,6 +37,8 @@ class Item:
     """File and frame, as 'file#frame'."""
     read: Callable[[], Structure]
     """Return the structure; raise StructureError, ShardError or SourceError if it cannot be read."""
+    unread: Callable[[], str | None] | None = None
+    """After `read`, return a charge or spin of the structure under a name that is not read; None if there cannot be."""
 
 
 Items = Generator[Item, None, int]
@@ -109,6 +111,7 @@ class FileSource:
         """Name of the file in the source ids of its structures."""
         self.conditions_matter = False
         """Whether results depend on charge and spin, so that a frame whose charge stands under another name is bad."""
+        self._unread: str | None = None
 
     def items(self, first: int, selected: ChunkFilter) -> Items:
         """Yield items as `Source.items` does; if the file cannot be read to its end, the last item raises the error."""
@@ -117,7 +120,8 @@ class FileSource:
             for frame in unread(self.path, self.settings):
                 if selected(index // CHUNK):
                     source_id = self.name + escaped(frame.source_id.removeprefix(self.path.name))
-                    yield Item(index=index, source_id=source_id, read=partial(self._read, frame))
+                    read = partial(self._read, frame)
+                    yield Item(index=index, source_id=source_id, read=read, unread=lambda: self._unread)
                 index += 1
         except SourceError as error:
             if selected(index // CHUNK):
@@ -129,13 +133,12 @@ class FileSource:
         result = frame.read()
         if result.structure is None:
             raise result.error or StructureError("unreadable", "the frame holds no structure")
+        fields, found = self.settings.fields, result.structure
+        charge = None if found.charge else fields.charge
+        multiplicity = None if found.multiplicity else fields.multiplicity
         if self.conditions_matter:
-            fields, found = self.settings.fields, result.structure
-            check_names(
-                result.info,
-                charge=None if found.charge else fields.charge,
-                multiplicity=None if found.multiplicity else fields.multiplicity,
-            )
+            check_names(result.info, charge, multiplicity)
+        self._unread = unread_condition(result.info, charge, multiplicity)
         return result.structure
 
     def identity(self) -> str:

@@ -23,7 +23,7 @@ from hydrazero.models.screening.output import RECORD_NAME, ScreenOutput
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.files import read_json, read_json_lines, replacing
+from hydrazero.shards.files import check_writable, read_json, read_json_lines, replacing
 from hydrazero.trainer.checkpoint.folders import best_checkpoint, damage
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, RUN_NAME, read_metrics, read_run_json
 from hydrazero.trainer.records.task_errors import read_evaluation
@@ -63,6 +63,19 @@ def test_folders_that_cannot_be_made_are_one_sentence(shards, tmp_path, monkeypa
     write_extxyz(tmp_path / "a.xyz", molecules(40))
     (tmp_path / "file").touch()
     refused(command(*[str(shards) if word == "SHARDS" else word for word in words]), "file", "cannot be ")
+
+
+def test_folders_that_may_not_be_written_are_found_first(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    check_writable(tmp_path / "run" / "a" / "b", "name another with --out")
+    assert not (tmp_path / "run" / "a").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)
+    with pytest.raises(ConfigError, match=r"written to the folder .*run; name another with --out\.$"):
+        check_writable(tmp_path / "run" / "a" / "b", "name another with --out")
+    refused(command("report", tmp_path / "run"), "nothing can be written to the folder", "name another file with --out")
+    refused(command("init", tmp_path, "--out", tmp_path / "run" / "r.toml"), "nothing can be written", "--out")
+    words = ("finetune", tmp_path / "m.safetensors", tmp_path, "--out", tmp_path / "run" / "r")
+    refused(command(*words), "nothing can be written", "another run folder with --out")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])

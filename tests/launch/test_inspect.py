@@ -149,7 +149,7 @@ def test_several_tasks_side_by_side(shards, tmp_path):
         and "http" not in text.split("<body>")[0]
     )
     twice = CliRunner().invoke(main, ["inspect", str(shards), str(shards)])
-    assert twice.exit_code == 1 and "hold a task 'emt'" in twice.stderr
+    assert twice.exit_code == 1 and f"{shards} and {shards} both hold a task 'emt'" in twice.stderr
 
 
 def test_a_proposed_batch_holds_what_it_says(shards, tmp_path):

@@ -163,12 +163,13 @@ def test_distances_shorter_than_in_training_are_warned_of_once():
     near.set_distance(0, 1, 0.8, fix=0)
     (text,) = warned(calculator, near)
     assert text == (
-        "task 'task0', H2O: H-O at 0.80 Å (atoms 0 and 1); in the training data their smallest distance is 0.90 Å."
+        "atoms 0 and 1 of H2O (H-O) are 0.80 Å apart; these elements have a smallest distance of 0.90 Å in the "
+        "training data of task 'task0'."
     )
     near.rattle(0.01)
     assert warned(calculator, near) == []
     (text,) = warned(calculator, molecule("CO2"))
-    assert "C-O at" in text and "in the training data they are never neighbours" in text
+    assert "of CO2 (C-O) are" in text and "these elements are never neighbours in the training data" in text
     assert warned(Potential(small_model()).calculator("task0"), near) == []  # the model has no statistics of distances
 
 
@@ -181,4 +182,4 @@ def test_an_ensemble_that_disagrees_more_than_before_is_warned_of():
     for factor, count in ((1.1, 0), (0.9, 1)):
         model.tasks[0] = replace(model.tasks[0], largest_spread=factor * per_atom)
         found = warned(potential.calculator("task0"), atoms)
-        assert len(found) == count and all("the ensemble disagrees by" in text for text in found)
+        assert len(found) == count and all("ensemble of task 'task0' disagrees by" in text for text in found)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, save_model
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning
-from hydrazero.shards.errors import ConfigError, StructureError
+from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
 from hydrazero.shards.structure import charge_of, multiplicity_of
 
 CPU = torch.device("cpu")
@@ -89,12 +92,12 @@ def test_initial_charges_without_a_charge_are_refused():
 
 def test_a_task_that_ignores_charge_says_so():
     potential = charged_potential()
-    words = r"task 'neutral' does not depend on charge and spin, and ignores the structure's charge \+1"
-    with pytest.warns(ExtrapolationWarning, match="structure 0: " + words) as found:
+    words = r"^task 'neutral' ignores the charge \+1 of structure 0: its head does not depend on charge and spin\.$"
+    with pytest.warns(ExtrapolationWarning, match=words) as found:
         potential.predict([water(charge=1), water(charge=1)])
     assert len(found) == 1
     calculator = potential.calculator("neutral")
-    with pytest.warns(ExtrapolationWarning, match=r"H2O: does not depend .* charge -1 and spin multiplicity 3"):
+    with pytest.warns(ExtrapolationWarning, match="the charge -1 and spin multiplicity 3 of H2O: its head"):
         calculator.get_potential_energy(water(charge=-1, multiplicity=3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -126,7 +129,74 @@ def test_a_screen_computes_no_charged_structure_as_neutral(tmp_path):
         (rows[4], "'spin' is 2"),
     ):
         assert name in row["reason"] and row["energy_charged"] is None
-    assert "a.traj#0: task 'neutral' does not depend on charge and spin" in said
+    assert "task 'neutral' ignores the charge +1 of a.traj#0: its head does not depend on charge and spin" in said
+
+
+def with_initial_charges(*charges: float) -> Atoms:
+    atoms = water()
+    atoms.set_initial_charges(charges)
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("atoms", "words"),
+    [
+        (water(total_charge=1), "'total_charge' 1"),
+        (water(Charge=-1), "'Charge' -1"),
+        (water(spin=1), "'spin' 1"),
+        (water(spin_multiplicity=3), "'spin_multiplicity' 3"),
+        (with_initial_charges(0.4, 0.3, 0.3), r"'initial_charges' 1\.0"),
+    ],
+)
+def test_a_charge_under_another_name_that_a_task_ignores_is_warned_of(atoms, words, tmp_path):
+    potential = charged_potential()
+    right = potential.predict(water(), "neutral")[0]["energy"]
+    with pytest.warns(ExtrapolationWarning, match=f"^task 'neutral' ignores the {words} of structure 1: its head"):
+        assert potential.predict([water(), atoms], "neutral")[1]["energy"] == pytest.approx(right, abs=1e-9)
+    calculator = potential.calculator("neutral")
+    calculator.get_potential_energy(water())
+    with pytest.warns(ExtrapolationWarning, match=f"^task 'neutral' ignores the {words} of H2O: its head"):
+        calculator.get_potential_energy(atoms)
+    write(tmp_path / "a.traj", [water(), atoms])
+    rows, said = screened(tmp_path, tmp_path / "a.traj", "--tasks", "neutral")
+    assert rows[1]["energy_neutral"] == pytest.approx(right, abs=1e-6)
+    assert re.search(f"task 'neutral' ignores the {words} of a.traj#1: its head", said)
+
+
+def test_charges_and_missing_tasks_of_a_calculator_are_one_sentence():
+    potential = charged_potential()
+    with pytest.raises(ModelFileError, match=r"^name the task of the calculator .* has 'charged', 'neutral'\.$"):
+        potential.calculator()
+    with pytest.raises(ModelFileError, match=r"takes no charge: .* as atoms\.info\['charge'\]\.$"):
+        potential.calculator("charged", charge=1)
+    with pytest.raises(TypeError, match="no argument 'skim'"):
+        potential.calculator("charged", skim=1)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_one_sentence(device):
+    with pytest.raises(ConfigError, match=f"^device '{device}' is not available here; use device='cpu'\\.$"):
+        Potential(small_model(), device)
+
+
+def test_warnings_of_commands_show_no_source(tmp_path):
+    save_model(charged_potential().model, tmp_path / "m.safetensors", dtype="float64")
+    write(tmp_path / "a.traj", [water(total_charge=1)])
+    words = ("screen", tmp_path / "m.safetensors", tmp_path / "a.traj", "--out", tmp_path / "s.parquet")
+    code = "from hydrazero.launch.cli.main import main; main()"
+    given = [sys.executable, "-c", code, *map(str, words), "--tasks", "neutral", "--workers", "0"]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=100, check=True)
+    assert "warning: task 'neutral' ignores the 'total_charge' 1 of a.traj#0: its head" in done.stderr
+    assert ".py" not in done.stderr and "warnings.warn" not in done.stderr
+
+
+def test_names_that_hold_nothing_unusual_are_not_warned_of():
+    potential = charged_potential()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for atoms in (water(total_charge=0, spin_multiplicity=1), with_initial_charges(-0.6, 0.3, 0.3)):
+            potential.predict(atoms, "neutral")
+            potential.calculator("neutral").get_potential_energy(atoms)
 
 
 def test_the_reason_names_all_tasks_that_do_not_support_a_structure(tmp_path):
@@ -178,6 +248,10 @@ def test_states_of_torch_sim_without_charges_are_refused():
         potential.torch_sim("charged")({**given, "charge": torch.tensor([0.5, 0])})
     with pytest.warns(ExtrapolationWarning, match="charge"):
         potential.torch_sim("neutral")(given)
+    with pytest.warns(ExtrapolationWarning, match="task 'neutral' ignores the 'total_charge' 1"):
+        potential.torch_sim("neutral")({**vars(state), "total_charge": torch.tensor([1, 0])})
+    with pytest.raises(StructureError, match="'multiplicity' is 2, but the multiplicity is read from 'spin'"):
+        potential.torch_sim("charged")({**vars(state), "charge": torch.tensor([1, 0]), "multiplicity": 2})
     numbers = torch.where(state.atomic_numbers == 8, 264, state.atomic_numbers)
     with pytest.raises(StructureError, match="atomic number 264 is not an element"):
         potential.torch_sim("neutral")({**vars(state), "atomic_numbers": numbers})

@@ -218,6 +218,22 @@ def test_unseen_elements_are_counted_but_not_evaluated(path, tmp_path):
     assert row["unseen"] == 3 and row["structures"] == 0 and row["energy_mae_mev_per_atom"] is None
 
 
+def test_an_evaluation_on_another_task_names_the_folder(path, tmp_path):
+    water, methane = [labelled(rattled_molecule("H2O"))], [labelled(rattled_molecule("CH4"))]
+    folder = make_split_shards(tmp_path / "a", "other", train=water, test=methane)
+    done = CliRunner().invoke(main, ["evaluate", str(path), str(folder)])
+    assert done.exit_code == 1 and f"{folder} holds the task 'other', which is not among those" in done.stderr
+    assert "task0" in done.stderr and "fine-tune" in done.stderr
+
+
+def test_an_evaluation_that_cannot_be_written_is_not_measured(path, tmp_path):
+    water, methane = [labelled(rattled_molecule("H2O"))], [labelled(rattled_molecule("CH4"))]
+    folder = make_split_shards(tmp_path / "a", "task0", train=water, test=methane)
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["evaluate", str(path), str(folder), "--out", str(tmp_path / "file" / "e")])
+    assert done.exit_code == 1 and "file is no folder; name another with --out." in done.stderr, done.stderr
+
+
 def test_evaluating_a_model_leaves_the_run_around_it_alone(path, tmp_path):
     model = tmp_path / "model.safetensors"
     model.write_bytes(path.read_bytes())

@@ -222,6 +222,7 @@ def test_bad_run_files(shards, tmp_path):
     refused(run("", "--set", "train.steps=2.5"), "train.steps must be a whole number")
     refused(run("", "--set", "train.steps=0"), "train.steps is 0")
     refused(run("", "--set", "nonsense"), "section.key=value")
+    refused(run("", "--set", "steps=5"), "--set steps=5: the key is in a section; did you mean train.steps?")
     for key, value, words in (
         ("run.seed", -1, "must be at least 0"),
         ("data.temperature", 0.5, "must be at least 1"),

@@ -51,7 +51,8 @@ def test_what_it_writes_trains_unchanged(data, tmp_path, monkeypatch):
     [
         (("{molecules}", "--out", "there.toml"), "there.toml exists"),
         (("{molecules}", "--out", "run"), "must end with .toml"),
-        (("{molecules}", "--out", "absent/run.toml"), "there is no folder absent"),
+        (("{molecules}", "--out", "there.toml/run.toml"), "there.toml is no folder"),
+        (("{molecules}", "--out", "absent/run.toml", "--hours", "0"), "--hours is 0"),
         (("{molecules}", "{molecules}", "--out", "run.toml"), "hold a task 'molecules'"),
         ((".", "--out", "run.toml"), "manifest.json"),
         (("{molecules}", "--out", "run.toml", "--hours", "0"), "--hours is 0"),

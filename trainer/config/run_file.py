@@ -127,6 +127,8 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     names = key.strip().split(".")
     if not equals or not all(names):
         raise ConfigError(f"--set {override} is not of the form section.key=value.")
+    if len(names) == 1 and (places := _sections_with(names[0])):
+        raise ConfigError(f"--set {override}: the key is in a section; did you mean {' or '.join(places)}?")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -136,6 +138,15 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override}: '{name}' is no table.")
     table[names[-1]] = value
+
+
+def _sections_with(key: str) -> list[str]:
+    """Return where a key is if one or two sections have it, as 'section.key'; an empty list otherwise."""
+    if key in RunConfig.model_fields:
+        return []
+    sections = ((name, field.annotation) for name, field in RunConfig.model_fields.items())
+    places = [f"{name}.{key}" for name, kind in sections if key in getattr(kind, "model_fields", {})]
+    return places if len(places) <= 2 else []
 
 
 def _apply_size(table: dict[str, Any], where: str) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from hydrazero.models.inference.model_card import model_digest, weights_fingerprint
 from hydrazero.models.inference.potential import DEFAULT_SHAPE, Potential, load_model
-from hydrazero.shards.errors import ConfigError, ShardError
+from hydrazero.shards.errors import ConfigError, ModelFileError, ShardError
 from hydrazero.shards.files import replacing, write_json
 from hydrazero.shards.graphs.graph import GraphSample
 from hydrazero.shards.location import PIPE, Location
@@ -84,6 +84,11 @@ def _evaluate(
         check_shard_files(manifest, folder)
         if manifest.task in tasks:
             raise ConfigError(f"task '{manifest.task}' is named twice ({folder}); name each task once.")
+        if manifest.task not in potential.tasks:
+            raise ModelFileError(
+                f"{folder} holds the task '{manifest.task}', which is not among those of the model "
+                f"({', '.join(potential.tasks)}); name folders of these tasks, or fine-tune the model on it first."
+            )
         index = potential.task_index(manifest.task)
         if manifest.structures(split) == 0:
             raise ShardError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.shards.errors import ConfigError, did_you_mean
-from hydrazero.shards.files import replacing, toml_text
+from hydrazero.shards.files import check_writable, replacing, toml_text
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.checkpoint.model_of_run import read_run_or_model
 from hydrazero.trainer.config.finetune_section import HEADS, MEAN, METHODS, NEAREST, NEW
@@ -29,6 +29,7 @@ RUN_FILE = "run.toml"
 
 def finetune(request: FinetuneRequest, say: Callable[[str], None]) -> None:
     """Fine-tune a model; raise HydrazeroError for arguments, models or shards that cannot be used."""
+    check_writable(request.out.parent, "name another run folder with --out")
     start = read_run_or_model(str(request.model))
     _check(request, start)
     heads = _heads(request, start)

@@ -13,7 +13,7 @@ from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.device import gpu_module
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.files import replacing
+from hydrazero.shards.files import check_writable, replacing
 from hydrazero.shards.manifest import Manifest, check_different_tasks, check_shard_files, read_manifest
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
@@ -85,8 +85,7 @@ def _check_request(request: InitRequest) -> None:
         raise ConfigError(f"{request.out} exists; remove it or choose another name.")
     if request.out.suffix != ".toml":
         raise ConfigError(f"--out {request.out} must end with .toml; the run's folder is named after it.")
-    if not request.out.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {request.out.parent} for the run file; make it, or choose another.")
+    check_writable(request.out.parent, "name another run file with --out")
     if not 0 < request.hours < float("inf"):
         raise ConfigError(f"--hours is {request.hours:g}; it must be a number above 0.")
     if not 0 < request.cutoff < float("inf"):
@@ -172,6 +171,7 @@ def _write(proposal: RunProposal) -> None:
     """Write the run file to a temporary file, check it as `hydrazero train` does, and rename it."""
     path = proposal.run_file
     try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as part:
             part.write_text(run_text(proposal), encoding="utf-8")
             check_run(load_run_config(part), resume=False)
