@@ -60,7 +60,17 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
     assert named.startswith(f"3 files of '{folder}' are in another format than 'extxyz' and were not read: METHOD.md")
 
 
-ABOUT = ("README", "readme.md", "LICENSE", "LICENCE.txt", "LICENSE-MIT", "COPYING", "CITATION.cff", "citation.bib")
+ABOUT = (
+    "README",
+    "readme.md",
+    "LICENSE",
+    "LICENCE.txt",
+    "LICENSE-MIT",
+    "LICENSE.source.txt",
+    "COPYING",
+    "CITATION.cff",
+    "citation.bib",
+)
 CHECKSUMS = ("SHA256SUMS", "md5sum.txt", "checksums.txt", "a.xyz.sha256")
 
 
@@ -70,6 +80,14 @@ def test_files_about_the_data_are_passed_over_without_a_word(tmp_path, name):
     (tmp_path / name).write_text("about the data")
     found = find_sources([tmp_path], ReadSettings())
     assert found.files == (source,) and not found.not_read
+
+
+@pytest.mark.parametrize("name", ["README.foo", "licensed.txt", "readme_energies.dat", "labels.txt"])
+def test_other_files_are_named(tmp_path, name):
+    write_extxyz(tmp_path / "a.xyz", molecules(1))
+    (tmp_path / name).write_text("labels")
+    (sentence,) = find_sources([tmp_path], ReadSettings()).not_read
+    assert sentence.endswith(f"not read: {name}.")
 
 
 def test_long_lists_are_shortened_and_names_cannot_write_on_terminals(tmp_path):

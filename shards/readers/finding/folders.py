@@ -29,7 +29,7 @@ SCREENED = b"hydrazero.screen"
 """Beginning of the keys in the metadata of a screen's Parquet files."""
 
 ABOUT = re.compile(
-    r"(readme|licen[cs]e|copying|citation|(sha\d*|md5)sums?|checksums?)([-_]\w+)?(\.(md|txt|rst|cff|bib))?"
+    r"(readme|licen[cs]e|copying|citation|(sha\d*|md5)sums?|checksums?)([-_]\w+|([-_.]\w+)*\.(md|txt|rst|cff|bib))?"
     r"|.+\.(md5|sha1|sha256|sha512)",
     re.IGNORECASE,
 )
