@@ -30,6 +30,9 @@ from hydrazero.trainer.ranks.exit_status import exit_rank
 RETENTION = Retention(last=9, best=None)
 STAGES = (1, 0, 2, 3, 0, 3, 1)
 """Stages through which two ranks pass the checkpoint, in both directions between no ZeRO and each stage."""
+EMPTY = ("interval", "stream", "balance", "guard", "random")
+STATE = {"step": 1, "best": None, "stale": 0, "skipped_structures": 0, **{part: {} for part in EMPTY}}
+"""State of a run whose engine alone is tested."""
 
 
 def ds_config(stage: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -68,7 +71,7 @@ class Rank:
         return loss
 
     def save(self, folder: Path) -> None:
-        reason = save_checkpoint(self.engine, folder, {"step": 1}, self.average, RETENTION)
+        reason = save_checkpoint(self.engine, folder, dict(STATE), self.average, RETENTION)
         if reason is not None:
             raise RuntimeError(reason)
 
