@@ -328,7 +328,7 @@ def test_bad_models(shards, tmp_path):
     water = write_extxyz(tmp_path / "w.xyz", [Atoms("OH2", positions=[[0, 0, 0], [0, 0, 1], [0, 1, 0]])])
     refused(command("screen", path, water, "--out", out, "--tasks", "taks0"), "taks0", "did you mean 'task0'")
     refused(command("screen", path, water, "--out", out, "--tasks", " , "), "--tasks", "names no task")
-    refused(command("evaluate", path, shards), "no task 'emt'")
+    refused(command("evaluate", path, shards), "holds the task 'emt'")
     refused(command("evaluate", path), "name the shard folders")
     refused(command("evaluate", tmp_path, shards), "run.json")
     refused(command("export", tmp_path, "--out", tmp_path / "x.safetensors"), "model.json")
