@@ -13,9 +13,8 @@ from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
 from hydrazero.shards.readers.column_names import column_names
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
 from hydrazero.shards.readers.hdf5_reader import H5_ERRORS, plain
-from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in, unread_conditions
-from hydrazero.shards.readers.parts.own_items import OwnItems
+from hydrazero.shards.readers.parts.own_items import OwnItems, open_hdf5
 from hydrazero.shards.readers.parts.shared import shared_parts
 from hydrazero.shards.readers.parts.stated_units import attributes_of, unit_of_array, units_by_key, with_stated_units
 
@@ -30,14 +29,8 @@ def read_hdf5_groups(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame
     Raises SourceError if the file is damaged, is not HDF5, or has no such group, or if the settings contradict its
     units.
     """
-    h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
     names, found = column_names(settings), False
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise SourceError(
-            f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
-        ) from error
+    h5py, file = open_hdf5(path)
     with file:
         try:
             wanted = (names["numbers"], names["positions"])

@@ -14,9 +14,8 @@ from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import HydrazeroError, SourceError, StructureError
 from hydrazero.shards.readers.column_names import LABELS, listed
 from hydrazero.shards.readers.frames import Frame, FrameMaker, ReadSettings, UnreadFrame, brief, reader
-from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.readers.parts.frame_parts import frame_of_parts, names_in, unread_conditions
-from hydrazero.shards.readers.parts.own_items import OwnItems
+from hydrazero.shards.readers.parts.own_items import OwnItems, open_hdf5
 from hydrazero.shards.readers.parts.shared import check_one_cell, part_shapes
 from hydrazero.shards.readers.parts.stated_units import (
     attributes_of,
@@ -46,13 +45,7 @@ def read_hdf5(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
     are used. Raises SourceError if a dataset is missing, has a wrong length, or cannot be read, or if the settings
     contradict the units.
     """
-    h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise SourceError(
-            f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
-        ) from error
+    h5py, file = open_hdf5(path)
     with file:
         try:
             source = RaggedArrays(path, OwnItems(h5py, file, path), settings, h5py.Dataset)

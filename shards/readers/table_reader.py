@@ -45,7 +45,7 @@ def read_parquet(path: Path, settings: ReadSettings) -> Iterator[UnreadFrame]:
                     number += 1
                     yield UnreadFrame(
                         source_id=source_id,
-                        read=partial(frame_from_row, row, names, source_id, maker),
+                        read=partial(frame_from_columns, row, names, source_id, maker),
                         fraction=number / total,
                     )
     except (pa.ArrowException, OSError) as error:
@@ -67,7 +67,7 @@ def _decoded(metadata: dict[bytes, bytes] | None) -> dict[str, str]:
     return {key.decode("utf-8", "replace"): text.decode("utf-8", "replace") for key, text in (metadata or {}).items()}
 
 
-def frame_from_row(row: dict[str, Any], names: dict[str, str], source_id: str, maker: FrameMaker) -> Frame:
+def frame_from_columns(row: dict[str, Any], names: dict[str, str], source_id: str, maker: FrameMaker) -> Frame:
     """Return the frame of a row."""
     parts = {part: row[key] for part, key in names.items() if row.get(key) is not None}
     info = {key: value for key, value in row.items() if isinstance(value, str | bytes | int | float)}

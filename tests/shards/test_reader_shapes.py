@@ -29,7 +29,7 @@ from format_files import (
 )
 
 from hydrazero.shards.errors import SourceError, StructureError
-from hydrazero.shards.readers.parts.frame_parts import atomic_numbers_of
+from hydrazero.shards.readers.parts.frame_parts import numbers_of_symbols
 from hydrazero.shards.readers.parts.geometry import cell_matrix, periodicity
 from hydrazero.shards.targets import TargetSection
 
@@ -208,13 +208,13 @@ def test_cells_in_every_form():
     ["O H H", "OH2", b"O,H,H", ["O", "H", "H"], np.array([b"O", b"H", b"H", b""]), "['O', 'H', 'H']", "8 1 1"],
 )
 def test_symbols_as_text(symbols):
-    assert np.asarray(atomic_numbers_of(symbols)).tolist() == [8, 1, 1]
+    assert np.asarray(numbers_of_symbols(symbols)).tolist() == [8, 1, 1]
 
 
 @pytest.mark.parametrize("symbols", ["X", "O H Xx", "watermelon!", [["O", "H"]] * 2])
 def test_texts_that_are_no_symbols(symbols):
     with pytest.raises(StructureError):
-        atomic_numbers_of(symbols)
+        numbers_of_symbols(symbols)
 
 
 # Parquet, LMDB, DeePMD

@@ -51,7 +51,7 @@ def unread_conditions(there: Mapping[str, Any], read: Collection[str], frames: i
     return found
 
 
-def atomic_numbers_of(value: Any) -> Any:
+def numbers_of_symbols(value: Any) -> Any:
     """Return the atomic numbers of symbols, given as an array or list of texts or as one text ('C H H' or 'CH2').
 
     Any other value is returned unchanged. Raises StructureError for what is no chemical element.
@@ -99,7 +99,7 @@ def frame_of_parts(
     Positions and forces may be flat lists of three numbers for each atom, or have an axis of length one in front.
     """
     try:
-        numbers = atomic_numbers_of(parts.get("numbers", ()))
+        numbers = numbers_of_symbols(parts.get("numbers", ()))
     except StructureError as error:
         return Frame(source_id=source_id, error=error, info=info)
     atoms = len(numbers) if np.ndim(numbers) else 0

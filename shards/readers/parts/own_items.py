@@ -7,10 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from hydrazero.shards.errors import SourceError
+from hydrazero.shards.readers.frames import brief
+from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.text.foreign_text import escaped
 
 MOST_LINKS = 16
 """Largest number of soft links that lead to an item; more are a circle."""
+
+
+def open_hdf5(path: Path) -> tuple[Any, Any]:
+    """Return h5py and an open file; raise SourceError if h5py is not installed, or the file is not HDF5."""
+    h5py = optional_module("h5py", "h5py", f"{path}: reading HDF5")
+    try:
+        return h5py, h5py.File(path, "r")
+    except OSError as error:
+        raise SourceError(
+            f"{path} is not a readable HDF5 file ({brief(error)}); copy it again if it should be one."
+        ) from error
 
 
 class OwnItems(Mapping[str, Any]):
