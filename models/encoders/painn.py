@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.ops.pair_sums import pair_sum
+from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 
 
 class PaiNNMessage(nn.Module):
@@ -28,14 +28,18 @@ class PaiNNMessage(nn.Module):
         """Return the changes of scalars [A, F] and vectors [A, 3, F] (None means zero)."""
         f, weight, bias = self.features, self.context_out.weight, self.context_out.bias
         hidden = functional.silu(self.context_in(scalars))
-        gated = None
+        both = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).unflatten(-1, (2, f))
+        tensors, for_tensors = both[:, :1], self.filter[:, :f]
         if vectors is not None:
             # Gates and vectors both belong to the neighbour, so they are multiplied before they are gathered.
             gated = functional.linear(hidden, weight[2 * f :], bias[2 * f :]).unsqueeze(1) * vectors
-        from_scalars, from_directions = functional.linear(hidden, weight[: 2 * f], bias[: 2 * f]).split(f, dim=-1)
-        return pair_sum(
-            pairs.slots, pairs.radial, pairs.directions, self.filter, (from_scalars, gated, from_directions)
+            tensors, for_tensors = torch.cat([tensors, gated], dim=1), self.filter[:, : 2 * f]
+        summed = pair_sum(
+            PairFactors(slots=pairs.slots, radial=pairs.radial, harmonics=pairs.directions),
+            Path(features=tensors, weight=for_tensors),
+            Path(features=both[:, 1:], weight=self.filter[:, 2 * f :]),
         )
+        return summed[:, 0], summed[:, 1:]
 
 
 class PaiNNUpdate(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn import functional
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.encoders.painn import PaiNNUpdate
 from hydrazero.models.ops.exact import ExactLinear
-from hydrazero.models.ops.pair_sums import pair_sum
+from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 from hydrazero.models.ops.slots import Slots
 
 AGGREGATES = 4
@@ -68,9 +68,12 @@ class PNAMessage(nn.Module):
         context = self.context_out(functional.silu(self.context_in(scalars)))
         for_scalars, gates, for_directions = context.split(self.features, dim=-1)
         gated = None if vectors is None else gates.unsqueeze(1) * vectors
-        # The first path of the sum is left out, and so are its filters.
-        weight = torch.cat([torch.zeros_like(self.vector_filter[:, : self.features]), self.vector_filter], dim=1)
-        _, turned = pair_sum(slots, pairs.radial, pairs.directions, weight, (None, gated, for_directions))
+        f = self.features
+        turned = pair_sum(
+            PairFactors(slots=slots, radial=pairs.radial, harmonics=pairs.directions),
+            None if gated is None else Path(features=gated, weight=self.vector_filter[:, :f]),
+            Path(features=for_directions.unsqueeze(1), weight=self.vector_filter[:, f:]),
+        )[:, 1:]
         messages = self.scalar_filter(functions) * slots.gather(for_scalars)
         found = aggregates(slots, messages, pairs.inside, self.width)
         degree = torch.log1p(slots.sum_rows(pairs.inside.sum(1))) / math.log1p(TYPICAL_DEGREE)

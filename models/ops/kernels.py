@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,12 +21,15 @@ from torch import Tensor
 from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import locked, replacing
 
-SOURCE = Path(__file__).with_name("pair_sums.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+FOLDER = Path(__file__).with_name("cpp")
+SOURCES, HEADERS = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp"), ("lanes.h", "form.h")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wno-psabi")
 PROCESSOR_FACTS = ("flags", "Features", "CPU implementer", "CPU part")
 """Beginnings of the lines of /proc/cpuinfo (x86 and ARM) that list the available instructions."""
 FEATURE_TILE = 16
 """The kernels need a number of features that is a multiple of this."""
+KERNEL_DEGREE = 4
+"""The highest degree of features that the kernels have loops for."""
 
 
 _LOADING = threading.Lock()
@@ -32,6 +38,12 @@ _LOADING = threading.Lock()
 
 class KernelsUnavailable(RuntimeError):
     """The kernels cannot be compiled or loaded on this machine; the message says why."""
+
+
+def degrees_of(components: int) -> tuple[int, int]:
+    """Return the first and the last degree of features with (L + 1)^2 components, or of those without degree 0."""
+    root = math.isqrt(components + 1)
+    return (1, root - 1) if root * root == components + 1 else (0, math.isqrt(components) - 1)
 
 
 def load_kernels() -> None:
@@ -80,25 +92,37 @@ def _key(compiler: list[str]) -> str:
     except OSError:
         lines = []
     facts = {line for line in lines if line.startswith(PROCESSOR_FACTS)} or {platform.processor()}
-    parts = (SOURCE.read_text(), torch.__version__, *compiler, *FLAGS, platform.machine(), *sorted(facts))
+    sources = [(FOLDER / name).read_text() for name in (*SOURCES, *HEADERS)]
+    parts = (*sources, torch.__version__, *compiler, *FLAGS, platform.machine(), *sorted(facts))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: list[str], library: Path) -> None:
+    """Compile the sources, two at a time, and link them."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     folders = [flag for path in library_paths() for flag in ("-L", path)]
-    with replacing(library, shared=True) as part:
-        output = ["-o", str(part), *folders, "-lc10", "-ltorch_cpu", "-ltorch"]
-        command = [*compiler, *FLAGS, *includes, str(SOURCE), *output]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise KernelsUnavailable(f"{shlex.join(compiler)} cannot be run ({error.strerror or error})") from error
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise KernelsUnavailable(f"{shlex.join(compiler)} could not compile them: {' '.join(lines[:1])}")
+    with replacing(library, shared=True) as part, tempfile.TemporaryDirectory(dir=library.parent) as objects:
+        outputs = [str(Path(objects) / f"{name}.o") for name in SOURCES]
+        commands = [
+            [*compiler, *FLAGS, *includes, "-c", str(FOLDER / name), "-o", output]
+            for name, output in zip(SOURCES, outputs, strict=True)
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(_run_compiler, commands))
+        linked = ("-shared", "-fopenmp", *outputs, *folders, "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(part))
+        _run_compiler([*compiler, *linked])
+
+
+def _run_compiler(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise KernelsUnavailable(f"{command[0]} cannot be run ({error.strerror or error})") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise KernelsUnavailable(f"{command[0]} could not compile them: {' '.join(lines[:1])}")
 
 
 def _describe_to_the_compiler() -> None:
@@ -117,55 +141,61 @@ def _describe_to_the_compiler() -> None:
     def _(g: Tensor, x: Tensor, task: Tensor, tasks: int) -> Tensor:
         return x.new_empty(tasks, g.shape[1], x.shape[1])
 
-    @fake("hydrazero::pair_sum")
-    def _(
-        row_atom: Tensor,
-        neighbours: Tensor,
-        mask: Tensor,
-        radial: Tensor,
-        directions: Tensor,
-        weight: Tensor,
-        s: Tensor | None,
-        y: Tensor | None,
-        d: Tensor | None,
-        atoms: int,
-    ) -> tuple[Tensor, Tensor]:
-        features = weight.shape[1] // 3
-        return weight.new_empty(atoms, features), weight.new_empty(atoms, 3, features)
+    fake("hydrazero::pair_sum", _sum_shape)
+    fake("hydrazero::pair_sum_transposed", _transposed_shapes)
+    fake("hydrazero::pair_gradient", _gradient_shapes)
+    fake("hydrazero::pair_weight_gradient", _weight_gradient_shapes)
 
-    @fake("hydrazero::pair_sum_transposed")
-    def _(
-        row_atom: Tensor,
-        neighbours: Tensor,
-        mask: Tensor,
-        radial: Tensor,
-        directions: Tensor,
-        weight: Tensor,
-        gs: Tensor | None,
-        gv: Tensor,
-        with_vectors: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        atoms, _, features = gv.shape
-        scalars = weight.new_empty(0 if gs is None else atoms, features)
-        return scalars, weight.new_empty(atoms if with_vectors else 0, 3, features), weight.new_empty(atoms, features)
 
-    @fake("hydrazero::pair_gradient")
-    def _(
-        row_atom: Tensor, neighbours: Tensor, mask: Tensor, radial: Tensor, directions: Tensor, *rest: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return radial.new_empty(radial.shape), directions.new_empty(directions.shape)
+def _sum_shape(
+    row_atom: Tensor,
+    neighbours: Tensor,
+    mask: Tensor,
+    radial: Tensor,
+    harmonics: Tensor,
+    tensor_weight: Tensor | None,
+    scalar_weight: Tensor | None,
+    tensors: Tensor | None,
+    scalars: Tensor | None,
+) -> Tensor:
+    some = tensors if tensors is not None else scalars
+    assert some is not None
+    return some.new_empty(some.shape[0], harmonics.shape[2] + 1, some.shape[2])
 
-    @fake("hydrazero::pair_weight_gradient")
-    def _(
-        row_atom: Tensor,
-        neighbours: Tensor,
-        mask: Tensor,
-        radial: Tensor,
-        directions: Tensor,
-        s: Tensor | None,
-        y: Tensor | None,
-        d: Tensor,
-        gs: Tensor | None,
-        gv: Tensor,
-    ) -> Tensor:
-        return gv.new_empty(radial.shape[2], 3 * gv.shape[2])
+
+def _transposed_shapes(
+    row_atom: Tensor,
+    neighbours: Tensor,
+    mask: Tensor,
+    radial: Tensor,
+    harmonics: Tensor,
+    tensor_weight: Tensor | None,
+    scalar_weight: Tensor | None,
+    g: Tensor,
+    components: int,
+) -> tuple[Tensor, Tensor]:
+    atoms, own, features = g.shape
+    degrees = 0 if scalar_weight is None else math.isqrt(own) - 1
+    return g.new_empty(atoms, components, features), g.new_empty(atoms, degrees, features)
+
+
+def _gradient_shapes(
+    row_atom: Tensor, neighbours: Tensor, mask: Tensor, radial: Tensor, harmonics: Tensor, *rest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return radial.new_empty(radial.shape), harmonics.new_empty(harmonics.shape)
+
+
+def _weight_gradient_shapes(
+    row_atom: Tensor,
+    neighbours: Tensor,
+    mask: Tensor,
+    radial: Tensor,
+    harmonics: Tensor,
+    tensors: Tensor | None,
+    scalars: Tensor | None,
+    g: Tensor,
+) -> tuple[Tensor, Tensor]:
+    functions, features = radial.shape[2], g.shape[2]
+    for_tensors = 0 if tensors is None else len(range(*degrees_of(tensors.shape[1]))) + 1
+    for_scalars = 0 if scalars is None else math.isqrt(g.shape[1]) - 1
+    return g.new_empty(functions, for_tensors * features), g.new_empty(functions, for_scalars * features)

@@ -120,52 +120,6 @@ def test_parameter_gradients_of_kernels_equal_those_of_plain_pytorch(features):
         assert torch.allclose(kernel, plain, rtol=1e-9, atol=1e-9), name
 
 
-def test_operators_are_each_others_derivatives():
-    """Every derivative of the kernels, to second order and with every path left out, by finite differences."""
-    from hydrazero.models.ops.kernels import load_kernels
-    from hydrazero.models.ops.pair_sums import pair_sum
-    from hydrazero.models.ops.slots import slots_of
-
-    load_kernels()
-    batch = batch_of([to_structure(rattled_molecule("H2O"))], extra=(0, 2, 1))
-    slots = slots_of(batch, kernels=True)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    # Both slots of a pair must agree, as they do in a model.
-    pair = torch.minimum(torch.arange(slots.mask.numel()).view_as(slots.reverse), slots.reverse)
-    sign = torch.where(torch.arange(slots.mask.numel()).view_as(pair) == pair, 1.0, -1.0).double()
-    holds = slots.mask.unsqueeze(-1)
-
-    def both(seed_radial: torch.Tensor, seed_directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        radial = seed_radial[pair] * holds
-        return radial, seed_directions[pair] * sign.unsqueeze(-1) * holds
-
-    def with_vectors(radial, directions, weight, s, y, d):
-        return pair_sum(slots, *both(radial, directions), weight, (s, y, d))
-
-    def without_vectors(radial, directions, weight, s, d):
-        return pair_sum(slots, *both(radial, directions), weight, (s, None, d))
-
-    atoms, functions, features = slots.atoms, 3, 16
-    inputs = [
-        x.requires_grad_()
-        for x in (
-            random(slots.mask.numel(), functions),
-            random(slots.mask.numel(), 3),
-            random(functions, 3 * features),
-            random(atoms, features),
-            random(atoms, 3, features),
-            random(atoms, features),
-        )
-    ]
-    for function, given in ((with_vectors, inputs), (without_vectors, [*inputs[:4], inputs[5]])):
-        assert torch.autograd.gradcheck(function, given, fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
-
-
 def test_without_a_compiler_the_reason_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

@@ -1,0 +1,111 @@
+// The operands of the form behind the sums over neighbours (pair_sums.cpp), and parts of it that operators share.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int kMaxDegree = 4;
+
+// Calls work(std::integral_constant<int, 2 l + 1>) for a degree l, so that loops over components are unrolled.
+template <typename F> INLINE void with_components(int64_t degree, const F &work) {
+  switch (degree) {
+  case 0: return work(std::integral_constant<int, 1>());
+  case 1: return work(std::integral_constant<int, 3>());
+  case 2: return work(std::integral_constant<int, 5>());
+  case 3: return work(std::integral_constant<int, 7>());
+  default: return work(std::integral_constant<int, 9>());
+  }
+}
+
+inline int64_t degree_of(int64_t components) {
+  for (int64_t degree = 0; degree <= kMaxDegree; ++degree)
+    if ((degree + 1) * (degree + 1) == components) return degree;
+  TORCH_CHECK(false, "the number of components is ", components, "; it must be (l + 1)^2 for a degree l of at most ",
+              kMaxDegree);
+}
+
+// The degrees of the tensors: 0 to L, 0 alone, or 1 to L.
+struct Degrees {
+  int64_t first = 0, last = -1;
+  bool hold(int64_t degree) const { return first <= degree && degree <= last; }
+  // Place of a degree among the components, and among the degrees.
+  int64_t component(int64_t degree) const { return degree * degree - first; }
+  int64_t place(int64_t degree) const { return degree - first; }
+  int64_t count() const { return last - first + 1; }
+};
+
+inline Degrees degrees_of(int64_t components) {
+  if (components == 0) return {};
+  for (int64_t last = 0; last <= kMaxDegree; ++last) {
+    if ((last + 1) * (last + 1) == components) return {0, last};
+    if ((last + 1) * (last + 1) - 1 == components) return {1, last};
+  }
+  TORCH_CHECK(false, "tensors have ", components, " components; they must be (L + 1)^2, or one less, for a degree L of "
+                     "at most ", kMaxDegree);
+}
+
+inline Degrees degrees_of(const MaybeTensor &tensors) { return degrees_of(tensors.has_value() ? tensors->size(1) : 0); }
+
+// Node features [A, C, F] as tiles [F / 16, A, C, 16]. In the first order the components of a tile lie F numbers apart,
+// which for the usual powers of two are few sets of the processor's cache.
+inline MaybeTensor tiled(const MaybeTensor &x) {
+  if (!x.has_value()) return x;
+  TORCH_CHECK(x->size(2) % kTile == 0, "features must be a multiple of 16");
+  return x->view({x->size(0), x->size(1), x->size(2) / kTile, kTile}).permute({2, 0, 1, 3}).contiguous();
+}
+
+template <typename T> struct Tiles {
+  const T *data = nullptr;
+  int64_t atoms = 0, components = 0;
+  const T *at(int64_t atom, int64_t component, int64_t f) const {
+    return data + ((f / kTile * atoms + atom) * components + component) * kTile;
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <typename T> Tiles<T> tiles_of(const MaybeTensor &x) {
+  if (!x.has_value()) return {};
+  return {x->const_data_ptr<T>(), x->size(1), x->size(2)};
+}
+
+// Weights [B, columns], whose rows may lie further apart; null if their path is left out.
+template <typename T> struct Weights {
+  const T *data = nullptr;
+  int64_t stride = 0;
+};
+
+template <typename T> Weights<T> weights_of(const MaybeTensor &x) {
+  if (!x.has_value()) return {};
+  TORCH_CHECK(x->stride(1) == 1, "weights must be dense in a row");
+  return {x->const_data_ptr<T>(), x->stride(0)};
+}
+
+// What both atoms of each pair share.
+template <typename T> struct Pairs {
+  const T *radial, *harmonics; // [slots, B], [slots, H]
+  int64_t functions, components, features, degree;
+  // Harmonics of a degree above 0 of a slot.
+  const T *of(int64_t slot, int64_t degree) const { return harmonics + slot * components + degree * degree - 1; }
+};
+
+template <typename T> Pairs<T> pairs_of(const Tensor &radial, const Tensor &harmonics, int64_t features) {
+  TORCH_CHECK(radial.is_contiguous() && harmonics.is_contiguous(), "pairs must be dense");
+  const int64_t components = harmonics.size(2);
+  return {radial.const_data_ptr<T>(), harmonics.const_data_ptr<T>(), radial.size(2), components, features,
+          degree_of(components + 1)};
+}
+
+// w[k] = sum_b radial[k][b] * weight[b][tile] for a group of slots.
+template <typename T>
+INLINE void filters(const T *radial, int64_t functions, const T *weight, int64_t stride, Tile<T> (&w)[kGroup]) {
+  UNROLL
+  for (int k = 0; k < kGroup; ++k) w[k] = Tile<T>::zero();
+  for (int64_t b = 0; b < functions; ++b) {
+    const Tile<T> row = Tile<T>::load(weight + b * stride);
+    UNROLL
+    for (int k = 0; k < kGroup; ++k) w[k].add_product(row, radial[k * functions + b]);
+  }
+}
+
+} // namespace
