@@ -67,7 +67,7 @@ def check_model(settings: ModelSettings, tasks: Sequence[TaskFacts]) -> None:
         if wants and not has_vectors:
             raise ConfigError(
                 f"task '{task.name}' needs vectors for {', '.join(wants)}, but the encoder '{encoder}' has none; "
-                "choose painn, egnn, pna_eq or mace."
+                f"choose one of {', '.join(name for name in ENCODERS.builtin if ENCODERS.get(name).has_vectors)}."
             )
         if settings.repulsion != "none" and DIRECT in (task.forces, task.stress):
             raise ConfigError(

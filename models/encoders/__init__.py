@@ -21,6 +21,8 @@ ENCODERS: Registry[type[Encoder]] = Registry(
         "egnn": "hydrazero.models.encoders.egnn:EGNN",
         "pna_eq": "hydrazero.models.encoders.pna_eq:PNAEquivariant",
         "dimenetpp": "hydrazero.models.encoders.dimenetpp:DimeNetPlusPlus",
+        "tensornet": "hydrazero.models.encoders.tensornet:TensorNet",
+        "lace": "hydrazero.models.encoders.lace:LACE",
         "mace": "hydrazero.models.encoders.mace:MACE",
     },
     base=Encoder,

@@ -27,8 +27,8 @@ class EncoderSettings(Section):
     """The encoder of the model: which one, how large, and how far it sees."""
 
     encoder: str = "painn"
-    """Architecture of the encoder: 'schnet', 'painn', 'egnn', 'pna_eq', 'dimenetpp', 'mace', or one that an installed
-    package brings."""
+    """Architecture of the encoder: 'schnet', 'painn', 'egnn', 'pna_eq', 'dimenetpp', 'mace', 'tensornet', 'lace', or one
+    that an installed package brings."""
     features: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 128
     """Number of scalar features of each atom, and of vector features where the encoder has them."""
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 3
@@ -42,11 +42,11 @@ class EncoderSettings(Section):
     cutoff_function: Literal["cosine", "polynomial"] = "cosine"
     """Function by which messages go to zero at the cutoff: 'cosine' or 'polynomial'."""
     max_degree: int = 3
-    """Highest degree of the spherical harmonics of pair directions (dimenetpp, mace); at most 6."""
+    """Highest degree of the spherical harmonics of pair directions (dimenetpp, mace, lace); at most 6."""
     node_degree: int = 1
-    """Highest degree of the node features (mace)."""
+    """Highest degree of the node features (mace, lace)."""
     correlation: Annotated[int, Field(ge=1, le=4)] = 3
-    """Largest number of neighbours that one message combines, which is the body order less one (mace)."""
+    """Largest number of neighbours that one message combines, which is the body order less one (mace, lace)."""
     norm_width: Annotated[float, Field(ge=SMALLEST_WIDTH)] = 0.1
     """Width in the lengths of node vectors, which are sqrt(v² + width²) (painn, egnn, pna_eq). Vectors vanish at sites
     of high symmetry. A small width makes a kink there, with forces that hardly grow with the displacement, and hence
@@ -115,6 +115,11 @@ class Encoder(nn.Module):
         self.settings = settings
         self.basis = BASES[settings.radial_basis](settings.radial_functions, settings.cutoff)
         self.cutoff_function = CUTOFFS[settings.cutoff_function]
+
+    @property
+    def sum_degree(self) -> int | None:
+        """Highest degree of the encoder's fused sums over neighbours (`models.ops.pair_sums`); None if it has none."""
+        return None
 
     @property
     def receptive_radius(self) -> float:

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.integrate import lebedev_rule
 from torch import Tensor
 
 CARTESIAN = (2, 0, 1)
@@ -55,20 +56,17 @@ def solid_harmonics(vectors: Tensor, degree: int) -> Tensor:
 def sphere_points(exact: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return points [P, 3] and weights [P] that average polynomials up to the degree `exact` over the sphere exactly.
 
-    They are the products of Gauss-Legendre points along z and evenly spaced angles around z.
+    They are Lebedev's: some two thirds of the points of a product of one-dimensional rules, and for each point they
+    hold the opposite one too.
     """
-    heights, weights = np.polynomial.legendre.leggauss(exact // 2 + 1)
-    angles = 2.0 * np.pi * np.arange(exact + 1) / (exact + 1)
-    around = np.sqrt(1.0 - heights**2)
-    grid = np.stack(
-        [
-            np.outer(around, np.cos(angles)),
-            np.outer(around, np.sin(angles)),
-            np.broadcast_to(heights[:, None], (len(heights), len(angles))),
-        ],
-        axis=-1,
-    )
-    return grid.reshape(-1, 3), np.repeat(weights / 2.0, len(angles)) / len(angles)
+    order = max(exact | 1, 3)
+    while True:
+        try:
+            points, weights = lebedev_rule(order)
+        except NotImplementedError:  # there are rules for most odd orders only
+            order += 2
+        else:
+            return points.T, weights / (4.0 * np.pi)
 
 
 @lru_cache

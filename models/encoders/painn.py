@@ -75,6 +75,11 @@ class PaiNN(Encoder):
         self.messages = nn.ModuleList(PaiNNMessage(f, settings.radial_functions) for _ in range(settings.layers))
         self.updates = nn.ModuleList(PaiNNUpdate(f, settings.norm_width) for _ in range(settings.layers))
 
+    @property
+    def sum_degree(self) -> int:
+        """Highest degree of the sums over neighbours."""
+        return 1
+
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Return the node features of atoms."""
         scalars, vectors = atoms.scalars, None

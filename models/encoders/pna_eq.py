@@ -91,6 +91,11 @@ class PNAEquivariant(Encoder):
         self.messages = nn.ModuleList(PNAMessage(f, settings.radial_functions, width) for _ in range(settings.layers))
         self.updates = nn.ModuleList(PaiNNUpdate(f, width) for _ in range(settings.layers))
 
+    @property
+    def sum_degree(self) -> int:
+        """Highest degree of the sums over neighbours."""
+        return 1
+
     def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
         """Return the node features of atoms."""
         scalars, vectors, functions = atoms.scalars, None, self.basis(pairs.distances)

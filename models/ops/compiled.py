@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.ops.compiler_cache import remove_cut_off_files
-from hydrazero.models.ops.kernels import KernelsUnavailable, load_kernels
+from hydrazero.models.ops.kernels import KernelsUnavailable, left_to_plain_pytorch, load_kernels
 from hydrazero.shards.graphs.graph import GraphBatch
 
 PLAIN = ("interaction", "reference", "forces", "stress", "spread")
@@ -76,7 +76,7 @@ def sharing_weights(model: AtomisticModel) -> AtomisticModel:
 
 
 def use_kernels(model: AtomisticModel) -> str | None:
-    """Switch a model on the CPU to the C++ kernels; return the reason if they are not available, else None."""
+    """Switch a model on the CPU to the C++ kernels; return why they are not available for all of it, else None."""
     if model.references.device.type != "cpu":
         return None  # on a GPU the compiler generates the kernels
     try:
@@ -84,7 +84,8 @@ def use_kernels(model: AtomisticModel) -> str | None:
     except KernelsUnavailable as reason:
         return str(reason)
     model.kernels = True
-    return None
+    degree = model.encoder.sum_degree
+    return None if degree is None else left_to_plain_pytorch(model.settings.encoder.features, degree)
 
 
 class BatchTensors:

@@ -46,6 +46,15 @@ def degrees_of(components: int) -> tuple[int, int]:
     return (1, root - 1) if root * root == components + 1 else (0, math.isqrt(components) - 1)
 
 
+def left_to_plain_pytorch(features: int, degree: int) -> str | None:
+    """Return why the kernels do not take sums over neighbours of features up to a degree; None if they do."""
+    if features % FEATURE_TILE:
+        return f"model.features = {features} is not a multiple of {FEATURE_TILE}, for which the kernels are made"
+    if degree > KERNEL_DEGREE:
+        return f"model.max_degree = {degree} is above {KERNEL_DEGREE}, the highest degree of the kernels"
+    return None
+
+
 def load_kernels() -> None:
     """Register `torch.ops.hydrazero`, compiled first if this machine has no library yet; raise KernelsUnavailable."""
     with _LOADING:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hydrazero.models.encoders.base import AtomInputs, EncoderSettings, PairGeometry
 from hydrazero.models.encoders.harmonics import coupling, degree_slice, solid_harmonics
-from hydrazero.models.encoders.mace import DensityProducts, NeighbourDensity
+from hydrazero.models.encoders.densities import DensityProducts
+from hydrazero.models.encoders.mace import NeighbourDensity
 from hydrazero.models.ops.slots import slots_of
 
 
@@ -63,14 +64,15 @@ def test_products_of_three_densities_are_two_couplings_one_after_the_other(out_d
     torch.manual_seed(1)
     settings = EncoderSettings(encoder="mace", features=3, max_degree=2, node_degree=out_degree, correlation=3)
     module = DensityProducts(settings).double()
-    densities, kinds = torch.randn(4, 9, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    one, two, three = (factor(densities) for factor in module.factors)
+    densities, kinds = torch.randn(9, 4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    one, two, three = (factor(densities).transpose(0, 1) for factor in module.factors)
     pair = product(one, 2, two, 2, 4)
     size = (out_degree + 1) ** 2
     terms = [one[:, :size], pair[:, :size], product(pair, 4, three, 2, out_degree)]
     degree_of = [degree for degree in range(out_degree + 1) for _ in range(2 * degree + 1)]
     weights = module.weights(kinds).view(4, 3, out_degree + 1, 3)[:, :, degree_of]
-    expected = module.out(sum(term * weights[:, order] for order, term in enumerate(terms)))
+    total = sum(term * weights[:, order] for order, term in enumerate(terms))
+    expected = module.out(total.transpose(0, 1))
     torch.testing.assert_close(module(densities, kinds), expected, rtol=0, atol=1e-11)
 
 
@@ -80,8 +82,8 @@ def test_densities_are_sums_over_neighbours():
     module: NeighbourDensity = encoder.densities[1]  # nodes with vectors
     _, pairs = inputs(rattled_molecule("CH3OH"), encoder, 4)
     slots = pairs.slots
-    nodes = torch.randn(slots.atoms, 4, 4, dtype=torch.float64)
-    sent, radial = module.up(nodes), module.weights(module.radial(pairs.radial)).unflatten(-1, (-1, 4))
+    nodes = torch.randn(4, slots.atoms, 4, dtype=torch.float64)
+    sent, radial = module.up(nodes).transpose(0, 1), module.weights(module.radial(pairs.radial)).unflatten(-1, (-1, 4))
     expected = torch.zeros(slots.atoms, 9, 4, dtype=torch.float64)
     for row, slot in torch.nonzero(slots.mask).tolist():
         harmonics = solid_harmonics(pairs.directions[row, slot], 2)
@@ -91,7 +93,7 @@ def test_densities_are_sums_over_neighbours():
             turned = torch.einsum("a,bf,abc->cf", harmonics[degree_slice(a)], neighbour[degree_slice(b)], exact)
             expected[slots.row_atom[row], degree_slice(c)] += turned * radial[row, slot, path]
     found = module(nodes, solid_harmonics(pairs.directions, 2), pairs)
-    torch.testing.assert_close(found, module.down(expected / 10.0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, module.down(expected.transpose(0, 1) / 10.0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("atoms", [rattled_molecule(), bulk("Cu", cubic=True), rattled_crystal()])
@@ -99,7 +101,7 @@ def test_untrained_densities_are_of_a_size_at_which_their_products_count(atoms):
     torch.manual_seed(3)
     encoder = small_model("mace", features=32, radial_functions=20, cutoff=5.0).encoder
     given, pairs = inputs(atoms, encoder, 32)
-    nodes = given.scalars.unsqueeze(1)
+    nodes = given.scalars.unsqueeze(0)
     found = encoder.densities[0](nodes, solid_harmonics(pairs.directions, 3), pairs)
     assert 0.02 < float(found.detach().square().mean().sqrt()) < 1.0
 

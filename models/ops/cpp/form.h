@@ -51,8 +51,23 @@ inline Degrees degrees_of(const MaybeTensor &tensors) { return degrees_of(tensor
 // which for the usual powers of two are few sets of the processor's cache.
 inline MaybeTensor tiled(const MaybeTensor &x) {
   if (!x.has_value()) return x;
-  TORCH_CHECK(x->size(2) % kTile == 0, "features must be a multiple of 16");
-  return x->view({x->size(0), x->size(1), x->size(2) / kTile, kTile}).permute({2, 0, 1, 3}).contiguous();
+  const int64_t atoms = x->size(0), components = x->size(1), tiles = x->size(2) / kTile;
+  TORCH_CHECK(x->size(2) % kTile == 0 && x->stride(2) == 1, "features must be dense and a multiple of 16");
+  Tensor out = at::empty({tiles, atoms, components, kTile}, x->options());
+  const int64_t bytes = kTile * x->element_size(), unit = x->element_size();
+  const char *from = static_cast<const char *>(x->const_data_ptr());
+  char *to = static_cast<char *>(out.data_ptr());
+  // Much faster than the general copy of a permuted tensor.
+  at::parallel_for(0, atoms, kAtomBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t c = 0; c < components; ++c) {
+        const char *row = from + (n * x->stride(0) + c * x->stride(1)) * unit;
+        char *place = to + (n * components + c) * bytes;
+        for (int64_t tile = 0; tile < tiles; ++tile)
+          std::copy_n(row + tile * bytes, bytes, place + tile * atoms * components * bytes);
+      }
+  });
+  return out;
 }
 
 template <typename T> struct Tiles {
