@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +34,8 @@ OUTPUT = "output"
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLUMNS = 80
 """Width of the terminal that commands believe to have."""
+SECONDS = 400
+"""Time that a command may take; then it is stopped, and the error shows where each of its processes stood."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,20 +109,34 @@ def _run(command: str | list[str], folder: Path) -> str:
     # Commands are those of this interpreter's environment.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment |= {"COLUMNS": str(COLUMNS), "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1")}
-    result = subprocess.run(
-        command,
-        shell=isinstance(command, str),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    if result.returncode:
-        shown = command if isinstance(command, str) else command[-1]
-        raise BlockError(f"exit status {result.returncode} of:\n{shown}\n{result.stdout}{result.stderr}")
-    return "".join(f"{line.rstrip()}\n" for line in result.stdout.splitlines())
+    # Every Python process of the command writes its stack at SIGABRT.
+    environment["PYTHONFAULTHANDLER"] = "1"
+    shown = command if isinstance(command, str) else command[-1]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
+    ):
+        # Files, not pipes: a process that the command leaves behind would hold a pipe open.
+        process = subprocess.Popen(
+            command,
+            shell=isinstance(command, str),
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)
+            process.wait()
+            time.sleep(1)  # for the stacks of the command's other processes
+            status = f"none after {SECONDS} s"
+        printed, errors = (file.seek(0) or file.read() for file in (output, log))
+    if status:
+        raise BlockError(f"exit status {status} of:\n{shown}\n{printed}{errors}")
+    return "".join(f"{line.rstrip()}\n" for line in printed.splitlines())
 
 
 def recorded(page: str, folder: Path) -> str:
