@@ -112,7 +112,10 @@ def _run(command: str | list[str], folder: Path) -> str:
     # Every Python process of the command writes its stack at SIGABRT.
     environment["PYTHONFAULTHANDLER"] = "1"
     shown = command if isinstance(command, str) else command[-1]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output, tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
+    ):
         # Files, not pipes: a process that the command leaves behind would hold a pipe open.
         process = subprocess.Popen(
             command,

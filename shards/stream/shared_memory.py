@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, get_worker_info
@@ -23,6 +26,10 @@ POLL = 5.0
 """Seconds after which a process that waits for a batch looks whether it is to stop."""
 PATIENCE = 15.0
 """Seconds that it still waits for a batch, counted from the last one, if it is to stop."""
+STUCK = 600.0
+"""Seconds without a batch after which workers that have done next to nothing meanwhile are given up."""
+NEXT_TO_NOTHING = 1.0
+"""Processor time in seconds that a worker which is stuck may still take."""
 BUS_ERROR = "Bus error"
 """Words of the error of a DataLoader whose worker the kernel has ended for lack of shared memory."""
 TIMED_OUT = "DataLoader timed out"
@@ -74,16 +81,18 @@ def outputs_of(
     """Yield what a DataLoader gives, whose `timeout` is POLL if it has workers.
 
     Raises ConfigError if a worker has ended for lack of shared memory, of which batches need `needed` bytes; or if
-    `stop` returns a reason to stop while no batch comes, since a process that waits could not obey it.
+    `stop` returns a reason to stop while no batch comes, since a process that waits could not obey it. Raises the
+    RuntimeError of a worker that has ended; one that is stuck is killed.
     """
-    waiting, waited = iter(loader), 0.0
+    waiting, waited, idle_since, worked_before = iter(loader), 0.0, 0.0, 0.0
+    workers: Sequence[BaseProcess] = getattr(waiting, "_workers", ())
     while True:
         try:
             output = next(waiting)
         except StopIteration:
             return
         except RuntimeError as error:
-            ends = [worker.exitcode for worker in getattr(waiting, "_workers", ())]
+            ends = [worker.exitcode for worker in workers]
             if BUS_ERROR in str(error) or -signal.SIGBUS in ends:
                 raise too_small(needed, remedy) from error
             if not str(error).startswith(TIMED_OUT):
@@ -96,6 +105,30 @@ def outputs_of(
                 )
                 fault.exit_status = MAY_PASS
                 raise fault from error
+            worked = _worked(workers)
+            if waited == POLL or worked is None or worked - worked_before >= NEXT_TO_NOTHING:
+                idle_since, worked_before = waited, worked or 0.0
+            elif waited - idle_since >= STUCK:
+                _give_up(workers, waited)
             continue
         waited = 0.0
         yield output
+
+
+def _worked(workers: Sequence[BaseProcess]) -> float | None:
+    """Return the processor time of processes in seconds; None where the system does not tell."""
+    try:
+        stats = [Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split() for worker in workers]
+    except OSError:
+        return None
+    return sum(int(one[11]) + int(one[12]) for one in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def _give_up(workers: Sequence[BaseProcess], waited: float) -> None:
+    """Kill workers that are stuck, since this process would wait for their end, and raise RuntimeError."""
+    with suppress(RuntimeError):  # PyTorch raises one as soon as a worker has ended
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+    raise RuntimeError(f"DataLoader worker gave no batch and did nothing for {waited:.0f} s, and was killed")

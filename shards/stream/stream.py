@@ -19,6 +19,7 @@ from hydrazero.shards.errors import HydrazeroError, ShardError
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, collate, graph_sample
 from hydrazero.shards.location import Location
 from hydrazero.shards.manifest import Manifest
+from hydrazero.shards.processes import end_with_creator
 from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, to_buffer
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
 from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
@@ -147,11 +148,16 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
 
 
 def _outlive_requests_to_stop(worker: int) -> None:
-    """Ignore the signals that schedulers send to every process: the rank stops its workers, after a checkpoint."""
+    """Ignore the signals that schedulers send to every process: the rank stops its workers, after a checkpoint.
+
+    A worker whose rank ends without stopping it ends too. It would otherwise wait for ever to pass its last batches on,
+    and keep open what it has inherited: the output of the command, and the connections by which others notice the end.
+    """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_end_when_the_rank_says_so, daemon=True).start()
+    end_with_creator()
 
 
 def _end_when_the_rank_says_so() -> None:

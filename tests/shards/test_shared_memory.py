@@ -106,3 +106,26 @@ def test_whoever_waits_for_a_batch_obeys_a_request_to_stop(monkeypatch):
     with pytest.raises(ConfigError, match="SIGTERM asks to stop, and no batch has come for") as caught:
         next(outputs)
     assert time.monotonic() - began < 5.0 and caught.value.exit_status == 75
+
+
+@pytest.mark.parametrize("does", ["stuck", "works"])
+def test_a_worker_that_is_stuck_is_given_up(monkeypatch, does):
+    monkeypatch.setattr(shared_memory, "POLL", 0.2)
+    monkeypatch.setattr(shared_memory, "STUCK", 2.0)
+    monkeypatch.setattr(shared_memory, "NEXT_TO_NOTHING", 0.1)
+
+    def work() -> int:
+        until = time.monotonic() + 6.0
+        while time.monotonic() < until:
+            pass
+        return 2
+
+    outputs = outputs_of(loader_of(lambda: time.sleep(600) if does == "stuck" else work()), 0, "data.workers = 0")
+    assert next(outputs) == 1
+    if does == "works":
+        assert next(outputs) == 2
+        return
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker gave no batch and did nothing for 2 s, and was killed"):
+        next(outputs)
+    assert time.monotonic() - began < 10.0

@@ -24,6 +24,8 @@ from hydrazero.trainer.ranks.stop_signals import SIGNALS
 
 GRACE = 20.0
 """Seconds that the other ranks have to end by themselves after one has failed."""
+END = 60.0
+"""Seconds that the other ranks of a run have to end after one has ended well, which it does when all have finished."""
 POLL = 0.1
 """Seconds between looks at the ranks."""
 
@@ -56,7 +58,7 @@ def train_ranks(run_file: Path, ranks: int, options: Sequence[str], record: Path
         # A first attempt that ended before it had made its folder is repeated from the start.
         resume = ["--resume"] if retry and record.exists() and "--resume" not in options else []
         with Ranks([*train_command(run_file), *options, *resume, used], ranks) as running:
-            outcome = running.wait()
+            outcome = running.wait(end_together=True)
         if outcome.status == 0:
             return
         if outcome.status == 1:
@@ -116,9 +118,14 @@ class Ranks:
         for process in self.processes:
             process.wait()
 
-    def wait(self) -> Outcome:
-        """Wait until all ranks have ended; those that still run some time after another has failed are killed."""
+    def wait(self, *, end_together: bool = False) -> Outcome:
+        """Wait until all ranks have ended; those that still run some time after another has failed are killed.
+
+        With `end_together`, ranks end well only once all have finished their work. One that still runs long after
+        another has ended is killed then, and the work counts as done.
+        """
         until: float | None = None
+        finished: float | None = None
         hung: set[int] = set()
         bad: list[int] = []
         while any(process.poll() is None for process in self.processes):
@@ -127,12 +134,24 @@ class Ranks:
                     bad.append(rank)
             if bad and until is None:
                 until = time.monotonic() + GRACE
+            if end_together and finished is None and any(process.returncode == 0 for process in self.processes):
+                finished = time.monotonic() + END
+            if not bad and finished is not None and time.monotonic() > finished:
+                return self._end_the_rest()
             if until is not None and time.monotonic() > until:
                 hung = {rank for rank, process in enumerate(self.processes) if process.poll() is None}
                 self._kill()
             time.sleep(POLL)
         bad += [rank for rank, process in enumerate(self.processes) if process.returncode and rank not in bad]
         return outcome_of([(rank, self.processes[rank].returncode) for rank in bad], hung)
+
+    def _end_the_rest(self) -> Outcome:
+        """Kill the ranks that do not end although the work of all is done, and say so."""
+        rest = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+        self._kill()
+        for rank in rest:
+            echo(f"warning: rank {rank} had finished, but its process did not end and was killed.", err=True)
+        return Outcome(status=0)
 
 
 def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:

@@ -83,7 +83,7 @@ def _train(journal: Journal, held: HeldTrial, seconds: float) -> RungResult:
         resuming = ["--resume"] if resume else []
         command = [*train_command(journal.run_file), *options, *resuming]
         with Ranks(command, journal.space.search.ranks, output) as running:
-            outcome = running.wait()
+            outcome = running.wait(end_together=True)
     result = result_at(run_dir, seconds, journal.trivial)
     # A run that was asked to stop may still have reached the rung; that is found when the trial is resumed.
     if running.asked_to_stop or (outcome.status == 0 and result is None):
