@@ -212,9 +212,9 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_code_and_data(wheel):
-    """What `pip install .` puts into another environment: every module, run file and DeepSpeed JSON."""
+    """What `pip install .` puts into another environment: every module, source of kernels, run file and DeepSpeed JSON."""
     held = set(zipfile.ZipFile(wheel).namelist())
-    kinds = ("*.json", "*.toml", "*.cpp", "py.typed")
+    kinds = ("*.json", "*.toml", "*.cpp", "*.h", "py.typed")
     data = [path for room in ROOMS for kind in kinds for path in (ROOT / room).rglob(kind)]
     expected = {f"hydrazero/{path.relative_to(ROOT).as_posix()}" for path in [*modules(), *data]}
     assert expected - held == set()

@@ -27,8 +27,8 @@ class EncoderSettings(Section):
     """The encoder of the model: which one, how large, and how far it sees."""
 
     encoder: str = "painn"
-    """Architecture of the encoder: 'schnet', 'painn', 'egnn', 'pna_eq', 'dimenetpp', 'mace', 'tensornet', 'lace', or one
-    that an installed package brings."""
+    """Architecture of the encoder: 'schnet', 'painn', 'egnn', 'pna_eq', 'dimenetpp', 'mace', 'tensornet', 'lace', or
+    one that an installed package brings."""
     features: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 128
     """Number of scalar features of each atom, and of vector features where the encoder has them."""
     layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 3

@@ -14,12 +14,12 @@ def components(degree: int) -> list[int]:
 
 
 def by_degree(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-    """Split an axis of (L + 1)^2 components into the degrees 0 to L; slices would fill tensors with zeros."""
+    """Split an axis of (L + 1)^2 components into the degrees 0 to L; the derivatives of slices would be padded with zeros."""
     return x.split(components(math.isqrt(x.shape[dim]) - 1), dim=dim)
 
 
 class DegreeMix(nn.Module):
-    """Mix channels, with a separate matrix for each degree."""
+    """Mix features, with a separate matrix for each degree."""
 
     def __init__(self, degree: int, features: int) -> None:
         super().__init__()

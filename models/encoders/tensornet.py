@@ -1,10 +1,13 @@
 """TensorNet: Cartesian tensor representations (Simeon, De Fabritiis 2023, arXiv 2306.06482).
 
 A node holds a matrix X [3, 3] for each feature: a multiple of the identity, a skew part and a symmetric traceless part,
-which turn like the harmonics of degree 0, 1 and 2. They are kept as the nine coefficients [9, A, F] of an orthonormal
-basis of matrices in the order of the harmonics, so that the Frobenius norm of X is that of the coefficients. Messages
-are sums over neighbours of harmonics, or of neighbours' coefficients, times filters of the distance; these filters are
-linear in the radial functions, where the paper has a perceptron in its interaction layers.
+which rotate like the harmonics of degree 0, 1 and 2; an inversion turns X into its transpose, so that the skew part is a
+polar vector. They are kept as the nine coefficients [9, A, F] of an orthonormal basis of matrices in the order of the
+harmonics, so that the Frobenius norm of X is that of the coefficients. Messages are sums over neighbours of harmonics,
+or of neighbours' coefficients, times filters of the distance; these filters are linear in the radial functions, where
+the paper has a perceptron in its interaction layers. The identity part of an atom's first matrices also holds the atom
+itself, in place of the self loops of the authors' implementation; without it an atom without neighbours would lose its
+element.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 
 DEGREE = 2
 NORMS = (3.0**0.5, 2.0**0.5, (2.0 / 3.0) ** 0.5)
-"""Frobenius norms of the paper's matrices of a unit vector u (eqs. 3 and 4): the identity, that of the cross product
-with u, and u u^T - 1 / 3."""
+"""Frobenius norms of the paper's matrices of a unit vector u: the identity, the matrix of the cross product with u, and
+u u^T - 1 / 3."""
 
 
 HARMONICS_AXES = (1, 2, 0)
-"""The axes y, z, x in the order of the harmonics of degree 1."""
+"""The axes in the order of the harmonics of degree 1: y, z, x; the inverse of `CARTESIAN`."""
 
 
 @lru_cache
@@ -38,7 +41,7 @@ def matrix_basis() -> NDArray[np.float64]:
     identity = np.eye(3)[None] / 3.0**0.5
     cross = np.zeros((3, 3, 3))
     for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        cross[i, j, k], cross[i, k, j] = -1.0, 1.0  # cross[i] v is the product of the unit vector along i with v
+        cross[i, j, k], cross[i, k, j] = -1.0, 1.0  # cross[i] v is the cross product of the unit vector along i with v
     points, weights = sphere_points(2 * DEGREE)
     harmonics = solid_harmonics(torch.from_numpy(points), DEGREE).numpy()[:, 4:]
     symmetric = np.einsum("p,pm,pi,pj->mij", weights, harmonics, points, points)
@@ -51,7 +54,7 @@ BASIS = matrix_basis()
 
 
 def _combined(factors: NDArray[np.float64], parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of factors times parts; its few terms make one loop of a compiled graph."""
+    """Return the sum of factors times parts; written out so that the compiler fuses its few terms into one loop."""
     terms = [float(factor) * part for factor, part in zip(factors, parts, strict=True) if factor]
     return sum(terms[1:], start=terms[0])
 
@@ -75,12 +78,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Return X / (|X|^2 + 1) of coefficients [9, A, F] (the norm of the paper is the squared one of Frobenius)."""
+    """Return X / (|X|^2 + 1) of coefficients [9, A, F] (the paper's norm is the squared Frobenius norm)."""
     return x / (x.square().sum(0, keepdim=True) + 1.0)
 
 
 class TensorEmbedding(nn.Module):
-    """First matrices: harmonics of neighbours' directions, weighed by both atoms' features (eqs. 6 to 8)."""
+    """Initial matrices: harmonics of neighbours' directions, weighted by both atoms' features."""
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
@@ -100,7 +103,9 @@ class TensorEmbedding(nn.Module):
         """Return [9, A, F] for the initial features [A, F]."""
         f = self.features
         ones = torch.ones_like(scalars)
-        x = self.own(scalars) * self._summed(ones, pairs) + self._summed(self.other(scalars), pairs)
+        own, other = self.own(scalars), self.other(scalars)
+        x = own * self._summed(ones, pairs) + self._summed(other, pairs)
+        x = torch.cat([x[:1] + NORMS[0] * (own + other), x[1:]])
         scales = self.scales(self.norm(x.square().sum(0))).split(f, dim=-1)
         return torch.cat([part * scale for part, scale in zip(by_degree(self.mix(x)), scales, strict=True)])
 
@@ -116,7 +121,7 @@ class TensorEmbedding(nn.Module):
 
 
 class TensorInteraction(nn.Module):
-    """Messages of neighbours' matrices, and products with them (eqs. 9 to 11)."""
+    """Messages of neighbours' matrices, and products with them."""
 
     def __init__(self, features: int, radial_functions: int) -> None:
         super().__init__()
@@ -131,12 +136,12 @@ class TensorInteraction(nn.Module):
         own, others = matrices(y), matrices(message)
         # The sum of both orders keeps the parity of each part, so that mirror images have the same energy.
         change = self.after(normalised(coefficients(product(own, others) + product(others, own))))
-        turned = matrices(change)
-        return x + change + coefficients(product(turned, turned))
+        step = matrices(change)
+        return x + change + coefficients(product(step, step))
 
 
 class TensorNet(Encoder):
-    """TensorNet encoder; its scalars are made of the norms of each part, its vectors are the skew parts."""
+    """TensorNet encoder; its scalars come from the squared norms of the parts, its vectors are the skew parts."""
 
     has_vectors = True
 

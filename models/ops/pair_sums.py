@@ -2,15 +2,16 @@
 
 All of them are derivatives of one form, over the slots (r, k) of atom n with neighbour j and the degrees l = 0 ... L:
 
-    T = sum w_l g_l[n] . x_l[j] + v_l (g_l[n] . Y_l) d_l[j],    w_l = sum_b radial_b W_l[b],  v_l = sum_b radial_b V_l[b]
+    T = sum w_l g_l[n] . x_l[j] + v_l (g_l[n] . Y_l) d_l[j],   w_l = sum_b radial_b W_l[b],  v_l = sum_b radial_b V_l[b]
 
 with radial functions [R, 8, B], harmonics Y of the directions of degrees 1 to L [R, 8, (L + 1)^2 - 1], tensors x [A,
-(L + 1)^2, F] (or of degree 0 alone, [A, 1, F], or of the degrees 1 to L) with weights W [B, F] for each degree, scalars d [A, L, F] for
-the degrees 1 to L with weights V [B, L F], and factors of the result g [A, (L + 1)^2, F]. T is linear in each of
-radial, Y, (W, V), (x, d) and g. Each operator is the derivative of T with respect to one of them, so the derivatives of
-the operators are operators again, to any order. The neighbour list is full, radial is the same in both slots of a pair
-and Y_l(-u) = (-1)^l Y_l(u): the derivative with respect to x and d sums over an atom's own slots like the form itself,
-and nothing is scattered. The basis of a degree is the caller's: for degree 1, Y may be the directions themselves.
+(L + 1)^2, F] (or of degree 0 alone, [A, 1, F], or of the degrees 1 to L) with weights W [B, F] for each degree,
+scalars d [A, L, F] for the degrees 1 to L with weights V [B, L F], and factors of the result g [A, (L + 1)^2, F]. T is
+linear in each of radial, Y, (W, V), (x, d) and g. Each operator is the derivative of T with respect to one of them, so
+the derivatives of the operators are operators again, to any order. The neighbour list is full, radial is the same in
+both slots of a pair and Y_l(-u) = (-1)^l Y_l(u): the derivative with respect to x and d sums over an atom's own slots
+like the form itself, and nothing is scattered. The basis of a degree is the caller's: for degree 1, Y may be the
+directions themselves.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Path:
 def pair_sum(pairs: PairFactors, tensors: Path | None, scalars: Path | None) -> Tensor:
     """Return dT/dg [A, (L + 1)^2, F], by the kernels if `pairs.slots.kernels` is set.
 
-    Tensors have (L + 1)^2 components, 1 for degree 0 alone, or one less for the degrees 1 to L; scalars have one component for each degree from 1 to L.
-    One of both may be None. Sums are in the precision of the geometry, even if weights and features have a lower one.
-    Raises ValueError if both are None.
+    Tensors have (L + 1)^2 components, 1 for degree 0 alone, or one less than all for the degrees 1 to L; scalars have
+    one component for each degree from 1 to L. One of both may be None. Sums are in the precision of the geometry, even
+    if weights and features have a lower one. Raises ValueError if both are None.
     """
     dtype = pairs.radial.dtype
     x, w = (None, None) if tensors is None else (tensors.features.to(dtype), tensors.weight.to(dtype))
@@ -202,9 +203,7 @@ class _PairGradient(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.slots = slots
         ctx.save_for_backward(radial, harmonics, w, v, x, d, g)
-        out: tuple[Tensor, Tensor] = torch.ops.hydrazero.pair_gradient(
-            *_index(slots), radial, harmonics, w, v, x, d, g
-        )
+        out: tuple[Tensor, Tensor] = torch.ops.hydrazero.pair_gradient(*_index(slots), radial, harmonics, w, v, x, d, g)
         return out
 
     @staticmethod

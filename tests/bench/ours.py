@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ MANY_HEADS = 16
 EVERY = 50
 
 
-def model_of(tasks: int) -> AtomisticModel:
+def model_of(tasks: int, **settings: Any) -> AtomisticModel:
+    """Return a model with the settings of the benchmark's PaiNN, or others."""
     torch.manual_seed(0)
-    encoder = EncoderSettings(features=FEATURES, layers=LAYERS, radial_functions=RADIAL_FUNCTIONS, cutoff=CUTOFF)
+    same = {"features": FEATURES, "layers": LAYERS, "radial_functions": RADIAL_FUNCTIONS, "cutoff": CUTOFF}
+    encoder = EncoderSettings(**(settings or same))
     facts = [
         TaskFacts(name=f"bench{n}", reference_energies={}, scale=1.0, elements=["C", "Cu", "H"]) for n in range(tasks)
     ]

@@ -1,15 +1,7 @@
-"""Speed of the sums over neighbours for features up to degree 1, 2 and 3, beside the processor's peak.
-
-    python tests/bench/pair_sums.py ROUNDS
-
-Prints, as JSON, the seconds of each operator and degree, the products and sums that it needs, and the peak in GFLOP/s,
-which is that of a product of two large matrices.
-"""
+"""Time and arithmetic of the sums over neighbours for features up to degree 1, 2 and 3, and the processor's peak."""
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +9,7 @@ from collections.abc import Callable
 import torch
 from ours import batch_of
 from systems import CUTOFF, FEATURES, RADIAL_FUNCTIONS, THREADS
+from timing import hand_over
 from torch import Tensor
 
 from hydrazero.models.encoders.base import EncoderSettings
@@ -66,23 +59,22 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure in turn, so that a change of the processor's speed meets all alike."""
+    """Measure in turn, so that a change of the processor's speed meets all alike.
+
+    The peak is that of a product of two large matrices, in GFLOP/s, and the work of operators is in GFLOP.
+    """
     torch.set_num_threads(THREADS)
     load_kernels()
     left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
     all_operators = {degree: operators(degree) for degree in DEGREES}
-    peaks: list[float] = []
-    found: dict[tuple[int, str], list[float]] = {}
+    found: dict[str, list[float]] = {"peak": []}
     for _ in range(int(sys.argv[1])):
-        peaks.append(2.0 * MATRIX**3 / seconds(lambda: left @ right) / 1e9)
+        found["peak"].append(2.0 * MATRIX**3 / seconds(lambda: left @ right) / 1e9)
         for degree, calls in all_operators.items():
-            for name, (call, _) in calls.items():
-                found.setdefault((degree, name), []).append(seconds(call))
-    rows = [
-        {"degree": degree, "operator": name, "seconds": statistics.median(times), "flop": all_operators[degree][name][1]}
-        for (degree, name), times in found.items()
-    ]
-    sys.stdout.write(json.dumps({"peak": statistics.median(peaks), "rows": rows}) + "\n")
+            for name, (call, flop) in calls.items():
+                found.setdefault(f"{name}_L{degree}", []).append(seconds(call))
+                found[f"{name}_L{degree}_work"] = [flop / 1e9]
+    hand_over(found)
 
 
 if __name__ == "__main__":

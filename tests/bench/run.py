@@ -27,7 +27,7 @@ from systems import SCREENED, SYSTEMS, THREADS
 HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
 MACE = "mace-torch 0.3.16"
-PARTS = ["data", "steps", "screen", "scaling", "groups"]
+PARTS = ["data", "sums", "encoders", "steps", "screen", "scaling", "groups"]
 ALONE = "sixteen models of one head in turn"
 STACKED = "heads of all tasks on every rank"
 FIRST_STEPS = 3
@@ -83,6 +83,37 @@ def step_rows(peer_python: str, rounds: int, repeats: int) -> list[dict[str, Any
     for name, kind in (("heads16_train_cost", "train"), ("heads16_infer_cost", "energies")):
         rows.append(row(name, middle[f"heads_{kind}_many"] / middle[f"heads_{kind}_one"], "times one head"))
     rows.append(row("gradnorm_overhead", middle["balance_with"] / middle["balance_without"], "times a step without"))
+    return rows
+
+
+def sum_rows(rounds: int) -> list[dict[str, Any]]:
+    """Return rows on the sums over neighbours: the speed of each operator beside the peak, and time over degree 1."""
+    found = run_worker(sys.executable, "pair_sums.py", str(rounds))
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    rows = []
+    whole = dict.fromkeys((1, 2, 3), 0.0)
+    for degree in whole:
+        for operator in ("pair_sum", "pair_sum_transposed", "pair_gradient", "pair_weight_gradient"):
+            name = f"{operator}_L{degree}"
+            whole[degree] += middle[name]
+            speed = middle[f"{name}_work"] / middle[name]
+            rows.append(row(f"{name}_gflops", speed, "GFLOP/s", "product of two matrices", middle["peak"]))
+    for degree, seconds in whole.items():
+        rows.append(row(f"pair_sums_L{degree}", seconds / whole[1], "times degree 1, all operators"))
+    return rows
+
+
+def encoder_rows(rounds: int) -> list[dict[str, Any]]:
+    """Return rows that compare training steps of TensorNet and LACE with PaiNN's."""
+    found = run_worker(sys.executable, "encoder_steps.py", str(rounds))
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    rows = []
+    for system, make in SYSTEMS.items():
+        count, peer = len(make()), len(make()) / middle[f"painn_{system}"]
+        for name in ("tensornet", "lace_small"):
+            rows.append(
+                row(f"train_{name}_{system}", count / middle[f"{name}_{system}"], "structures/s", "painn", peer)
+            )
     return rows
 
 
@@ -264,6 +295,10 @@ def main() -> None:
     options = parser.parse_args()
     parts = [options.only] if options.only else PARTS
     rows = data_rows(options.sixteen) if "data" in parts else []
+    if "sums" in parts:
+        rows += sum_rows(3 * options.rounds)
+    if "encoders" in parts:
+        rows += encoder_rows(options.rounds)
     if options.peer_python and "steps" in parts:
         rows += step_rows(options.peer_python, options.rounds, options.repeats)
     if options.peer_python and "screen" in parts:

@@ -111,6 +111,11 @@ def test_energy_is_extensive(model):
     assert whole == pytest.approx(parts, rel=1e-10)
 
 
+def test_atoms_without_neighbours_keep_their_element(model):
+    energies = [float(predict(model, Atoms(symbol)).interaction) for symbol in ("H", "C", "O")]
+    assert len({round(energy, 6) for energy in energies}) == 3
+
+
 def test_smooth_at_the_cutoff(model):
     """Energy and force of a pair go on without a jump when the pair leaves the cutoff."""
 

@@ -14,8 +14,8 @@ from sympy.physics.wigner import real_gaunt
 from torch import Tensor
 
 from hydrazero.models.encoders.base import AtomInputs, EncoderSettings, PairGeometry
-from hydrazero.models.encoders.harmonics import coupling, degree_slice, solid_harmonics
 from hydrazero.models.encoders.densities import DensityProducts
+from hydrazero.models.encoders.harmonics import coupling, degree_slice, solid_harmonics
 from hydrazero.models.encoders.mace import NeighbourDensity
 from hydrazero.models.ops.slots import slots_of
 

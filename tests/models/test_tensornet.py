@@ -77,7 +77,7 @@ class Edges:
 
 def embedded(module: TensorEmbedding, scalars: Tensor, edges: Edges) -> Tensor:
     """Matrices [A, F, 3, 3] of the initial features [A, F]."""
-    x = scalars.new_zeros(*scalars.shape, 3, 3)
+    x = (module.own(scalars) + module.other(scalars))[:, :, None, None] * IDENTITY
     for i, j, u, filters in zip(edges.i, edges.j, edges.units, edges.filters(module.filter), strict=True):
         both = module.own(scalars[i]) + module.other(scalars[j])
         sums = filters[0] * IDENTITY + filters[1] * skew(u) + filters[2] * traceless(u)

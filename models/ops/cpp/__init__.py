@@ -1,0 +1,1 @@
+"""C++ sources of the kernels, which `hydrazero.models.ops.kernels` compiles."""
