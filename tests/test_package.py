@@ -212,7 +212,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_code_and_data(wheel):
-    """What `pip install .` puts into another environment: every module, source of kernels, run file and DeepSpeed JSON."""
+    """What `pip install .` puts into another environment: modules, sources of kernels, run files, DeepSpeed JSON."""
     held = set(zipfile.ZipFile(wheel).namelist())
     kinds = ("*.json", "*.toml", "*.cpp", "*.h", "py.typed")
     data = [path for room in ROOMS for kind in kinds for path in (ROOT / room).rglob(kind)]

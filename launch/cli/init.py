@@ -21,8 +21,8 @@ from hydrazero.shards.text.foreign_text import echo
     default="painn",
     show_default=True,
     metavar="NAME",
-    help="Encoder of the model: painn, schnet, egnn, pna_eq, dimenetpp, mace, tensornet, lace, or one that an installed "
-    "package adds.",
+    help="Encoder of the model: painn, schnet, egnn, pna_eq, dimenetpp, mace, tensornet, lace, or one that an "
+    "installed package adds.",
 )
 @click.option(
     "--size", default="small", show_default=True, metavar="NAME", help="Size of the model: tiny, small, base or large."

@@ -14,7 +14,10 @@ def components(degree: int) -> list[int]:
 
 
 def by_degree(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-    """Split an axis of (L + 1)^2 components into the degrees 0 to L; the derivatives of slices would be padded with zeros."""
+    """Split an axis of (L + 1)^2 components into the degrees 0 to L.
+
+    Slices would do the same, but their derivatives are padded with zeros.
+    """
     return x.split(components(math.isqrt(x.shape[dim]) - 1), dim=dim)
 
 

@@ -1,8 +1,8 @@
 """TensorNet: Cartesian tensor representations (Simeon, De Fabritiis 2023, arXiv 2306.06482).
 
 A node holds a matrix X [3, 3] for each feature: a multiple of the identity, a skew part and a symmetric traceless part,
-which rotate like the harmonics of degree 0, 1 and 2; an inversion turns X into its transpose, so that the skew part is a
-polar vector. They are kept as the nine coefficients [9, A, F] of an orthonormal basis of matrices in the order of the
+which rotate like the harmonics of degree 0, 1 and 2; an inversion turns X into its transpose, so that the skew part is
+a polar vector. They are kept as the nine coefficients [9, A, F] of an orthonormal basis of matrices in the order of the
 harmonics, so that the Frobenius norm of X is that of the coefficients. Messages are sums over neighbours of harmonics,
 or of neighbours' coefficients, times filters of the distance; these filters are linear in the radial functions, where
 the paper has a perceptron in its interaction layers. The identity part of an atom's first matrices also holds the atom
