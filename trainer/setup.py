@@ -11,6 +11,7 @@ import torch
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.model_settings import check_model
+from hydrazero.models.ops.compiled import slow_sums
 from hydrazero.models.task_facts import TaskFacts, targets_of
 from hydrazero.shards.device import device_kind
 from hydrazero.shards.manifest import Manifest
@@ -215,7 +216,9 @@ def compile_steps(engine: TrainingEngine) -> str:
         return "compile: not possible in fp16, where the loss is scaled before it is differentiated; steps run eagerly."
     reason = engine.module.compile_steps()
     if reason is None:
-        return "compile: each step is one graph, compiled at its first batch, which takes about a minute."
+        said = "compile: each step is one graph, compiled at its first batch, which takes about a minute."
+        slow = slow_sums(engine.module.model)
+        return said if slow is None else f"{said} Its sums over neighbours are left to plain PyTorch: {slow}."
     return f"compile: each step is one graph, but without the CPU kernels: {reason}."
 
 

@@ -51,6 +51,7 @@ class LACE(DensityEncoder):
 
     sizes = size_table(
         features=(16, 64, 128, 256),
+        radial_functions=(8, 8, 8, 8),
         layers=(2, 2, 2, 2),
         max_degree=(2, 3, 3, 3),
         node_degree=(1, 1, 1, 1),

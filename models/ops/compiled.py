@@ -76,7 +76,7 @@ def sharing_weights(model: AtomisticModel) -> AtomisticModel:
 
 
 def use_kernels(model: AtomisticModel) -> str | None:
-    """Switch a model on the CPU to the C++ kernels; return why they are not available for all of it, else None."""
+    """Switch a model on the CPU to the C++ kernels; return the reason if they are not available, else None."""
     if model.references.device.type != "cpu":
         return None  # on a GPU the compiler generates the kernels
     try:
@@ -84,8 +84,15 @@ def use_kernels(model: AtomisticModel) -> str | None:
     except KernelsUnavailable as reason:
         return str(reason)
     model.kernels = True
+    return None
+
+
+def slow_sums(model: AtomisticModel) -> str | None:
+    """Return why the kernels of a model that uses them leave its sums over neighbours to plain PyTorch; None if not."""
     degree = model.encoder.sum_degree
-    return None if degree is None else left_to_plain_pytorch(model.settings.encoder.features, degree)
+    if degree is None or not model.kernels:
+        return None
+    return left_to_plain_pytorch(model.settings.encoder.features, degree)
 
 
 class BatchTensors:

@@ -19,19 +19,17 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.collections import g2
+from bench_shards import write_bench_shards
 from timing import hand_over
 from vesin import NeighborList
 
-from hydrazero.shards.block import block_from_structures
-from hydrazero.shards.convert.task_statistics import Statistics
-from hydrazero.shards.convert.writer import write_shard
 from hydrazero.shards.graphs.graph import BatchShape, GraphBatch
 from hydrazero.shards.graphs.neighbours import half_pairs, lay_out
-from hydrazero.shards.manifest import Manifest, write_manifest
 from hydrazero.shards.stream.block_reader import BlockReader
 from hydrazero.shards.stream.stream import StreamSettings, TrainStream
 from hydrazero.shards.structure import Structure
 
+BLOCK = 256
 STRUCTURES = 32 * 256
 CUTOFF = 5.0
 SHAPES = {
@@ -74,28 +72,6 @@ def metals() -> list[Structure]:
         labelled(cell.numbers, cell.positions + 0.1 * generator.standard_normal((32, 3)), cell.cell[:], number)
         for number in range(STRUCTURES)
     ]
-
-
-def write_shards(folder: Path, structures: list[Structure]) -> None:
-    parts = [structures[first : first + 256] for first in range(0, len(structures), 256)]
-    blocks = [block_from_structures(part) for part in parts]
-    shard = write_shard(folder / "train-000000.tar", blocks)
-    total = Statistics()
-    for block in blocks:
-        total.add(block, "train", ())
-    manifest = Manifest(
-        task="bench",
-        splits={"train": [shard]},
-        float_dtype="float32",
-        elements={},
-        trained_elements=[],
-        size_histogram=dict(total.sizes),
-        labels={name: moments.label_range() for name, moments in total.moments.items()},
-        reference_energies={},
-        required_labels=["energy", "forces"],
-        periodic_structures=total.periodic,
-    )
-    write_manifest(manifest, folder)
 
 
 def rate(run: Callable[[], int]) -> float:
@@ -218,13 +194,11 @@ def main() -> None:
         made = {"molecules": molecules(), "metals": metals()}
         streams = {}
         for kind, structures in made.items():
-            (root / kind).mkdir()
-            write_shards(root / kind, structures)
+            write_bench_shards(root / kind, structures, BLOCK)
             # One worker process has a core to itself; this process only receives its batches.
             streams[kind] = StreamSettings(folders=(str(root / kind),), cutoff=CUTOFF, shape=SHAPES[kind], workers=1)
         few = made["molecules"][:2048]
-        (root / "few").mkdir()
-        write_shards(root / "few", few)
+        write_bench_shards(root / "few", few, BLOCK)
         write_npz_samples(root / "npz.tar", few)
         write_aselmdb(root / "few.aselmdb", few)
         for _ in range(5):

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from bench_shards import write_bench_shards
 from ours import MANY_HEADS, model_of
 from systems import SCREENED, THREADS
 from timing import hand_over
@@ -13,11 +14,7 @@ from timing import hand_over
 from hydrazero.models import Potential
 from hydrazero.models.inference.potential import structure_from_atoms
 from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary, ShardSource, screen
-from hydrazero.shards.block import BLOCK_STRUCTURES, block_from_structures
-from hydrazero.shards.convert.task_statistics import Statistics
-from hydrazero.shards.convert.writer import write_shard
-from hydrazero.shards.manifest import Manifest, write_manifest
-from hydrazero.shards.structure import Structure
+from hydrazero.shards.block import BLOCK_STRUCTURES
 
 COUNTS = {
     ("molecules", "energy"): 20_480,
@@ -26,32 +23,6 @@ COUNTS = {
     ("metals", "forces"): 3_072,
 }
 """Number of structures to screen per case, which takes about ten seconds each."""
-
-
-def make_shards(folder: Path, structures: list[Structure]) -> None:
-    """Write structures to a folder of one shard."""
-    blocks = [
-        block_from_structures(structures[first : first + BLOCK_STRUCTURES])
-        for first in range(0, len(structures), BLOCK_STRUCTURES)
-    ]
-    folder.mkdir(parents=True)
-    shard = write_shard(folder / "train-000000.tar", blocks)
-    total = Statistics()
-    for block in blocks:
-        total.add(block, "train", ())
-    manifest = Manifest(
-        task="bench",
-        splits={"train": [shard]},
-        float_dtype="float32",
-        elements={},
-        trained_elements=[],
-        size_histogram=dict(total.sizes),
-        labels={},
-        reference_energies={},
-        required_labels=[],
-        periodic_structures=total.periodic,
-    )
-    write_manifest(manifest, folder)
 
 
 def run(root: Path, name: str, kind: str, heads: int) -> ScreenSummary:
@@ -70,7 +41,9 @@ def main() -> None:
         root = Path(folder)
         for (name, kind), count in COUNTS.items():
             few = [structure_from_atoms(atoms) for atoms in SCREENED[name]()]
-            make_shards(root / f"{name}-{kind}", [few[number % len(few)] for number in range(count)])
+            write_bench_shards(
+                root / f"{name}-{kind}", [few[number % len(few)] for number in range(count)], BLOCK_STRUCTURES
+            )
             for label, heads in (("all", MANY_HEADS), ("one", 1)):
                 if (label, kind) == ("one", "forces"):
                     continue

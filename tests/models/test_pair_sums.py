@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from structures import batch_of, rattled_molecule, to_structure
+from structures import batch_of, rattled_molecule, small_model, to_structure
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hydrazero.models.encoders.degree_features import by_degree
 from hydrazero.models.encoders.harmonics import solid_harmonics
+from hydrazero.models.ops.compiled import slow_sums, use_kernels
 from hydrazero.models.ops.kernels import KERNEL_DEGREE, load_kernels
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 from hydrazero.models.ops.slots import slots_of
@@ -110,6 +111,22 @@ def test_sums_turn_with_the_directions(degree):
 def test_a_degree_beyond_the_kernels_is_summed_by_plain_pytorch():
     case = Case(KERNEL_DEGREE + 1, "all")
     assert torch.equal(case.sum(*case.inputs), case.sum(*case.inputs, kernels=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"features": 24}, "model.features = 24 is not a multiple of 16"),
+        ({"encoder": "lace", "max_degree": 5}, "model.max_degree = 5 is above 4"),
+        ({"encoder": "schnet", "features": 24}, None),
+        ({"encoder": "lace", "max_degree": 4}, None),
+    ],
+)
+def test_what_the_kernels_do_not_sum_is_said(settings, said):
+    model = small_model(**{"encoder": "painn", "features": 32, **settings})
+    assert use_kernels(model) is None
+    assert (slow_sums(model) or "").startswith(said or "")
+    assert (slow_sums(model) is None) == (said is None)
 
 
 def test_a_sum_of_nothing_is_refused():

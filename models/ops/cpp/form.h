@@ -47,6 +47,14 @@ inline Degrees degrees_of(int64_t components) {
 
 inline Degrees degrees_of(const MaybeTensor &tensors) { return degrees_of(tensors.has_value() ? tensors->size(1) : 0); }
 
+// The same, for tensors that are summed with harmonics up to a degree.
+inline Degrees degrees_within(const MaybeTensor &tensors, const MaybeTensor &scalars, int64_t degree) {
+  const Degrees found = degrees_of(tensors);
+  TORCH_CHECK(found.last <= degree, "tensors have degrees above that of the harmonics");
+  TORCH_CHECK(!scalars.has_value() || scalars->size(1) == degree, "there must be scalars for each degree above 0");
+  return found;
+}
+
 // Node features [A, C, F] as tiles [F / 16, A, C, 16]. In the first order the components of a tile lie F numbers apart,
 // which for the usual powers of two are few sets of the processor's cache.
 inline MaybeTensor tiled(const MaybeTensor &x) {
@@ -109,6 +117,21 @@ template <typename T> Pairs<T> pairs_of(const Tensor &radial, const Tensor &harm
   const int64_t components = harmonics.size(2);
   return {radial.const_data_ptr<T>(), harmonics.const_data_ptr<T>(), radial.size(2), components, features,
           degree_of(components + 1)};
+}
+
+// Loops trust these; operands that do not fit together must not read or write where they like.
+inline void check_path(const MaybeTensor &features, const MaybeTensor &weight, int64_t degrees, int64_t functions,
+                       int64_t width) {
+  TORCH_CHECK(features.has_value() == weight.has_value(), "features and weights of a path belong together");
+  if (!weight.has_value()) return;
+  TORCH_CHECK(weight->size(0) == functions && weight->size(1) == degrees * width, "weights must be [", functions, ", ",
+              degrees * width, "]");
+  TORCH_CHECK(features->size(2) == width, "all features must have the same number");
+}
+
+inline void check_pairs(const Tensor &row_atom, const Tensor &radial, const Tensor &harmonics, const Tensor &g) {
+  TORCH_CHECK(radial.size(0) == row_atom.size(0) && harmonics.size(0) == row_atom.size(0), "pairs must be [rows, 8, ...]");
+  TORCH_CHECK(g.size(1) == harmonics.size(2) + 1, "a result has one component more than there are harmonics");
 }
 
 // w[k] = sum_b radial[k][b] * weight[b][tile] for a group of slots.

@@ -169,13 +169,17 @@ std::tuple<Tensor, Tensor> pair_gradient(const Tensor &row_atom, const Tensor &n
   const Tensor radial = radial_.contiguous(), harmonics = harmonics_.contiguous(), g = *tiled(g_);
   const MaybeTensor tensors = tiled(tensors_), scalars = tiled(scalars_);
   const int64_t F = g_.size(2), width = (radial.size(2) + 7) / 8 * 8;
+  check_pairs(row_atom, radial, harmonics, g_);
+  const Degrees degrees = degrees_within(tensors_, scalars_, degree_of(g_.size(1)));
+  check_path(tensors_, tensor_weight, degrees.count(), radial.size(2), F);
+  check_path(scalars_, scalar_weight, degree_of(g_.size(1)), radial.size(2), F);
   Tensor for_radial = at::zeros_like(radial), for_harmonics = at::zeros_like(harmonics);
   const Tensor turned_tensors = turned_weight(tensor_weight, width), turned_scalars = turned_weight(scalar_weight, width);
   const Layout layout = layout_of(row_atom, neighbours, mask, g_.size(0));
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "pair_gradient", [&] {
     const auto pairs = pairs_of<scalar_t>(radial, harmonics, F);
     const Sides<scalar_t> sides{tiles_of<scalar_t>(tensors), tiles_of<scalar_t>(scalars), tiles_of<scalar_t>(g),
-                                degrees_of(tensors_)};
+                                degrees};
     const auto weight = weights_of<scalar_t>(scalar_weight);
     const GradientOf<scalar_t> gradient{
         pairs, sides, weight, turned_tensors.defined() ? turned_tensors.const_data_ptr<scalar_t>() : nullptr,
@@ -248,16 +252,18 @@ std::tuple<Tensor, Tensor> pair_weight_gradient(const Tensor &row_atom, const Te
                                                 const Tensor &g_) {
   const Tensor radial = radial_.contiguous(), harmonics = harmonics_.contiguous(), g = *tiled(g_);
   const MaybeTensor tensors = tiled(tensors_), scalars = tiled(scalars_);
-  const int64_t F = g_.size(2), B = radial.size(2), degree = degree_of(harmonics.size(2) + 1);
+  const int64_t F = g_.size(2), B = radial.size(2), degree = degree_of(g_.size(1));
+  check_pairs(row_atom, radial, harmonics, g_);
+  const Degrees degrees = degrees_within(tensors_, scalars_, degree);
   const Layout layout = layout_of(row_atom, neighbours, mask, g_.size(0));
   const int64_t parts = layout.cuts.size() - 1;
-  const int64_t tensor_columns = degrees_of(tensors_).count() * F;
+  const int64_t tensor_columns = degrees.count() * F;
   const int64_t scalar_columns = scalars.has_value() ? degree * F : 0;
   Tensor for_tensors = at::zeros({parts, B, tensor_columns}, g.options());
   Tensor for_scalars = at::zeros({parts, B, scalar_columns}, g.options());
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "pair_weight_gradient", [&] {
     const auto pairs = pairs_of<scalar_t>(radial, harmonics, F);
-    const Sides<scalar_t> sides{tiles_of<scalar_t>(tensors), tiles_of<scalar_t>(scalars), tiles_of<scalar_t>(g), degrees_of(tensors_)};
+    const Sides<scalar_t> sides{tiles_of<scalar_t>(tensors), tiles_of<scalar_t>(scalars), tiles_of<scalar_t>(g), degrees};
     scalar_t *to_tensors = for_tensors.data_ptr<scalar_t>(), *to_scalars = for_scalars.data_ptr<scalar_t>();
     each_part(layout, [&](int64_t part, int64_t begin, int64_t end) {
       add_weights(layout, pairs, sides, begin, end, to_tensors + part * B * tensor_columns, tensor_columns,

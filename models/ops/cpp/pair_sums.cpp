@@ -2,8 +2,8 @@
 //
 // The form behind all four operators, over the slots of each atom n with neighbour j and over degrees l = 0 ... L:
 //   T = sum w_l g_l[n] . x_l[j] + v_l (g_l[n] . Y_l) d_l[j],  w_l = sum_b radial_b W_l[b],  v_l = sum_b radial_b V_l[b]
-// with tensors x [A, (L + 1)^2, F] (or without all degrees but 0, or without degree 0), scalars d [A, L, F] for degrees 1 to L,
-// factors of the result g [A, (L + 1)^2, F] and harmonics Y of degrees 1 to L. It is linear in each of radial, Y,
+// with tensors x [A, (L + 1)^2, F] (or those of a lower degree, or without degree 0), scalars d [A, L, F] for degrees 1
+// to L, factors of the result g [A, (L + 1)^2, F] and harmonics Y of degrees 1 to L. It is linear in each of radial, Y,
 // (W, V), (x, d) and g; an operator is its derivative with respect to one of them. The list of neighbours is full,
 // radial is the same on both slots of a pair and Y_l(-u) = (-1)^l Y_l(u), so the derivative with respect to (x, d) is a
 // sum over an atom's own slots too: no scatter, no atomics.
@@ -28,7 +28,8 @@ INLINE void add_group(const Pairs<T> &pairs, const Summed<T> &in, int64_t slot, 
   const int64_t F = pairs.features, B = pairs.functions;
   Tile<T> w[kGroup];
   if (in.degrees.hold(degree)) {
-    filters(pairs.radial + slot * B, B, in.tensor_weight.data + in.degrees.place(degree) * F + f, in.tensor_weight.stride, w);
+    const T *weight = in.tensor_weight.data + in.degrees.place(degree) * F + f;
+    filters(pairs.radial + slot * B, B, weight, in.tensor_weight.stride, w);
     UNROLL
     for (int k = 0; k < kGroup; ++k) {
       const T *row = in.tensors.at(j[k], in.degrees.component(degree), f);
@@ -55,7 +56,8 @@ INLINE void add_group_transposed(const Pairs<T> &pairs, const Summed<T> &in, int
   const int64_t F = pairs.features, B = pairs.functions;
   Tile<T> w[kGroup];
   if (in.degrees.hold(degree)) {
-    filters(pairs.radial + slot * B, B, in.tensor_weight.data + in.degrees.place(degree) * F + f, in.tensor_weight.stride, w);
+    const T *weight = in.tensor_weight.data + in.degrees.place(degree) * F + f;
+    filters(pairs.radial + slot * B, B, weight, in.tensor_weight.stride, w);
     UNROLL
     for (int k = 0; k < kGroup; ++k) {
       const T *row = in.tensors.at(j[k], degree * degree, f);
@@ -136,12 +138,16 @@ Tensor pair_sum(const Tensor &row_atom, const Tensor &neighbours, const Tensor &
   const MaybeTensor tensors = tiled(tensors_), scalars = tiled(scalars_);
   const int64_t atoms = features.size(0), F = features.size(2);
   Tensor out = at::empty({atoms, harmonics.size(2) + 1, F}, features.options());
+  check_pairs(row_atom, radial, harmonics, out);
+  const Degrees degrees = degrees_within(tensors_, scalars_, degree_of(out.size(1)));
+  check_path(tensors_, tensor_weight, degrees.count(), radial.size(2), F);
+  check_path(scalars_, scalar_weight, degree_of(out.size(1)), radial.size(2), F);
   const Layout layout = layout_of(row_atom, neighbours, mask, atoms);
   AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "pair_sum", [&] {
     const auto pairs = pairs_of<scalar_t>(radial, harmonics, F);
     const Summed<scalar_t> in{tiles_of<scalar_t>(tensors), tiles_of<scalar_t>(scalars),
                               weights_of<scalar_t>(tensor_weight), weights_of<scalar_t>(scalar_weight),
-                              degrees_of(tensors_)};
+                              degrees};
     scalar_t *to = out.data_ptr<scalar_t>();
     each_part(layout, [&](int64_t, int64_t begin, int64_t end) { sum_slots(layout, pairs, in, begin, end, to); });
   });
@@ -158,12 +164,17 @@ std::tuple<Tensor, Tensor> pair_sum_transposed(const Tensor &row_atom, const Ten
   const Layout layout = layout_of(row_atom, neighbours, mask, atoms);
   const int64_t degrees = scalar_weight.has_value() ? degree_of(g_.size(1)) : 0;
   Tensor scalars = at::empty({atoms, degrees, F}, g.options());
+  check_pairs(row_atom, radial, harmonics, g_);
+  const MaybeTensor to_sum = components ? MaybeTensor(tensors) : MaybeTensor();
+  const Degrees of_tensors = degrees_within(to_sum, {}, degree_of(g_.size(1)));
+  check_path(to_sum, tensor_weight, of_tensors.count(), radial.size(2), F);
+  check_path(degrees ? MaybeTensor(scalars) : MaybeTensor(), scalar_weight, degrees, radial.size(2), F);
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "pair_sum_transposed", [&] {
     const auto pairs = pairs_of<scalar_t>(radial, harmonics, F);
     const auto tiles = tiles_of<scalar_t>(g);
     const Summed<scalar_t> in{components ? tiles : Tiles<scalar_t>(), degrees ? tiles : Tiles<scalar_t>(),
                               weights_of<scalar_t>(tensor_weight), weights_of<scalar_t>(scalar_weight),
-                              degrees_of(components)};
+                              of_tensors};
     scalar_t *to_tensors = tensors.data_ptr<scalar_t>(), *to_scalars = scalars.data_ptr<scalar_t>();
     each_part(layout, [&](int64_t, int64_t begin, int64_t end) {
       sum_slots_transposed(layout, pairs, in, begin, end, components, to_tensors, to_scalars);
