@@ -22,7 +22,7 @@ def write_bench_shards(folder: Path, structures: Sequence[Structure], block: int
     total = Statistics()
     for each in blocks:
         total.add(each, "train", ())
-    labels = {name: moments.label_range() for name, moments in total.moments.items()}
+    labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
     manifest = Manifest(
         task="bench",
         splits={"train": [shard]},
