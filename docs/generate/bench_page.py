@@ -16,9 +16,9 @@ from typing import Any
 LINE = re.compile(r"^(?P<text>\| .*<br>`(?P<name>\w+)` \|).*$", flags=re.MULTILINE)
 
 
-def shown(value: float, digits: int = 3) -> str:
+def shown(value: float) -> str:
     """Return a number as the table of `make bench` prints it."""
-    return f"{value:,.1f}" if value >= 20 else f"{value:.{digits}f}"
+    return f"{value:,.1f}" if value >= 20 else f"{value:.3f}"
 
 
 def cells(row: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,15 +128,18 @@ def _run(command: str | list[str], folder: Path) -> str:
             start_new_session=True,
         )
         try:
-            status = process.wait(SECONDS)
+            ended = f"exit status {process.wait(SECONDS)}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGABRT)
+            time.sleep(2)  # for the stacks of the command's processes
+            ended = f"no end after {SECONDS} s"
+        finally:
+            with suppress(ProcessLookupError):  # also what the command has left behind
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            time.sleep(1)  # for the stacks of the command's other processes
-            status = f"none after {SECONDS} s"
         printed, errors = (file.seek(0) or file.read() for file in (output, log))
-    if status:
-        raise BlockError(f"exit status {status} of:\n{shown}\n{printed}{errors}")
+    if ended != "exit status 0":
+        raise BlockError(f"{ended} of:\n{shown}\n{printed}{errors}")
     return "".join(f"{line.rstrip()}\n" for line in printed.splitlines())
 
 

@@ -47,7 +47,7 @@ class DensityProducts(nn.Module):
         product = exact_matmul(evaluate.t(), first.flatten(1))  # on the points, [P, A F]
         for other in others:
             product = product * exact_matmul(evaluate.t(), other.flatten(1))
-            terms.append(exact_matmul(expand.t(), product).view(-1, atoms, features))
+            terms.append(exact_matmul(expand.t(), product).view(expand.shape[1], atoms, features))
         total = torch.zeros_like(terms[0])
         for term, of_order in zip(terms, weights, strict=True):
             parts = zip(by_degree(term), of_order, strict=True)

@@ -1,9 +1,9 @@
 """LACE: layers of atomic cluster expansions with linear messages.
 
-It is MACE (Batatia et al. 2022, arXiv 2206.07697) with simpler messages: a neighbour's own features are weighed by the
+It is MACE (Batatia et al. 2022, arXiv 2206.07697) with simpler messages: a neighbour's own features are weighted by the
 distance alone, and harmonics of the direction by the distance and the neighbour's scalars. No message couples features
-with harmonics, so all of them are fused sums over neighbours (`models.ops.pair_sums`), which cost little more for
-degree 3 than for vectors. What the couplings of messages do in MACE is left to the products of densities.
+with harmonics, so all of them are fused sums over neighbours (`models.ops.pair_sums`). What the couplings of messages
+do in MACE is left to the products of densities.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
+from hydrazero.models.encoders.degree_features import uniform_filters
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 
 
@@ -20,9 +19,7 @@ class PaiNNMessage(nn.Module):
         self.features = features
         self.context_in = nn.Linear(features, features)
         self.context_out = nn.Linear(features, 3 * features)
-        # The row after the radial functions belongs to the cutoff function and is the bias of the filter.
-        self.filter = nn.Parameter(torch.empty(radial_functions + 1, 3 * features))
-        nn.init.uniform_(self.filter, -1.0 / math.sqrt(radial_functions + 1), 1.0 / math.sqrt(radial_functions + 1))
+        self.filter = uniform_filters(radial_functions, 3 * features)
 
     def forward(self, scalars: Tensor, vectors: Tensor | None, pairs: PairGeometry) -> tuple[Tensor, Tensor]:
         """Return the changes of scalars [A, F] and vectors [A, 3, F] (None means zero)."""

@@ -107,7 +107,8 @@ class TensorEmbedding(nn.Module):
         x = own * self._summed(ones, pairs) + self._summed(other, pairs)
         x = torch.cat([x[:1] + NORMS[0] * (own + other), x[1:]])
         scales = self.scales(self.norm(x.square().sum(0))).split(f, dim=-1)
-        return torch.cat([part * scale for part, scale in zip(by_degree(self.mix(x)), scales, strict=True)])
+        parts = zip(by_degree(self.mix(x)), scales, strict=True)
+        return torch.cat([part * scale for part, scale in parts]).to(x.dtype)
 
     def _summed(self, scalars: Tensor, pairs: PairFactors) -> Tensor:
         f, each = self.features, scalars.unsqueeze(1)
@@ -130,14 +131,14 @@ class TensorInteraction(nn.Module):
 
     def forward(self, x: Tensor, pairs: PairFactors) -> Tensor:
         """Return [9, A, F] for inputs of the same shape."""
-        x = normalised(x)
+        x = normalised(x)  # stays in the precision of the geometry, whatever that of the products is
         y = self.before(x)
         message = pair_sum(pairs, Path(features=y.transpose(0, 1), weight=self.filter), None).transpose(0, 1)
         own, others = matrices(y), matrices(message)
         # The sum of both orders keeps the parity of each part, so that mirror images have the same energy.
         change = self.after(normalised(coefficients(product(own, others) + product(others, own))))
         step = matrices(change)
-        return x + change + coefficients(product(step, step))
+        return x + change + coefficients(product(step, step)).to(x.dtype)
 
 
 class TensorNet(Encoder):

@@ -126,9 +126,8 @@ def _worked(workers: Sequence[BaseProcess]) -> float | None:
 
 def _give_up(workers: Sequence[BaseProcess], waited: float) -> None:
     """Kill workers that are stuck, since this process would wait for their end, and raise RuntimeError."""
-    with suppress(RuntimeError):  # PyTorch raises one as soon as a worker has ended
+    for end in (BaseProcess.kill, BaseProcess.join):
         for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join()
+            with suppress(RuntimeError):  # PyTorch raises one as soon as a worker has ended
+                end(worker)
     raise RuntimeError(f"DataLoader worker gave no batch and did nothing for {waited:.0f} s, and was killed")

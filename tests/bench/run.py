@@ -91,15 +91,15 @@ def sum_rows(rounds: int) -> list[dict[str, Any]]:
     found = run_worker(sys.executable, "pair_sums.py", str(rounds))
     middle = {name: statistics.median(values) for name, values in found.items()}
     rows = []
-    whole = dict.fromkeys((1, 2, 3), 0.0)
-    for degree in whole:
+    seconds_by_degree = dict.fromkeys((1, 2, 3), 0.0)
+    for degree in seconds_by_degree:
         for operator in ("pair_sum", "pair_sum_transposed", "pair_gradient", "pair_weight_gradient"):
             name = f"{operator}_L{degree}"
-            whole[degree] += middle[name]
+            seconds_by_degree[degree] += middle[name]
             speed = middle[f"{name}_work"] / middle[name]
             rows.append(row(f"{name}_gflops", speed, "GFLOP/s", "product of two matrices", middle["peak"]))
-    for degree, seconds in whole.items():
-        rows.append(row(f"pair_sums_L{degree}", seconds / whole[1], "times degree 1, all operators"))
+    for degree, seconds in seconds_by_degree.items():
+        rows.append(row(f"pair_sums_L{degree}", seconds / seconds_by_degree[1], "times degree 1, all operators"))
     return rows
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from structures import batch_of, rattled_molecule, small_model, to_structure
+from ase import Atoms
+from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,14 +21,19 @@ from hydrazero.models.ops.slots import slots_of
 DEGREES = range(KERNEL_DEGREE + 1)
 PATHS = ("all", "scalars and degree 0", "scalars", "tensors", "scalars and tensors without degree 0")
 FUNCTIONS, FEATURES = 3, 16
+WIDE = {1: (21, 48), 2: (9, 32), 3: (33, 32)}
+"""Numbers of radial functions and of features, by degree, with which several tiles and blocks are summed."""
 
 
 class Case:
     """Random operands of the form for the pairs of a molecule, whose opposite slots agree as those of a model do."""
 
-    def __init__(self, degree: int, paths: str, molecule: str = "H2O") -> None:
+    def __init__(
+        self, degree: int, paths: str, atoms: Atoms | None = None, size: tuple[int, int] | None = None
+    ) -> None:
         load_kernels()
-        batch = batch_of([to_structure(rattled_molecule(molecule))], extra=(0, 2, 1))
+        functions, features = size or (FUNCTIONS, FEATURES)
+        batch = batch_of([to_structure(atoms or rattled_molecule("H2O"))], extra=(0, 2, 1))
         self.slots = slots_of(batch, kernels=True)
         self.degree = degree
         generator = torch.Generator().manual_seed(degree)
@@ -41,17 +47,17 @@ class Case:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-        components, atoms = (degree + 1) ** 2, self.slots.atoms
+        components, number = (degree + 1) ** 2, self.slots.atoms
         held = {"all": (0, components), "scalars and degree 0": (0, 1), "scalars": None, "tensors": (0, components)}
         span = held.get(paths, (1, components))
-        self.inputs = [random(count, FUNCTIONS), random(count, components - 1)]
+        self.inputs = [random(count, functions), random(count, components - 1)]
         self.tensors = span is not None and span[1] > span[0]
         self.scalars = paths != "tensors" and degree > 0
         if span is not None and self.tensors:
             degrees = 1 if span[1] == 1 else degree + 1 - span[0]
-            self.inputs += [random(FUNCTIONS, degrees * FEATURES), random(atoms, span[1] - span[0], FEATURES)]
+            self.inputs += [random(functions, degrees * features), random(number, span[1] - span[0], features)]
         if self.scalars:
-            self.inputs += [random(FUNCTIONS, degree * FEATURES), random(atoms, degree, FEATURES)]
+            self.inputs += [random(functions, degree * features), random(number, degree, features)]
 
     def sum(self, radial: Tensor, harmonics: Tensor, *paths: Tensor, kernels: bool = True) -> Tensor:
         """Return the sum of seeds [slots, ...] and of the weights and features of each path."""
@@ -72,7 +78,16 @@ def cases() -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize(("degree", "paths"), cases())
 def test_kernels_and_their_derivatives_are_those_of_plain_pytorch(degree, paths):
-    case = Case(degree, paths, "C6H6")
+    agree(Case(degree, paths, rattled_molecule("C6H6")))
+
+
+@pytest.mark.parametrize("degree", WIDE)
+def test_kernels_of_many_atoms_features_and_radial_functions(degree):
+    agree(Case(degree, "all", rattled_crystal() * (3, 3, 1), WIDE[degree]))
+
+
+def agree(case: Case) -> None:
+    """Fail unless kernels and plain PyTorch have the same sums and second derivatives."""
     results = []
     for kernels in (False, True):
         out = case.sum(*case.inputs, kernels=kernels)
@@ -83,6 +98,35 @@ def test_kernels_and_their_derivatives_are_those_of_plain_pytorch(degree, paths)
         assert (plain is None or not plain.abs().sum()) == (kernel is None or not kernel.abs().sum())
         if plain is not None and kernel is not None:
             assert torch.allclose(kernel, plain, rtol=1e-10, atol=1e-10 * float(plain.detach().abs().max()))
+
+
+def test_operands_need_not_be_dense():
+    """Gradients of a plain sum of the result have no strides, and neither do expanded features and weights."""
+    case = Case(2, "all")
+    radial, harmonics, w, x, v, d = case.inputs
+    expanded = [radial, harmonics, w[:, :1].expand(w.shape), x[:, :1].expand(x.shape), v.t().contiguous().t(), d]
+    found = [case.sum(*expanded, kernels=kernels) for kernels in (False, True)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+    gradients = [torch.autograd.grad(out.sum(), case.inputs) for out in found]
+    for plain, kernel in zip(*gradients, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, w, d: (x[:, :2], w, d), "tensors have 2 components"),
+        (lambda x, w, d: (x, w[:, :16], d), r"weights must be \[3, 48\]"),
+        (lambda x, w, d: (x, w, d[:, :1]), "there are scalars for 1 degrees; there must be 2"),
+        (lambda x, w, d: (x, w, d[:2]), "features must be"),
+    ],
+)
+def test_operands_that_do_not_fit_together_are_refused(change, said):
+    case = Case(2, "all")
+    radial, harmonics, w, x, v, d = (each.detach() for each in case.inputs)
+    x, w, d = change(x, w, d)
+    with pytest.raises(RuntimeError, match=said):
+        case.sum(radial, harmonics, w, x, v, d)
 
 
 @pytest.mark.parametrize(("degree", "paths"), [(1, "all"), (1, "scalars"), (2, "all"), (3, "scalars and degree 0")])

@@ -128,7 +128,8 @@ class Ranks:
         finished: float | None = None
         hung: set[int] = set()
         bad: list[int] = []
-        while any(process.poll() is None for process in self.processes):
+        # A list: each process is asked, whether or not one before it still runs.
+        while None in [process.poll() for process in self.processes]:
             for rank, process in enumerate(self.processes):
                 if process.returncode and rank not in bad:
                     bad.append(rank)
@@ -147,7 +148,11 @@ class Ranks:
 
     def _end_the_rest(self) -> Outcome:
         """Kill the ranks that do not end although the work of all is done, and say so."""
-        rest = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+        statuses = [process.poll() for process in self.processes]
+        if bad := [(rank, status) for rank, status in enumerate(statuses) if status]:
+            self._kill()
+            return outcome_of(bad, set())
+        rest = [rank for rank, status in enumerate(statuses) if status is None]
         self._kill()
         for rank in rest:
             echo(f"warning: rank {rank} had finished, but its process did not end and was killed.", err=True)
