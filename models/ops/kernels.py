@@ -24,6 +24,7 @@ from hydrazero.shards.files import locked, replacing
 FOLDER = Path(__file__).with_name("cpp")
 SOURCES, HEADERS = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp"), ("lanes.h", "form.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wno-psabi")
+LINK_FLAGS = ("-shared", "-fopenmp", "-lc10", "-ltorch_cpu", "-ltorch")
 PROCESSOR_FACTS = ("flags", "Features", "CPU implementer", "CPU part")
 """Beginnings of the lines of /proc/cpuinfo (x86 and ARM) that list the available instructions."""
 FEATURE_TILE = 16
@@ -49,9 +50,9 @@ def degrees_of(components: int) -> tuple[int, int]:
 def left_to_plain_pytorch(features: int, degree: int) -> str | None:
     """Return why the kernels do not take sums over neighbours of features up to a degree; None if they do."""
     if features % FEATURE_TILE:
-        return f"model.features = {features} is not a multiple of {FEATURE_TILE}, for which the kernels are made"
+        return f"model.features = {features} is not a multiple of {FEATURE_TILE}, as the CPU kernels need"
     if degree > KERNEL_DEGREE:
-        return f"model.max_degree = {degree} is above {KERNEL_DEGREE}, the highest degree of the kernels"
+        return f"model.max_degree = {degree} is above {KERNEL_DEGREE}, the highest degree that the CPU kernels sum"
     return None
 
 
@@ -102,7 +103,7 @@ def _key(compiler: list[str]) -> str:
         lines = []
     facts = {line for line in lines if line.startswith(PROCESSOR_FACTS)} or {platform.processor()}
     sources = [(FOLDER / name).read_text() for name in (*SOURCES, *HEADERS)]
-    parts = (*sources, torch.__version__, *compiler, *FLAGS, platform.machine(), *sorted(facts))
+    parts = (*sources, torch.__version__, *compiler, *FLAGS, *LINK_FLAGS, platform.machine(), *sorted(facts))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -112,26 +113,29 @@ def _compile(compiler: list[str], library: Path) -> None:
 
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
     folders = [flag for path in library_paths() for flag in ("-L", path)]
-    with replacing(library, shared=True) as part, tempfile.TemporaryDirectory(dir=library.parent) as objects:
+    with (
+        replacing(library, shared=True) as part,
+        tempfile.TemporaryDirectory(prefix=".kernels-", dir=library.parent) as objects,
+    ):
         outputs = [str(Path(objects) / f"{name}.o") for name in SOURCES]
         commands = [
             [*compiler, *FLAGS, *includes, "-c", str(FOLDER / name), "-o", output]
             for name, output in zip(SOURCES, outputs, strict=True)
         ]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_run_compiler, commands))
-        linked = ("-shared", "-fopenmp", *outputs, *folders, "-lc10", "-ltorch_cpu", "-ltorch", "-o", str(part))
-        _run_compiler([*compiler, *linked])
+            list(pool.map(lambda command: _run_compiler(compiler, command, "compile"), commands))
+        _run_compiler(compiler, [*compiler, *outputs, *folders, *LINK_FLAGS, "-o", str(part)], "link")
 
 
-def _run_compiler(command: list[str]) -> None:
+def _run_compiler(compiler: list[str], command: list[str], task: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise KernelsUnavailable(f"{command[0]} cannot be run ({error.strerror or error})") from error
+        raise KernelsUnavailable(f"{shlex.join(compiler)} cannot be run ({error.strerror or error})") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise KernelsUnavailable(f"{command[0]} could not compile them: {' '.join(lines[:1])}")
+        lines = [line for line in done.stderr.splitlines() if line and not line.startswith("collect2")]
+        said = [line for line in lines if "error" in line] or lines or [f"exit status {done.returncode}"]
+        raise KernelsUnavailable(f"{shlex.join(compiler)} could not {task} the kernels: {said[0]}")
 
 
 def _describe_to_the_compiler() -> None:

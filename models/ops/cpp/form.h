@@ -51,7 +51,8 @@ inline Degrees degrees_of(const MaybeTensor &tensors) { return degrees_of(tensor
 inline Degrees degrees_within(const MaybeTensor &tensors, const MaybeTensor &scalars, int64_t degree) {
   const Degrees found = degrees_of(tensors);
   TORCH_CHECK(found.last <= degree, "tensors have degrees above that of the harmonics");
-  TORCH_CHECK(!scalars.has_value() || scalars->size(1) == degree, "there must be scalars for each degree above 0");
+  TORCH_CHECK(!scalars.has_value() || scalars->size(1) == degree, "there are scalars for ", scalars->size(1),
+              " degrees; there must be ", degree);
   return found;
 }
 
@@ -59,17 +60,18 @@ inline Degrees degrees_within(const MaybeTensor &tensors, const MaybeTensor &sca
 // which for the usual powers of two are few sets of the processor's cache.
 inline MaybeTensor tiled(const MaybeTensor &x) {
   if (!x.has_value()) return x;
+  TORCH_CHECK(x->size(2) % kTile == 0, "the number of features is ", x->size(2), "; it must be a multiple of 16");
+  const Tensor dense = x->stride(2) == 1 ? *x : x->contiguous();
   const int64_t atoms = x->size(0), components = x->size(1), tiles = x->size(2) / kTile;
-  TORCH_CHECK(x->size(2) % kTile == 0 && x->stride(2) == 1, "features must be dense and a multiple of 16");
   Tensor out = at::empty({tiles, atoms, components, kTile}, x->options());
   const int64_t bytes = kTile * x->element_size(), unit = x->element_size();
-  const char *from = static_cast<const char *>(x->const_data_ptr());
+  const char *from = static_cast<const char *>(dense.const_data_ptr());
   char *to = static_cast<char *>(out.data_ptr());
   // Much faster than the general copy of a permuted tensor.
   at::parallel_for(0, atoms, kAtomBlock, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       for (int64_t c = 0; c < components; ++c) {
-        const char *row = from + (n * x->stride(0) + c * x->stride(1)) * unit;
+        const char *row = from + (n * dense.stride(0) + c * dense.stride(1)) * unit;
         char *place = to + (n * components + c) * bytes;
         for (int64_t tile = 0; tile < tiles; ++tile)
           std::copy_n(row + tile * bytes, bytes, place + tile * atoms * components * bytes);
@@ -98,9 +100,12 @@ template <typename T> struct Weights {
   int64_t stride = 0;
 };
 
+inline MaybeTensor dense_rows(const MaybeTensor &x) {
+  return !x.has_value() || x->stride(1) == 1 ? x : MaybeTensor(x->contiguous());
+}
+
 template <typename T> Weights<T> weights_of(const MaybeTensor &x) {
   if (!x.has_value()) return {};
-  TORCH_CHECK(x->stride(1) == 1, "weights must be dense in a row");
   return {x->const_data_ptr<T>(), x->stride(0)};
 }
 
@@ -120,29 +125,33 @@ template <typename T> Pairs<T> pairs_of(const Tensor &radial, const Tensor &harm
 }
 
 // Loops trust these; operands that do not fit together must not read or write where they like.
-inline void check_path(const MaybeTensor &features, const MaybeTensor &weight, int64_t degrees, int64_t functions,
-                       int64_t width) {
-  TORCH_CHECK(features.has_value() == weight.has_value(), "features and weights of a path belong together");
-  if (!weight.has_value()) return;
-  TORCH_CHECK(weight->size(0) == functions && weight->size(1) == degrees * width, "weights must be [", functions, ", ",
-              degrees * width, "]");
-  TORCH_CHECK(features->size(2) == width, "all features must have the same number");
+inline void check_features(const MaybeTensor &features, int64_t atoms, int64_t width) {
+  if (!features.has_value()) return;
+  TORCH_CHECK(features->dim() == 3 && features->size(0) == atoms && features->size(2) == width,
+              "features must be [", atoms, ", components, ", width, "]");
 }
 
-inline void check_pairs(const Tensor &row_atom, const Tensor &radial, const Tensor &harmonics, const Tensor &g) {
-  TORCH_CHECK(radial.size(0) == row_atom.size(0) && harmonics.size(0) == row_atom.size(0), "pairs must be [rows, 8, ...]");
-  TORCH_CHECK(g.size(1) == harmonics.size(2) + 1, "a result has one component more than there are harmonics");
+inline void check_weight(const MaybeTensor &weight, int64_t degrees, int64_t functions, int64_t width) {
+  if (degrees == 0) return;
+  TORCH_CHECK(weight.has_value() && weight->size(0) == functions && weight->size(1) == degrees * width,
+              "weights must be [", functions, ", ", degrees * width, "]");
+}
+
+inline void check_pairs(const Tensor &row_atom, const Tensor &radial, const Tensor &harmonics, int64_t components) {
+  for (const Tensor &x : {radial, harmonics})
+    TORCH_CHECK(x.dim() == 3 && x.size(0) == row_atom.size(0) && x.size(1) == kSlots, "pairs must be [rows, 8, ...]");
+  TORCH_CHECK(components == harmonics.size(2) + 1, "a result has one component more than there are harmonics");
 }
 
 // w[k] = sum_b radial[k][b] * weight[b][tile] for a group of slots.
-template <typename T>
-INLINE void filters(const T *radial, int64_t functions, const T *weight, int64_t stride, Tile<T> (&w)[kGroup]) {
+template <typename T, int K>
+INLINE void filters(const T *radial, int64_t functions, const T *weight, int64_t stride, Tile<T> (&w)[K]) {
   UNROLL
-  for (int k = 0; k < kGroup; ++k) w[k] = Tile<T>::zero();
+  for (int k = 0; k < K; ++k) w[k] = Tile<T>::zero();
   for (int64_t b = 0; b < functions; ++b) {
     const Tile<T> row = Tile<T>::load(weight + b * stride);
     UNROLL
-    for (int k = 0; k < kGroup; ++k) w[k].add_product(row, radial[k * functions + b]);
+    for (int k = 0; k < K; ++k) w[k].add_product(row, radial[k * functions + b]);
   }
 }
 

@@ -23,9 +23,7 @@ using MaybeTensor = std::optional<Tensor>;
 constexpr int kSlots = 8;
 constexpr int kTile = 16;      // features that a filter is made for at a time
 constexpr int kAtomBlock = 32; // atoms whose radial functions stay in the cache over the tiles
-#if defined(HYDRAZERO_VECTOR_BYTES)
-constexpr int kVectorBytes = HYDRAZERO_VECTOR_BYTES;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -35,6 +33,7 @@ constexpr int kVectorBytes = 16;
 // Slots whose filters are made together: as many independent sums as hide the latency of a product, in the registers
 // there are (32 with AVX-512, else 16; 32 of half the size on ARM).
 constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;
+constexpr int kSmallGroup = 4; // for rows that hold no more pairs
 
 // Numbers side by side, as native vectors. Larger generic vectors would be left in memory by the compiler.
 template <typename T, int kWidth> struct Pack {
@@ -101,7 +100,10 @@ inline void check_owners(const int64_t *owner, int64_t rows, int64_t atoms) {
 }
 
 inline Layout layout_of(const Tensor &row_atom, const Tensor &neighbours, const Tensor &mask, int64_t atoms) {
-  TORCH_CHECK(neighbours.size(1) == kSlots, "rows must have 8 slots");
+  TORCH_CHECK(neighbours.size(1) == kSlots && neighbours.size(0) == row_atom.size(0) &&
+                  mask.sizes() == neighbours.sizes(),
+              "neighbours and their mask must be [rows, 8]");
+  TORCH_CHECK(row_atom.is_contiguous() && neighbours.is_contiguous() && mask.is_contiguous(), "slots must be dense");
   Layout out{atoms, row_atom.size(0), neighbours.const_data_ptr<int64_t>(), {}, {}, {}};
   const int64_t *owner = row_atom.const_data_ptr<int64_t>();
   const bool *holds = mask.const_data_ptr<bool>();
@@ -112,8 +114,11 @@ inline Layout layout_of(const Tensor &row_atom, const Tensor &neighbours, const 
   for (int64_t r = 0; r < out.rows; ++r) {
     out.first_row[owner[r] + 1] += 1;
     int filled = 0;
-    for (int k = 0; k < kSlots; ++k)
+    for (int k = 0; k < kSlots; ++k) {
+      const int64_t neighbour = out.neighbours[r * kSlots + k];
+      TORCH_CHECK(neighbour >= 0 && neighbour < atoms, "a neighbour is none of the atoms");
       if (holds[r * kSlots + k]) filled = k + 1;
+    }
     out.filled[r] = filled;
     work += filled > 0;
   }
@@ -136,10 +141,18 @@ template <typename F> void each_part(const Layout &layout, const F &work) {
   });
 }
 
-// Calls work(first slot) for each group of slots of an atom that holds a pair.
+// Calls work(first slot, std::integral_constant<int, K>) for each group of K slots of an atom that holds a pair.
 template <typename F> INLINE void each_group(const Layout &layout, int64_t atom, const F &work) {
   for (int64_t r = layout.first_row[atom]; r < layout.first_row[atom + 1]; ++r)
-    for (int k = 0; k < layout.filled[r]; k += kGroup) work(r * kSlots + k);
+    for (int k = 0; k < layout.filled[r]; k += kGroup) {
+      if constexpr (kGroup > kSmallGroup) {
+        if (layout.filled[r] <= kSmallGroup) {
+          work(r * kSlots, std::integral_constant<int, kSmallGroup>());
+          continue;
+        }
+      }
+      work(r * kSlots + k, std::integral_constant<int, kGroup>());
+    }
 }
 
 } // namespace

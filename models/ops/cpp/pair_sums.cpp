@@ -22,16 +22,16 @@ template <typename T> struct Summed {
 };
 
 // Adds a group of slots to the sums of their atom, for one degree and tile of features.
-template <typename T, int C>
+template <typename T, int C, int K>
 INLINE void add_group(const Pairs<T> &pairs, const Summed<T> &in, int64_t slot, const int64_t *j, int64_t degree,
                       int64_t f, Tile<T> (&sum)[C]) {
   const int64_t F = pairs.features, B = pairs.functions;
-  Tile<T> w[kGroup];
+  Tile<T> w[K];
   if (in.degrees.hold(degree)) {
     const T *weight = in.tensor_weight.data + in.degrees.place(degree) * F + f;
     filters(pairs.radial + slot * B, B, weight, in.tensor_weight.stride, w);
     UNROLL
-    for (int k = 0; k < kGroup; ++k) {
+    for (int k = 0; k < K; ++k) {
       const T *row = in.tensors.at(j[k], in.degrees.component(degree), f);
       UNROLL
       for (int c = 0; c < C; ++c) sum[c].add_product(w[k], Tile<T>::load(row + c * kTile));
@@ -40,7 +40,7 @@ INLINE void add_group(const Pairs<T> &pairs, const Summed<T> &in, int64_t slot, 
   if (in.scalars && degree > 0) {
     filters(pairs.radial + slot * B, B, in.scalar_weight.data + (degree - 1) * F + f, in.scalar_weight.stride, w);
     UNROLL
-    for (int k = 0; k < kGroup; ++k) {
+    for (int k = 0; k < K; ++k) {
       const Tile<T> part = w[k].times(Tile<T>::load(in.scalars.at(j[k], degree - 1, f)));
       const T *harmonics = pairs.of(slot + k, degree);
       UNROLL
@@ -50,16 +50,16 @@ INLINE void add_group(const Pairs<T> &pairs, const Summed<T> &in, int64_t slot, 
 }
 
 // The same for the transposed sums: sum[0 ... C - 1] of tensors and sum[C] of scalars.
-template <typename T, int C>
+template <typename T, int C, int K>
 INLINE void add_group_transposed(const Pairs<T> &pairs, const Summed<T> &in, int64_t slot, const int64_t *j,
                                  int64_t degree, int64_t f, Tile<T> (&sum)[C + 1]) {
   const int64_t F = pairs.features, B = pairs.functions;
-  Tile<T> w[kGroup];
+  Tile<T> w[K];
   if (in.degrees.hold(degree)) {
     const T *weight = in.tensor_weight.data + in.degrees.place(degree) * F + f;
     filters(pairs.radial + slot * B, B, weight, in.tensor_weight.stride, w);
     UNROLL
-    for (int k = 0; k < kGroup; ++k) {
+    for (int k = 0; k < K; ++k) {
       const T *row = in.tensors.at(j[k], degree * degree, f);
       UNROLL
       for (int c = 0; c < C; ++c) sum[c].add_product(w[k], Tile<T>::load(row + c * kTile));
@@ -69,7 +69,7 @@ INLINE void add_group_transposed(const Pairs<T> &pairs, const Summed<T> &in, int
     filters(pairs.radial + slot * B, B, in.scalar_weight.data + (degree - 1) * F + f, in.scalar_weight.stride, w);
     const T sign = degree % 2 ? -1 : 1; // of the harmonics of the opposite pair
     UNROLL
-    for (int k = 0; k < kGroup; ++k) {
+    for (int k = 0; k < K; ++k) {
       const T *row = in.scalars.at(j[k], degree * degree, f);
       const T *harmonics = pairs.of(slot + k, degree);
       Tile<T> part = Tile<T>::zero();
@@ -97,8 +97,8 @@ void sum_slots(const Layout &layout, const Pairs<T> &pairs, const Summed<T> &in,
         Tile<T> sum[C];
         UNROLL
         for (int c = 0; c < C; ++c) sum[c] = Tile<T>::zero();
-        each_group(layout, n, [&](int64_t slot) {
-          add_group<T, C>(pairs, in, slot, layout.neighbours + slot, degree, f, sum);
+        each_group(layout, n, [&](int64_t slot, auto size) {
+          add_group<T, C, decltype(size)::value>(pairs, in, slot, layout.neighbours + slot, degree, f, sum);
         });
         T *to = out + (n * components + degree * degree) * F + f;
         UNROLL
@@ -120,8 +120,8 @@ void sum_slots_transposed(const Layout &layout, const Pairs<T> &pairs, const Sum
         Tile<T> sum[C + 1];
         UNROLL
         for (int c = 0; c <= C; ++c) sum[c] = Tile<T>::zero();
-        each_group(layout, n, [&](int64_t slot) {
-          add_group_transposed<T, C>(pairs, in, slot, layout.neighbours + slot, degree, f, sum);
+        each_group(layout, n, [&](int64_t slot, auto size) {
+          add_group_transposed<T, C, decltype(size)::value>(pairs, in, slot, layout.neighbours + slot, degree, f, sum);
         });
         T *to = tensors + (n * components + in.degrees.component(degree)) * F + f;
         for (int c = 0; with_tensors && c < C; ++c) sum[c].store(to + c * F);
@@ -131,17 +131,22 @@ void sum_slots_transposed(const Layout &layout, const Pairs<T> &pairs, const Sum
 }
 
 Tensor pair_sum(const Tensor &row_atom, const Tensor &neighbours, const Tensor &mask, const Tensor &radial_,
-                const Tensor &harmonics_, const MaybeTensor &tensor_weight, const MaybeTensor &scalar_weight,
+                const Tensor &harmonics_, const MaybeTensor &tensor_weight_, const MaybeTensor &scalar_weight_,
                 const MaybeTensor &tensors_, const MaybeTensor &scalars_) {
+  const MaybeTensor tensor_weight = dense_rows(tensor_weight_), scalar_weight = dense_rows(scalar_weight_);
   const Tensor radial = radial_.contiguous(), harmonics = harmonics_.contiguous();
+  TORCH_CHECK(tensors_.has_value() || scalars_.has_value(), "a sum needs tensors or scalars");
   const Tensor &features = tensors_.has_value() ? *tensors_ : *scalars_;
   const MaybeTensor tensors = tiled(tensors_), scalars = tiled(scalars_);
   const int64_t atoms = features.size(0), F = features.size(2);
   Tensor out = at::empty({atoms, harmonics.size(2) + 1, F}, features.options());
-  check_pairs(row_atom, radial, harmonics, out);
-  const Degrees degrees = degrees_within(tensors_, scalars_, degree_of(out.size(1)));
-  check_path(tensors_, tensor_weight, degrees.count(), radial.size(2), F);
-  check_path(scalars_, scalar_weight, degree_of(out.size(1)), radial.size(2), F);
+  check_pairs(row_atom, radial, harmonics, out.size(1));
+  check_features(tensors_, atoms, F);
+  check_features(scalars_, atoms, F);
+  const int64_t degree = degree_of(out.size(1));
+  const Degrees degrees = degrees_within(tensors_, scalars_, degree);
+  check_weight(tensor_weight, degrees.count(), radial.size(2), F);
+  check_weight(scalar_weight, scalars_.has_value() ? degree : 0, radial.size(2), F);
   const Layout layout = layout_of(row_atom, neighbours, mask, atoms);
   AT_DISPATCH_FLOATING_TYPES(features.scalar_type(), "pair_sum", [&] {
     const auto pairs = pairs_of<scalar_t>(radial, harmonics, F);
@@ -156,19 +161,20 @@ Tensor pair_sum(const Tensor &row_atom, const Tensor &neighbours, const Tensor &
 
 std::tuple<Tensor, Tensor> pair_sum_transposed(const Tensor &row_atom, const Tensor &neighbours, const Tensor &mask,
                                                const Tensor &radial_, const Tensor &harmonics_,
-                                               const MaybeTensor &tensor_weight, const MaybeTensor &scalar_weight,
+                                               const MaybeTensor &tensor_weight_, const MaybeTensor &scalar_weight_,
                                                const Tensor &g_, int64_t components) {
+  const MaybeTensor tensor_weight = dense_rows(tensor_weight_), scalar_weight = dense_rows(scalar_weight_);
   const Tensor radial = radial_.contiguous(), harmonics = harmonics_.contiguous(), g = *tiled(g_);
   const int64_t atoms = g_.size(0), F = g_.size(2);
   Tensor tensors = at::empty({atoms, components, F}, g.options());
   const Layout layout = layout_of(row_atom, neighbours, mask, atoms);
   const int64_t degrees = scalar_weight.has_value() ? degree_of(g_.size(1)) : 0;
   Tensor scalars = at::empty({atoms, degrees, F}, g.options());
-  check_pairs(row_atom, radial, harmonics, g_);
-  const MaybeTensor to_sum = components ? MaybeTensor(tensors) : MaybeTensor();
-  const Degrees of_tensors = degrees_within(to_sum, {}, degree_of(g_.size(1)));
-  check_path(to_sum, tensor_weight, of_tensors.count(), radial.size(2), F);
-  check_path(degrees ? MaybeTensor(scalars) : MaybeTensor(), scalar_weight, degrees, radial.size(2), F);
+  check_pairs(row_atom, radial, harmonics, g_.size(1));
+  const MaybeTensor summed = components ? MaybeTensor(tensors) : MaybeTensor();
+  const Degrees of_tensors = degrees_within(summed, {}, degree_of(g_.size(1)));
+  check_weight(tensor_weight, of_tensors.count(), radial.size(2), F);
+  check_weight(scalar_weight, degrees, radial.size(2), F);
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "pair_sum_transposed", [&] {
     const auto pairs = pairs_of<scalar_t>(radial, harmonics, F);
     const auto tiles = tiles_of<scalar_t>(g);
