@@ -23,6 +23,7 @@ from torch.nn import functional
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.encoders.degree_features import DegreeMix, by_degree, uniform_filters
 from hydrazero.models.encoders.harmonics import CARTESIAN, solid_harmonics, sphere_points
+from hydrazero.models.ops.exact import ExactLayerNorm
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 
 DEGREE = 2
@@ -90,7 +91,7 @@ class TensorEmbedding(nn.Module):
         self.features = features
         self.filter = uniform_filters(radial_functions, (DEGREE + 1) * features)
         self.own, self.other = nn.Linear(features, features), nn.Linear(features, features, bias=False)
-        self.norm = nn.LayerNorm(features)
+        self.norm = ExactLayerNorm(features)
         self.scales = nn.Sequential(
             nn.Linear(features, 2 * features),
             nn.SiLU(),
@@ -153,7 +154,7 @@ class TensorNet(Encoder):
         self.interactions = nn.ModuleList(
             TensorInteraction(f, settings.radial_functions) for _ in range(settings.layers)
         )
-        self.norm = nn.LayerNorm((DEGREE + 1) * f)
+        self.norm = ExactLayerNorm((DEGREE + 1) * f)
         self.out = nn.Linear((DEGREE + 1) * f, f)
 
     @property

@@ -59,8 +59,9 @@ def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
             with torch.no_grad():
                 out: tuple[Tensor, ...] = compiled([tensor.detach() for tensor in tensors])
         except (TorchDynamoException, InductorError, OSError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise CompilationError(f"{type(error).__name__}: {lines[0]}") from error
+            cause = getattr(error, "inner_exception", error)  # of an exception that only says which backend failed
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            raise CompilationError(f"{type(cause).__name__}: {lines[0]}") from error
         return out
 
     return run

@@ -47,3 +47,13 @@ class ExactLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., O] for inputs [..., I], in the precision of the input."""
         return exact_linear(input, self.weight, self.bias)
+
+
+class ExactLayerNorm(nn.LayerNorm):
+    """Normalisation of features in the precision of the input, whatever that of the weights is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return a tensor of the shape and precision of the input."""
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

@@ -84,13 +84,14 @@ def _plain_pair_sum(
     parts: list[Tensor | None] = [None] * (degree + 1)
     if x is not None and w is not None:
         first, last = degrees_of(x.shape[1])
-        found = zip(x.split(sizes[first : last + 1], dim=1), w.split(x.shape[2], dim=1), strict=True)
+        columns = [x.shape[2]] * (last + 1 - first)
+        found = zip(_split(x, sizes[first : last + 1], 1), _split(w, columns, 1), strict=True)
         for l, (part, weight) in enumerate(found, start=first):  # noqa: E741
             filters = exact_matmul(pairs.radial, weight)
             parts[l] = (filters.unsqueeze(2) * slots.gather(part)).sum(1)
     if d is not None and v is not None:
-        harmonics = pairs.harmonics.split(sizes[1:], dim=2)
-        for l, weight in enumerate(v.split(d.shape[2], dim=1), start=1):  # noqa: E741
+        harmonics = _split(pairs.harmonics, sizes[1:], 2)
+        for l, weight in enumerate(_split(v, [d.shape[2]] * degree, 1), start=1):  # noqa: E741
             messages = exact_matmul(pairs.radial, weight) * slots.gather(d[:, l - 1])
             # Harmonics [R, m, K] times messages [R, K, F] are summed over the slots without an array [R, K, m, F].
             parts[l] = _sum(parts[l], exact_matmul(harmonics[l - 1].transpose(1, 2), messages))
@@ -100,6 +101,11 @@ def _plain_pair_sum(
         for part, size in zip(parts, sizes, strict=True)
     ]
     return slots.sum_rows(torch.cat(filled, dim=1))
+
+
+def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+    """Split an axis; an only part is the tensor itself, since compiled graphs fail on the gradient of such a split."""
+    return (x,) if len(sizes) == 1 else x.split(sizes, dim=dim)
 
 
 def _index(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
