@@ -19,7 +19,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ranks and not compiler and not docs and not fuzz" -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "ranks and not compiler and not docs and not fuzz"
 
-# Every encoder and head through the compiler; some eight minutes.
+# Every encoder and head through the compiler; a quarter of an hour.
 test-compiled: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compiler
 

@@ -74,7 +74,7 @@ def test_every_gradient_of_a_step_as_one_graph_equals_eager(encoder):
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("encoder", ["painn", "tensornet", "lace"])
+@pytest.mark.parametrize("encoder", ["painn", "lace"])
 def test_sums_that_the_kernels_leave_out_are_part_of_the_graph(encoder):
     compare_steps(encoder, features=8)
 

@@ -9,6 +9,7 @@ from scipy.special import eval_legendre
 from structures import batch_of, rattled_molecule, small_model, to_structure
 
 from hydrazero.models.encoders.base import EncoderSettings
+from hydrazero.models.encoders.densities import DensityProducts
 from hydrazero.models.encoders.dimenetpp import DirectionalInteraction
 from hydrazero.models.encoders.harmonics import (
     CARTESIAN,
@@ -18,7 +19,6 @@ from hydrazero.models.encoders.harmonics import (
     sphere_points,
     sphere_tables,
 )
-from hydrazero.models.encoders.densities import DensityProducts
 from hydrazero.models.ops.slots import slots_of
 
 
