@@ -40,6 +40,9 @@ template <typename T, int kWidth> struct Pack {
   static constexpr int kBytes = kWidth * sizeof(T) < kVectorBytes ? kWidth * sizeof(T) : kVectorBytes;
   static constexpr int kParts = kWidth * sizeof(T) / kBytes;
   typedef T Vector __attribute__((vector_size(kBytes)));
+  // In memory, where numbers lie at any address. A copy by memcpy would be left in pieces of half a register for vectors
+  // of 64 bytes, and the load of the whole would wait until all of them are written.
+  typedef T InMemory __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
   Vector part[kParts];
 
   static INLINE Pack zero() {
@@ -50,14 +53,13 @@ template <typename T, int kWidth> struct Pack {
   }
   static INLINE Pack load(const T *from) {
     Pack out;
-    // One vector at a time: a copy of several would go through memory, in pieces that stall the loads behind them.
     UNROLL
-    for (int i = 0; i < kParts; ++i) __builtin_memcpy(&out.part[i], from + i * kBytes / sizeof(T), kBytes);
+    for (int i = 0; i < kParts; ++i) out.part[i] = *reinterpret_cast<const InMemory *>(from + i * kBytes / sizeof(T));
     return out;
   }
   INLINE void store(T *to) const {
     UNROLL
-    for (int i = 0; i < kParts; ++i) __builtin_memcpy(to + i * kBytes / sizeof(T), &part[i], kBytes);
+    for (int i = 0; i < kParts; ++i) *reinterpret_cast<InMemory *>(to + i * kBytes / sizeof(T)) = part[i];
   }
   INLINE void add_product(const Pack &a, const Pack &b) {
     UNROLL
