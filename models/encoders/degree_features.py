@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hydrazero.models.ops.exact import exact_matmul
+from hydrazero.models.ops.node_products import degree_linear
+
 
 def components(degree: int) -> list[int]:
     """Return the number of components of each degree from 0 to `degree`."""
@@ -21,6 +24,14 @@ def by_degree(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     return x.split(components(math.isqrt(x.shape[dim]) - 1), dim=dim)
 
 
+def exact_by_degree(x: Tensor, weight: Tensor, *, kernels: bool = False) -> Tensor:
+    """Return features [A, (L + 1)^2, I] times the matrix of their degree in weight [L + 1, I, O], not rounded."""
+    if kernels:
+        return degree_linear(x, weight)
+    parts = zip(by_degree(x, 1), weight.unbind(0), strict=True)
+    return torch.cat([exact_matmul(part, matrix) for part, matrix in parts], dim=1)
+
+
 class DegreeMix(nn.Module):
     """Mix features, with a separate matrix for each degree."""
 
@@ -28,8 +39,13 @@ class DegreeMix(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(degree + 1, features, features) / features**0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [(L + 1)^2, A, F] for inputs of the same shape."""
+    def forward(self, x: Tensor, *, kernels: bool = False) -> Tensor:
+        """Return [(L + 1)^2, A, F] for inputs of the same shape; the C++ kernels leave it in the order [A, C, F]."""
+        if kernels:
+            dtype = torch.promote_types(x.dtype, self.weight.dtype)
+            if torch.is_autocast_enabled("cpu") and dtype != torch.float64:  # as for all products of matrices
+                dtype = torch.get_autocast_dtype("cpu")
+            return degree_linear(x.transpose(0, 1).to(dtype), self.weight.to(dtype)).transpose(0, 1)
         return torch.cat([part @ weight for part, weight in zip(by_degree(x), self.weight.unbind(0), strict=True)])
 
 

@@ -2,85 +2,56 @@
 
 A node holds a matrix X [3, 3] for each feature: a multiple of the identity, a skew part and a symmetric traceless part,
 which rotate like the harmonics of degree 0, 1 and 2; an inversion turns X into its transpose, so that the skew part is
-a polar vector. They are kept as the nine coefficients [9, A, F] of an orthonormal basis of matrices in the order of the
-harmonics, so that the Frobenius norm of X is that of the coefficients. Messages are sums over neighbours of harmonics,
-or of neighbours' coefficients, times filters of the distance; these filters are linear in the radial functions, where
-the paper has a perceptron in its interaction layers. The identity part of an atom's first matrices also holds the atom
-itself, in place of the self loops of the authors' implementation; without it an atom without neighbours would lose its
-element.
+a polar vector. They are kept as the nine coefficients [A, 9, F] of an orthonormal basis (`matrix_features`). Messages
+are sums over neighbours of harmonics, or of neighbours' coefficients, times filters of the distance; these filters are
+linear in the radial functions, where the paper has a perceptron in its interaction layers. The identity part of an
+atom's first matrices also holds the atom itself, in place of the self loops of the authors' implementation; without it
+an atom without neighbours would lose its element.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
-from hydrazero.models.encoders.degree_features import DegreeMix, by_degree, uniform_filters
-from hydrazero.models.encoders.harmonics import CARTESIAN, solid_harmonics, sphere_points
+from hydrazero.models.encoders.degree_features import DegreeMix, by_degree, exact_by_degree, uniform_filters
+from hydrazero.models.encoders.harmonics import CARTESIAN, solid_harmonics
+from hydrazero.models.encoders.matrix_features import DEGREE, anticommutator, normalised, square
 from hydrazero.models.ops.exact import ExactLayerNorm
+from hydrazero.models.ops.kernels import FEATURE_TILE
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
 
-DEGREE = 2
 NORMS = (3.0**0.5, 2.0**0.5, (2.0 / 3.0) ** 0.5)
 """Frobenius norms of the paper's matrices of a unit vector u: the identity, the matrix of the cross product with u, and
 u u^T - 1 / 3."""
 
 
-HARMONICS_AXES = (1, 2, 0)
-"""The axes in the order of the harmonics of degree 1: y, z, x; the inverse of `CARTESIAN`."""
+def mixed(mix: DegreeMix, x: Tensor, pairs: PairFactors) -> Tensor:
+    """Return the mixed features of coefficients [A, 9, F], in the same shape."""
+    return mix(x.transpose(0, 1), kernels=pairs.slots.kernels).transpose(0, 1)
 
 
-@lru_cache
-def matrix_basis() -> NDArray[np.float64]:
-    """Return nine orthonormal matrices in the order of the harmonics of degree 0, 1 and 2: [9, 3, 3]."""
-    identity = np.eye(3)[None] / 3.0**0.5
-    cross = np.zeros((3, 3, 3))
-    for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
-        cross[i, j, k], cross[i, k, j] = -1.0, 1.0  # cross[i] v is the cross product of the unit vector along i with v
-    points, weights = sphere_points(2 * DEGREE)
-    harmonics = solid_harmonics(torch.from_numpy(points), DEGREE).numpy()[:, 4:]
-    symmetric = np.einsum("p,pm,pi,pj->mij", weights, harmonics, points, points)
-    symmetric[abs(symmetric) < 1e-12] = 0.0
-    symmetric /= np.linalg.norm(symmetric, axis=(1, 2), keepdims=True)
-    return np.concatenate([identity, cross[list(HARMONICS_AXES)] / 2.0**0.5, symmetric])
+def radial_sums(pairs: PairFactors) -> Tensor:
+    """Return the sums [A, 9, B] over neighbours of harmonics times each radial function.
+
+    Filters that all neighbours share may as well multiply these sums, of which there are fewer than features.
+    """
+    functions = pairs.radial.shape[2]
+    columns = FEATURE_TILE * math.ceil(functions / FEATURE_TILE)
+    ones = pairs.radial.new_ones(pairs.slots.atoms, DEGREE, columns)
+    unit = torch.eye(functions, columns, dtype=ones.dtype, device=ones.device)
+    sums = pair_sum(pairs, Path(features=ones[:, :1], weight=unit), Path(features=ones, weight=unit.repeat(1, DEGREE)))
+    return sums[:, :, :functions]
 
 
-BASIS = matrix_basis()
-
-
-def _combined(factors: NDArray[np.float64], parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of factors times parts; written out so that the compiler fuses its few terms into one loop."""
-    terms = [float(factor) * part for factor, part in zip(factors, parts, strict=True) if factor]
-    return sum(terms[1:], start=terms[0])
-
-
-def matrices(x: Tensor) -> Tensor:
-    """Return the matrices [3, 3, A, F] of coefficients [9, A, F]."""
-    parts = x.unbind(0)
-    rows = [torch.stack([_combined(BASIS[:, i, j], parts) for j in range(3)]) for i in range(3)]
-    return torch.stack(rows)
-
-
-def coefficients(matrix: Tensor) -> Tensor:
-    """Return the coefficients [9, A, F] of matrices [3, 3, A, F]."""
-    parts = matrix.flatten(0, 1).unbind(0)
-    return torch.stack([_combined(element, parts) for element in BASIS.reshape(9, 9)])
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the products of matrices [3, 3, A, F] for each atom and feature."""
-    return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
-
-
-def normalised(x: Tensor) -> Tensor:
-    """Return X / (|X|^2 + 1) of coefficients [9, A, F] (the paper's norm is the squared Frobenius norm)."""
-    return x / (x.square().sum(0, keepdim=True) + 1.0)
+def scaled(x: Tensor, scales: Tensor) -> Tensor:
+    """Return coefficients [A, 9, F] times a scale [A, 3, F] for each degree."""
+    parts = zip(by_degree(x, 1), scales.split(1, dim=1), strict=True)
+    return torch.cat([part * scale for part, scale in parts], dim=1)
 
 
 class TensorEmbedding(nn.Module):
@@ -101,25 +72,19 @@ class TensorEmbedding(nn.Module):
         self.mix = DegreeMix(DEGREE, features)
 
     def forward(self, scalars: Tensor, pairs: PairFactors) -> Tensor:
-        """Return [9, A, F] for the initial features [A, F]."""
-        f = self.features
-        ones = torch.ones_like(scalars)
-        own, other = self.own(scalars), self.other(scalars)
-        x = own * self._summed(ones, pairs) + self._summed(other, pairs)
-        x = torch.cat([x[:1] + NORMS[0] * (own + other), x[1:]])
-        scales = self.scales(self.norm(x.square().sum(0))).split(f, dim=-1)
-        parts = zip(by_degree(self.mix(x)), scales, strict=True)
-        return torch.cat([part * scale for part, scale in parts]).to(x.dtype)
-
-    def _summed(self, scalars: Tensor, pairs: PairFactors) -> Tensor:
-        f, each = self.features, scalars.unsqueeze(1)
-        summed = pair_sum(
+        """Return [A, 9, F] for the initial features [A, F]."""
+        own, other = self.own(scalars).unsqueeze(1), self.other(scalars).unsqueeze(1)
+        weight = self.filter.to(pairs.radial.dtype).unflatten(-1, (DEGREE + 1, -1))
+        weight = weight * weight.new_tensor(NORMS)[:, None]
+        x = own * exact_by_degree(radial_sums(pairs), weight.transpose(0, 1), kernels=pairs.slots.kernels)
+        x = x + pair_sum(
             pairs,
-            Path(features=each, weight=self.filter[:, :f]),
-            Path(features=each.expand(-1, DEGREE, -1), weight=self.filter[:, f:]),
+            Path(features=other, weight=weight[:, 0]),
+            Path(features=other.expand(-1, DEGREE, -1), weight=weight[:, 1:].flatten(1)),
         )
-        parts = zip(by_degree(summed.transpose(0, 1)), NORMS, strict=True)
-        return torch.cat([part * norm for part, norm in parts])
+        x = torch.cat([x[:, :1] + NORMS[0] * (own + other), x[:, 1:]], dim=1)
+        scales = self.scales(self.norm(x.square().sum(1))).unflatten(-1, (DEGREE + 1, -1))
+        return scaled(mixed(self.mix, x, pairs), scales).to(x.dtype)
 
 
 class TensorInteraction(nn.Module):
@@ -131,15 +96,14 @@ class TensorInteraction(nn.Module):
         self.before, self.after = DegreeMix(DEGREE, features), DegreeMix(DEGREE, features)
 
     def forward(self, x: Tensor, pairs: PairFactors) -> Tensor:
-        """Return [9, A, F] for inputs of the same shape."""
+        """Return [A, 9, F] for inputs of the same shape."""
+        kernels = pairs.slots.kernels
         x = normalised(x)  # stays in the precision of the geometry, whatever that of the products is
-        y = self.before(x)
-        message = pair_sum(pairs, Path(features=y.transpose(0, 1), weight=self.filter), None).transpose(0, 1)
-        own, others = matrices(y), matrices(message)
+        y = mixed(self.before, x, pairs)
+        message = pair_sum(pairs, Path(features=y, weight=self.filter), None)
         # The sum of both orders keeps the parity of each part, so that mirror images have the same energy.
-        change = self.after(normalised(coefficients(product(own, others) + product(others, own))))
-        step = matrices(change)
-        return x + change + coefficients(product(step, step)).to(x.dtype)
+        change = mixed(self.after, normalised(anticommutator(y, message, kernels=kernels)), pairs)
+        return x + change + square(change, kernels=kernels).to(x.dtype)
 
 
 class TensorNet(Encoder):
@@ -174,6 +138,6 @@ class TensorNet(Encoder):
         x = self.embedding(atoms.scalars, factors)
         for interaction in self.interactions:
             x = interaction(x, factors)
-        norms = torch.cat([part.square().sum(0) for part in by_degree(x)], dim=-1)
+        norms = torch.cat([part.square().sum(1) for part in by_degree(x, 1)], dim=-1)
         scalars = functional.silu(self.out(self.norm(norms)))
-        return NodeFeatures(scalars=scalars, vectors=x[1:4][list(CARTESIAN)].transpose(0, 1))
+        return NodeFeatures(scalars=scalars, vectors=x[:, 1:4][:, list(CARTESIAN)])

@@ -22,7 +22,8 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import locked, replacing
 
 FOLDER = Path(__file__).with_name("cpp")
-SOURCES, HEADERS = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp"), ("lanes.h", "form.h")
+SOURCES = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp", "degree_products.cpp", "matrix_products.cpp")
+HEADERS = ("lanes.h", "form.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wno-psabi")
 LINK_FLAGS = ("-shared", "-fopenmp", "-lc10", "-ltorch_cpu", "-ltorch")
 PROCESSOR_FACTS = ("flags", "Features", "CPU implementer", "CPU part")
@@ -153,6 +154,18 @@ def _describe_to_the_compiler() -> None:
     @fake("hydrazero::task_outer")
     def _(g: Tensor, x: Tensor, task: Tensor, tasks: int) -> Tensor:
         return x.new_empty(tasks, g.shape[1], x.shape[1])
+
+    @fake("hydrazero::degree_linear")
+    def _(x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+
+    @fake("hydrazero::degree_outer")
+    def _(x: Tensor, g: Tensor, degrees: int) -> Tensor:
+        return x.new_empty(degrees, x.shape[2], g.shape[2])
+
+    @fake("hydrazero::matrix_anticommutator")
+    def _(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+        return a.new_empty(a.shape)
 
     fake("hydrazero::pair_sum", _sum_shape)
     fake("hydrazero::pair_sum_transposed", _transposed_shapes)

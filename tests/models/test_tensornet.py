@@ -14,15 +14,8 @@ from torch.nn.functional import silu
 
 from hydrazero.models.encoders.base import AtomInputs
 from hydrazero.models.encoders.harmonics import solid_harmonics
-from hydrazero.models.encoders.tensornet import (
-    NORMS,
-    TensorEmbedding,
-    TensorInteraction,
-    TensorNet,
-    coefficients,
-    matrices,
-    matrix_basis,
-)
+from hydrazero.models.encoders.matrix_features import coefficients, matrices, matrix_basis
+from hydrazero.models.encoders.tensornet import NORMS, TensorEmbedding, TensorInteraction, TensorNet
 from hydrazero.models.ops.slots import slots_of
 
 IDENTITY = torch.eye(3, dtype=torch.float64)
@@ -139,18 +132,18 @@ def unit_vectors(count: int) -> Tensor:
 
 def harmonic_matrices(u: Tensor, skew_sign: float = 1.0) -> Tensor:
     """The three matrices of the harmonics of degree 0, 1 and 2 of unit vectors [A, 3]: [A, 3, 3, 3]."""
-    harmonics = solid_harmonics(u, 2).t()
-    degrees = torch.zeros(9, len(u), 3, dtype=torch.float64)  # each degree as a feature
+    harmonics = solid_harmonics(u, 2)
+    degrees = torch.zeros(len(u), 9, 3, dtype=torch.float64)  # each degree as a feature
     for degree, sign in enumerate((1.0, skew_sign, 1.0)):
         of_degree = slice(degree**2, (degree + 1) ** 2)
-        degrees[of_degree, :, degree] = sign * harmonics[of_degree]
+        degrees[:, of_degree, degree] = sign * harmonics[:, of_degree]
     return matrices(degrees).permute(2, 3, 0, 1)
 
 
 def test_the_basis_of_matrices_is_orthonormal():
     basis = matrix_basis().reshape(9, 9)
     np.testing.assert_allclose(basis @ basis.T, np.eye(9), atol=1e-14)
-    x = torch.randn(9, 4, 5, dtype=torch.float64)
+    x = torch.randn(4, 9, 5, dtype=torch.float64)
     torch.testing.assert_close(coefficients(matrices(x)), x, rtol=1e-13, atol=1e-13)
 
 
