@@ -35,12 +35,12 @@ def exact_by_degree(x: Tensor, weight: Tensor, *, kernels: bool = False) -> Tens
 class DegreeMix(nn.Module):
     """Mix features, with a separate matrix for each degree."""
 
-    def __init__(self, degree: int, features: int) -> None:
+    def __init__(self, degree: int, features: int, outputs: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(degree + 1, features, features) / features**0.5)
+        self.weight = nn.Parameter(torch.randn(degree + 1, features, outputs or features) / features**0.5)
 
     def forward(self, x: Tensor, *, kernels: bool = False) -> Tensor:
-        """Return [(L + 1)^2, A, F] for inputs of the same shape; the C++ kernels leave it in the order [A, C, F]."""
+        """Return [(L + 1)^2, A, outputs] for [(L + 1)^2, A, F]; the C++ kernels leave it in the order [A, C, outputs]."""
         if kernels:
             dtype = torch.promote_types(x.dtype, self.weight.dtype)
             if torch.is_autocast_enabled("cpu") and dtype != torch.float64:  # as for all products of matrices

@@ -1,26 +1,36 @@
 """LACE: layers of atomic cluster expansions with linear messages.
 
-It is MACE (Batatia et al. 2022, arXiv 2206.07697) with simpler messages: a neighbour's own features are weighted by the
-distance alone, and harmonics of the direction by the distance and the neighbour's scalars. No message couples features
-with harmonics, so all of them are fused sums over neighbours (`models.ops.pair_sums`). What the couplings of messages
-do in MACE is left to the products of densities.
+A layer sums densities of an atom's neighbours and multiplies them, as MACE does (Batatia et al. 2022, arXiv
+2206.07697), but its messages are simpler: a neighbour's own features are weighted by the distance alone, and harmonics
+of the direction by the distance and the neighbour's scalars. No message couples features with harmonics, so all of them
+are fused sums over neighbours (`models.ops.pair_sums`). What the couplings of messages do in MACE is left to the
+products, which are taken on points of the sphere (`models.ops.sphere_products`).
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hydrazero.models.encoders.base import EncoderSettings, PairGeometry, size_table
-from hydrazero.models.encoders.degree_features import DegreeMix
-from hydrazero.models.encoders.densities import RADIAL_GAIN, TYPICAL_NEIGHBOURS, DensityEncoder
+from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
+from hydrazero.models.encoders.degree_features import DegreeMix, by_degree, components
+from hydrazero.models.encoders.densities import RADIAL_GAIN, TYPICAL_NEIGHBOURS
+from hydrazero.models.encoders.harmonics import CARTESIAN, Constants, solid_harmonics, sphere_points
+from hydrazero.models.ops.kernels import FEATURE_TILE
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
+from hydrazero.models.ops.sphere_products import POINT_TILE, Sphere, sphere_product
 
 
 def normal_filters(radial_functions: int, columns: int) -> nn.Parameter:
     """Return first weights [N + 1, columns] of filters, with which densities are of about unit size."""
     return nn.Parameter(torch.randn(radial_functions + 1, columns) * RADIAL_GAIN / (radial_functions + 1) ** 0.5)
+
+
+def mixed(mix: DegreeMix, x: Tensor, *, kernels: bool) -> Tensor:
+    """Return the mixed features of [A, (l + 1)^2, F], in the same shape."""
+    return mix(x.transpose(0, 1), kernels=kernels).transpose(0, 1)
 
 
 class LinearDensity(nn.Module):
@@ -35,20 +45,84 @@ class LinearDensity(nn.Module):
         self.scalars_in = nn.Linear(self.features, self.features)
         self.scalars_out = nn.Linear(self.features, self.degree * self.features)
 
-    def forward(self, nodes: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
-        """Return densities [(L + 1)^2, A, F] from nodes [(l + 1)^2, A, F] and harmonics of pairs [R, K, (L + 1)^2]."""
-        scalars = self.scalars_out(functional.silu(self.scalars_in(nodes[0])))
+    def forward(self, nodes: Tensor, pairs: PairFactors) -> Tensor:
+        """Return densities [A, (L + 1)^2, F] from node features [A, (l + 1)^2, F]."""
+        scalars = self.scalars_out(functional.silu(self.scalars_in(nodes[:, 0])))
         summed = pair_sum(
-            PairFactors(slots=pairs.slots, radial=pairs.radial, harmonics=harmonics[..., 1:]),
-            Path(features=self.up(nodes).transpose(0, 1), weight=self.tensor_filter),
+            pairs,
+            Path(features=mixed(self.up, nodes, kernels=pairs.slots.kernels), weight=self.tensor_filter),
             Path(features=scalars.unflatten(-1, (self.degree, self.features)), weight=self.scalar_filter),
         )
-        return summed.transpose(0, 1).contiguous() / TYPICAL_NEIGHBOURS
+        return summed / TYPICAL_NEIGHBOURS
 
 
-class LACE(DensityEncoder):
-    """LACE encoder."""
+class SphereProducts(nn.Module):
+    """The product of `correlation` densities, each plus a constant that depends on the element of the atom.
 
+    By the constants, products of fewer densities are among its terms.
+    """
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        super().__init__()
+        f, degree = settings.features, settings.max_degree
+        self.order, self.out_degree = settings.correlation, settings.node_degree
+        points, weights = sphere_points(degree * self.order + self.out_degree)
+        filling = -len(weights) % POINT_TILE
+        values = solid_harmonics(torch.from_numpy(points), degree).numpy().T
+        self.tables = Constants(
+            harmonics=np.pad(values, ((0, 0), (0, filling))),
+            weights=np.pad(weights, (0, filling)),
+            # The average of the square of a harmonic over the sphere is 1 / (2 l + 1).
+            lengths=np.repeat(components(self.out_degree), components(self.out_degree)).astype(float)[:, None],
+        )
+        self.factors = DegreeMix(degree, f, self.order * f)
+        self.constants = nn.Linear(f, self.order * f)
+        self.weights = nn.Linear(f, (self.out_degree + 1) * f)
+        self.out = DegreeMix(self.out_degree, f)
+
+    def forward(self, densities: Tensor, kinds: Tensor, *, kernels: bool) -> Tensor:
+        """Return [A, (l + 1)^2, F] from densities [A, (L + 1)^2, F] and initial features of the atoms [A, F]."""
+        outputs, features = (self.out_degree + 1) ** 2, kinds.shape[1]
+        x = mixed(self.factors, densities, kernels=kernels)
+        x = torch.cat([x[:, :1] + self.constants(kinds).unsqueeze(1), x[:, 1:]], dim=1)
+        factors = x.split(features, dim=-1)
+        if self.order == 1:
+            product = factors[0][:, :outputs]
+        else:
+            sphere = Sphere(
+                harmonics=self.tables.get("harmonics", kinds), weights=self.tables.get("weights", kinds)
+            )
+            product = sphere_product(
+                factors, sphere, outputs, kernels=kernels and features % FEATURE_TILE == 0
+            ) * self.tables.get("lengths", kinds)
+        weights = self.weights(kinds).unflatten(-1, (self.out_degree + 1, features)).split(1, dim=1)
+        parts = zip(by_degree(product, 1), weights, strict=True)
+        return mixed(self.out, torch.cat([part * weight for part, weight in parts], dim=1), kernels=kernels)
+
+
+class LACELayer(nn.Module):
+    """A density, its products, and what is kept of the node features before."""
+
+    def __init__(self, settings: EncoderSettings, node_degree: int) -> None:
+        super().__init__()
+        f = settings.features
+        self.density = LinearDensity(settings, node_degree)
+        self.products = SphereProducts(settings)
+        self.skip, self.skip_gate = DegreeMix(node_degree, f), nn.Linear(f, f)
+        self.readout = nn.Linear(f, f)
+
+    def forward(self, nodes: Tensor, kinds: Tensor, pairs: PairFactors) -> Tensor:
+        """Return node features [A, (l + 1)^2, F] from those before, perhaps of a lower degree."""
+        kernels = pairs.slots.kernels
+        kept = mixed(self.skip, nodes, kernels=kernels) * self.skip_gate(kinds).unsqueeze(1)
+        out = self.products(self.density(nodes, pairs), kinds, kernels=kernels)
+        return torch.cat([out[:, : kept.shape[1]] + kept, out[:, kept.shape[1] :]], dim=1)
+
+
+class LACE(Encoder):
+    """LACE encoder; its scalars are sums of readouts of all layers, its vectors those of the last layer."""
+
+    has_vectors = True
     sizes = size_table(
         features=(16, 64, 128, 256),
         radial_functions=(8, 8, 8, 8),
@@ -59,9 +133,21 @@ class LACE(DensityEncoder):
     )
 
     def __init__(self, settings: EncoderSettings) -> None:
-        super().__init__(settings, LinearDensity)
+        super().__init__(settings)
+        degrees = [0, *[settings.node_degree] * (settings.layers - 1)]
+        self.layers = nn.ModuleList(LACELayer(settings, degree) for degree in degrees)
 
     @property
     def sum_degree(self) -> int:
         """Highest degree of the sums over neighbours."""
         return self.settings.max_degree
+
+    def forward(self, atoms: AtomInputs, pairs: PairGeometry) -> NodeFeatures:
+        """Return the node features of atoms."""
+        harmonics = solid_harmonics(pairs.directions, self.settings.max_degree)[..., 1:]
+        factors = PairFactors(slots=pairs.slots, radial=pairs.radial, harmonics=harmonics)
+        nodes, scalars = atoms.scalars.unsqueeze(1), torch.zeros_like(atoms.scalars)
+        for layer in self.layers:
+            nodes = layer(nodes, atoms.scalars, factors)
+            scalars = scalars + functional.silu(layer.readout(nodes[:, 0]))
+        return NodeFeatures(scalars=scalars, vectors=nodes[:, 1:4][:, list(CARTESIAN)])

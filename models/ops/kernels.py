@@ -22,7 +22,7 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import locked, replacing
 
 FOLDER = Path(__file__).with_name("cpp")
-SOURCES = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp", "degree_products.cpp", "matrix_products.cpp")
+SOURCES = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp", "degree_products.cpp", "matrix_products.cpp", "sphere_products.cpp")
 HEADERS = ("lanes.h", "form.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wno-psabi")
 LINK_FLAGS = ("-shared", "-fopenmp", "-lc10", "-ltorch_cpu", "-ltorch")
@@ -166,6 +166,18 @@ def _describe_to_the_compiler() -> None:
     @fake("hydrazero::matrix_anticommutator")
     def _(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
         return a.new_empty(a.shape)
+
+    @fake("hydrazero::sphere_product")
+    def _(factors: list[Tensor], harmonics: Tensor, weights: Tensor, components: int) -> Tensor:
+        return factors[0].new_empty(factors[0].shape[0], components, factors[0].shape[2])
+
+    @fake("hydrazero::sphere_gradients")
+    def _(factors: list[Tensor], harmonics: Tensor, weights: Tensor, h: Tensor) -> list[Tensor]:
+        return [factor.new_empty(factor.shape) for factor in factors]
+
+    @fake("hydrazero::sphere_curvatures")
+    def _(factors: list[Tensor], harmonics: Tensor, weights: Tensor, h: Tensor, along: list[Tensor]) -> list[Tensor]:
+        return [factor.new_empty(factor.shape) for factor in (h, *factors)]
 
     fake("hydrazero::pair_sum", _sum_shape)
     fake("hydrazero::pair_sum_transposed", _transposed_shapes)
