@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from hydrazero.models.ops.exact import exact_matmul
 from hydrazero.models.ops.node_products import degree_linear
 
+TYPICAL_NEIGHBOURS = 10.0
+"""Constant by which densities are divided; a constant keeps them smooth and the energy extensive."""
+RADIAL_GAIN = 4.0
+"""Initial gain of radial functions, which brings them to about one at the length of a bond."""
+SILU_GAIN = 1.7
+"""Gain that brings silu of a normal variable back to unit variance."""
+
 
 def components(degree: int) -> list[int]:
     """Return the number of components of each degree from 0 to `degree`."""
@@ -32,20 +39,27 @@ def exact_by_degree(x: Tensor, weight: Tensor, *, kernels: bool = False) -> Tens
     return torch.cat([exact_matmul(part, matrix) for part, matrix in parts], dim=1)
 
 
+def mix_degrees(x: Tensor, weight: Tensor, *, kernels: bool = False) -> Tensor:
+    """Return features [A, (L + 1)^2, I] times the matrix of their degree in weight [L + 1, I, O], under autocast."""
+    if kernels:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        if torch.is_autocast_enabled("cpu") and dtype != torch.float64:  # as for all products of matrices
+            dtype = torch.get_autocast_dtype("cpu")
+        return degree_linear(x.to(dtype), weight.to(dtype))
+    return torch.cat([part @ matrix for part, matrix in zip(by_degree(x, 1), weight.unbind(0), strict=True)], dim=1)
+
+
 class DegreeMix(nn.Module):
     """Mix features, with a separate matrix for each degree."""
 
-    def __init__(self, degree: int, features: int, outputs: int | None = None) -> None:
+    def __init__(self, degree: int, features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(degree + 1, features, outputs or features) / features**0.5)
+        self.weight = nn.Parameter(torch.randn(degree + 1, features, features) / features**0.5)
 
     def forward(self, x: Tensor, *, kernels: bool = False) -> Tensor:
-        """Return [(L + 1)^2, A, outputs] for [(L + 1)^2, A, F]; the C++ kernels leave it in the order [A, C, outputs]."""
+        """Return [(L + 1)^2, A, F] for inputs of the same shape; the C++ kernels leave it in the order [A, C, F]."""
         if kernels:
-            dtype = torch.promote_types(x.dtype, self.weight.dtype)
-            if torch.is_autocast_enabled("cpu") and dtype != torch.float64:  # as for all products of matrices
-                dtype = torch.get_autocast_dtype("cpu")
-            return degree_linear(x.transpose(0, 1).to(dtype), self.weight.to(dtype)).transpose(0, 1)
+            return mix_degrees(x.transpose(0, 1), self.weight, kernels=True).transpose(0, 1)
         return torch.cat([part @ weight for part, weight in zip(by_degree(x), self.weight.unbind(0), strict=True)])
 
 

@@ -70,17 +70,15 @@ def sphere_points(exact: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @lru_cache
-def sphere_tables(degree: int, product: int, out_degree: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return matrices that evaluate functions of a degree on the sphere, and expand products of them again.
+def sphere_tables(degree: int, exact: int, multiple: int = 1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the harmonics up to a degree on points, [(degree + 1)^2, P], and the weights of the points, [P].
 
-    The first is [(degree + 1)^2, P], the second [P, (out_degree + 1)^2], exact for products of `product` functions.
+    They average polynomials up to the degree `exact` exactly. Points of weight zero fill P up to a multiple.
     """
-    points, weights = sphere_points(degree * product + out_degree)
-    values = solid_harmonics(torch.from_numpy(points), max(degree, out_degree)).numpy()
-    # The average of Y_lm^2 over the sphere is 1 / (2 l + 1).
-    lengths = np.concatenate([np.full(2 * l + 1, 2 * l + 1.0) for l in range(out_degree + 1)])  # noqa: E741
-    expand = weights[:, None] * values[:, : (out_degree + 1) ** 2] * lengths
-    return np.ascontiguousarray(values[:, : (degree + 1) ** 2].T), expand
+    points, weights = sphere_points(exact)
+    filling = -len(weights) % multiple
+    values = solid_harmonics(torch.from_numpy(points), degree).numpy().T
+    return np.pad(values, ((0, 0), (0, filling))), np.pad(weights, (0, filling))
 
 
 @lru_cache

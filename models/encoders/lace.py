@@ -4,23 +4,26 @@ A layer sums densities of an atom's neighbours and multiplies them, as MACE does
 2206.07697), but its messages are simpler: a neighbour's own features are weighted by the distance alone, and harmonics
 of the direction by the distance and the neighbour's scalars. No message couples features with harmonics, so all of them
 are fused sums over neighbours (`models.ops.pair_sums`). What the couplings of messages do in MACE is left to the
-products, which are taken on points of the sphere (`models.ops.sphere_products`).
+products (`models.encoders.density_products`).
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
-from hydrazero.models.encoders.degree_features import DegreeMix, by_degree, components
-from hydrazero.models.encoders.densities import RADIAL_GAIN, TYPICAL_NEIGHBOURS
-from hydrazero.models.encoders.harmonics import CARTESIAN, Constants, solid_harmonics, sphere_points
-from hydrazero.models.ops.kernels import FEATURE_TILE
+from hydrazero.models.encoders.degree_features import (
+    RADIAL_GAIN,
+    SILU_GAIN,
+    TYPICAL_NEIGHBOURS,
+    DegreeMix,
+    mix_degrees,
+)
+from hydrazero.models.encoders.density_products import DensityProducts
+from hydrazero.models.encoders.harmonics import CARTESIAN, solid_harmonics
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
-from hydrazero.models.ops.sphere_products import POINT_TILE, Sphere, sphere_product
 
 
 def normal_filters(radial_functions: int, columns: int) -> nn.Parameter:
@@ -28,9 +31,12 @@ def normal_filters(radial_functions: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(radial_functions + 1, columns) * RADIAL_GAIN / (radial_functions + 1) ** 0.5)
 
 
-def mixed(mix: DegreeMix, x: Tensor, *, kernels: bool) -> Tensor:
-    """Return the mixed features of [A, (l + 1)^2, F], in the same shape."""
-    return mix(x.transpose(0, 1), kernels=kernels).transpose(0, 1)
+def unit_layer(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
+    """Return a linear layer whose outputs are at first of unit size times the gain, for inputs of unit size."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=gain / inputs**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class LinearDensity(nn.Module):
@@ -42,62 +48,18 @@ class LinearDensity(nn.Module):
         self.tensor_filter = normal_filters(settings.radial_functions, (node_degree + 1) * self.features)
         self.scalar_filter = normal_filters(settings.radial_functions, self.degree * self.features)
         self.up = DegreeMix(node_degree, self.features)
-        self.scalars_in = nn.Linear(self.features, self.features)
-        self.scalars_out = nn.Linear(self.features, self.degree * self.features)
+        self.scalars_in = unit_layer(self.features, self.features)
+        self.scalars_out = unit_layer(self.features, self.degree * self.features, SILU_GAIN)
 
     def forward(self, nodes: Tensor, pairs: PairFactors) -> Tensor:
         """Return densities [A, (L + 1)^2, F] from node features [A, (l + 1)^2, F]."""
         scalars = self.scalars_out(functional.silu(self.scalars_in(nodes[:, 0])))
         summed = pair_sum(
             pairs,
-            Path(features=mixed(self.up, nodes, kernels=pairs.slots.kernels), weight=self.tensor_filter),
+            Path(features=mix_degrees(nodes, self.up.weight, kernels=pairs.slots.kernels), weight=self.tensor_filter),
             Path(features=scalars.unflatten(-1, (self.degree, self.features)), weight=self.scalar_filter),
         )
         return summed / TYPICAL_NEIGHBOURS
-
-
-class SphereProducts(nn.Module):
-    """The product of `correlation` densities, each plus a constant that depends on the element of the atom.
-
-    By the constants, products of fewer densities are among its terms.
-    """
-
-    def __init__(self, settings: EncoderSettings) -> None:
-        super().__init__()
-        f, degree = settings.features, settings.max_degree
-        self.order, self.out_degree = settings.correlation, settings.node_degree
-        points, weights = sphere_points(degree * self.order + self.out_degree)
-        filling = -len(weights) % POINT_TILE
-        values = solid_harmonics(torch.from_numpy(points), degree).numpy().T
-        self.tables = Constants(
-            harmonics=np.pad(values, ((0, 0), (0, filling))),
-            weights=np.pad(weights, (0, filling)),
-            # The average of the square of a harmonic over the sphere is 1 / (2 l + 1).
-            lengths=np.repeat(components(self.out_degree), components(self.out_degree)).astype(float)[:, None],
-        )
-        self.factors = DegreeMix(degree, f, self.order * f)
-        self.constants = nn.Linear(f, self.order * f)
-        self.weights = nn.Linear(f, (self.out_degree + 1) * f)
-        self.out = DegreeMix(self.out_degree, f)
-
-    def forward(self, densities: Tensor, kinds: Tensor, *, kernels: bool) -> Tensor:
-        """Return [A, (l + 1)^2, F] from densities [A, (L + 1)^2, F] and initial features of the atoms [A, F]."""
-        outputs, features = (self.out_degree + 1) ** 2, kinds.shape[1]
-        x = mixed(self.factors, densities, kernels=kernels)
-        x = torch.cat([x[:, :1] + self.constants(kinds).unsqueeze(1), x[:, 1:]], dim=1)
-        factors = x.split(features, dim=-1)
-        if self.order == 1:
-            product = factors[0][:, :outputs]
-        else:
-            sphere = Sphere(
-                harmonics=self.tables.get("harmonics", kinds), weights=self.tables.get("weights", kinds)
-            )
-            product = sphere_product(
-                factors, sphere, outputs, kernels=kernels and features % FEATURE_TILE == 0
-            ) * self.tables.get("lengths", kinds)
-        weights = self.weights(kinds).unflatten(-1, (self.out_degree + 1, features)).split(1, dim=1)
-        parts = zip(by_degree(product, 1), weights, strict=True)
-        return mixed(self.out, torch.cat([part * weight for part, weight in parts], dim=1), kernels=kernels)
 
 
 class LACELayer(nn.Module):
@@ -107,14 +69,14 @@ class LACELayer(nn.Module):
         super().__init__()
         f = settings.features
         self.density = LinearDensity(settings, node_degree)
-        self.products = SphereProducts(settings)
+        self.products = DensityProducts(settings)
         self.skip, self.skip_gate = DegreeMix(node_degree, f), nn.Linear(f, f)
         self.readout = nn.Linear(f, f)
 
     def forward(self, nodes: Tensor, kinds: Tensor, pairs: PairFactors) -> Tensor:
         """Return node features [A, (l + 1)^2, F] from those before, perhaps of a lower degree."""
         kernels = pairs.slots.kernels
-        kept = mixed(self.skip, nodes, kernels=kernels) * self.skip_gate(kinds).unsqueeze(1)
+        kept = mix_degrees(nodes, self.skip.weight, kernels=kernels) * self.skip_gate(kinds).unsqueeze(1)
         out = self.products(self.density(nodes, pairs), kinds, kernels=kernels)
         return torch.cat([out[:, : kept.shape[1]] + kept, out[:, kept.shape[1] :]], dim=1)
 

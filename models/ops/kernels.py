@@ -22,7 +22,14 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import locked, replacing
 
 FOLDER = Path(__file__).with_name("cpp")
-SOURCES = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp", "degree_products.cpp", "matrix_products.cpp", "sphere_products.cpp")
+SOURCES = (
+    "pair_sums.cpp",
+    "pair_gradients.cpp",
+    "segments.cpp",
+    "degree_products.cpp",
+    "matrix_products.cpp",
+    "sphere_products.cpp",
+)
 HEADERS = ("lanes.h", "form.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wno-psabi")
 LINK_FLAGS = ("-shared", "-fopenmp", "-lc10", "-ltorch_cpu", "-ltorch")

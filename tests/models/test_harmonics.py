@@ -9,7 +9,7 @@ from scipy.special import eval_legendre
 from structures import batch_of, rattled_molecule, small_model, to_structure
 
 from hydrazero.models.encoders.base import EncoderSettings
-from hydrazero.models.encoders.densities import DensityProducts
+from hydrazero.models.encoders.density_products import DensityProducts
 from hydrazero.models.encoders.dimenetpp import DirectionalInteraction
 from hydrazero.models.encoders.harmonics import (
     CARTESIAN,
@@ -51,8 +51,10 @@ def test_points_average_harmonics_to_zero_and_their_squares_to_one_over_their_nu
 
 
 def test_a_function_evaluated_and_expanded_is_itself():
-    evaluate, expand = sphere_tables(3, 1, 3)
-    np.testing.assert_allclose(evaluate @ expand, np.eye(16), atol=1e-13)
+    harmonics, weights = sphere_tables(3, 6, 8)
+    assert len(weights) % 8 == 0
+    lengths = np.concatenate([np.full(2 * degree + 1, 2 * degree + 1) for degree in range(4)])
+    np.testing.assert_allclose(harmonics @ (weights * harmonics).T * lengths, np.eye(16), atol=1e-13)
 
 
 def test_couplings_are_those_of_clebsch_and_gordan():
@@ -86,7 +88,7 @@ def test_products_on_points_are_products_of_functions():
     own = module.weights(kinds).view(4, 2, 2, 3)[:, :, [0, 1, 1, 1]]
     terms = [torch.einsum("pl,apf->alf", back, product) for product in (first, first * second)]
     expected = module.out((terms[0] * own[:, 0] + terms[1] * own[:, 1]).transpose(0, 1))
-    torch.testing.assert_close(module(densities, kinds), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module(densities.transpose(0, 1), kinds).transpose(0, 1), expected, rtol=0, atol=1e-12)
 
 
 def test_densities_around_atoms_are_sums_over_triplets():

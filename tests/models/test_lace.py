@@ -6,12 +6,19 @@ import pytest
 import torch
 from structures import batch_of, rattled_crystal, rattled_molecule, small_model, to_structure
 
-from hydrazero.models.encoders.densities import TYPICAL_NEIGHBOURS
+from hydrazero.models.encoders.base import PairGeometry
+from hydrazero.models.encoders.degree_features import TYPICAL_NEIGHBOURS
 from hydrazero.models.encoders.harmonics import degree_slice, solid_harmonics
 from hydrazero.models.encoders.lace import LinearDensity
+from hydrazero.models.ops.pair_sums import PairFactors
 from hydrazero.models.ops.slots import slots_of
 
 FEATURES, DEGREE = 4, 3
+
+
+def factors_of(pairs: PairGeometry, degree: int) -> PairFactors:
+    harmonics = solid_harmonics(pairs.directions, degree)[..., 1:]
+    return PairFactors(slots=pairs.slots, radial=pairs.radial, harmonics=harmonics)
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["scalars", "scalars and vectors"])
@@ -20,14 +27,14 @@ FEATURES, DEGREE = 4, 3
 def test_densities_are_sums_over_neighbours(layer, atoms):
     """Each neighbour adds its own features times w_l(r), and harmonics times its scalars d_l times v_l(r)."""
     encoder = small_model("lace", features=FEATURES, max_degree=DEGREE).encoder
-    module: LinearDensity = encoder.densities[layer]
+    module: LinearDensity = encoder.layers[layer].density
     batch = batch_of([to_structure(atoms)], cutoff=encoder.settings.cutoff)
     slots = slots_of(batch)
     pairs = encoder.measure(slots, slots.pair_vectors(batch.positions, batch.shifts))
     node_degree = layer * encoder.settings.node_degree
-    nodes = torch.randn((node_degree + 1) ** 2, slots.atoms, FEATURES, dtype=torch.float64)
-    sent = module.up(nodes)
-    scalars = module.scalars_out(torch.nn.functional.silu(module.scalars_in(nodes[0]))).view(-1, DEGREE, FEATURES)
+    nodes = torch.randn(slots.atoms, (node_degree + 1) ** 2, FEATURES, dtype=torch.float64)
+    sent = module.up(nodes.transpose(0, 1))
+    scalars = module.scalars_out(torch.nn.functional.silu(module.scalars_in(nodes[:, 0]))).view(-1, DEGREE, FEATURES)
     expected = torch.zeros((DEGREE + 1) ** 2, slots.atoms, FEATURES, dtype=torch.float64)
     for row, slot in torch.nonzero(slots.mask).tolist():
         atom, neighbour = slots.row_atom[row], slots.neighbours[row, slot]
@@ -39,7 +46,7 @@ def test_densities_are_sums_over_neighbours(layer, atoms):
         for degree in range(1, DEGREE + 1):
             message = of_scalars[degree - 1] * scalars[neighbour, degree - 1]
             expected[degree_slice(degree), atom] += harmonics[degree_slice(degree), None] * message
-    found = module(nodes, solid_harmonics(pairs.directions, DEGREE), pairs)
+    found = module(nodes, factors_of(pairs, DEGREE)).transpose(0, 1)
     torch.testing.assert_close(found, expected / TYPICAL_NEIGHBOURS, rtol=0, atol=1e-12)
 
 
@@ -50,6 +57,6 @@ def test_untrained_densities_are_of_a_size_at_which_their_products_count(atoms):
     batch = batch_of([to_structure(atoms)], cutoff=5.0)
     slots = slots_of(batch)
     pairs = encoder.measure(slots, slots.pair_vectors(batch.positions, batch.shifts))
-    nodes = torch.randn(1, slots.atoms, 32, dtype=torch.float64)
-    found = encoder.densities[0](nodes, solid_harmonics(pairs.directions, 3), pairs)
+    nodes = torch.randn(slots.atoms, 1, 32, dtype=torch.float64)
+    found = encoder.layers[0].density(nodes, factors_of(pairs, 3))
     assert 0.02 < float(found.square().mean().sqrt()) < 2.0

@@ -14,7 +14,7 @@ from sympy.physics.wigner import real_gaunt
 from torch import Tensor
 
 from hydrazero.models.encoders.base import AtomInputs, EncoderSettings, PairGeometry
-from hydrazero.models.encoders.densities import DensityProducts
+from hydrazero.models.encoders.density_products import DensityProducts
 from hydrazero.models.encoders.harmonics import coupling, degree_slice, solid_harmonics
 from hydrazero.models.encoders.mace import NeighbourDensity
 from hydrazero.models.ops.slots import slots_of
@@ -73,16 +73,18 @@ def test_products_of_three_densities_are_two_couplings_one_after_the_other(out_d
     weights = module.weights(kinds).view(4, 3, out_degree + 1, 3)[:, :, degree_of]
     total = sum(term * weights[:, order] for order, term in enumerate(terms))
     expected = module.out(total.transpose(0, 1))
-    torch.testing.assert_close(module(densities, kinds), expected, rtol=0, atol=1e-11)
+    found = module(densities.transpose(0, 1), kinds).transpose(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-def test_densities_are_sums_over_neighbours():
+@pytest.mark.parametrize("layer", [0, 1], ids=["scalars", "scalars and vectors"])
+def test_densities_are_sums_over_neighbours(layer):
     torch.manual_seed(2)
     encoder = small_model("mace", features=4, max_degree=2).encoder
-    module: NeighbourDensity = encoder.densities[1]  # nodes with vectors
+    module: NeighbourDensity = encoder.densities[layer]
     _, pairs = inputs(rattled_molecule("CH3OH"), encoder, 4)
     slots = pairs.slots
-    nodes = torch.randn(4, slots.atoms, 4, dtype=torch.float64)
+    nodes = torch.randn(1 + 3 * layer, slots.atoms, 4, dtype=torch.float64)
     sent, radial = module.up(nodes).transpose(0, 1), module.weights(module.radial(pairs.radial)).unflatten(-1, (-1, 4))
     expected = torch.zeros(slots.atoms, 9, 4, dtype=torch.float64)
     for row, slot in torch.nonzero(slots.mask).tolist():
@@ -92,7 +94,7 @@ def test_densities_are_sums_over_neighbours():
             exact = torch.from_numpy(gaunt(a, b, c) / np.linalg.norm(gaunt(a, b, c)))
             turned = torch.einsum("a,bf,abc->cf", harmonics[degree_slice(a)], neighbour[degree_slice(b)], exact)
             expected[slots.row_atom[row], degree_slice(c)] += turned * radial[row, slot, path]
-    found = module(nodes, solid_harmonics(pairs.directions, 2), pairs)
+    found = module(nodes.transpose(0, 1), solid_harmonics(pairs.directions, 2), pairs).transpose(0, 1)
     torch.testing.assert_close(found, module.down(expected.transpose(0, 1) / 10.0), rtol=0, atol=1e-12)
 
 
@@ -101,7 +103,7 @@ def test_untrained_densities_are_of_a_size_at_which_their_products_count(atoms):
     torch.manual_seed(3)
     encoder = small_model("mace", features=32, radial_functions=20, cutoff=5.0).encoder
     given, pairs = inputs(atoms, encoder, 32)
-    nodes = given.scalars.unsqueeze(0)
+    nodes = given.scalars.unsqueeze(1)
     found = encoder.densities[0](nodes, solid_harmonics(pairs.directions, 3), pairs)
     assert 0.02 < float(found.detach().square().mean().sqrt()) < 1.0
 

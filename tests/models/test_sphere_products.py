@@ -2,11 +2,10 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
-from hydrazero.models.encoders.harmonics import coupling, degree_slice, solid_harmonics, sphere_points
+from hydrazero.models.encoders.harmonics import coupling, degree_slice, sphere_tables
 from hydrazero.models.ops.kernels import load_kernels
 from hydrazero.models.ops.sphere_products import POINT_TILE, Sphere, sphere_product
 
@@ -19,10 +18,8 @@ def loaded_kernels():
 
 
 def sphere_of(degree: int, exact: int, dtype: torch.dtype = torch.float64) -> Sphere:
-    points, weights = sphere_points(exact)
-    filling = -len(weights) % POINT_TILE
-    values = np.pad(solid_harmonics(torch.from_numpy(points), degree).numpy().T, ((0, 0), (0, filling)))
-    return Sphere(harmonics=torch.tensor(values, dtype=dtype).contiguous(), weights=torch.tensor(np.pad(weights, (0, filling))).to(dtype))
+    harmonics, weights = sphere_tables(degree, exact, POINT_TILE)
+    return Sphere(harmonics=torch.tensor(harmonics, dtype=dtype), weights=torch.tensor(weights, dtype=dtype))
 
 
 def functions(factors: int, components: int, features: int = FEATURES) -> list[torch.Tensor]:
@@ -40,9 +37,7 @@ def test_products_of_two_functions_couple_their_degrees(kernels):
             part[:, degree_slice(degree)] = whole[:, degree_slice(degree)]
         one = sphere_product(parts, sphere_of(2, 5), 4, kernels=kernels)[:, degree_slice(out)]
         table = torch.tensor(coupling(first, second, out))
-        expected = torch.einsum(
-            "abc,naf,nbf->ncf", table, a[:, degree_slice(first)], b[:, degree_slice(second)]
-        )
+        expected = torch.einsum("abc,naf,nbf->ncf", table, a[:, degree_slice(first)], b[:, degree_slice(second)])
         if table.abs().max() == 0:
             assert one.abs().max() < 1e-12
         else:  # the table is of unit norm
@@ -59,7 +54,10 @@ def test_kernels_and_their_derivatives_are_those_of_plain_pytorch(factors, degre
     sphere = sphere_of(degree, degree * factors + 1)
     results = []
     for kernels in (False, True):
-        inputs = [x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in functions(factors, (degree + 1) ** 2, features)]
+        inputs = [
+            x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+            for x in functions(factors, (degree + 1) ** 2, features)
+        ]
         out = sphere_product(inputs, sphere, 4, kernels=kernels)
         first = torch.autograd.grad((out * out.sin()).sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum((g * g.cos()).sum() for g in first), inputs)
