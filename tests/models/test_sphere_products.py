@@ -19,7 +19,9 @@ def loaded_kernels():
 
 def sphere_of(degree: int, exact: int, dtype: torch.dtype = torch.float64) -> Sphere:
     harmonics, weights = sphere_tables(degree, exact, POINT_TILE)
-    return Sphere(harmonics=torch.tensor(harmonics, dtype=dtype), weights=torch.tensor(weights, dtype=dtype))
+    return Sphere(
+        harmonics=torch.tensor(harmonics, dtype=dtype).contiguous(), weights=torch.tensor(weights, dtype=dtype)
+    )
 
 
 def functions(factors: int, components: int, features: int = FEATURES) -> list[torch.Tensor]:
