@@ -80,6 +80,8 @@ def square(a: Tensor, *, kernels: bool = False) -> Tensor:
     return coefficients(_product(matrix, matrix))
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalised(x: Tensor, *, kernels: bool = False) -> Tensor:
     """Return X / (|X|^2 + 1) of coefficients [A, 9, F] (TensorNet's norm is the squared Frobenius norm)."""
+    if kernels and x.shape[2] % FEATURE_TILE == 0:
+        return node_products.normalised(x)
     return x / (x.square().sum(1, keepdim=True) + 1.0)

@@ -98,11 +98,12 @@ class TensorInteraction(nn.Module):
     def forward(self, x: Tensor, pairs: PairFactors) -> Tensor:
         """Return [A, 9, F] for inputs of the same shape."""
         kernels = pairs.slots.kernels
-        x = normalised(x)  # stays in the precision of the geometry, whatever that of the products is
+        x = normalised(x, kernels=kernels)  # stays in the precision of the geometry, whatever that of the products is
         y = mixed(self.before, x, pairs)
         message = pair_sum(pairs, Path(features=y, weight=self.filter), None)
         # The sum of both orders keeps the parity of each part, so that mirror images have the same energy.
-        change = mixed(self.after, normalised(anticommutator(y, message, kernels=kernels)), pairs)
+        products = normalised(anticommutator(y, message, kernels=kernels), kernels=kernels)
+        change = mixed(self.after, products, pairs)
         return x + change + square(change, kernels=kernels).to(x.dtype)
 
 

@@ -22,7 +22,14 @@ from hydrazero.shards.errors import ConfigError
 from hydrazero.shards.files import locked, replacing
 
 FOLDER = Path(__file__).with_name("cpp")
-SOURCES = ("pair_sums.cpp", "pair_gradients.cpp", "segments.cpp", "degree_products.cpp", "matrix_products.cpp")
+SOURCES = (
+    "pair_sums.cpp",
+    "pair_gradients.cpp",
+    "segments.cpp",
+    "degree_products.cpp",
+    "matrix_products.cpp",
+    "matrix_norms.cpp",
+)
 HEADERS = ("lanes.h", "form.h")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-Wno-psabi")
 LINK_FLAGS = ("-shared", "-fopenmp", "-lc10", "-ltorch_cpu", "-ltorch")
@@ -166,6 +173,10 @@ def _describe_to_the_compiler() -> None:
     @fake("hydrazero::matrix_anticommutator")
     def _(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
         return a.new_empty(a.shape)
+
+    @fake("hydrazero::matrix_normalised")
+    def _(x: Tensor, g: Tensor | None, h: Tensor | None) -> Tensor:
+        return x.new_empty(x.shape)
 
     fake("hydrazero::pair_sum", _sum_shape)
     fake("hydrazero::pair_sum_transposed", _transposed_shapes)

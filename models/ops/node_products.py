@@ -1,6 +1,6 @@
 """Products of node features on the CPU by C++ kernels: matrices of degrees, and 3 x 3 matrices of atoms.
 
-Each is bilinear, and so are its derivatives, so the operators are differentiable to any order. What they compute
+Products are bilinear, and so are their derivatives, so one or two operators serve to any order. What they compute
 without kernels is in `hydrazero.models.encoders.degree_features` and `hydrazero.models.encoders.matrix_features`.
 """
 
@@ -28,6 +28,11 @@ def anticommutator(a: Tensor, b: Tensor) -> Tensor:
 def square(a: Tensor) -> Tensor:
     """Return the coefficients of AA for coefficients [A, 9, F] of matrices; F is a multiple of FEATURE_TILE."""
     return _Square.apply(a.to(_product_dtype(a)))
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Return X / (|X|^2 + 1) for coefficients [A, 9, F] of matrices; F is a multiple of FEATURE_TILE."""
+    return _Normalised.apply(x.to(_product_dtype(x)))
 
 
 def _product_dtype(*operands: Tensor) -> torch.dtype:
@@ -101,3 +106,59 @@ class _Square(Function):
         (a,) = ctx.saved_tensors
         out: Tensor = _Anticommutator.apply(grads[0], a, True)
         return out
+
+
+class _Normalised(Function):
+    """X -> X / (|X|^2 + 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        out: Tensor = torch.ops.hydrazero.matrix_normalised(x, None, None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        out: Tensor = _NormalisedGradient.apply(x, grads[0])
+        return out
+
+
+class _NormalisedGradient(Function):
+    """(X, G) -> the derivative of the above along G, which is symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(x, g)
+        out: Tensor = torch.ops.hydrazero.matrix_normalised(x, g, None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, g = ctx.saved_tensors
+        return _NormalisedCurvature.apply(x, g, grads[0]), _NormalisedGradient.apply(x, grads[0])
+
+
+class _NormalisedCurvature(Function):
+    """(X, G, H) -> the gradient, with respect to X, of H times the derivative along G."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor, h: Tensor) -> Tensor:
+        ctx.save_for_backward(x, g, h)
+        out: Tensor = torch.ops.hydrazero.matrix_normalised(x, g, h)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Return third derivatives, which no training step needs, by plain PyTorch."""
+        _, pull_back = torch.func.vjp(_curvature, *ctx.saved_tensors)
+        out: tuple[Tensor, ...] = pull_back(grads[0])
+        return out
+
+
+def _curvature(x: Tensor, g: Tensor, h: Tensor) -> Tensor:
+    """Return the result of `_NormalisedCurvature`, whose formula is in cpp/matrix_norms.cpp."""
+    along_g, along_h = (x * g).sum(1, keepdim=True), (x * h).sum(1, keepdim=True)
+    r = 1.0 / (x.square().sum(1, keepdim=True) + 1.0)
+    along_x = (g * h).sum(1, keepdim=True) - 4.0 * r * along_g * along_h
+    return -2.0 * r * r * (along_h * g + along_g * h + along_x * x)

@@ -42,11 +42,11 @@ def test_anticommutators_are_those_of_matrices(dtype, transposed):
     torch.testing.assert_close(found, by_matrices(a, b, transposed))
 
 
-@pytest.mark.parametrize("product", ["anticommutator", "square"])
+@pytest.mark.parametrize("product", ["anticommutator", "square", "normalised"])
 def test_matrix_products_of_kernels_are_those_of_plain_pytorch(product):
     """In the order of components before atoms too, in which operands are not dense."""
     function = getattr(matrix_features, product)
-    operands = [random(9, ATOMS, 32).transpose(0, 1), random(ATOMS, 9, 32)][: 1 if product == "square" else 2]
+    operands = [random(9, ATOMS, 32).transpose(0, 1), random(ATOMS, 9, 32)][: 2 if product == "anticommutator" else 1]
     plain, found = (function(*operands, kernels=kernels) for kernels in (False, True))
     torch.testing.assert_close(found, plain, rtol=1e-13, atol=1e-13)
 
@@ -54,10 +54,11 @@ def test_matrix_products_of_kernels_are_those_of_plain_pytorch(product):
 @pytest.mark.parametrize("features", [8, 24])
 def test_features_without_a_tile_are_left_to_plain_pytorch(features):
     a, b = random(3, 9, features), random(3, 9, features + 1)[..., 1:]
-    for product, operands in ((matrix_features.anticommutator, (a, b)), (matrix_features.square, (a,))):
+    for name, operands in (("anticommutator", (a, b)), ("square", (a,)), ("normalised", (a,))):
+        product = getattr(matrix_features, name)
         assert torch.equal(product(*operands, kernels=True), product(*operands))
-    with pytest.raises(RuntimeError, match=f"features is {features}; it must be a multiple of {FEATURE_TILE}"):
-        node_products.anticommutator(a, b)
+        with pytest.raises(RuntimeError, match=f"features is {features}; it must be a multiple of {FEATURE_TILE}"):
+            getattr(node_products, name)(*operands)
 
 
 def test_matrix_products_are_each_others_derivatives():
@@ -72,6 +73,24 @@ def test_matrix_products_are_each_others_derivatives():
         return torch.autograd.grad(out, (a, b), create_graph=True)
 
     assert torch.autograd.gradgradcheck(gradients, (a, b), fast_mode=True)
+
+
+def test_first_to_third_derivatives_of_normalised_matrices_are_those_of_plain_pytorch():
+    results = []
+    for kernels in (False, True):
+        found = [random(3, 9, 16).requires_grad_()]
+        value = matrix_features.normalised(found[0], kernels=kernels)
+        for order in range(3):
+            found.append(value)
+            value = torch.autograd.grad(
+                (value * random(3, 9, 17 + order)[..., :16]).sum(), found[0], create_graph=True
+            )[0]
+        results.append([*found[1:], value])
+    for plain, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-12, atol=1e-12)
+    x = random(3, 9, 16).requires_grad_()
+    assert torch.autograd.gradcheck(node_products.normalised, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(node_products.normalised, x, fast_mode=True)
 
 
 def test_degrees_mixed_by_kernels_are_those_of_plain_pytorch():
