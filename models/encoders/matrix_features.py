@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hydrazero.models.encoders.harmonics import solid_harmonics, sphere_points
-from hydrazero.models.ops import node_products
 from hydrazero.models.ops.kernels import FEATURE_TILE
+from hydrazero.models.ops.node_products import Step, matrix_step
 
 DEGREE = 2
 HARMONICS_AXES = (1, 2, 0)
@@ -64,22 +64,27 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(2) * b.unsqueeze(0)).sum(1)
 
 
-def anticommutator(a: Tensor, b: Tensor, *, kernels: bool = False) -> Tensor:
-    """Return the coefficients [A, 9, F] of AB + BA; the C++ kernels need a multiple of FEATURE_TILE features."""
-    if kernels and a.shape[2] % FEATURE_TILE == 0:
-        return node_products.anticommutator(a, b)
-    first, second = matrices(a), matrices(b)
-    return coefficients(_product(first, second) + _product(second, first))
-
-
-def square(a: Tensor, *, kernels: bool = False) -> Tensor:
-    """Return the coefficients [A, 9, F] of AA."""
-    if kernels and a.shape[2] % FEATURE_TILE == 0:
-        return node_products.square(a)
-    matrix = matrices(a)
-    return coefficients(_product(matrix, matrix))
-
-
 def normalised(x: Tensor) -> Tensor:
     """Return X / (|X|^2 + 1) of coefficients [A, 9, F] (TensorNet's norm is the squared Frobenius norm)."""
-    return x / (x.square().sum(1, keepdim=True) + 1.0)
+    return x * (1.0 / (x.square().sum(1, keepdim=True) + 1.0))
+
+
+def normalised_products(a: Tensor, b: Tensor, *, kernels: bool = False) -> Tensor:
+    """Return the normalised coefficients [A, 9, F] of AB + BA.
+
+    The sum of both orders keeps the parity of each part, so that mirror images have the same energy. The C++ kernels
+    need a multiple of FEATURE_TILE features.
+    """
+    if kernels and a.shape[2] % FEATURE_TILE == 0:
+        return matrix_step(a, b, Step.ANTICOMMUTATOR)
+    first, second = matrices(a), matrices(b)
+    return normalised(coefficients(_product(first, second) + _product(second, first)))
+
+
+def changed(x: Tensor, change: Tensor, *, normalise: bool, kernels: bool = False) -> Tensor:
+    """Return the coefficients [A, 9, F] of X + C + CC for a change C, perhaps normalised, in the precision of X."""
+    if kernels and x.shape[2] % FEATURE_TILE == 0:
+        return matrix_step(x, change, Step.NORMALISED_RESIDUAL if normalise else Step.RESIDUAL).to(x.dtype)
+    matrix = matrices(change)
+    out = x + change + coefficients(_product(matrix, matrix)).to(x.dtype)
+    return normalised(out) if normalise else out

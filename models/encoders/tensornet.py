@@ -20,7 +20,7 @@ from torch.nn import functional
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry
 from hydrazero.models.encoders.degree_features import DegreeMix, by_degree, exact_by_degree, uniform_filters
 from hydrazero.models.encoders.harmonics import CARTESIAN, solid_harmonics
-from hydrazero.models.encoders.matrix_features import DEGREE, anticommutator, normalised, square
+from hydrazero.models.encoders.matrix_features import DEGREE, changed, normalised, normalised_products
 from hydrazero.models.ops.exact import ExactLayerNorm
 from hydrazero.models.ops.kernels import FEATURE_TILE
 from hydrazero.models.ops.pair_sums import PairFactors, Path, pair_sum
@@ -95,15 +95,13 @@ class TensorInteraction(nn.Module):
         self.filter = uniform_filters(radial_functions, (DEGREE + 1) * features)
         self.before, self.after = DegreeMix(DEGREE, features), DegreeMix(DEGREE, features)
 
-    def forward(self, x: Tensor, pairs: PairFactors) -> Tensor:
-        """Return [A, 9, F] for inputs of the same shape."""
+    def forward(self, x: Tensor, pairs: PairFactors, *, normalise: bool) -> Tensor:
+        """Return [A, 9, F] for normalised inputs of the same shape, normalised for the next layer or not."""
         kernels = pairs.slots.kernels
-        x = normalised(x)  # stays in the precision of the geometry, whatever that of the products is
         y = mixed(self.before, x, pairs)
         message = pair_sum(pairs, Path(features=y, weight=self.filter), None)
-        # The sum of both orders keeps the parity of each part, so that mirror images have the same energy.
-        change = mixed(self.after, normalised(anticommutator(y, message, kernels=kernels)), pairs)
-        return x + change + square(change, kernels=kernels).to(x.dtype)
+        change = mixed(self.after, normalised_products(y, message, kernels=kernels), pairs)
+        return changed(x, change, normalise=normalise, kernels=kernels)
 
 
 class TensorNet(Encoder):
@@ -135,9 +133,10 @@ class TensorNet(Encoder):
         """Return the node features of atoms."""
         harmonics = solid_harmonics(pairs.directions, DEGREE)[..., 1:]
         factors = PairFactors(slots=pairs.slots, radial=pairs.radial, harmonics=harmonics)
-        x = self.embedding(atoms.scalars, factors)
+        # Matrices stay in the precision of the geometry, whatever that of the products with weights is.
+        x = normalised(self.embedding(atoms.scalars, factors))
         for interaction in self.interactions:
-            x = interaction(x, factors)
+            x = interaction(x, factors, normalise=interaction is not self.interactions[-1])
         norms = torch.cat([part.square().sum(1) for part in by_degree(x, 1)], dim=-1)
         scalars = functional.silu(self.out(self.norm(norms)))
         return NodeFeatures(scalars=scalars, vectors=x[:, 1:4][:, list(CARTESIAN)])

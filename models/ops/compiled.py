@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.ops.compiler_cache import remove_cut_off_files
+from hydrazero.models.ops.freed_memory import keep_freed_memory
 from hydrazero.models.ops.kernels import KernelsUnavailable, left_to_plain_pytorch, load_kernels
 from hydrazero.shards.graphs.graph import GraphBatch
 
@@ -52,6 +53,7 @@ def compile_traced(function: Function, inputs: Sequence[Tensor]) -> Function:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     remove_cut_off_files()
+    keep_freed_memory()
     compiled = torch.compile(graph, fullgraph=True, dynamic=False)
 
     def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

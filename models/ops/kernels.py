@@ -27,7 +27,7 @@ SOURCES = (
     "pair_gradients.cpp",
     "segments.cpp",
     "degree_products.cpp",
-    "matrix_products.cpp",
+    "matrix_steps.cpp",
     "sphere_products.cpp",
 )
 HEADERS = ("lanes.h", "form.h")
@@ -170,8 +170,8 @@ def _describe_to_the_compiler() -> None:
     def _(x: Tensor, g: Tensor, degrees: int) -> Tensor:
         return x.new_empty(degrees, x.shape[2], g.shape[2])
 
-    @fake("hydrazero::matrix_anticommutator")
-    def _(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
+    @fake("hydrazero::matrix_step")
+    def _(a: Tensor, b: Tensor, kind: int) -> Tensor:
         return a.new_empty(a.shape)
 
     @fake("hydrazero::sphere_product")
@@ -185,6 +185,14 @@ def _describe_to_the_compiler() -> None:
     @fake("hydrazero::sphere_curvatures")
     def _(factors: list[Tensor], harmonics: Tensor, weights: Tensor, h: Tensor, along: list[Tensor]) -> list[Tensor]:
         return [factor.new_empty(factor.shape) for factor in (h, *factors)]
+
+    @fake("hydrazero::matrix_step_gradients")
+    def _(a: Tensor, b: Tensor, g: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        return a.new_empty(a.shape), a.new_empty(a.shape)
+
+    @fake("hydrazero::matrix_step_curvature")
+    def _(a: Tensor, b: Tensor, g: Tensor, for_a: Tensor, for_b: Tensor, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+        return a.new_empty(a.shape), a.new_empty(a.shape), a.new_empty(a.shape)
 
     fake("hydrazero::pair_sum", _sum_shape)
     fake("hydrazero::pair_sum_transposed", _transposed_shapes)

@@ -1,16 +1,29 @@
-"""Products of node features on the CPU by C++ kernels: matrices of degrees, and 3 x 3 matrices of atoms.
+"""Products of node features on the CPU by C++ kernels: with matrices of degrees, and of 3 x 3 matrices of atoms.
 
-Each is bilinear, and so are its derivatives, so the operators are differentiable to any order. What they compute
-without kernels is in `hydrazero.models.encoders.degree_features` and `hydrazero.models.encoders.matrix_features`.
+What they compute without kernels is in `hydrazero.models.encoders.degree_features` and
+`hydrazero.models.encoders.matrix_features`.
 """
 
 from __future__ import annotations
 
+import math
+from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+
+class Step(IntEnum):
+    """What a step computes from matrices A and B, where N(X) is X / (|X|^2 + 1)."""
+
+    ANTICOMMUTATOR = 0
+    """N(AB + BA)"""
+    NORMALISED_RESIDUAL = 1
+    """N(A + B + BB)"""
+    RESIDUAL = 2
+    """A + B + BB"""
 
 
 def degree_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -19,27 +32,17 @@ def degree_linear(x: Tensor, weight: Tensor) -> Tensor:
     return _DegreeLinear.apply(x.to(dtype), weight.to(dtype))
 
 
-def anticommutator(a: Tensor, b: Tensor) -> Tensor:
-    """Return the coefficients of AB + BA for coefficients [A, 9, F] of matrices; F is a multiple of FEATURE_TILE."""
-    dtype = _product_dtype(a, b)
-    return _Anticommutator.apply(a.to(dtype), b.to(dtype), False)
+def matrix_step(a: Tensor, b: Tensor, kind: Step) -> Tensor:
+    """Return the coefficients [A, 9, F] of a step for those of A and B; F is a multiple of FEATURE_TILE.
 
-
-def square(a: Tensor) -> Tensor:
-    """Return the coefficients of AA for coefficients [A, 9, F] of matrices; F is a multiple of FEATURE_TILE."""
-    return _Square.apply(a.to(_product_dtype(a)))
-
-
-def _product_dtype(*operands: Tensor) -> torch.dtype:
-    """Return the precision of products of features, which is at least float32."""
-    dtype = torch.float32
-    for operand in operands:
-        dtype = torch.promote_types(dtype, operand.dtype)
-    return dtype
+    The precision is at least float32. It can be differentiated twice, as training on forces needs.
+    """
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return _MatrixStep.apply(a.to(dtype), b.to(dtype), int(kind))
 
 
 class _DegreeLinear(Function):
-    """(x, W) -> x W, for each degree."""
+    """(x, W) -> x W, for each degree; it is bilinear and so are its derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -59,8 +62,7 @@ class _DegreeOuter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(x, g)
-        degrees = round(x.shape[1] ** 0.5)
-        out: Tensor = torch.ops.hydrazero.degree_outer(x, g, degrees)
+        out: Tensor = torch.ops.hydrazero.degree_outer(x, g, math.isqrt(x.shape[1]))
         return out
 
     @staticmethod
@@ -69,35 +71,48 @@ class _DegreeOuter(Function):
         return _DegreeLinear.apply(g, grads[0].transpose(1, 2)), _DegreeLinear.apply(x, grads[0])
 
 
-class _Anticommutator(Function):
-    """(A, B) -> AB + BA, or AB^T + B^T A; derivatives have the same form, since (XY)^T = Y^T X^T."""
+class _MatrixStep(Function):
+    """(A, B) -> a step."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, transposed: bool) -> Tensor:
-        ctx.transposed = transposed
+    def forward(ctx: Any, a: Tensor, b: Tensor, kind: int) -> Tensor:
+        ctx.kind = kind
         ctx.save_for_backward(a, b)
-        out: Tensor = torch.ops.hydrazero.matrix_anticommutator(a, b, transposed)
+        out: Tensor = torch.ops.hydrazero.matrix_step(a, b, kind)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), g = ctx.saved_tensors, grads[0]
-        for_a = _Anticommutator.apply(g, b, not ctx.transposed)
-        for_b = _Anticommutator.apply(a, g, True) if ctx.transposed else _Anticommutator.apply(g, a, True)
-        return for_a, for_b, None
+        a, b = ctx.saved_tensors
+        return *_MatrixStepGradients.apply(a, b, grads[0], ctx.kind), None
 
 
-class _Square(Function):
-    """A -> AA, whose derivative needs one product where that of a product with itself needs two."""
+class _MatrixStepGradients(Function):
+    """(A, B, G) -> the gradients of G times the step with respect to A and B."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        ctx.save_for_backward(a)
-        out: Tensor = torch.ops.hydrazero.matrix_anticommutator(a, a, False)
-        return 0.5 * out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (a,) = ctx.saved_tensors
-        out: Tensor = _Anticommutator.apply(grads[0], a, True)
+    def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+        ctx.kind = kind
+        ctx.save_for_backward(a, b, g)
+        out: tuple[Tensor, Tensor] = torch.ops.hydrazero.matrix_step_gradients(a, b, g, kind)
         return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, g = ctx.saved_tensors
+        return *_MatrixStepCurvature.apply(a, b, g, *grads, ctx.kind), None
+
+
+class _MatrixStepCurvature(Function):
+    """(A, B, G, H, H') -> the gradients of H and H' times the above with respect to A, B and G."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, g: Tensor, for_a: Tensor, for_b: Tensor, kind: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out: tuple[Tensor, Tensor, Tensor] = torch.ops.hydrazero.matrix_step_curvature(a, b, g, for_a, for_b, kind)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("The kernels of matrix steps have no third derivatives; compute without kernels.")

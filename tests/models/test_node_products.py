@@ -7,12 +7,10 @@ import torch
 from structures import batch_of, rattled_molecule, small_model, to_structure
 from torch import Tensor
 
-from hydrazero.models.encoders import matrix_features
 from hydrazero.models.encoders.degree_features import DegreeMix
-from hydrazero.models.encoders.matrix_features import coefficients, matrices
-from hydrazero.models.ops import node_products
+from hydrazero.models.encoders.matrix_features import changed, coefficients, matrices, normalised_products
 from hydrazero.models.ops.kernels import FEATURE_TILE, load_kernels
-from hydrazero.models.ops.node_products import degree_linear
+from hydrazero.models.ops.node_products import Step, degree_linear, matrix_step
 
 ATOMS = 40  # more than a thread takes at a time
 
@@ -27,51 +25,73 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=dtype)
 
 
-def by_matrices(a: Tensor, b: Tensor, transposed: bool) -> Tensor:
-    """The coefficients of AB + BA, or with B^T for B, by PyTorch's products of matrices."""
+def by_matrices(a: Tensor, b: Tensor, kind: Step) -> Tensor:
+    """The coefficients of a step, by PyTorch's products of matrices."""
     first, second = (matrices(x).permute(2, 3, 0, 1) for x in (a, b))
-    second = second.mT if transposed else second
-    return coefficients((first @ second + second @ first).permute(2, 3, 0, 1))
+    if kind == Step.ANTICOMMUTATOR:
+        out = coefficients((first @ second + second @ first).permute(2, 3, 0, 1))
+    else:
+        out = coefficients((first + second + second @ second).permute(2, 3, 0, 1))
+    return out if kind == Step.RESIDUAL else out / (out.square().sum(1, keepdim=True) + 1.0)
+
+
+def plain_step(a: Tensor, b: Tensor, kind: Step, *, kernels: bool = False) -> Tensor:
+    """A step by the functions that the encoder calls."""
+    if kind == Step.ANTICOMMUTATOR:
+        return normalised_products(a, b, kernels=kernels)
+    return changed(a, b, normalise=kind == Step.NORMALISED_RESIDUAL, kernels=kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_anticommutators_are_those_of_matrices(dtype, transposed):
+@pytest.mark.parametrize("kind", Step)
+def test_steps_are_those_of_matrices(kind, dtype):
     a, b = (random(ATOMS, 9, features, dtype=dtype)[..., :48] for features in (48, 64))
-    found = torch.ops.hydrazero.matrix_anticommutator(a, b, transposed)
-    torch.testing.assert_close(found, by_matrices(a, b, transposed))
+    wanted = by_matrices(a, b, kind)
+    for kernels in (False, True):
+        torch.testing.assert_close(plain_step(a, b, kind, kernels=kernels), wanted)
 
 
-@pytest.mark.parametrize("product", ["anticommutator", "square"])
-def test_matrix_products_of_kernels_are_those_of_plain_pytorch(product):
-    """In the order of components before atoms too, in which operands are not dense."""
-    function = getattr(matrix_features, product)
-    operands = [random(9, ATOMS, 32).transpose(0, 1), random(ATOMS, 9, 32)][: 1 if product == "square" else 2]
-    plain, found = (function(*operands, kernels=kernels) for kernels in (False, True))
-    torch.testing.assert_close(found, plain, rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("kind", Step)
+def test_steps_of_kernels_and_two_derivatives_are_those_of_plain_pytorch(kind):
+    """For operands in the order of components before atoms too, and for gradients without strides."""
+    operands = [random(9, ATOMS, 32).transpose(0, 1), random(ATOMS, 9, 32)]
+    results = []
+    for kernels in (False, True):
+        leaves = [x.clone().requires_grad_() for x in operands]
+        out = plain_step(*leaves, kind, kernels=kernels)
+        first = torch.autograd.grad(out.square().sum() + out.sum(), leaves, create_graph=True)
+        loss = sum(part.square().sum() for part in first)
+        results.append([out, *first, *torch.autograd.grad(loss, leaves)])
+    for plain, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", Step)
+def test_derivatives_of_steps_are_finite_differences(kind):
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        return matrix_step(a, b, kind)
+
+    operands = (random(2, 9, 16).requires_grad_(), random(2, 9, 17)[..., 1:].requires_grad_())
+    assert torch.autograd.gradcheck(step, operands, fast_mode=True)
+    assert torch.autograd.gradgradcheck(step, operands, fast_mode=True)
+
+
+def test_third_derivatives_of_steps_are_refused():
+    a = random(2, 9, 16).requires_grad_()
+    value = matrix_step(a, a, Step.ANTICOMMUTATOR)
+    for _ in range(2):
+        value = torch.autograd.grad(value.square().sum(), a, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="no third derivatives"):
+        value.sum().backward()
 
 
 @pytest.mark.parametrize("features", [8, 24])
 def test_features_without_a_tile_are_left_to_plain_pytorch(features):
     a, b = random(3, 9, features), random(3, 9, features + 1)[..., 1:]
-    for product, operands in ((matrix_features.anticommutator, (a, b)), (matrix_features.square, (a,))):
-        assert torch.equal(product(*operands, kernels=True), product(*operands))
-    with pytest.raises(RuntimeError, match=f"features is {features}; it must be a multiple of {FEATURE_TILE}"):
-        node_products.anticommutator(a, b)
-
-
-def test_matrix_products_are_each_others_derivatives():
-    """First, second and third derivatives by finite differences."""
-    a, b = (x.requires_grad_() for x in (random(2, 9, 16), random(2, 9, 17)[..., 1:]))
-    for product, operands in ((node_products.anticommutator, (a, b)), (node_products.square, (a,))):
-        assert torch.autograd.gradcheck(product, operands, fast_mode=True)
-        assert torch.autograd.gradgradcheck(product, operands, fast_mode=True)
-
-    def gradients(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        out = node_products.anticommutator(a, b).square().sum()
-        return torch.autograd.grad(out, (a, b), create_graph=True)
-
-    assert torch.autograd.gradgradcheck(gradients, (a, b), fast_mode=True)
+    for kind in Step:
+        assert torch.equal(plain_step(a, b, kind, kernels=True), plain_step(a, b, kind))
+        with pytest.raises(RuntimeError, match=f"features is {features}; it must be a multiple of {FEATURE_TILE}"):
+            matrix_step(a, b, kind)
 
 
 def test_degrees_mixed_by_kernels_are_those_of_plain_pytorch():
@@ -97,15 +117,24 @@ def test_degree_products_are_each_others_derivatives():
 
 def test_a_product_of_no_atoms_is_empty():
     x, weight = random(0, 9, 16).requires_grad_(), random(3, 16, 16).requires_grad_()
-    out = node_products.square(degree_linear(x, weight))
+    out = matrix_step(x, degree_linear(x, weight), Step.RESIDUAL)
     assert out.shape == (0, 9, 16)
     assert all(not part.abs().sum() for part in torch.autograd.grad(out.sum(), (x, weight)))
 
 
 def test_operands_that_do_not_fit_together_are_refused():
-    for wrong in (random(3, 8, 16), random(2, 9, 16), random(9, 16)):
-        with pytest.raises(RuntimeError, match=r"matrices must be \[atoms, 9, features\]"):
-            torch.ops.hydrazero.matrix_anticommutator(random(3, 9, 16), wrong, False)
+    operator = torch.ops.hydrazero.matrix_step
+    for wrong, said in (
+        (random(3, 8, 16), "must be .atoms, 9, features."),
+        (random(9, 16), "must be .atoms, 9, features."),
+        (random(2, 9, 16), "must have the same shape"),
+        (random(3, 9, 16, dtype=torch.float32), "must have the same shape and precision"),
+    ):
+        operands = (wrong, wrong) if "atoms" in said else (random(3, 9, 16), wrong)
+        with pytest.raises(RuntimeError, match=f"matrices.* {said}"):
+            operator(*operands, 0)
+    with pytest.raises(RuntimeError, match="there is no step of kind 3"):
+        operator(random(3, 9, 16), random(3, 9, 16), 3)
     with pytest.raises(RuntimeError, match=r"features must be \[atoms, 4, features\] for matrices of 2 degrees"):
         degree_linear(random(3, 9, 16), random(2, 16, 16))
 
@@ -116,7 +145,7 @@ def test_autocast_rounds_products_of_degrees_but_not_those_of_matrices():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded, plain = mix(x, kernels=True), mix(x)
         assert rounded.dtype == plain.dtype == torch.bfloat16
-        product = node_products.anticommutator(rounded.transpose(0, 1), x.transpose(0, 1))
+        product = matrix_step(rounded.transpose(0, 1), x.transpose(0, 1), Step.ANTICOMMUTATOR)
     torch.testing.assert_close(rounded, plain)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.05)
     assert product.dtype == torch.float32
