@@ -4,6 +4,7 @@ BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
 MACE := .bench/mace
+NEQUIP := .bench/nequip
 KILLS ?= 20
 SEED ?= 0
 MINUTES ?= 10
@@ -103,6 +104,12 @@ $(MACE)/.installed:
 	$(PYTHON) -m venv $(MACE)
 	$(MACE)/bin/pip install -q torch==2.13.0
 	$(MACE)/bin/pip install -q mace-torch==0.3.16
+	touch $@
+
+$(NEQUIP)/.installed:
+	$(PYTHON) -m venv $(NEQUIP)
+	$(NEQUIP)/bin/pip install -q torch==2.13.0
+	$(NEQUIP)/bin/pip install -q nequip==0.19.1
 	touch $@
 
 clean:
