@@ -56,4 +56,6 @@ def group_of(source_id: str, groups: Sequence[dict[str, Any]]) -> str:
         first, last = group.get("frames", (0, int(number)))
         if file == group["file"] and first <= int(number) <= last:
             return str(group["name"])
-    raise SystemExit(f"structure {source_id} is in none of the groups of its dataset; correct them in the table's TOML.")
+    raise SystemExit(
+        f"structure {source_id} is in none of the groups of its dataset; correct them in the table's TOML."
+    )

@@ -20,7 +20,9 @@ table = AtomicNumberTable([int(number) for number in model.atomic_numbers])
 def predict(structures):
     configs = [data.config_from_atoms(atoms) for atoms in structures]
     cutoff = float(model.r_max)
-    graphs = [data.AtomicData.from_config(config, z_table=table, cutoff=cutoff, heads=model.heads) for config in configs]
+    graphs = [
+        data.AtomicData.from_config(config, z_table=table, cutoff=cutoff, heads=model.heads) for config in configs
+    ]
     (batch,) = torch_geometric.dataloader.DataLoader(dataset=graphs, batch_size=len(graphs), shuffle=False)
     found = model(batch.to_dict(), compute_stress=False)
     return found["energy"].detach().numpy(), found["forces"].detach().numpy()

@@ -1,6 +1,6 @@
 """Predictions of a peer's model for a file of structures; imported in the peer's own environment.
 
-    python predict_PEER.py MODEL STRUCTURES.xyz OUT.npz
+python predict_PEER.py MODEL STRUCTURES.xyz OUT.npz
 """
 
 from __future__ import annotations

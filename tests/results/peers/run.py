@@ -19,12 +19,12 @@ from typing import Any
 
 import ase.io
 import numpy as np
-
-from hydrazero.shards.files import write_json
 from results.jobs import HERE, ROOT
 from results.label_errors import LabelErrors
 from results.peers.split_files import write_split_files
 from results.peers.tools import PEERS, TOOLS, Job, Tool, Training
+
+from hydrazero.shards.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,9 @@ class PeerRun:
         probe = trained(tool, job, self.work / "probe", tool.probe)
         limit = tool.limit(self.seconds, probe)
         if limit <= 0:
-            raise SystemExit(f"{tool.package} takes {probe.start:.0f} s to start; give it more than {self.seconds:.0f}.")
+            raise SystemExit(
+                f"{tool.package} takes {probe.start:.0f} s to start; give it more than {self.seconds:.0f}."
+            )
         found = trained(tool, job, self.work / "run", limit)
         structures = len(ase.io.read(job.folder / "train.xyz", ":"))
         costs = {

@@ -9,10 +9,10 @@ import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import ase.io
-
+from ase.data import atomic_numbers
 from results.peers.split_files import energies_by_element
 
 PEERS = Path(__file__).parent
@@ -101,7 +101,7 @@ class Mace:
 
     def line(self, job: Job, out: Path, limit: float) -> list[str]:
         """Return the command; the second stage begins after four fifths of the epochs, as in the README's example."""
-        numbers = {atom.number: job.isolated[atom.symbol] for atom in elements_of(job) if job.isolated}
+        numbers = {number: job.isolated[symbol] for symbol, number in elements_of(job).items() if job.isolated}
         options = {
             "config": PEERS / job.settings,
             "name": "run",
@@ -162,8 +162,11 @@ class SchNetPack:
         ]
 
     def training(self, job: Job, out: Path, limit: float, started: float, ended: float) -> Training:
-        """Return the times, and the epochs of the last checkpoint."""
-        return lightning_training(job, out / "run" / "checkpoints" / "last.ckpt", out / "run" / "best_model", limit, ended - started, 10)
+        """Return the times, of which what is not within the limit belongs to the start, and the epochs."""
+        folder, settings = out / "run", PEERS / "schnetpack" / "experiment" / f"{job.settings}.yaml"
+        epochs = epochs_of(job, settings, folder / "checkpoints" / "last.ckpt")
+        seconds = ended - started
+        return Training(start=seconds - round(limit), seconds=seconds, epochs=epochs, model=folder / "best_model")
 
 
 class NequIP:
@@ -182,7 +185,7 @@ class NequIP:
     def line(self, job: Job, out: Path, limit: float) -> list[str]:
         """Return the command; energies of isolated atoms are the shifts, or else a fit to those of the structures."""
         shifts = job.isolated or energies_by_element(ase.io.read(job.folder / "train.xyz", ":"))
-        elements = [atom.symbol for atom in elements_of(job)]
+        elements = list(elements_of(job))
         pairs = ",".join(f"{symbol}:{shifts[symbol]!r}" for symbol in elements)
         return [
             job.script("nequip-train"),
@@ -198,24 +201,28 @@ class NequIP:
         ]
 
     def training(self, job: Job, out: Path, limit: float, started: float, ended: float) -> Training:
-        """Return the times, and the epochs of the last checkpoint."""
-        return lightning_training(job, out / "last.ckpt", out / "best.ckpt", limit, ended - started, 5)
+        """Return the times, of which what is not within the limit belongs to the start, and the epochs."""
+        epochs = epochs_of(job, PEERS / job.settings, out / "last.ckpt")
+        seconds = ended - started
+        return Training(start=seconds - round(limit), seconds=seconds, epochs=epochs, model=out / "best.ckpt")
 
 
 TOOLS: dict[str, Tool] = {tool.package: tool for tool in (Mace(), SchNetPack(), NequIP())}
 
 
-def lightning_training(job: Job, last: Path, best: Path, limit: float, seconds: float, batch: int) -> Training:
-    """Return what a run of Lightning with a limit of time has done; what is not the limit's is the start's."""
-    steps = int(job.run([job.script("python"), str(PEERS / "checkpoint_steps.py"), str(last)], last.parent))
-    per_epoch = math.ceil(len(ase.io.read(job.folder / "train.xyz", ":")) / batch)
-    return Training(start=seconds - round(limit), seconds=seconds, epochs=steps / per_epoch, model=best)
+def epochs_of(job: Job, settings: Path, checkpoint: Path) -> float:
+    """Return the number of epochs at the last checkpoint of a Lightning run, which is written when its time is over."""
+    batch = re.search(r"batch_size: (\d+)", settings.read_text(encoding="utf-8"))
+    if batch is None:
+        raise SystemExit(f"{settings} names no batch_size; add the one that is used for training.")
+    steps = job.run([job.script("python"), str(PEERS / "checkpoint_steps.py"), str(checkpoint)], checkpoint.parent)
+    return int(steps) / math.ceil(len(ase.io.read(job.folder / "train.xyz", ":")) / int(batch[1]))
 
 
-def elements_of(job: Job) -> Any:
-    """Return an atom of each element of the training structures, by atomic number."""
+def elements_of(job: Job) -> dict[str, int]:
+    """Return symbols and atomic numbers of the training structures' elements, by atomic number."""
     symbols = {symbol for atoms in ase.io.read(job.folder / "train.xyz", ":") for symbol in atoms.symbols}
-    return sorted(ase.Atoms(sorted(symbols)), key=lambda atom: atom.number)
+    return {symbol: atomic_numbers[symbol] for symbol in sorted(symbols, key=atomic_numbers.__getitem__)}
 
 
 def clock(seconds: float) -> str:
