@@ -68,8 +68,9 @@ real: .venv/.installed
 sixteen: .venv/.installed
 	PYTHONPATH=tests $(BIN)/python -m results.sixteen $(DATA) runs/data/sixteen --trust-pickle
 
-# A table of docs/results, run by run; what is done is not done again.
-results: .venv/.installed
+# A table of docs/results, run by run; what is done is not done again. The table of encoders has peers, which get
+# environments of their own.
+results: .venv/.installed $(if $(filter encoders,$(NAME)),$(SCHNETPACK)/.installed $(MACE)/.installed $(NEQUIP)/.installed)
 	PYTHONPATH=tests $(BIN)/python -m results.runner $(NAME) $(DATA)
 
 # The peers get environments of their own, since SchNetPack wants an older torch and MACE an older e3nn; several gigabytes.
