@@ -116,11 +116,11 @@ def test_faults_are_said(tmp_path, environments):
     shards = hydrogen(tmp_path)
     with pytest.raises(SystemExit, match="takes 3 s to start"):
         peer_run(tmp_path, environments, seconds=2.0).result(shards)
-    with pytest.raises(SystemExit, match=r"h2.extxyz#1\d is in none of the groups"):
+    with pytest.raises(SystemExit, match=r"h2\.extxyz#1\d is in none of the groups"):
         groups = [{"name": "few", "file": "h2.extxyz", "frames": [8, 9]}]
         peer_run(tmp_path, environments, dataset={"name": "h2", "groups": groups}).result(shards)
     (environments / "fake" / ".installed").unlink()
-    with pytest.raises(SystemExit, match="make .bench/fake/.installed"):
+    with pytest.raises(SystemExit, match=r"make \.bench/fake/\.installed"):
         peer_run(tmp_path, environments).result(shards)
 
 

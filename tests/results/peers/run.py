@@ -65,7 +65,7 @@ class PeerRun:
             "structures_per_s": structures / found.per_epoch,
             "threads": self.threads,
             "seed": self.seed,
-            "settings": self.peer["settings"],
+            "settings": {"file": self.peer["settings"], **self.peer.get("changes", {})},
         }
         return costs | self._errors(tool, job, found.model)
 
@@ -78,6 +78,7 @@ class PeerRun:
             folder=self.work.absolute() / "data",
             environment=environment,
             settings=self.peer["settings"],
+            changes=self.peer.get("changes", {}),
             variables={**os.environ, **threads, "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"},
             seed=self.seed,
             isolated=self.dataset.get("isolated", {}),
@@ -143,14 +144,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shards", type=Path, help="default: those that `make results NAME=encoders` has converted")
     parser.add_argument("--environments", type=Path, default=Path(".bench"))
+    parser.add_argument("--change", nargs="*", default=[], metavar="OPTION=VALUE", help="of the tool's command line")
     options = parser.parse_args()
     spec = tomllib.loads((HERE / "encoders.toml").read_text(encoding="utf-8"))
     peer, dataset = named(spec["peers"], options.peer, "peer"), named(spec["data"], options.dataset, "dataset")
     shards = options.shards or ROOT / "encoders" / "data" / options.dataset
     if not (shards / "manifest.json").exists():
         raise SystemExit(f"{shards} holds no shards; name a folder of them with --shards.")
+    changes = {**peer.get("changes", {}), **dict(change.split("=", 1) for change in options.change)}
     run = PeerRun(
-        peer=peer,
+        peer={**peer, "changes": changes},
         dataset=dataset,
         seconds=options.seconds,
         threads=options.threads,

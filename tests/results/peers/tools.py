@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ase.io
 from ase.data import atomic_numbers
@@ -28,6 +28,8 @@ class Job:
     """Absolute path of the peer's Python environment."""
     settings: str
     """Name of the file of settings in this folder."""
+    changes: dict[str, Any]
+    """Options of the tool's command line that differ from the file."""
     variables: dict[str, str]
     """Environment variables, which hold the number of threads."""
     seed: int
@@ -111,6 +113,7 @@ class Mace:
             "E0s": numbers or "average",
             "max_num_epochs": int(limit),
             "start_stage_two": max(int(0.8 * limit), 1),
+            **job.changes,
         }
         return [job.script("mace_run_train"), *(f"--{name}={value}" for name, value in options.items())]
 
@@ -159,6 +162,7 @@ class SchNetPack:
             "data.num_test=1",
             f"+seed={job.seed}",
             f"+trainer.max_time={clock(limit)}",
+            *(f"{name}={value}" for name, value in job.changes.items()),
         ]
 
     def training(self, job: Job, out: Path, limit: float, started: float, ended: float) -> Training:
@@ -198,6 +202,7 @@ class NequIP:
             f"data.val_file_path={job.folder / 'val.xyz'}",
             f"trainer.max_time={clock(limit)}",
             f"training_module.model.per_type_energy_shifts={{{pairs}}}",
+            *(f"{name}={value}" for name, value in job.changes.items()),
         ]
 
     def training(self, job: Job, out: Path, limit: float, started: float, ended: float) -> Training:
