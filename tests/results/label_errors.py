@@ -35,7 +35,9 @@ class LabelErrors:
         }
 
     def of_groups(self, groups: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-        """Return the errors of each group; a structure in no group is an error, since the groups are to cover all."""
+        """Return the errors of each group; if there are any, a structure in none is an error of the table's TOML."""
+        if not groups:
+            return {}
         chosen: dict[str, list[int]] = {group["name"]: [] for group in groups}
         for index, name in enumerate(self.names):
             chosen[group_of(name, groups)].append(index)
