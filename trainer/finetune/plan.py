@@ -123,8 +123,8 @@ def plan_finetuning(request: FinetuneRequest, init_head: str, start: AtomisticMo
     every = table["train"]["evaluate_every"]
     if (share := _share(every, validated / together)) > 2 * EVALUATION_SHARE:
         sentences.append(
-            f"{validated:,} validation structures are evaluated every {every:,} steps, which takes about {share:.0%} of "
-            f"the time; hydrazero subset {shlex.quote(str(request.folder))} --val N keeps fewer."
+            f"{validated:,} validation structures are evaluated every {every:,} steps, which takes about {share:.0%} "
+            f"of the time; hydrazero subset {shlex.quote(str(request.folder))} --val N keeps fewer."
         )
     return FinetunePlan(table=table, sentences=tuple(sentences))
 
