@@ -16,6 +16,7 @@ from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary
 from hydrazero.models.screening.batch_loading import RankShare
 from hydrazero.models.screening.prototypes import GeneratedSource
 from hydrazero.models.screening.screener import expected_structures
+from hydrazero.models.screening.settings import TOO_CLOSE
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.launcher_variables import launcher_rank, launcher_ranks
@@ -132,10 +133,23 @@ def _report(
             raise HydrazeroError(
                 f"no structure could be computed; the column 'reason' of {out} gives the reason for each."
             )
+        _report_too_close(settings, summary.totals["too_close"], say)
         _report_unranked(settings, summary.totals, say)
     elif summary.structures:
         done = f"rank {plan.rank} of {plan.ranks} has computed its {summary.structures:,} structures"
         say(f"{done}; the last rank writes {out}.")
+
+
+def _report_too_close(settings: ScreenSettings, counts: dict[str, int], say: Callable[[str], None]) -> None:
+    """Say for how many structures atoms are closer than in the training data, and how a list leaves them out."""
+    if not counts:
+        return
+    by_task = ", ".join(f"{count:,} ({task})" for task, count in counts.items())
+    hint = ""
+    if settings.top is not None and TOO_CLOSE not in settings.ranking:
+        hint = f'; --by "({settings.ranking}) / (1 - {TOO_CLOSE}{next(iter(counts))})" leaves them out'
+    marked = f"the columns '{TOO_CLOSE}TASK' mark them"
+    say(f"computed with atoms closer than in the training data: {by_task}; {marked}{hint}")
 
 
 def _report_unranked(settings: ScreenSettings, totals: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -15,7 +15,7 @@ from ase.symbols import Symbols
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hydrazero.models.screening.relaxation import Relaxer
-from hydrazero.models.screening.samples import BatchRows, Rejection, SampleBuilder, UnsupportedStructureError
+from hydrazero.models.screening.samples import BatchRows, RejectedStructureError, Rejection, SampleBuilder
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, Items, Source, all_items
 from hydrazero.shards.device import has_gpu
@@ -158,7 +158,7 @@ class ScreenDataset(IterableDataset):  # type: ignore[type-arg]
 
 
 def _rejection(item: Item, error: StructureError) -> Rejection:
-    structure = error.structure if isinstance(error, UnsupportedStructureError) else None
+    structure = error.structure if isinstance(error, RejectedStructureError) else None
     return Rejection(
         index=item.index,
         source_id=item.source_id,
