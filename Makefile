@@ -74,8 +74,8 @@ results: .venv/.installed $(if $(filter encoders,$(NAME)),$(SCHNETPACK)/.install
 	PYTHONPATH=tests $(BIN)/python -m results.runner $(NAME) $(DATA)
 
 # The peers get environments of their own, since SchNetPack wants an older torch and MACE an older e3nn; several gigabytes.
-# ONLY=data, sums, encoders, steps, screen, scaling or groups: that part alone; only steps and screen have peers.
-bench: .venv/.installed $(if $(filter data sums encoders scaling groups,$(ONLY)),,$(SCHNETPACK)/.installed $(MACE)/.installed)
+# ONLY=data, sums, encoders, small, steps, screen, scaling or groups: that part alone; only steps and screen have peers.
+bench: .venv/.installed $(if $(filter data sums encoders small scaling groups,$(ONLY)),,$(SCHNETPACK)/.installed $(MACE)/.installed)
 	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --mace-python $(MACE)/bin/python \
 		--sixteen runs/data/sixteen --out runs/bench.json $(if $(ONLY),--only $(ONLY))
 
