@@ -94,6 +94,8 @@ class Frame:
     """'file#frame'."""
     structure: Structure | None = None
     error: StructureError | None = None
+    unlabelled: Structure | None = None
+    """The structure of a frame that is unusable only because it lacks a label."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of the frame, for grouping and selection."""
     units: SourceUnits = field(default_factory=SourceUnits)
@@ -179,12 +181,14 @@ class FrameMaker:
 
     def make(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Frame:
         """Return a checked frame in eV and Å; a fault becomes the error of the frame."""
+        checked = None
         try:
             structure = self._structure(raw, source_id, info)
             check_structure(structure)
+            checked = structure
             self._check_required(raw, structure, info)
         except StructureError as error:
-            return Frame(source_id=source_id, error=error, info=info)
+            return Frame(source_id=source_id, error=error, unlabelled=checked, info=info)
         return Frame(source_id=source_id, structure=structure, info=info, units=self.settings.units)
 
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
