@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,7 +296,16 @@ def stress_places(order: str) -> np.ndarray:
     return np.array(places)[:, :, 0]
 
 
+_NO_NUMBER = re.compile(
+    r"(could not convert string to (?:float|complex|int\w*)|invalid literal for int\(\) with base 10): "
+    r"(?:np\.(?:str|bytes)_\()?b?(['\"])(?P<text>.*)\2\)?"
+)
+"""What Python and NumPy say of a text that is no number."""
+
+
 def brief(error: Exception) -> str:
-    """Return the first line of the text of an error, or the name of its class."""
+    """Return the first line of the text of an error, or the name of its class; texts that are no numbers by name."""
     text = str(error).strip().splitlines()
+    if text and (found := _NO_NUMBER.fullmatch(text[0])):
+        return f"'{found['text'][:60]}' is no {'whole ' * ('int' in found[1])}number"
     return text[0][:200] if text else type(error).__name__

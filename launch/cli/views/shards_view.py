@@ -161,7 +161,9 @@ def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableTy
             table.add_row(*(row[column] for column in (0, *columns)))
         tables.append(table)
     head = Text(f"{len(manifests)} tasks, {total:,} structures", style="bold")
-    without = " (without isolated atoms)" if any(manifest.isolated_atoms for manifest in manifests) else ""
+    with_atoms = [manifest for manifest in manifests if manifest.isolated_atoms]
+    known = with_atoms and all(manifest.bound_residual_rms for manifest in with_atoms)
+    without = " (without isolated atoms)" if known else ""
     note = (
         f"energy: root mean square of the energy minus reference energies{without}, meV/atom; forces: root mean "
         f"square, eV/Å; neighbours: mean and maximum of an atom within {cutoff} Å"
