@@ -22,7 +22,7 @@ def write_table(spec: dict[str, Any], name: str, jobs: Sequence[ResultRun]) -> P
     together = any(job.run.get("together") for job in jobs)
     lines = [f"# {spec['title']}", "", spec["text"], ""]
     lines += methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs)
-    lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
+    lines += [f"Made by `make results NAME={name} DATA=FOLDER`.", ""]
     path = PAGES / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
