@@ -44,8 +44,9 @@ class ShortPair:
             which = f"atoms {first} and {second} of {name} ({elements})"
         nearest = facts.closest.get(elements)
         known = f"have a smallest distance of {nearest:.2f} Å" if nearest else "are never neighbours"
+        digits = 3 if nearest and f"{self.distance:.2f}" == f"{nearest:.2f}" else 2
         return (
-            f"{which} are {self.distance:.2f} Å apart; these elements {known} in the training data of task "
+            f"{which} are {self.distance:.{digits}f} Å apart; these elements {known} in the training data of task "
             f"'{facts.name}'"
         )
 

@@ -26,7 +26,7 @@ def write_table(spec: dict[str, Any], name: str, jobs: Sequence[ResultRun]) -> P
 def write_page(spec: dict[str, Any], name: str, tables: Sequence[str]) -> Path:
     """Write NAME.md with the title, text and tables of a page; return its path."""
     lines = [f"# {spec['title']}", "", spec["text"], "", *tables]
-    lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
+    lines += [f"Made by `make results NAME={name} DATA=FOLDER`.", ""]
     path = PAGES / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
