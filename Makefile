@@ -4,6 +4,7 @@ BIN := .venv/bin
 DATA ?= ../shared/data
 SCHNETPACK := .bench/schnetpack
 MACE := .bench/mace
+NEQUIP := .bench/nequip
 KILLS ?= 20
 SEED ?= 0
 MINUTES ?= 10
@@ -67,13 +68,14 @@ real: .venv/.installed
 sixteen: .venv/.installed
 	PYTHONPATH=tests $(BIN)/python -m results.sixteen $(DATA) runs/data/sixteen --trust-pickle
 
-# A table of docs/results, run by run; what is done is not done again.
-results: .venv/.installed
+# A table of docs/results, run by run; what is done is not done again. The table of encoders has peers, which get
+# environments of their own.
+results: .venv/.installed $(if $(filter encoders,$(NAME)),$(SCHNETPACK)/.installed $(MACE)/.installed $(NEQUIP)/.installed)
 	PYTHONPATH=tests $(BIN)/python -m results.runner $(NAME) $(DATA)
 
 # The peers get environments of their own, since SchNetPack wants an older torch and MACE an older e3nn; several gigabytes.
-# ONLY=data, sums, encoders, steps, screen, scaling or groups: that part alone; only steps and screen have peers.
-bench: .venv/.installed $(if $(filter data sums encoders scaling groups,$(ONLY)),,$(SCHNETPACK)/.installed $(MACE)/.installed)
+# ONLY=data, sums, encoders, small, steps, screen, scaling or groups: that part alone; only steps and screen have peers.
+bench: .venv/.installed $(if $(filter data sums encoders small scaling groups,$(ONLY)),,$(SCHNETPACK)/.installed $(MACE)/.installed)
 	$(BIN)/python tests/bench/run.py --peer-python $(SCHNETPACK)/bin/python --mace-python $(MACE)/bin/python \
 		--sixteen runs/data/sixteen --out runs/bench.json $(if $(ONLY),--only $(ONLY))
 
@@ -103,6 +105,12 @@ $(MACE)/.installed:
 	$(PYTHON) -m venv $(MACE)
 	$(MACE)/bin/pip install -q torch==2.13.0
 	$(MACE)/bin/pip install -q mace-torch==0.3.16
+	touch $@
+
+$(NEQUIP)/.installed:
+	$(PYTHON) -m venv $(NEQUIP)
+	$(NEQUIP)/bin/pip install -q torch==2.13.0
+	$(NEQUIP)/bin/pip install -q nequip==0.19.1
 	touch $@
 
 clean:

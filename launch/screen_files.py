@@ -16,6 +16,7 @@ from hydrazero.models.screening import ScreenPlan, ScreenSettings, ScreenSummary
 from hydrazero.models.screening.batch_loading import RankShare
 from hydrazero.models.screening.prototypes import GeneratedSource
 from hydrazero.models.screening.screener import expected_structures
+from hydrazero.models.screening.settings import TOO_CLOSE
 from hydrazero.shards.convert.settings import load_convert_settings
 from hydrazero.shards.errors import ConfigError, HydrazeroError
 from hydrazero.shards.launcher_variables import launcher_rank, launcher_ranks
@@ -127,7 +128,7 @@ def _report(
     if summary.was_complete:
         say(f"{out} is complete; rank {plan.rank} of {plan.ranks} had nothing to do.")
     elif summary.totals is not None:
-        say(summary_text(out, summary, plan.ranks))
+        say(summary_text(out, summary, settings, plan.ranks))
         if sum(summary.totals["refused"].values()) == summary.totals["structures"]:
             raise HydrazeroError(
                 f"no structure could be computed; the column 'reason' of {out} gives the reason for each."
@@ -136,6 +137,16 @@ def _report(
     elif summary.structures:
         done = f"rank {plan.rank} of {plan.ranks} has computed its {summary.structures:,} structures"
         say(f"{done}; the last rank writes {out}.")
+
+
+def too_close_text(settings: ScreenSettings, counts: dict[str, int]) -> str:
+    """Return for how many structures, by task, atoms are closer than in its data, and how a list leaves them out."""
+    by_task = ", ".join(f"{count:,} ({task})" for task, count in counts.items())
+    hint = ""
+    if settings.top is not None and TOO_CLOSE not in settings.ranking:
+        hint = f'; --by "({settings.ranking}) / (1 - {TOO_CLOSE}{next(iter(counts))})" leaves them out'
+    marked = f"the columns '{TOO_CLOSE}TASK' mark them"
+    return f"computed with atoms closer than in the training data: {by_task}; {marked}{hint}"
 
 
 def _report_unranked(settings: ScreenSettings, totals: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -153,7 +164,7 @@ KIND_TEXTS = {"unseen": "that no head supports"}
 """Kind of a rejection -> its words in the summary, where they are not those of the kind itself."""
 
 
-def summary_text(out: Path, summary: ScreenSummary, ranks: int) -> str:
+def summary_text(out: Path, summary: ScreenSummary, settings: ScreenSettings, ranks: int) -> str:
     """Return what a complete screen has computed, and how fast, as lines."""
     totals = summary.totals or {}
     refused = sum(totals["refused"].values())
@@ -165,6 +176,8 @@ def summary_text(out: Path, summary: ScreenSummary, ranks: int) -> str:
             for kind, count in sorted(totals["refused"].items())
         )
         lines.append(f"{refused:,} not computed ({kinds}); the column 'reason' says why")
+    if totals["too_close"]:
+        lines.append(too_close_text(settings, totals["too_close"]))
     rate = summary.structures / max(summary.seconds, 1e-9)
     share = summary.model_seconds / max(summary.seconds - summary.start_seconds, 1e-9)
     lines.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from hydrazero.shards.errors import HydrazeroError
 from hydrazero.shards.files import write_json
@@ -68,6 +69,8 @@ class TrainOptions:
     """Whether the run continues from its last checkpoint."""
     retries: int = 0
     """Number of further attempts after ranks have failed."""
+    threads: int | None = None
+    """Number of threads of each rank; None: OMP_NUM_THREADS, or else the rank's share of the cores."""
 
 
 def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
@@ -76,13 +79,22 @@ def train_here(run_file: Path, config: RunConfig, options: TrainOptions) -> str:
     run_dir = Path(config.run.out)
     was_complete = options.resume and _is_complete(config)
     if options.ranks == 1 and not options.retries:
+        use_threads(options.threads)
         run_rank(config, options.resume)
     else:
-        train_ranks(run_file, options.ranks, options.words, run_dir / RUN_NAME, options.retries)
+        record = run_dir / RUN_NAME
+        retries, threads = options.retries, options.threads
+        train_ranks(run_file, options.ranks, options.words, record, retries=retries, threads=threads)
     step, steps = step_of(latest_checkpoint(run_dir)), config.train.steps
     if step != steps:
         return f"stopped at step {step} of {steps}: {run_dir}"
     return f"{'complete' if was_complete else 'trained'}: {run_dir}"
+
+
+def use_threads(threads: int | None) -> None:
+    """Let this process, which is the only rank, compute with a number of threads; with None, as it would anyway."""
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _is_complete(config: RunConfig) -> bool:

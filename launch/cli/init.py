@@ -33,14 +33,16 @@ from hydrazero.shards.text.foreign_text import echo
     "--ranks",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of training processes.  [default: one per GPU, or one per CPU core, at most four]",
+    help="Number of training processes.  [default: one per GPU; on a CPU what is fastest here, at most four]",
 )
 def init_command(folders: tuple[Path, ...], **options: Any) -> None:
     """Write a commented run file for training on shard folders.
 
     Each DIR holds the shards of one task, written by 'hydrazero convert'. The batch is chosen by the sizes of the
     structures and the memory of this machine; the number of steps by the time of a few steps, which are measured here.
-    This takes from some seconds to a few minutes, in which nothing else should run.
+    On a CPU they are measured with several numbers of processes and threads, unless --ranks or OMP_NUM_THREADS is
+    given; the fastest are named in the command that is printed, and in the run file. This takes from some seconds to
+    a few minutes, in which nothing else should run.
     """
     from hydrazero.trainer.propose.propose_run import InitRequest, write_run_file
 

@@ -13,6 +13,12 @@ from hydrazero.shards.text.foreign_text import echo
 @click.command("train")
 @click.argument("run_file", metavar="RUN.toml", type=FOLDER)
 @ranks_option
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of threads of each training process.  [default: OMP_NUM_THREADS, or the cores divided by the ranks]",
+)
 @set_option
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint; the number of ranks may have changed.")
 @click.option(
@@ -38,7 +44,13 @@ from hydrazero.shards.text.foreign_text import echo
     "Perfetto) and print the ten most expensive operations. An existing run is not changed.",
 )
 def train_command(
-    run_file: Path, ranks: int, overrides: tuple[str, ...], resume: bool, retries: int, rehearsal: str | None
+    run_file: Path,
+    ranks: int,
+    threads: int | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    retries: int,
+    rehearsal: str | None,
 ) -> None:
     """Train the model that RUN.toml describes.
 
@@ -49,16 +61,18 @@ def train_command(
     from hydrazero.trainer.ranks.launcher import train_ranks
     from hydrazero.trainer.records.run_files import RUN_NAME
     from hydrazero.trainer.rehearsal.rehearse import check_rehearsal, rehearse
-    from hydrazero.trainer.train import TrainOptions, train_here
+    from hydrazero.trainer.train import TrainOptions, train_here, use_threads
 
     config = load_run_config(run_file, overrides)
     options = [word for override in overrides for word in ("--set", override)] + ["--resume"] * resume
     if rehearsal is None:
-        started = TrainOptions(ranks=ranks, words=options, resume=resume, retries=retries)
+        started = TrainOptions(ranks=ranks, words=options, resume=resume, retries=retries, threads=threads)
         echo(train_here(run_file, config, started))
         return
     check_rehearsal(rehearsal, config, resume)
     if ranks == 1:
+        use_threads(threads)
         rehearse(rehearsal, config, resume)
     else:
-        train_ranks(run_file, ranks, [*options, f"--{rehearsal}"], Path(config.run.out) / RUN_NAME)
+        words, record = [*options, f"--{rehearsal}"], Path(config.run.out) / RUN_NAME
+        train_ranks(run_file, ranks, words, record, threads=threads)

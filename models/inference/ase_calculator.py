@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from hydrazero.models.inference.extrapolation import Extrapolation, formula_of
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential, names_of
 from hydrazero.models.inference.reused_neighbours import ReusedNeighbours
+from hydrazero.models.inference.user_warnings import warn_user
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.errors import ModelFileError, StructureError
 from hydrazero.shards.graphs.graph import GraphBatch
@@ -164,7 +164,7 @@ class HydrazeroCalculator(Calculator):
             try:
                 return self._model(batch)
             except CompilationError as error:
-                warnings.warn(f"steps cannot be compiled ({error}); they run without compilation.", stacklevel=2)
+                warn_user(f"steps cannot be compiled ({error}); they run without compilation.")
                 self._model = None
         predictions: Predictions = self.potential.model(batch)
         return predictions

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
-from ase.data import atomic_numbers, chemical_symbols
 from ase.symbols import Symbols
 from numpy.typing import NDArray
 
+from hydrazero.models.inference.short_distances import ShortDistances, ShortPair, bounds_table
+from hydrazero.models.inference.user_warnings import ModelWarning, warn_user
 from hydrazero.models.task_facts import UNTRAINED, TaskFacts
-from hydrazero.shards.convert.element_pairs import ELEMENTS, pair_places
 from hydrazero.shards.convert.references import is_determined, undetermined_text
+from hydrazero.shards.graphs.graph import GraphSample
 from hydrazero.shards.graphs.neighbours import HalfPairs
 from hydrazero.shards.structure import FloatArray, Structure
 
 
-class ExtrapolationWarning(UserWarning):
+class ExtrapolationWarning(ModelWarning):
     """A prediction for a structure unlike those that the task was trained on."""
 
 
@@ -49,6 +49,19 @@ def undetermined_energy(facts: TaskFacts, numbers: NDArray[np.uint8], name: str)
     return f"task '{facts.name}' predicts an arbitrary energy for {name}: {undetermined_text(sums)}"
 
 
+def warn_of_short_distances(short: ShortDistances, samples: Sequence[GraphSample], said: set[str]) -> None:
+    """Warn of the first sample with atoms closer than in the training data of a task, for tasks not in `said`.
+
+    The tasks that are warned of are added to `said`.
+    """
+    for pair in short.of_samples(samples):
+        facts = short.tasks[pair.task]
+        if facts.name not in said:
+            said.add(facts.name)
+            name = samples[pair.structure].structure.source_id
+            warn_user(f"{pair.text(facts, name)}.", ExtrapolationWarning)
+
+
 def formula_of(numbers: NDArray[np.uint8]) -> str:
     """Return the chemical formula of atoms; it is kept, since making it takes milliseconds for thousands of atoms."""
     return _formula(numbers.tobytes())
@@ -65,15 +78,12 @@ class Extrapolation:
     def __init__(self, facts: TaskFacts, cutoff: float) -> None:
         """Create a check; pairs farther apart than `cutoff` in Å are ignored."""
         self.facts = facts
-        self._bounds = np.full(ELEMENTS**2, min(facts.closest_within, cutoff))
-        for pair, distance in facts.closest.items():
-            first, second = (np.array([atomic_numbers[symbol]]) for symbol in pair.split("-"))
-            self._bounds[pair_places(first, second)] = min(distance, cutoff)
+        self._bounds = bounds_table(facts, cutoff)
         self._said: set[tuple[str, str, str]] = set()
 
     def bounds(self, numbers: NDArray[np.uint8], pairs: HalfPairs) -> FloatArray:
         """Return the smallest distance in the training data for each pair of elements in Å, [P]; 0 if it is unknown."""
-        found: FloatArray = self._bounds[pair_places(numbers[pairs.first], numbers[pairs.second])]
+        found: FloatArray = self._bounds[numbers[pairs.first], numbers[pairs.second]]
         return found
 
     def look_at_distances(
@@ -84,16 +94,19 @@ class Extrapolation:
         if not len(short):
             return
         worst = int(short[np.argmin(distances[short] / bounds[short])])
-        ends = (int(pairs.first[worst]), int(pairs.second[worst]))
-        elements = "-".join(chemical_symbols[z] for z in sorted(int(numbers[end]) for end in ends))
-        nearest = self.facts.closest.get(elements)
-        known = f"have a smallest distance of {nearest:.2f} Å" if nearest else "are never neighbours"
-        self._warn(
-            "distance",
-            formula,
-            f"atoms {ends[0]} and {ends[1]} of {formula} ({elements}) are {distances[worst]:.2f} Å apart; these "
-            f"elements {known} in the training data of task '{self.facts.name}'",
+        first, second = sorted((int(pairs.first[worst]), int(pairs.second[worst])))
+        pair = ShortPair(
+            structure=0,
+            task=0,
+            atoms=(first, second),
+            numbers=(int(numbers[first]), int(numbers[second])),
+            distance=float(distances[worst]),
         )
+        self.look_at_pair(formula, pair)
+
+    def look_at_pair(self, formula: str, pair: ShortPair) -> None:
+        """Warn about a pair that is closer than all pairs of its elements in the training data."""
+        self._warn("distance", formula, pair.text(self.facts, formula))
 
     def look_at_composition(self, formula: str, numbers: NDArray[np.uint8]) -> None:
         """Warn about a composition whose total energy the training data does not determine."""
@@ -132,4 +145,4 @@ class Extrapolation:
         place = (self.facts.name, kind, formula)
         if place not in self._said:
             self._said.add(place)
-            warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=2)
+            warn_user(f"{text}.", ExtrapolationWarning)

@@ -242,7 +242,8 @@ def _metadata(path: Path) -> dict[str, str]:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelFileError(
-            f"{path} is not a readable model file, or is truncated; name a file that 'hydrazero export' has written."
+            f"{path} is not a readable model file, or is truncated; name a file that 'hydrazero export' has written "
+            "(data files are converted first, by 'hydrazero convert')."
         ) from error
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{path} is a safetensors file, but not a model exported by hydrazero.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,16 @@ from hydrazero.models.inference.ase_structure import (
     structure_from_atoms,
     unread_condition,
 )
-from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
+from hydrazero.models.inference.extrapolation import (
+    ExtrapolationWarning,
+    ignored_conditions,
+    undetermined_energy,
+    warn_of_short_distances,
+)
 from hydrazero.models.inference.model_file import read_model
 from hydrazero.models.inference.own_modes import own_modes
+from hydrazero.models.inference.short_distances import ShortDistances
+from hydrazero.models.inference.user_warnings import warn_user
 from hydrazero.models.task_facts import NONE, TaskFacts
 from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError, did_you_mean
@@ -48,6 +54,7 @@ class Potential:
     def __init__(self, model: AtomisticModel, device: torch.device | str = "cpu") -> None:
         self.device = _available(device)
         self.model = model.to(self.device).eval()
+        self._short_distances: ShortDistances | None = None
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -135,10 +142,10 @@ class Potential:
         'energy_spread' eV (the standard deviation of an ensemble of heads), 'forces' [atoms, 3] eV/Å, 'stress' [3, 3]
         eV/Å³ (for periodic structures whose cell has three vectors), each None where the task has none,
         'reference_energy' eV (the sum of the reference energies of all atoms), and 'targets', the task's other
-        quantities by name. Numbers are of type float, arrays of type float64. A charge or spin that a task ignores
-        gives an ExtrapolationWarning, and so does a composition whose energy its data leaves arbitrary. Raises
-        StructureError for a structure that is not valid or that a task does not support, ModelFileError for a task that
-        the model does not have.
+        quantities by name. Numbers are of type float, arrays of type float64. For each task, the first structure with a
+        charge or spin that the task ignores gives an ExtrapolationWarning, and so do the first whose energy its data
+        leaves arbitrary and the first with atoms closer than in its data. Raises StructureError for a structure that is
+        not valid or that a task does not support, ModelFileError for a task that the model does not have.
         """
         names = names_of(self.tasks if tasks is None else tasks)
         indices = [self.task_index(name) for name in names]
@@ -146,11 +153,15 @@ class Potential:
         converted = [self._converted(atoms, n, names) for n, atoms in enumerate(given)]
         self._check_supported(converted, [unread_condition(all_conditions(atoms)) for atoms in given], names)
         rows: list[dict[str, Any]] = [{} for _ in range(len(converted) * len(names))]
+        short, said = self._short_distances_of(names), set[str]()
         for first in range(0, len(converted), STRUCTURES_AT_ONCE):
-            samples = []
-            for n, structure in enumerate(converted[first : first + STRUCTURES_AT_ONCE], first):
-                sample = graph_sample(structure, 0, self.cutoff)
-                samples += [replace(sample, task=task, origin=(n, place)) for place, task in enumerate(indices)]
+            found = [graph_sample(each, 0, self.cutoff) for each in converted[first : first + STRUCTURES_AT_ONCE]]
+            warn_of_short_distances(short, found, said)
+            samples = [
+                replace(sample, task=task, origin=(n, place))
+                for n, sample in enumerate(found, first)
+                for place, task in enumerate(indices)
+            ]
             for packed, batch in self.batches(samples, shape_for(samples)):
                 for sample, row in zip(packed, self.rows(packed, batch), strict=True):
                     n, place = sample.origin
@@ -210,21 +221,28 @@ class Potential:
         Warn of the first structure whose charge or spin a task ignores, and of the first whose energy is arbitrary.
         `unread` says for each structure which charge or spin stands under a name that is not read.
         """
-        said: set[tuple[str, str]] = set()
-        for structure, other in zip(structures, unread, strict=True):
-            name = structure.source_id
+        for structure in structures:
             for task in tasks:
-                facts = self.facts(task)
-                if (task, "state") not in said and (text := ignored_conditions(facts, structure, name, other)):
-                    said.add((task, "state"))
-                    warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=4)
-                if (task, "energy") not in said and (text := undetermined_energy(facts, structure.numbers, name)):
-                    said.add((task, "energy"))
-                    warnings.warn(f"{text}.", ExtrapolationWarning, stacklevel=4)
                 if (reason := self.why_not(structure, task)) is not None:
                     raise StructureError(
                         "unseen", f"{structure.source_id} {reason}; leave the structure out or choose another task."
                     )
+        for facts in map(self.facts, tasks):
+            ignored = (
+                ignored_conditions(facts, structure, structure.source_id, other)
+                for structure, other in zip(structures, unread, strict=True)
+            )
+            arbitrary = (undetermined_energy(facts, each.numbers, each.source_id) for each in structures)
+            for text in (next(filter(None, ignored), None), next(filter(None, arbitrary), None)):
+                if text is not None:
+                    warn_user(f"{text}.", ExtrapolationWarning)
+
+    def _short_distances_of(self, tasks: Sequence[str]) -> ShortDistances:
+        """Return the search for atoms that are too close for tasks; that of the last tasks is kept."""
+        facts, kept = [self.facts(task) for task in tasks], self._short_distances
+        if kept is None or [*map(id, kept.tasks)] != [*map(id, facts)]:
+            kept = self._short_distances = ShortDistances(facts, self.cutoff)
+        return kept
 
     @own_modes()
     def member_energies(self, batch: GraphBatch) -> NDArray[np.float64]:
@@ -278,7 +296,7 @@ class Potential:
 
         model = sharing_weights(self.model)  # which chooses its kernels independently
         if (reason := use_kernels(model)) is not None:
-            warnings.warn(f"compiled steps run without the C++ kernels, and are slower: {reason}.", stacklevel=2)
+            warn_user(f"compiled steps run without the C++ kernels, and are slower: {reason}.")
         return CompiledModel(model)
 
 

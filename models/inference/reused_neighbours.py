@@ -59,12 +59,7 @@ class ReusedNeighbours:
 
     def distances(self, positions: FloatArray) -> FloatArray:
         """Return the distances of the P pairs of the neighbour list at positions [A, 3] Å: [P] Å."""
-        pairs = self.sample.pairs
-        between = positions[pairs.second] - positions[pairs.first]
-        if pairs.shift is not None:
-            between += pairs.shift
-        lengths: FloatArray = np.sqrt(np.einsum("pc,pc->p", between, between))
-        return lengths
+        return self.sample.pairs.lengths(positions)
 
     def _is_valid(self, atoms: Atoms) -> bool:
         if self._sample is None:

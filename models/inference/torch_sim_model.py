@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,12 @@ from hydrazero.models.inference.ase_structure import check_names, unread_conditi
 from hydrazero.models.inference.extrapolation import Extrapolation, formula_of
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential
+from hydrazero.models.inference.short_distances import ShortDistances
+from hydrazero.models.inference.user_warnings import warn_user
 from hydrazero.models.task_facts import NONE
 from hydrazero.shards.conditions import condition_named
 from hydrazero.shards.errors import ConfigError, ModelFileError, StructureError
-from hydrazero.shards.graphs.graph import collate, graph_sample, shape_holding
+from hydrazero.shards.graphs.graph import GraphSample, collate, graph_sample, shape_holding
 from hydrazero.shards.readers.opening import optional_module
 from hydrazero.shards.structure import (
     FloatArray,
@@ -67,6 +68,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         self._charge = None if charge is None else charge_of(charge)
         self._multiplicity = None if multiplicity is None else multiplicity_of(multiplicity)
         self._watch = Extrapolation(facts, potential.cutoff)
+        self._short = ShortDistances([facts], potential.cutoff)
         self._warned_of_cell = False
         self._supports = {"forces": facts.forces != NONE, "stress": facts.stress != NONE}
         self._compute_forces, self._compute_stress = self._supports["forces"], self._supports["stress"]
@@ -105,6 +107,7 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         state = _plain(state)
         index, potential = self.potential.task_index(self.task), self.potential
         samples = [graph_sample(structure, index, potential.cutoff) for structure in self._structures(state)]
+        self._look_at_distances(samples)
         batch = collate(samples, shape_holding(samples), potential.model.dtype).to(potential.device)
         predictions = potential.model(batch)
         results = {"energy": predictions.energy}
@@ -142,6 +145,10 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
             structures.append(structure)
         return structures
 
+    def _look_at_distances(self, samples: Sequence[GraphSample]) -> None:
+        for pair in self._short.of_samples(samples):
+            self._watch.look_at_pair(formula_of(samples[pair.structure].structure.numbers), pair)
+
     def _conditions(self, state: dict[str, Any], systems: int) -> tuple[list[int], list[int]]:
         """Return charge and multiplicity of each system."""
         charges, spins = state.get("charge"), state.get("spin")
@@ -169,10 +176,9 @@ class TorchSimModel(ModelInterface):  # type: ignore[misc]
         """Warn once of cells that are not used; torch-sim 0.3 stores a slab as a structure that is not periodic."""
         if not pbc.any() and not self._warned_of_cell and (np.abs(np.linalg.det(cells)) > 1e-6).any():
             self._warned_of_cell = True
-            warnings.warn(
+            warn_user(
                 "a state has cells, but is not periodic, so that its systems are computed as isolated clusters; "
-                "torch-sim drops the periodicity of structures that are periodic in one or two directions only.",
-                stacklevel=2,
+                "torch-sim drops the periodicity of structures that are periodic in one or two directions only."
             )
 
     def _check(self, structure: Structure, unread: str | None) -> None:

@@ -15,7 +15,7 @@ from ase.symbols import Symbols
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hydrazero.models.screening.relaxation import Relaxer
-from hydrazero.models.screening.samples import BatchRows, Rejection, SampleBuilder, UnsupportedStructureError
+from hydrazero.models.screening.samples import BatchRows, RejectedStructureError, Rejection, SampleBuilder
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item, Items, Source, all_items
 from hydrazero.shards.device import has_gpu
@@ -23,9 +23,9 @@ from hydrazero.shards.errors import HydrazeroError, StructureError
 from hydrazero.shards.graphs.graph import BatchShape, GraphSample, collate, shape_holding
 from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.shards.processes import end_with_creator
-from hydrazero.shards.stream.batch_buffer import BatchBuffer, to_buffer
+from hydrazero.shards.stream.batch_buffer import BatchBuffer, shared_bytes, to_buffer
 from hydrazero.shards.stream.packing import Packer, fits
-from hydrazero.shards.stream.shared_memory import POLL, check_shared_memory, in_shared_memory, outputs_of
+from hydrazero.shards.stream.shared_memory import POLL, check_shared_memory, outputs_of, ready_to_pass
 
 SAMPLED_STRUCTURES, SAMPLED_SOURCES = 64, 64
 """Maximum number of structures per source, and of sources, from which the shape of batches is estimated."""
@@ -152,13 +152,13 @@ class ScreenDataset(IterableDataset):  # type: ignore[type-arg]
         if self.builder.rows_per_atom is not None:
             batch.pbc = torch.zeros(shape.structures, 3, dtype=torch.bool)
             batch.pbc[: len(packed)] = torch.from_numpy(np.stack([sample.structure.pbc for sample in packed]))
-        output.batch = in_shared_memory(to_buffer(batch), WITHOUT_WORKERS)
+        output.batch = ready_to_pass(to_buffer(batch), WITHOUT_WORKERS)
         output.rows, output.usual = self.builder.rows(packed, names), usual
         return output
 
 
 def _rejection(item: Item, error: StructureError) -> Rejection:
-    structure = error.structure if isinstance(error, UnsupportedStructureError) else None
+    structure = error.structure if isinstance(error, RejectedStructureError) else None
     return Rejection(
         index=item.index,
         source_id=item.source_id,
@@ -202,7 +202,7 @@ def worker_outputs(dataset: ScreenDataset, workers: int) -> Iterator[WorkerOutpu
     """
     needed = 0
     if workers:
-        size = to_buffer(collate([], dataset.shape, dataset.builder.potential.model.dtype)).buffer.nbytes
+        size = shared_bytes(collate([], dataset.shape, dataset.builder.potential.model.dtype))
         needed = workers * (PREFETCH + 1) * size
         check_shared_memory(needed, WITHOUT_WORKERS)
     loader: DataLoader[Any] = DataLoader(

@@ -7,9 +7,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hydrazero.models.inference.potential import Potential
+from hydrazero.models.inference.short_distances import knows_distances
 from hydrazero.models.screening.predictor import BatchResult
 from hydrazero.models.screening.samples import BatchRows, Rejection
-from hydrazero.models.screening.settings import CONVERGED, ScreenSettings
+from hydrazero.models.screening.settings import CONVERGED, TOO_CLOSE, ScreenSettings
 from hydrazero.shards.errors import ConfigError
 
 
@@ -30,6 +31,7 @@ def schema_of(potential: Potential, settings: ScreenSettings) -> pa.Schema:
     columns += [(f"forces_{task}", pa.list_(pa.float32())) for task in settings.forces]
     if settings.relax:
         columns += [("positions", pa.list_(pa.float64())), ("cell", pa.list_(pa.float64())), (CONVERGED, pa.bool_())]
+    columns += [(f"{TOO_CLOSE}{task}", pa.bool_()) for task in settings.tasks if knows_distances(potential.facts(task))]
     columns.append(("reason", pa.string()))
     names = [name for name, _ in columns]
     for name in names:
@@ -41,8 +43,16 @@ def schema_of(potential: Potential, settings: ScreenSettings) -> pa.Schema:
 
 
 def ranking_columns(schema: pa.Schema) -> list[str]:
-    """Return the names of the columns of numbers that a ranking expression may contain."""
-    return [field.name for field in schema if field.type == pa.float64()] + ["atoms"]
+    """Return the names of the columns that a ranking expression may contain; true and false count as 1 and 0."""
+    return [field.name for field in schema if field.type in (pa.float64(), pa.bool_())] + ["atoms"]
+
+
+def with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a table with the columns of a schema; those that it lacks, as it is of an earlier version, are null."""
+    lacking = {
+        field.name: pa.nulls(table.num_rows, field.type) for field in schema if field.name not in table.column_names
+    }
+    return pa.table([lacking[name] if name in lacking else table[name] for name in schema.names], schema=schema)
 
 
 class RowTables:
@@ -70,6 +80,8 @@ class RowTables:
             "atoms": pa.array(rows.atoms),
             "reason": pa.nulls(count, pa.string()),
         }
+        close = np.zeros((count, len(self.settings.tasks)), dtype=bool)
+        close[[pair.structure for pair in rows.short], [pair.task for pair in rows.short]] = True
         for place, task in enumerate(self.settings.tasks):
             unsupported = ~rows.supported[:, place]
             if self._has_energy[place]:
@@ -82,6 +94,7 @@ class RowTables:
             if task in result.forces:
                 forces = result.forces[task][: int(rows.atoms.sum())].cpu().numpy().astype(np.float32)
                 columns |= _force_columns(task, forces, rows.atoms, unsupported)
+            columns[f"{TOO_CLOSE}{task}"] = pa.array(close[:, place], mask=unsupported)
         if self.settings.relax:
             flat = pa.list_(pa.float64())
             columns["positions"] = pa.array([each.positions.reshape(-1) for each in rows.structures], flat)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from hydrazero.models.screening.columns import with_columns
 from hydrazero.models.screening.part_files import (
     ChunkRecord,
     check_part,
@@ -153,10 +154,13 @@ class ScreenOutput:
         file = self.parts / SUMMARY_NAME
         return read_json(file, shape=dict[str, Any]) if file.is_file() else None
 
-    def finish(self, total: int, settings: ScreenSettings, rank: int, ranks: int) -> dict[str, Any] | None:
+    def finish(
+        self, total: int, settings: ScreenSettings, schema: pa.Schema, rank: int, ranks: int
+    ) -> dict[str, Any] | None:
         """Merge all parts into the result if this rank is the last one, and return the summary; otherwise return None.
 
-        Raises SourceError if the sources hold no structure, or if the parts lack some of their `total` structures.
+        `schema` has the columns of the result; parts of earlier versions may lack some. Raises SourceError if the
+        sources hold no structure, or if the parts lack some of their `total` structures.
         """
         try:
             write_bytes(self.parts / f"{RANK_DONE}{rank}-of-{ranks}", b"", shared=True)
@@ -179,8 +183,10 @@ class ScreenOutput:
                 raise SourceError("the sources hold no structure; there is nothing to screen.")
             self._check_complete(chunks, total)
             rejected: Counter[str] = sum((record.rejected for record in chunks.values()), Counter())
-            written = self._merge(records, settings, total)
-            summary = {"structures": total, "written": written, "refused": dict(rejected)}
+            too_close: Counter[str] = sum((record.too_close for record in chunks.values()), Counter())
+            written = self._merge(records, settings, schema, total)
+            counts = {"refused": dict(rejected), "too_close": dict(too_close)}
+            summary = {"structures": total, "written": written, **counts}
             if self.one_file:
                 shutil.rmtree(self.parts)
             else:
@@ -226,18 +232,26 @@ class ScreenOutput:
         """Wait until no other rank changes the output; the lock is released when its process ends."""
         return locked(self.out.with_name(f".{self.out.name}.lock"), remove=True)
 
-    def _merge(self, records: PartRecords, settings: ScreenSettings, total: int) -> int:
+    def _merge(self, records: PartRecords, settings: ScreenSettings, schema: pa.Schema, total: int) -> int:
         """Write the rows to keep of all `total` structures; return their number."""
         if settings.top is not None:
-            top = TopRows(settings, pq.read_schema(next(iter(records))))
+            top = TopRows(settings, schema)
             for path in records:
-                top.add(read_part(path).replace_schema_metadata(None))
+                top.add(with_columns(read_part(path), schema))
             return self._write_tables(self.out if self.one_file else self.out / TOP_NAME, iter([top.table()]))
         if self.one_file:
-            return self._write_tables(self.out, _in_source_order(records))
+            return self._write_tables(self.out, _in_source_order(records, schema))
         self.check_parts(0, 1)
         self._drop_repeats(records)
+        self._add_columns(schema)
         return total
+
+    def _add_columns(self, schema: pa.Schema) -> None:
+        """Write parts of earlier versions again with all columns, so that the folder can be read as one table."""
+        for path, part in self.part_records().items():
+            if pq.read_schema(path).names != schema.names:
+                write_part(path.parent, [with_columns(read_part(path), schema)], part)
+                path.unlink()
 
     def _write_tables(self, path: Path, tables: Iterator[pa.Table]) -> int:
         """Write tables of one schema to a temporary file and rename it to `path`; return the number of rows."""
@@ -253,14 +267,14 @@ class ScreenOutput:
         return rows
 
 
-def _in_source_order(records: PartRecords) -> Iterator[pa.Table]:
+def _in_source_order(records: PartRecords, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield the rows of all chunks in the order of the sources; each chunk is a row group of its part."""
     owner = {chunk: (path, place) for path, part in records.items() for place, chunk in enumerate(part)}
     open_part = lru_cache(maxsize=MAX_OPEN_PARTS)(partial(pq.ParquetFile, page_checksum_verification=True))
     waiting: list[pa.Table] = []
     for _, (path, place) in sorted(owner.items()):
         try:
-            waiting.append(open_part(path).read_row_group(place))
+            waiting.append(with_columns(open_part(path).read_row_group(place), schema))
         except (OSError, pa.ArrowException) as error:
             raise damaged(path) from error
         if len(waiting) == ROW_GROUP_CHUNKS:

@@ -10,13 +10,15 @@ from collections import Counter
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hydrazero.models.screening.ranking import TopRows
-from hydrazero.models.screening.settings import CHUNK, ScreenSettings
+from hydrazero.models.screening.settings import CHUNK, TOO_CLOSE, ScreenSettings
 from hydrazero.shards.errors import SourceError
 from hydrazero.shards.files import parse_json, write_bytes
 
@@ -26,6 +28,8 @@ PART_SECONDS = 60.0
 """Seconds after which a part is written even if it has fewer rows."""
 CHUNKS_KEY = b"hydrazero.screen"
 """Key of the Parquet metadata under which a part lists its chunks."""
+ChunkEntry = tuple[int, int, dict[str, int]] | tuple[int, int, dict[str, int], dict[str, int]]
+"""Number of a chunk, its structures, and what a ChunkRecord counts; without the last where it counts nothing."""
 
 
 DIGITS = 32
@@ -41,6 +45,12 @@ class ChunkRecord:
     structures: int
     rejected: Counter[str]
     """Number of structures that were not computed, by kind."""
+    too_close: Counter[str]
+    """Number of structures with atoms closer than in the training data, by task; empty in parts of earlier versions."""
+
+    def listed(self, chunk: int) -> list[Any]:
+        """Return the entry of a chunk in the metadata of a part."""
+        return [chunk, self.structures, self.rejected, *[self.too_close] * bool(self.too_close)]
 
 
 def read_chunk_records(path: Path) -> dict[int, ChunkRecord]:
@@ -52,10 +62,10 @@ def read_chunk_records(path: Path) -> dict[int, ChunkRecord]:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file")
         text = (pq.read_schema(path).metadata or {})[CHUNKS_KEY]
-        document = parse_json(text, str(path), shape=list[tuple[int, int, dict[str, int]]])
+        document = parse_json(text, str(path), shape=list[ChunkEntry])
         return {
-            int(chunk): ChunkRecord(structures=structures, rejected=Counter(rejected))
-            for chunk, structures, rejected in document
+            chunk: ChunkRecord(structures=structures, rejected=Counter(rejected), too_close=Counter(*too_close))
+            for chunk, structures, rejected, *too_close in document
         }
     except FileNotFoundError:
         raise
@@ -71,7 +81,7 @@ def write_part(folder: Path, tables: list[pa.Table], records: dict[int, ChunkRec
     The digest of its content is a part of its name, which therefore no other part has. The part is written to a
     temporary file that is then renamed.
     """
-    document = json.dumps([[chunk, record.structures, record.rejected] for chunk, record in records.items()])
+    document = json.dumps([record.listed(chunk) for chunk, record in records.items()])
     schema = tables[0].schema.with_metadata({CHUNKS_KEY: document.encode()})
     content = io.BytesIO()
     with pq.ParquetWriter(content, schema, write_page_checksum=True) as writer:
@@ -161,7 +171,11 @@ class PartWriter:
         if not self._complete:
             return
         records = {
-            chunk: ChunkRecord(structures=rows.num_rows, rejected=self._rejected.pop(chunk, Counter()))
+            chunk: ChunkRecord(
+                structures=rows.num_rows,
+                rejected=self._rejected.pop(chunk, Counter()),
+                too_close=_too_close(rows),
+            )
             for chunk, rows in sorted(self._complete.items())
         }
         tables = [self._complete[chunk] for chunk in records]
@@ -174,3 +188,10 @@ class PartWriter:
         previous, self._part = self._part, write_part(self.folder, [self._top.table()], self._top_records)
         if previous not in (None, self._part):
             previous.unlink()  # what it holds is in the new part
+
+
+def _too_close(rows: pa.Table) -> Counter[str]:
+    """Return the number of rows with atoms closer than in the training data, for each task that has such rows."""
+    columns = [name for name in rows.column_names if name.startswith(TOO_CLOSE)]
+    counts = {name.removeprefix(TOO_CLOSE): pc.sum(rows[name]).as_py() for name in columns}
+    return Counter({task: count for task, count in counts.items() if count})

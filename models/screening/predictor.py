@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from hydrazero.models.atomistic import AtomisticModel
 from hydrazero.models.inference.potential import Potential
+from hydrazero.models.inference.user_warnings import warn_user
 from hydrazero.models.ops.compiled import CompilationError, CompiledModel, sharing_weights, use_kernels
 from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.shards.graphs.graph import GraphBatch
@@ -100,7 +100,7 @@ class Predictor:
             self._compute(compiled, batch)
             self._compiled, self._eager = compiled, model
         except CompilationError as error:
-            warnings.warn(f"the model cannot be compiled here and stays slower: {error}", stacklevel=2)
+            warn_user(f"the model cannot be compiled here and stays slower: {error}")
             self.compile_after = float("inf")
             return self._eager
         finally:

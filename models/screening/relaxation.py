@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hydrazero.models.inference.potential import Potential
 from hydrazero.models.screening.constraints import box_of, freedom_of
+from hydrazero.models.screening.samples import RejectedStructureError
 from hydrazero.models.screening.settings import CHUNK, CONVERGED
 from hydrazero.models.screening.sources import Item, read_structure
 from hydrazero.models.task_facts import CONSERVATIVE
@@ -40,12 +41,13 @@ class Relaxer:
     along periodic directions alone, without vacuum; see `freedom_of`.
     """
 
-    def __init__(self, potential: Potential, task: str, steps: int, max_atoms: int) -> None:
-        """Relax for at most `steps` steps, and pass structures of more than `max_atoms` atoms on without a change.
+    def __init__(self, potential: Potential, tasks: Sequence[str], steps: int, max_atoms: int) -> None:
+        """Relax with the first of the tasks of a screen, for at most `steps` steps.
 
-        Raises ConfigError if the task's forces are not the gradient of its energy, SourceError if torch-sim is not
-        installed.
+        Structures of more than `max_atoms` atoms are passed on without a change. Raises ConfigError if the task's
+        forces are not the gradient of its energy, SourceError if torch-sim is not installed.
         """
+        task = tasks[0]
         if potential.facts(task).forces != CONSERVATIVE:
             raise ConfigError(
                 f"task '{task}' has no conservative forces to relax with; name a task that has them first."
@@ -53,7 +55,8 @@ class Relaxer:
         self._sim = optional_module("torch_sim", "torch-sim-atomistic", "--relax", "torch-sim")
         from hydrazero.models.inference.torch_sim_model import TorchSimModel
 
-        self.potential, self.task, self.steps, self.max_atoms = potential, task, steps, max_atoms
+        self.potential, self.tasks, self.task = potential, tasks, task
+        self.steps, self.max_atoms = steps, max_atoms
         self._model: Any = TorchSimModel(potential, task)
 
     def kind(self, structure: Structure) -> Kind:
@@ -61,9 +64,10 @@ class Relaxer:
 
         Raises StructureError for a structure that cannot be relaxed.
         """
-        reason = self.potential.why_not(structure, self.task)
-        if reason is not None:
-            raise StructureError("unseen", f"it {reason}")
+        if (reason := self.potential.why_none(structure, self.tasks)) is not None:
+            raise StructureError("unseen", reason)
+        if (reason := self.potential.why_not(structure, self.task)) is not None:
+            raise StructureError("unseen", f"{reason}, and --relax needs that task")
         return bool(structure.pbc.any()), bool(freedom_of(structure, self.potential.cutoff).strain.any())
 
     def relaxed(self, structures: Sequence[Structure]) -> list[Structure]:
@@ -134,7 +138,7 @@ class Relaxer:
             try:
                 kind = self.kind(structure)
             except StructureError as error:
-                yield replace(item, read=partial(_raise, error))
+                yield _rejected(item, structure, error)
                 continue
             group = waiting.setdefault(kind, [])
             group.append((item, structure))
@@ -152,7 +156,7 @@ class Relaxer:
             results = self.relaxed([structure for _, structure in group])
         except (HydrazeroError, ValueError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
             if len(group) == 1:
-                yield replace(group[0][0], read=partial(_raise, _not_relaxed(error)))
+                yield _rejected(*group[0], _not_relaxed(error))
                 return
             for half in (group[: len(group) // 2], group[len(group) // 2 :]):
                 yield from self._relax_group(half)
@@ -206,6 +210,11 @@ def _same(structure: Structure) -> Structure:
 
 def _raise(error: StructureError) -> Structure:
     raise error
+
+
+def _rejected(item: Item, structure: Structure, error: StructureError) -> Item:
+    """Return an item whose structure is not computed because of an error; its row names the structure."""
+    return replace(item, read=partial(_raise, RejectedStructureError(structure, error.reason, str(error))))
 
 
 def _not_relaxed(error: Exception) -> StructureError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning, ignored_conditions, undetermined_energy
 from hydrazero.models.inference.potential import Potential
+from hydrazero.models.inference.short_distances import ShortDistances, ShortPair
+from hydrazero.models.inference.user_warnings import warn_user
 from hydrazero.models.screening.settings import ScreenSettings
 from hydrazero.models.screening.sources import Item, read_structure
 from hydrazero.models.task_facts import known_elements, reference_table
@@ -48,6 +49,8 @@ class Composition:
     """Whether the task was trained on all elements, [T]."""
     reference: NDArray[np.float64]
     """Sum of the task's reference energies, eV, [T]."""
+    arbitrary: NDArray[np.bool_]
+    """Whether the task's training data leaves the total energy open, [T]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class BatchRows:
     """Sum of the task's reference energies, eV, [S, T]."""
     structures: list[Structure]
     """The relaxed structures; empty in a screen that does not relax."""
+    short: list[ShortPair]
+    """Pairs of atoms that are closer than in the training data of a task, at most one for each structure and task."""
 
     def rejection(self, place: int, kind: str, reason: str) -> Rejection:
         """Return the rejection of the structure at a place in the batch."""
@@ -88,8 +93,9 @@ class SampleBuilder:
         """Estimated number of rows of neighbour slots per atom if neighbours are found on the model's device; None if
         workers find them."""
         self._facts = facts = [potential.facts(task) for task in settings.tasks]
+        self.short_distances = ShortDistances(facts, potential.cutoff)
         self._said_ignored = False
-        self._said_arbitrary: set[str] = set()
+        self._said_arbitrary = np.zeros(len(facts), dtype=bool)
         self._references = reference_table(facts).numpy().T
         self._known = known_elements(facts).numpy().T
         self._needs_multiplicity = np.array([task.charge_spin and task.multiplicity_known for task in facts])
@@ -101,12 +107,12 @@ class SampleBuilder:
         if key not in self._compositions:
             if len(self._compositions) >= COMPOSITIONS_KEPT:
                 self._compositions.clear()
-            numbers = structure.numbers.astype(np.int64)
-            self._look_at_composition(structure)
+            facts, numbers = self._facts, structure.numbers.astype(np.int64)
             self._compositions[key] = Composition(
                 formula=str(Symbols(numbers).get_chemical_formula()),
                 known=np.asarray(self._known[numbers].all(axis=0)),
                 reference=self._references[numbers].sum(axis=0),
+                arbitrary=np.array([undetermined_energy(each, structure.numbers, "") is not None for each in facts]),
             )
         return self._compositions[key]
 
@@ -120,13 +126,18 @@ class SampleBuilder:
         structure, unread = read_structure(item), None if item.unread is None else item.unread()
         if len(structure) > self.settings.max_atoms:
             reason = f"has {len(structure)} atoms, more than --max-atoms {self.settings.max_atoms}"
-            raise UnsupportedStructureError(structure, "too_large", reason)
-        if not self.supported(structure).any():
+            raise RejectedStructureError(structure, "too_large", reason)
+        supported = self.supported(structure)
+        if not supported.any():
             reason = self.potential.why_none(structure, self.settings.tasks) or "is not supported by any task"
-            raise UnsupportedStructureError(structure, "unseen", reason)
-        self._look_at_conditions(structure, item.source_id, unread)
+            raise RejectedStructureError(structure, "unseen", reason)
+        self._look_at_composition(structure, supported, item.source_id)
+        self._look_at_conditions(structure, supported, item.source_id, unread)
         if self.rows_per_atom is None:
-            return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
+            try:
+                return graph_sample(structure, 0, self.potential.cutoff, origin=(item.index,))
+            except StructureError as error:
+                raise RejectedStructureError(structure, error.reason, str(error)) from error
         rows = math.ceil(self.rows_per_atom * len(structure))
         if structure.pbc.any() and not structure.pbc.all():  # the search on the device needs three independent vectors
             along = np.where(structure.pbc[:, None], structure.cell, 0.0)
@@ -135,21 +146,22 @@ class SampleBuilder:
         pairs = HalfPairs(first=none, second=none, shift=None, degrees=np.zeros(len(structure), dtype=np.int64))
         return GraphSample(structure=structure, pairs=pairs, task=0, rows=rows, edges=0, origin=(item.index,))
 
-    def _look_at_composition(self, structure: Structure) -> None:
-        """Warn of the first structure, for each task, whose energy the task's training data leaves arbitrary."""
-        for facts in self._facts:
-            if facts.name not in self._said_arbitrary and (
-                text := undetermined_energy(facts, structure.numbers, structure.source_id)
-            ):
-                self._said_arbitrary.add(facts.name)
-                warnings.warn(f"{text}; further structures are not named.", ExtrapolationWarning, stacklevel=2)
+    def _look_at_composition(self, structure: Structure, supported: NDArray[np.bool_], name: str) -> None:
+        """Warn of the first structure, for each task that supports it, whose energy the training data leaves open."""
+        arbitrary = self.composition(structure).arbitrary & supported & ~self._said_arbitrary
+        for place in np.flatnonzero(arbitrary):
+            text = undetermined_energy(self._facts[place], structure.numbers, name)
+            warn_user(f"{text}; further structures are not named.", ExtrapolationWarning)
+        self._said_arbitrary |= arbitrary
 
-    def _look_at_conditions(self, structure: Structure, name: str, unread: str | None) -> None:
-        """Warn of the first structure whose charge or spin a task of the screen ignores."""
-        for facts in [] if self._said_ignored else self._facts:
-            if (ignored := ignored_conditions(facts, structure, name, unread)) is not None:
+    def _look_at_conditions(
+        self, structure: Structure, supported: NDArray[np.bool_], name: str, unread: str | None
+    ) -> None:
+        """Warn of the first structure whose charge or spin a task that supports it ignores."""
+        for place in [] if self._said_ignored else np.flatnonzero(supported):
+            if (ignored := ignored_conditions(self._facts[place], structure, name, unread)) is not None:
                 self._said_ignored = True
-                warnings.warn(f"{ignored}; further structures are not named.", ExtrapolationWarning, stacklevel=2)
+                warn_user(f"{ignored}; further structures are not named.", ExtrapolationWarning)
                 return
 
     def rows(self, packed: Sequence[GraphSample], names: dict[int, str]) -> BatchRows:
@@ -165,11 +177,12 @@ class SampleBuilder:
             supported=np.stack([self.supported(structure) for structure in structures]),
             reference=np.stack([composition.reference for composition in compositions]),
             structures=structures if self.settings.relax else [],
+            short=self.short_distances.of_samples(packed),  # none if neighbours are found on the model's device
         )
 
 
-class UnsupportedStructureError(StructureError):
-    """A structure that was read without an error, but that is too large or that no task supports."""
+class RejectedStructureError(StructureError):
+    """A structure that was read without an error, but that is not computed."""
 
     def __init__(self, structure: Structure, reason: str, message: str) -> None:
         super().__init__(reason, message)

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from hydrazero.models.inference.extrapolation import ExtrapolationWarning
 from hydrazero.models.inference.own_modes import own_modes
 from hydrazero.models.inference.potential import Potential
+from hydrazero.models.inference.user_warnings import warn_user
 from hydrazero.models.screening.batch_loading import (
     RankShare,
     ScreenDataset,
@@ -71,8 +73,8 @@ class ScreenSummary:
     start_seconds: float
     """Seconds of it until the first batch was ready, and in the compiler."""
     totals: dict[str, Any] | None = None
-    """'structures', 'written' and 'refused' (number of structures by kind) of all ranks together; None if other ranks
-    are still working."""
+    """'structures', 'written', 'refused' (number of structures by kind) and 'too_close' (number by task) of all ranks
+    together; None if other ranks are still working."""
     was_complete: bool = False
     """Whether the same screen was complete when this rank began."""
 
@@ -97,6 +99,8 @@ def screen(
       on an element of the structure, or needs a multiplicity that the structure does not state;
     - for tasks with forces max_force_TASK (eV/Å) and forces_TASK (eV/Å, a flat list of 3 * atoms numbers);
     - for relaxed structures positions and cell (Å, flat lists) and converged;
+    - too_close_TASK, whether two atoms are closer than any two of their elements in the task's training data; only for
+      tasks of which these distances are known;
     - reason, which says why a structure was not computed.
 
     Raises SourceError if the sources hold no structure or `out` exists already, ModelFileError for an unknown task, and
@@ -126,7 +130,7 @@ def screen(
             raise SourceError(
                 f"the sources have changed while they were screened; remove {output.parts}, and start again."
             )
-        totals = output.finish(total, settings, plan.rank, plan.ranks)
+        totals = output.finish(total, settings, screener.tables.schema, plan.rank, plan.ranks)
     return ScreenSummary(
         structures=screener.structures,
         seconds=time.monotonic() - started,
@@ -181,16 +185,18 @@ class _Screener:
             self._on_device = potential.device.type == "cuda" and has_device_neighbours()
         self._relaxer: Relaxer | None = None
         if settings.relax:
-            self._relaxer = Relaxer(potential, settings.tasks[0], settings.relax, settings.max_atoms)
+            self._relaxer = Relaxer(potential, settings.tasks, settings.relax, settings.max_atoms)
         self.structures = 0
         self.waited_for_first = 0.0
         self._pending: _PendingBatch | None = None
+        self._builder = SampleBuilder(potential, settings)
+        self._said_close = False
         self._expected: float = float("inf")
 
     def screen(self, sources: Sequence[Source], share: RankShare) -> int:
         """Screen this rank's chunks; return the number of structures in all sources."""
         started = time.monotonic()
-        builder = SampleBuilder(self.potential, self.settings)
+        builder = self._builder
         atoms = self.plan.atoms or (ATOMS_ON_GPU if self.potential.device.type == "cuda" else ATOMS_ON_CPU)
         shape = shape_for_screen(sources, builder, atoms)
         if self._on_device:
@@ -220,7 +226,7 @@ class _Screener:
         """Start a batch, and only then write the previous one, so that a GPU computes while rows are written."""
         if output.batch is not None and output.rows is not None:
             try:
-                result = self._predict(output.batch, usual=output.usual)
+                result = self._predict(output.batch, output.rows, usual=output.usual)
             except torch.OutOfMemoryError:
                 if len(output.rows.index) > 1:
                     raise
@@ -234,21 +240,32 @@ class _Screener:
         self._write_rejected(output.rejected)
         self.writer.expect(output.chunk_sizes)
 
-    def _predict(self, buffer: BatchBuffer, *, usual: bool) -> BatchResult:
+    def _predict(self, buffer: BatchBuffer, rows: BatchRows, *, usual: bool) -> BatchResult:
         """Copy a batch to the model's device, find its neighbours there if workers have not, and start the model."""
         batch = from_buffer(buffer).to(self.potential.device, non_blocking=True)
         if self._on_device:
             usual &= find_neighbours(batch, len(batch.row_atom), self.potential.cutoff)
+            rows.short.extend(self._builder.short_distances.of_batch(batch))
             del batch.pbc
         return self.predictor(batch, usual=usual)
 
     def _write_pending(self) -> None:
         if self._pending is not None:
+            self._warn_of_short_distances(self._pending.rows)
             table, rejections = self.tables.table(self._pending.rows, self._pending.result)
             self.writer.add(table)
             self._count(table.num_rows)
             self._write_rejected(rejections)
             self._pending = None
+
+    def _warn_of_short_distances(self, rows: BatchRows) -> None:
+        """Warn of the first structure with atoms closer than in the training data of a task that supports it."""
+        for pair in [] if self._said_close else rows.short:
+            if rows.supported[pair.structure, pair.task]:
+                self._said_close = True
+                text = pair.text(self._builder.short_distances.tasks[pair.task], rows.source_ids[pair.structure])
+                warn_user(f"{text}; further structures are not named.", ExtrapolationWarning)
+                return
 
     def _write_rejected(self, rejections: list[Rejection]) -> None:
         if rejections:

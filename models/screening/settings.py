@@ -11,6 +11,8 @@ complete chunks."""
 CONVERGED = "converged"
 """Name of a column, and of a target of relaxed structures: whether the forces fell below the limit before the maximum
 number of steps."""
+TOO_CLOSE = "too_close_"
+"""Prefix of the columns that say whether atoms are closer than any of their elements in the training data of a task."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,6 +188,9 @@ def _manifest(
         if name in total.targets or not target.optional
     }
     texts = {key: str(value) for key, value in job.settings.source.items()}
+    undetermined = undetermined_sums(total.triangle)
+    doubts = label_warnings(job, index.evidence, index.equal_geometries, total)
+    doubts += index.left_out_atoms.warnings(undetermined, {chemical_symbols[z] for z in total.elements})
     return Manifest(
         task=job.task,
         splits=splits,
@@ -196,12 +199,13 @@ def _manifest(
         trained_elements=sorted(references or (chemical_symbols[z] for z in total.trained)),
         size_histogram=dict(sorted(total.sizes.items())),
         labels=found.labels,
+        bound_residual_rms=found.bound_residual_rms,
         reference_energies=references,
         references=job.settings.references,
         isolated_atoms=isolated,
-        undetermined_sums=undetermined_sums(total.triangle),
+        undetermined_sums=undetermined,
         unused_stresses=total.unused_stresses,
-        warnings=[*job.not_read, *label_warnings(job, index.evidence, index.equal_geometries, total)],
+        warnings=[*job.not_read, *doubts],
         required_labels=list(job.settings.labels.require),
         periodic_structures=total.periodic,
         targets=targets,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hydrazero.shards.convert.checks.equal_geometries import equal_geometry_warning, frame_name
 from hydrazero.shards.convert.checks.evidence import Evidence
+from hydrazero.shards.convert.checks.left_out_atoms import LeftOutAtoms
 from hydrazero.shards.convert.folder import Conversion
 from hydrazero.shards.convert.frames import CHUNK_FRAMES, ChunkFile, chunk_path, frames_path
 from hydrazero.shards.files import read_json, without_links, write_bytes
@@ -49,6 +50,8 @@ class Index:
     evidence: Evidence
     """What the checks of labels need."""
     set_aside: Counter[str] = field(default_factory=Counter)
+    left_out_atoms: LeftOutAtoms = field(default_factory=LeftOutAtoms)
+    """Isolated atoms among these frames."""
     lacking: Counter[str] = field(default_factory=Counter)
     """Key of [select] -> number of frames without such a field."""
     fields: list[str] = field(default_factory=list)
@@ -101,6 +104,7 @@ def _rows(job: Conversion, index: Index) -> Iterator[Row]:
     lines = bytearray()
     for source, chunk in chunks_of(job):
         file = ChunkFile(chunk_path(job, source, chunk))
+        index.left_out_atoms.merge(file.left_out_atoms)
         if file.not_selected:
             index.set_aside["not_selected"] += file.not_selected
             index.lacking.update(file.lacking)

@@ -15,6 +15,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from hydrazero.shards.block import StructureBlock, block_from_structures, columns_of
+from hydrazero.shards.convert.checks.left_out_atoms import LeftOutAtoms
 from hydrazero.shards.convert.checks.methods import MethodFields
 from hydrazero.shards.convert.checks.unread_conditions import UnreadConditions
 from hydrazero.shards.convert.checks.unread_stress import UnreadStress
@@ -53,6 +54,8 @@ class Chunk:
     """Source id, reason and message of each skipped bad frame."""
     work: WorkPairs = field(default_factory=WorkPairs)
     """Pairs of successive frames whose labels can be compared."""
+    left_out_atoms: LeftOutAtoms = field(default_factory=LeftOutAtoms)
+    """Isolated atoms among the frames that are left out."""
     methods: MethodFields = field(default_factory=MethodFields)
     """Values of the fields that name the method of the labels."""
     unread_conditions: UnreadConditions = field(default_factory=UnreadConditions)
@@ -69,6 +72,7 @@ class Chunk:
         parsed = frame.structure is not None or bool(frame.info)
         if parsed and not is_selected(frame.info, settings.select):
             self.not_selected += 1
+            self.left_out_atoms.add(frame, settings.select, settings.degree_cutoffs)
             lacking = settings.select.keys() - frame.info.keys()
             self.lacking.update(lacking)
             self.fields = tuple(map(str, frame.info)) if lacking else self.fields
@@ -86,6 +90,7 @@ class Chunk:
                 number = frame.source_id.rpartition("#")[2]
                 hint = "correct the frame, or skip bad frames with --skip-bad"
                 raise SourceError(f"{source}, frame {number}: {error}; {hint}.") from error
+            self.left_out_atoms.add(frame, settings.select, settings.degree_cutoffs)
             self.bad.append({"source_id": frame.source_id, "reason": error.reason, "message": str(error)})
             return
         self.structures.append(frame.structure)
@@ -101,6 +106,7 @@ class Chunk:
         """Serialise as safetensors: columns of a block, hashes and splits, with the left-out frames as metadata."""
         about = {"not_selected": str(self.not_selected), "bad": json.dumps(self.bad)}
         about["lacking"] = json.dumps([self.lacking, self.fields])
+        about["left_out_atoms"] = json.dumps(self.left_out_atoms.listed())
         about["methods"] = json.dumps(self.methods.counts)
         about["units"] = self.units.model_dump_json() if self.units else ""
         about["unread_stress"] = json.dumps(self.unread_stress.counts)
@@ -231,6 +237,7 @@ class ChunkFile:
         self.lacking: dict[str, int]
         self.fields: list[str]
         self.lacking, self.fields = json.loads(about.get("lacking", "[{}, []]"))
+        self.left_out_atoms = LeftOutAtoms(json.loads(about.get("left_out_atoms", "{}")))
         self.methods = MethodFields(json.loads(about.get("methods", "{}")))
         self.unread_conditions = UnreadConditions(json.loads(about.get("unread_conditions", "{}")))
         self.unread_stress = UnreadStress(json.loads(about.get("unread_stress", "{}")))

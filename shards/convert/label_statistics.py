@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hydrazero.shards.convert.references import reference_table
+from hydrazero.shards.convert.splits import is_isolated_atom
 from hydrazero.shards.convert.task_statistics import (
     FORCE_EDGES,
     LabelSums,
@@ -31,6 +32,7 @@ class LabelStatistics:
     """Statistics of the labels of a task; see the fields of the same names in `Manifest`."""
 
     labels: dict[str, LabelRange]
+    bound_residual_rms: float
     distributions: dict[str, Histogram]
     outliers: dict[str, list[Outlier]]
 
@@ -42,23 +44,27 @@ class Residuals:
     per_atom: NDArray[np.float64]
     """eV/atom, [structures]; NaN where there is no energy or an element has no reference energy."""
     moments: LabelSums
+    bound: LabelSums
+    """Sums over the structures that are no isolated atoms."""
     names: list[str]
 
 
 def residuals_of(folder: Path, shard: Shard, references: dict[str, float]) -> Residuals:
     """Return the energies per atom of a shard minus the reference energies; `references` in eV by element."""
     table = reference_table(references)
-    parts, names = [], []
+    parts, names, lone = [], [], []
     for block in read_blocks(folder / shard.file, shard):
         counts = compositions(block)
         # 0 times NaN would spoil the sums of structures that do not hold the element.
         sums = np.where(counts > 0, counts * table, 0.0).sum(axis=1)
         parts.append((block.energy - sums) / block.n_atoms)
         names += block.names
+        lone += [size == 1 and is_isolated_atom(block.structure(row), ()) for row, size in enumerate(block.n_atoms)]
     per_atom = np.concatenate(parts)
-    moments = LabelSums()
+    moments, bound = LabelSums(), LabelSums()
     moments.add(per_atom)
-    return Residuals(per_atom=per_atom, moments=moments, names=names)
+    bound.add(per_atom[~np.array(lone, dtype=bool)])
+    return Residuals(per_atom=per_atom, moments=moments, bound=bound, names=names)
 
 
 def energy_outliers(residuals: Residuals, mean: float) -> list[Outlier]:
@@ -77,10 +83,11 @@ def label_statistics(total: Statistics, residuals: Sequence[Residuals], training
     """
     labels = {name: moments.label_range() for name, moments in total.moments.items() if moments.count}
     distributions, outliers = {}, {"force_norm": total.strongest}
+    moments, bound = LabelSums(), LabelSums()
     if residuals:
-        moments = LabelSums()
         for part in residuals[:training]:
             moments.merge(part.moments)
+            bound.merge(part.bound)
         mean = moments.total / moments.count
         labels["energy_residual_per_atom"] = moments.label_range()
         per_atom = (part.per_atom for part in residuals[:training])
@@ -93,6 +100,7 @@ def label_statistics(total: Statistics, residuals: Sequence[Residuals], training
         outliers["stress"] = total.most_stressed
     return LabelStatistics(
         labels={name: labels[name] for name in LABELS if name in labels},
+        bound_residual_rms=bound.label_range().rms if bound.count else 0.0,
         distributions=distributions,
         outliers=dict(sorted(outliers.items())),
     )

@@ -81,8 +81,9 @@ class ConvertSettings(Section):
     """Order of the six numbers of a stress or virial; that of VASP is "xx yy zz xy yz xz"."""
     fields: FieldNames = FieldNames()
     columns: dict[str, Name] = Field(default_factory=dict)
-    """For HDF5 and LMDB: the dataset or key that holds each part of a structure, which is one of numbers, positions,
-    cell, pbc, the labels, and ptr or n_atoms for ragged arrays. Any other name becomes a field of the frame."""
+    """For HDF5, parquet, npz and LMDB: the dataset, column or key that holds each part of a structure, which is one of
+    numbers, positions, cell, pbc, the labels, and ptr or n_atoms for ragged arrays. Any other name becomes a field of
+    the frame."""
     units: SourceUnits = SourceUnits()
     labels: LabelSection = LabelSection()
     targets: dict[Annotated[str, AfterValidator(check_target_name)], TargetSection] = Field(default_factory=dict)

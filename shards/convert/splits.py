@@ -34,9 +34,17 @@ def group_key(frame: Frame, structure: Structure, group: str) -> bytes:
 
 def is_selected(info: Mapping[str, Any], select: Mapping[str, Sequence[Any]]) -> bool:
     """Return whether the fields of a frame have one of the wanted values each; numbers compare as numbers."""
-    return all(
-        key in info and any(_equal(_single(info[key]), wanted) for wanted in choices) for key, choices in select.items()
-    )
+    return all(key in info and _is_one_of(info[key], choices) for key, choices in select.items())
+
+
+def unwanted_values(info: Mapping[str, Any], select: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the fields of a frame whose values are not among those that are wanted of them."""
+    held = {key: choices for key, choices in select.items() if key in info}
+    return {key: _single(info[key]) for key, choices in held.items() if not _is_one_of(info[key], choices)}
+
+
+def _is_one_of(value: Any, choices: Sequence[Any]) -> bool:
+    return any(_equal(_single(value), wanted) for wanted in choices)
 
 
 def _single(value: Any) -> Any:

@@ -71,6 +71,7 @@ def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[s
         trained_elements=sorted(references or (chemical_symbols[z] for z in total.trained)),
         size_histogram=dict(sorted(total.sizes.items())),
         labels=found.labels,
+        bound_residual_rms=found.bound_residual_rms,
         reference_energies=references,
         isolated_atoms=isolated,
         undetermined_sums=undetermined_sums(total.triangle),

@@ -51,6 +51,15 @@ class HalfPairs:
         """Number of rows of slots that the structure takes."""
         return int((-(-self.degrees // ROW_SLOTS)).sum())
 
+    def lengths(self, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the distances of the pairs at positions [A, 3] Å: [P] Å."""
+        between = positions.take(self.second, axis=0)  # three times as fast as an index
+        between -= positions.take(self.first, axis=0)
+        if self.shift is not None:
+            between += self.shift
+        distances: NDArray[np.float64] = np.sqrt(np.einsum("pc,pc->p", between, between))
+        return distances
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SlotLayout:

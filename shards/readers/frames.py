@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,8 @@ class Frame:
     """'file#frame'."""
     structure: Structure | None = None
     error: StructureError | None = None
+    unlabelled: Structure | None = None
+    """The structure of a frame that is unusable only because it lacks a label."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of the frame, for grouping and selection."""
     units: SourceUnits = field(default_factory=SourceUnits)
@@ -179,12 +182,14 @@ class FrameMaker:
 
     def make(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Frame:
         """Return a checked frame in eV and Å; a fault becomes the error of the frame."""
+        checked = None
         try:
             structure = self._structure(raw, source_id, info)
             check_structure(structure)
+            checked = structure
             self._check_required(raw, structure, info)
         except StructureError as error:
-            return Frame(source_id=source_id, error=error, info=info)
+            return Frame(source_id=source_id, error=error, unlabelled=checked, info=info)
         return Frame(source_id=source_id, structure=structure, info=info, units=self.settings.units)
 
     def _structure(self, raw: RawFrame, source_id: str, info: Mapping[str, Any]) -> Structure:
@@ -291,7 +296,16 @@ def stress_places(order: str) -> np.ndarray:
     return np.array(places)[:, :, 0]
 
 
+_NO_NUMBER = re.compile(
+    r"(could not convert string to (?:float|complex|int\w*)|invalid literal for int\(\) with base 10): "
+    r"(?:np\.(?:str|bytes)_\()?b?(['\"])(?P<text>.*)\2\)?"
+)
+"""What Python and NumPy say of a text that is no number."""
+
+
 def brief(error: Exception) -> str:
-    """Return the first line of the text of an error, or the name of its class."""
+    """Return the first line of the text of an error, or the name of its class; texts that are no numbers by name."""
     text = str(error).strip().splitlines()
+    if text and (found := _NO_NUMBER.fullmatch(text[0])):
+        return f"'{found['text'][:60]}' is no {'whole ' * ('int' in found[1])}number"
     return text[0][:200] if text else type(error).__name__

@@ -1,7 +1,9 @@
-"""Passing of batches from worker processes to the training process, each as one buffer in shared memory.
+"""Passing of batches from worker processes to the training process, each as one buffer.
 
 Passing one tensor between processes costs a shared file, a message and a memory map, about 0.5 ms. A batch has 25
-tensors; passing them one by one took twice as long as making the batch.
+tensors; passing them one by one took twice as long as making the batch. Small batches are passed by value, through the
+pipe between the processes: for the shared file a thread of the worker has to answer, which takes milliseconds while the
+worker makes the next batch.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,14 +19,16 @@ from hydrazero.shards.graphs.graph import GraphBatch
 
 ALIGNMENT = 64
 """Tensors begin at multiples of this number of bytes, as those of PyTorch do."""
+BY_VALUE = 500_000
+"""Bytes up to which a batch is passed by value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchBuffer:
     """A batch as one array of bytes."""
 
-    buffer: Tensor
-    """All tensors of the batch one after another, uint8 [bytes]."""
+    buffer: Tensor | np.ndarray
+    """All tensors of the batch one after another, uint8 [bytes]; an array if it is passed by value."""
     layout: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
     """Name, type, shape and first byte of each tensor."""
     others: dict[str, Any]
@@ -31,7 +36,7 @@ class BatchBuffer:
 
     def pin_memory(self) -> BatchBuffer:
         """Return a copy in pinned memory, from which a GPU reads faster; the DataLoader calls this."""
-        return BatchBuffer(buffer=self.buffer.pin_memory(), layout=self.layout, others=self.others)
+        return BatchBuffer(buffer=torch.as_tensor(self.buffer).pin_memory(), layout=self.layout, others=self.others)
 
 
 def to_buffer(batch: GraphBatch) -> BatchBuffer:
@@ -50,12 +55,25 @@ def to_buffer(batch: GraphBatch) -> BatchBuffer:
     return BatchBuffer(buffer=buffer, layout=tuple(layout), others=others)
 
 
+def shared_bytes(batch: GraphBatch) -> int:
+    """Return the shared memory that a batch takes on its way, bytes; 0 if it is passed by value."""
+    size = to_buffer(batch).buffer.nbytes
+    return 0 if size <= BY_VALUE else size
+
+
+def by_value(handed: BatchBuffer) -> BatchBuffer:
+    """Return a batch that is pickled with its content."""
+    return BatchBuffer(buffer=np.asarray(handed.buffer), layout=handed.layout, others=handed.others)
+
+
 def from_buffer(handed: BatchBuffer) -> GraphBatch:
-    """Return the batch of a buffer; its tensors are views into the buffer."""
-    batch = GraphBatch()
+    """Return the batch of a buffer; its tensors are views into the buffer, or into a copy if it was passed by value."""
+    batch, buffer = GraphBatch(), handed.buffer
+    if isinstance(buffer, np.ndarray):
+        buffer = torch.from_numpy(buffer).clone()  # at an address as PyTorch aligns it, wherever it was unpickled
     for name, dtype, shape, begin in handed.layout:
         count = torch.Size(shape).numel() * dtype.itemsize
-        batch[name] = handed.buffer[begin : begin + count].view(dtype).view(shape)
+        batch[name] = buffer[begin : begin + count].view(dtype).view(shape)
     for name, value in handed.others.items():
         batch[name] = value
     return batch

@@ -15,10 +15,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from hydrazero.shards.errors import ConfigError
-from hydrazero.shards.stream.batch_buffer import BatchBuffer
+from hydrazero.shards.stream.batch_buffer import BY_VALUE, BatchBuffer, by_value
 
 FOLDER = "/dev/shm"
 """Where Linux keeps shared memory."""
@@ -61,15 +62,17 @@ def check_shared_memory(needed: int, remedy: str) -> None:
         raise too_small(needed, remedy)
 
 
-def in_shared_memory(buffer: BatchBuffer, remedy: str) -> BatchBuffer:
-    """Return a batch after a worker process has moved it to shared memory; in any other process, as it is.
+def ready_to_pass(buffer: BatchBuffer, remedy: str) -> BatchBuffer:
+    """Return a batch as a worker process passes it on, a large one in shared memory; in any other process, as it is.
 
     Raises ConfigError if there is no room for it.
     """
     if get_worker_info() is None:
         return buffer
+    if buffer.buffer.nbytes <= BY_VALUE:
+        return by_value(buffer)
     try:
-        buffer.buffer.share_memory_()
+        torch.as_tensor(buffer.buffer).share_memory_()
     except RuntimeError as error:
         raise too_small(buffer.buffer.nbytes, remedy) from error
     return buffer

@@ -20,11 +20,11 @@ from hydrazero.shards.graphs.graph import BatchShape, GraphBatch, GraphSample, c
 from hydrazero.shards.location import Location
 from hydrazero.shards.manifest import Manifest
 from hydrazero.shards.processes import end_with_creator
-from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, to_buffer
+from hydrazero.shards.stream.batch_buffer import BatchBuffer, from_buffer, shared_bytes, to_buffer
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
 from hydrazero.shards.stream.deal import Deal, LanePlace, TaskPlan, lane_number, mixture_repeats
 from hydrazero.shards.stream.packing import Packer, pack
-from hydrazero.shards.stream.shared_memory import POLL, check_shared_memory, in_shared_memory, outputs_of
+from hydrazero.shards.stream.shared_memory import POLL, check_shared_memory, outputs_of, ready_to_pass
 from hydrazero.shards.stream.state import (
     LaneState,
     StreamStart,
@@ -144,7 +144,7 @@ class _LaneStream(IterableDataset):  # type: ignore[type-arg]
         reader = SplitReader(self.settings, "train")
         for batch in lane_batches(reader, self.start.deal, lane, self.start.lanes[lane]):
             batch.place["worker"] = worker
-            yield in_shared_memory(to_buffer(batch), WITHOUT_WORKERS)
+            yield ready_to_pass(to_buffer(batch), WITHOUT_WORKERS)
 
 
 def _outlive_requests_to_stop(worker: int) -> None:
@@ -209,8 +209,7 @@ class TrainStream:
         """Function that returns why the process is to stop, "" if it is not; asked for while no batch comes."""
         self._needed = 0
         if settings.workers:
-            size = to_buffer(empty_batch(settings)).buffer.nbytes
-            self._needed = settings.workers * (PREFETCHED_BATCHES + 1) * size
+            self._needed = settings.workers * (PREFETCHED_BATCHES + 1) * shared_bytes(empty_batch(settings))
             check_shared_memory(self._needed, WITHOUT_WORKERS)
         dataset = _LaneStream(settings, rank, ranks, self._start)
         self._loader = DataLoader(

@@ -27,7 +27,7 @@ from systems import SCREENED, SYSTEMS, THREADS
 HERE = Path(__file__).parent
 PEER = "SchNetPack 2.1.1 PaiNN"
 MACE = "mace-torch 0.3.16"
-PARTS = ["data", "sums", "encoders", "steps", "screen", "scaling", "groups"]
+PARTS = ["data", "sums", "encoders", "small", "steps", "screen", "scaling", "groups"]
 ALONE = "sixteen models of one head in turn"
 STACKED = "heads of all tasks on every rank"
 FIRST_STEPS = 3
@@ -114,6 +114,18 @@ def encoder_rows(rounds: int) -> list[dict[str, Any]]:
             rows.append(
                 row(f"train_{name}_{system}", count / middle[f"{name}_{system}"], "structures/s", "painn", peer)
             )
+    return rows
+
+
+def small_rows(steps: int) -> list[dict[str, Any]]:
+    """Return rows on whole steps on few structures, over the time in their compiled graphs, on one and two threads."""
+    rows = []
+    for threads, suffix in ((1, ""), (2, "_2_threads")):
+        found = run_worker(sys.executable, "small_steps.py", str(steps), str(threads), threads=threads)
+        middle = {name: statistics.median(values) for name, values in found.items()}
+        rows.append(row(f"small_step_overhead{suffix}", middle["whole"] / middle["graph"], "times its compiled graph"))
+        rows.append(row(f"small_step_graph{suffix}", 1e3 * middle["graph"], "ms a step"))
+        rows.append(row(f"small_step_wait{suffix}", 1e3 * middle["wait"], "ms a step"))
     return rows
 
 
@@ -299,6 +311,8 @@ def main() -> None:
         rows += sum_rows(3 * options.rounds)
     if "encoders" in parts:
         rows += encoder_rows(options.rounds)
+    if "small" in parts:
+        rows += small_rows(100 * options.rounds)
     if options.peer_python and "steps" in parts:
         rows += step_rows(options.peer_python, options.rounds, options.repeats)
     if options.peer_python and "screen" in parts:

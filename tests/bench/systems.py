@@ -33,10 +33,19 @@ def benzenes(count: int = 64) -> list[Atoms]:
 
 def hexanes(count: int = 96) -> list[Atoms]:
     """Return rattled C6H14 molecules of 20 atoms."""
-    carbons = [(1.27 * n, 0.44 * (-1) ** n, 0.0) for n in range(6)]
+    return _rattled_chains("C6H14", 6, [(-0.9, -0.19, 0.0), (7.25, 0.19, 0.0)], count)
+
+
+def octanols(count: int = 200) -> list[Atoms]:
+    """Return rattled C8H17OH molecules of 27 atoms."""
+    return _rattled_chains("C8H16HOH", 8, [(-0.9, -0.19, 0.0), (10.15, 0.34, 0.0), (10.9, -0.25, 0.0)], count)
+
+
+def _rattled_chains(formula: str, length: int, ends: list[tuple[float, float, float]], count: int) -> list[Atoms]:
+    """Return molecules with a chain of CH2 groups in a zigzag, and further atoms at its ends."""
+    carbons = [(1.27 * n, 0.44 * (-1) ** n, 0.0) for n in range(length)]
     hydrogens = [(x, y + np.sign(y) * 0.63, z) for x, y, _ in carbons for z in (0.89, -0.89)]
-    ends = [(-0.9, -0.19, 0.0), (7.25, 0.19, 0.0)]
-    plain = Atoms("C6H14", positions=[*carbons, *hydrogens, *ends])
+    plain = Atoms(formula, positions=[*carbons, *hydrogens, *ends])
     molecules = []
     for seed in range(count):
         atoms = plain.copy()

@@ -145,7 +145,9 @@ def columns(names: list[str]) -> list[str]:
 
 def test_every_column_of_parquet_is_on_the_page(tmp_path):
     targets = {"gap": TargetFacts(of="structure", kind="scalar")}
-    task = TaskFacts(name="a", reference_energies={"H": 0.0}, scale=1.0, elements=["H"], targets=targets)
+    task = TaskFacts(
+        name="a", reference_energies={"H": 0.0}, scale=1.0, elements=["H"], targets=targets, closest={"H-H": 0.6}
+    )
     path = tmp_path / "model.safetensors"
     model_file.save_model(AtomisticModel(ModelSettings(ensemble=2), [task]), path)
     screen = schema_of(load_model(path), ScreenSettings(tasks=("a",), forces=("a",), relax=1))

@@ -138,7 +138,8 @@ def test_a_text_is_no_model(tmp_path):
     with pytest.raises(ModelFileError) as caught:
         load_model(path)
     assert str(caught.value) == (
-        f"{path} is not a readable model file, or is truncated; name a file that 'hydrazero export' has written."
+        f"{path} is not a readable model file, or is truncated; name a file that 'hydrazero export' has written (data "
+        "files are converted first, by 'hydrazero convert')."
     )
 
 

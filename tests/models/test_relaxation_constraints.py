@@ -166,7 +166,7 @@ def test_a_slab_relaxes_to_what_ase_gives_with_a_mask(monkeypatch):
     monkeypatch.setattr(relaxation, "FORCE_LIMIT", 0.005)
     potential = Potential(model_of())
     atoms = slab(0.02)
-    (found,) = Relaxer(potential, "m", 600, 100).relaxed([to_structure(atoms)])
+    (found,) = Relaxer(potential, ["m"], 600, 100).relaxed([to_structure(atoms)])
     atoms.calc = potential.calculator("m")
     FIRE(FrechetCellFilter(atoms, mask=(1, 1, 0, 0, 0, 1)), logfile=None).run(fmax=0.005, steps=600)
     energy = potential.predict(Atoms(found.numbers, found.positions, cell=found.cell, pbc=True))[0]["energy"]
@@ -179,10 +179,10 @@ def test_a_relaxation_knows_charge_and_spin():
     water = rattled_molecule("H2O", 1)
     states = [(0, 1), (1, 2), (0, 1), (-1, 2)]
     given = [to_structure(water, charge=charge, multiplicity=spin) for charge, spin in states]
-    found = Relaxer(potential, "m", 40, 100).relaxed(given)
+    found = Relaxer(potential, ["m"], 40, 100).relaxed(given)
     for structure, (charge, spin) in zip(found, states, strict=True):
         assert (structure.charge, structure.multiplicity) == (charge, spin)
-        alone = Relaxer(potential, "m", 40, 100).relaxed([to_structure(water, charge=charge, multiplicity=spin)])[0]
+        alone = Relaxer(potential, ["m"], 40, 100).relaxed([to_structure(water, charge=charge, multiplicity=spin)])[0]
         np.testing.assert_allclose(structure.positions, alone.positions, atol=1e-9)
     np.testing.assert_allclose(found[0].positions, found[2].positions, atol=1e-9)
     assert np.abs(found[0].positions - found[1].positions).max() > 1e-4

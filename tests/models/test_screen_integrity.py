@@ -63,7 +63,8 @@ def test_a_bit_that_has_changed_stops_the_resumed_screen(tmp_path, out, top):
     with pytest.raises(SourceError, match=f"{part.name} is damaged: its content is not what was written; remove"):
         run(tmp_path / out, settings)
     part.unlink()
-    assert run(tmp_path / out, settings) == {"structures": COUNT, "written": top or COUNT, "refused": {}}
+    counts = {"structures": COUNT, "written": top or COUNT, "refused": {}, "too_close": {}}
+    assert run(tmp_path / out, settings) == counts
 
 
 def test_a_resumed_screen_is_that_of_one_go(tmp_path):

@@ -32,9 +32,10 @@ from hydrazero.models.screening import FunctionSource, ScreenPlan, ScreenSetting
 from hydrazero.models.screening.predictor import Predictor
 from hydrazero.models.screening.ranking import TopRows
 from hydrazero.models.screening.relaxation import Relaxer
+from hydrazero.models.screening.samples import RejectedStructureError
 from hydrazero.models.screening.settings import CHUNK
 from hydrazero.models.screening.sources import Item
-from hydrazero.shards.errors import ConfigError, SourceError, StructureError
+from hydrazero.shards.errors import ConfigError, SourceError
 from hydrazero.shards.readers.frames import ReadSettings, SourceUnits
 
 IN_PROCESS = ScreenPlan(workers=0)
@@ -189,7 +190,7 @@ screen(load_model({str(model)!r}), [waters({count})], out, ScreenSettings(tasks=
         plan = ScreenPlan(rank=rank, ranks=3, workers=0)
         summary = screen(potential, [waters(count)], tmp_path / "s.parquet", settings_, plan)
         seen += summary.structures
-    assert summary.totals == {"structures": count, "written": count, "refused": {}}
+    assert summary.totals == {"structures": count, "written": count, "refused": {}, "too_close": {}}
     assert 0 < seen < count  # complete chunks are not computed again
     table = pq.read_table(tmp_path / "s.parquet")
     assert table["index"].to_pylist() == list(range(count)) and not parts.exists()
@@ -293,7 +294,7 @@ def test_two_processes_at_the_same_work_lose_and_double_nothing(model, tmp_path,
     begin(0, 1, 2 * CHUNK + 400)
     first.write_bytes(content)  # the part of the other process, so that one chunk is in two parts
     summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
-    assert summary.totals == {"structures": count, "written": count, "refused": {}}
+    assert summary.totals == {"structures": count, "written": count, "refused": {}, "too_close": {}}
     assert pq.read_table(out)["index"].to_pylist() == list(range(count))
 
 
@@ -323,7 +324,7 @@ def test_ranks_of_two_starts_leave_each_structure_once_in_a_folder(model, tmp_pa
     part(1000)
     held.rename(first)  # one part has chunks 0 and 2, the other has chunk 0
     summary = screen(potential, [waters(count)], out, settings_, IN_PROCESS)
-    assert summary.totals == {"structures": count, "written": count, "refused": {}}
+    assert summary.totals == {"structures": count, "written": count, "refused": {}, "too_close": {}}
     assert sorted(pq.read_table(out)["index"].to_pylist()) == list(range(count))
     assert {path.name.split("-")[0] for path in out.iterdir()} == {"part", "_screen.json", "_summary.json"}
 
@@ -401,6 +402,7 @@ def test_nothing_computed_is_an_error_with_its_rows(model, tmp_path):
     done = command(model, source, "--out", out)
     assert done.exit_code == 1 and "no structure could be computed" in done.output, done.output
     assert "far apart" in done.output and "times the cutoff" in rows_of(out)[1]["reason"]
+    assert rows_of(out)[1]["formula"] == "C2H6O" and rows_of(out)[1]["atoms"] == 9
 
 
 def test_many_sources_are_not_all_looked_at(model, tmp_path):
@@ -471,15 +473,18 @@ def test_relaxation_before_prediction(model, tmp_path):
         (found,) = potential.predict([relaxed], tasks=["task0"])
         assert row["energy_task0"] == pytest.approx(found["energy"], abs=1e-3)
         assert row["converged"] == (row["max_force_task0"] < 0.05) or relaxed.pbc.any()
-    assert rows[7]["converged"] is None and "holds Au" in rows[7]["reason"]
+    assert rows[7]["converged"] is None and rows[7]["formula"] == "Au" and rows[7]["atoms"] == 1
+    assert rows[7]["reason"] == "holds Au, which none of the tasks task0, task1 was trained on"
     refused = command(model, source, "--out", tmp_path / "t.parquet", "--relax", 4, "--tasks", "task1,task0")
     assert refused.exit_code == 0, refused.output
+    reason = rows_of(tmp_path / "t.parquet")[5]["reason"]
+    assert reason == "holds Cl, Na, which task 'task1' was not trained on, and --relax needs that task"
 
 
 def test_relaxations_that_fail_say_why(model, monkeypatch):
     """Memory suffices for two structures, one relaxation fails, and an error that no structure causes is raised."""
     pytest.importorskip("torch_sim")
-    relaxer = Relaxer(load_model(model), "task0", 5, 100)
+    relaxer = Relaxer(load_model(model), ["task0"], 5, 100)
     items = [Item(index=n, source_id=str(n), read=partial(to_structure, rattled_molecule("H2O", n))) for n in range(5)]
     relaxed, sizes = Relaxer.relaxed, []
 
@@ -496,8 +501,9 @@ def test_relaxations_that_fail_say_why(model, monkeypatch):
     assert sizes[0] == 5 and max(sizes[1:]) <= 3
     for item in found:
         if item.index == 3:
-            with pytest.raises(StructureError, match=r"relaxation failed \(singular\)"):
+            with pytest.raises(RejectedStructureError, match=r"relaxation failed \(singular\)") as error:
                 item.read()
+            assert len(error.value.structure) == 3
         else:
             assert len(item.read()) == 3
 

@@ -12,12 +12,13 @@ from ase import Atoms
 from ase.build import fcc111, molecule
 from click.testing import CliRunner
 from placed import make_split_shards
-from sources import labelled, metals, molecules
+from sources import labelled, metals, molecules, write_extxyz
 from structures import batch_of, facts, rattled_crystal, small_model, to_structure
 
 from hydrazero.launch.cli.main import main
 from hydrazero.models import Potential, load_model, read_card, save_model
 from hydrazero.models.inference.extrapolation import ExtrapolationWarning
+from hydrazero.shards.errors import StructureError
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.trainer.config.sections import LossSection, TaskSection
 from hydrazero.trainer.config.tasks import task_facts
@@ -173,3 +174,27 @@ def test_energies_of_other_compositions_are_said_to_be_arbitrary(of_one_composit
             ],
         )
     assert done.exit_code == 0, done.output
+
+
+def test_energies_that_are_not_computed_are_not_said_to_be_arbitrary(tmp_path):
+    """A task is silent on structures that it does not support, so that the first which it does support is named."""
+    model = small_model()
+    open_sum = {"undetermined_sums": [{"H": 1.0, "O": -2.0}], "elements": ["H", "O"]}
+    model.tasks = [facts("task0"), facts("task1", **open_sum)]
+    save_model(model, tmp_path / "m.safetensors", dtype="float64")
+    potential = load_model(tmp_path / "m.safetensors")
+    acid, peroxide = molecule("HCOOH"), molecule("H2O2")
+    acid.info["charge"] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExtrapolationWarning)
+        with pytest.raises(StructureError, match="structure 1 holds C, which task 'task1' was not trained on"):
+            potential.predict([peroxide, acid], tasks=["task1"])
+    write_extxyz(tmp_path / "c.extxyz", [acid, molecule("CO2"), Atoms("Fe"), peroxide])
+    words = ["screen", tmp_path / "m.safetensors", tmp_path / "c.extxyz", "--out", tmp_path / "s.parquet"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = CliRunner().invoke(main, [*map(str, words), "--workers", "0"])
+    assert done.exit_code == 0, done.output
+    said = [str(one.message) for one in caught if issubclass(one.category, ExtrapolationWarning)]
+    assert len(said) == 2 and said[0].startswith("task 'task0' ignores the charge +1 of c.extxyz#0")
+    assert said[1].startswith("task 'task1' predicts an arbitrary energy for c.extxyz#3: the compositions")

@@ -142,7 +142,7 @@ def write_page(spec: dict[str, Any], name: str, points: Sequence[Point]) -> Path
     for data in (data for data in spec["data"] if data.get("held_out")):
         of_task = {point: found for point, found in results.items() if point.task == data["name"]}
         lines += [f"## {data['name']}", "", f"{data['text']}.{zero_forces(of_task)}", "", *curve_table(of_task)]
-    lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
+    lines += [f"Made by `make results NAME={name} DATA=FOLDER`.", ""]
     path = PAGES / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from results.own_errors import errors_and_costs
+
 from hydrazero.shards.files import read_json, write_json
 from hydrazero.trainer.records.run_files import read_metrics
 
@@ -155,8 +157,13 @@ def result(job: ResultRun, shards: list[Path]) -> dict[str, Any]:
     out = job.folder / "run"
     took = job.train(shards, out, planned["steps"])
     command("evaluate", out)
+    found = {}
+    if "peers" in job.spec:
+        command("evaluate", out, "--split", "val", "--out", out / "val")
+        found = errors_and_costs(out, out / "val", shards[0], job.datasets[0])
     return {
         **planned,
+        **found,
         "took": took,
         "memory_mb": max(row["memory_mb"] for row in train_rows(out)),
         "structures": structures_seen(out),

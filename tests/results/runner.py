@@ -12,6 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from results.equal_time import make_peer, peer_runs, write_equal_time
 from results.finetuning import run_finetunings
 from results.jobs import HERE, all_jobs, make
 from results.tables import write_table
@@ -29,9 +30,11 @@ def main() -> None:
         sys.stdout.write(f"{run_finetunings(spec, options.name, options.data)}\n")
         return
     everything = all_jobs(spec, options.name)
+    peers = peer_runs(spec, options.name)
+    write = write_equal_time if peers else write_table
     jobs = [job for job in everything if options.only in (None, job.label)]
-    if not jobs:
-        raise SystemExit(f"--only {options.only} is none of {', '.join(job.label for job in everything)}")
+    if not jobs and options.only not in peers:
+        raise SystemExit(f"--only {options.only} is none of {', '.join([*(job.label for job in everything), *peers])}")
     # Plans that need the results of other runs are made later.
     at_first = [job for job in jobs if "structures_of" not in job.run]
     for job in at_first:
@@ -39,8 +42,12 @@ def main() -> None:
     for job in jobs:
         make("plan", job, options.data)
         make("result", job, options.data)
-        write_table(spec, options.name, everything)
-    sys.stdout.write(f"{write_table(spec, options.name, everything)}\n")
+        write(spec, options.name, everything)
+    for label, peer in peers.items():
+        if options.only in (None, label):
+            make_peer(peer, spec, options.name, options.data)
+            write(spec, options.name, everything)
+    sys.stdout.write(f"{write(spec, options.name, everything)}\n")
 
 
 if __name__ == "__main__":

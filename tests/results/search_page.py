@@ -44,7 +44,7 @@ IMPORTANCE = (
 TEXT = """# A search over six encoders on three tasks
 
 Which encoder and which settings learn most in a few minutes? `hydrazero search` tried out encoders, their sizes, the
-cutoff, the learning rate, the batch and the sampling on three tasks. `make sixteen DATA=../shared/data` converts
+cutoff, the learning rate, the batch and the sampling on three tasks. `make sixteen DATA=FOLDER` converts
 {tasks}; then these commands run the search and write this page:
 
 ```sh

@@ -23,7 +23,7 @@ SHORT = {"energies": "E", "forces": "F"}
 TEXT = """# Sixteen real tasks, one model
 
 One model for sixteen real tasks of eleven datasets: metals and alloys, oxides, water and molecules, at levels of
-theory from LDA to CCSD(T). `make sixteen DATA=../shared/data` converts the datasets. Then these commands train,
+theory from LDA to CCSD(T). `make sixteen DATA=FOLDER` converts the datasets. Then these commands train,
 evaluate and export the model and write this page:
 
 ```sh

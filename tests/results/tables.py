@@ -20,9 +20,13 @@ UNITS = {"energies": "meV/atom", "forces": "meV/Å"}
 def write_table(spec: dict[str, Any], name: str, jobs: Sequence[ResultRun]) -> Path:
     """Write NAME.md with the results that exist so far; return its path."""
     together = any(job.run.get("together") for job in jobs)
-    lines = [f"# {spec['title']}", "", spec["text"], ""]
-    lines += methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs)
-    lines += [f"Made by `make results NAME={name} DATA=../shared/data`.", ""]
+    return write_page(spec, name, methods_side_by_side(spec, jobs) if together else runs_by_dataset(spec, jobs))
+
+
+def write_page(spec: dict[str, Any], name: str, tables: Sequence[str]) -> Path:
+    """Write NAME.md with the title, text and tables of a page; return its path."""
+    lines = [f"# {spec['title']}", "", spec["text"], "", *tables]
+    lines += [f"Made by `make results NAME={name} DATA=FOLDER`.", ""]
     path = PAGES / f"{name}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

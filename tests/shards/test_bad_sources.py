@@ -16,9 +16,11 @@ from hydrazero.launch.cli.main import main
 from hydrazero.shards.convert.convert import convert
 from hydrazero.shards.convert.settings import ConvertSettings, SplitSection
 from hydrazero.shards.convert.writer import write_shard
-from hydrazero.shards.errors import ConfigError, SourceError
+from hydrazero.shards.errors import ConfigError, SourceError, StructureError
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.readers import ReadSettings, read_frames
+from hydrazero.shards.readers.frames import brief
+from hydrazero.shards.readers.parts.geometry import numbers_in
 
 
 def refused(source: Path, out: Path, *, words: tuple[str, ...], config: str = "") -> None:
@@ -101,6 +103,55 @@ def test_a_damaged_count_of_atoms(tmp_path, count):
     source.write_text(f"1\n{HEADER}\nH 0 0 0 0 0 0\n{count}\n{HEADER}\nH 0 0 1 0 0 0\n")
     words = "truncated" if int(count) > 0 else "not a number of atoms"
     refused(source, tmp_path / "out", words=("a.xyz, frame 1", words))
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, "frame 5: 'H 0 0 1 0 0 0' is not a number of atoms; perhaps that of frame 4 is wrong."),
+        (
+            3,
+            "frame 4: the line of atom 2 has 1 word, but the Properties name 7 columns; perhaps the number of atoms in",
+        ),
+    ],
+)
+def test_a_count_of_atoms_that_is_wrong_by_one(tmp_path, count, words):
+    source = tmp_path / "a.xyz"
+    frames = [f"{count if n == 4 else 2}\n{HEADER}\nH 0 0 0 0 0 0\nH 0 0 1 0 0 0\n" for n in range(6)]
+    source.write_text("".join(frames))
+    refused(source, tmp_path / "out", words=(words,))
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "words"),
+    [
+        ("energy=********", "H 0 0 0 0 0 0", "the energy cannot be read as numbers: '********' is none; correct"),
+        ("energy=-1 charge=one", "H 0 0 0 0 0 0", "the charge cannot be read as numbers: 'one' is none; correct"),
+        ("energy=-1", "H 0 0 0 0 ******** 0", "in the line of atom 0, '********' is no number; correct the frame, or"),
+        (
+            'energy=-1 pbc="T T F',
+            "H 0 0 0 0 0 0",
+            "the comment line has \" after 'pbc=' without its other half; correct the frame, or",
+        ),
+    ],
+)
+def test_text_in_place_of_a_number_is_shown_without_python(tmp_path, header, row, words):
+    source = tmp_path / "a.xyz"
+    source.write_text(f"1\n{HEADER.removesuffix(' energy=-1.0')} {header}\n{row}\n")
+    refused(source, tmp_path / "out", words=(f"a.xyz, frame 0: {words}",))
+
+
+def test_what_python_says_of_a_text_that_is_no_number():
+    for value, words in (("1.2.3", "'1.2.3' is no number"), (np.str_("a'b"), "'a'b' is no number")):
+        with pytest.raises(ValueError) as error:
+            np.array([value], dtype=object).astype(np.float64) if isinstance(value, str) else float(value)
+        assert brief(error.value) == words
+    with pytest.raises(ValueError) as error:
+        int("x")
+    assert brief(error.value) == "'x' is no whole number" and brief(ValueError()) == "ValueError"
+    ragged = [[1.0, 2.0], [3.0]]
+    with pytest.raises(StructureError, match="the forces cannot be read as numbers: its parts have different shapes"):
+        numbers_in(ragged, "forces")
 
 
 def test_settings_that_leave_nothing(tmp_path):

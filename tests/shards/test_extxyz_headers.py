@@ -104,6 +104,7 @@ def test_one_flag_for_all_directions(tmp_path):
         ('Lattice="4 0 0 0 4 0 0 0"', ("nine numbers",)),
         ('Lattice="4 0 0 0 4 0 0 0 four"', ("nine numbers",)),
         (f'{GIVEN} lattice="5 0 0 0 5 0 0 0 5"', ("Lattice twice",)),
+        (f'{GIVEN} perodic="F F F"', ("has 'perodic=\"F F F\"', which looks like pbc",)),
         # A missing or displaced quotation mark swallows what follows.
         (f'name="a b {GIVEN}', ("other half",)),
         (f'name="a b {GIVEN} note="c d"', ("displaced",)),
@@ -144,7 +145,7 @@ def test_no_cell_is_lost(tmp_path, header, words):
         ),
         ("pb='T T F'", ("looks like pbc",)),
         ('pbcT"T T F"', ("looks like pbc",)),
-        ('pb c="T T F"', ("'T T F'", "looks like pbc", "state pbc as well")),
+        ('pb c="T T F"', ("'c=\"T T F\"'", "looks like pbc", "state pbc as well")),
         ("relax=[True, True, False]", ("looks like pbc", "state pbc as well")),
         ("pbc=T T F", ("needs quotation marks",)),
         ('pbc=T T F"', ("without its other half",)),

@@ -97,10 +97,10 @@ def test_references_are_those_of_isolated_atoms_where_the_settings_say_so(tmp_pa
 def test_what_was_taken_is_said_with_both_energies(tmp_path):
     source = write_extxyz(tmp_path / "w.extxyz", [*waters(), lone("H", HYDROGEN), lone("O", OXYGEN)])
     said = shown("convert", source, "--task", "w", "--out", tmp_path / "w")
-    assert "reference energies: fitted by least squares; those of isolated atoms differ by more than 1 eV" in said
-    assert "H -5.12" in said and "(isolated atom -1.100)" in said and "(isolated atom -1.900)" in said
-    assert 'references = "isolated" takes those of the isolated atoms' in said
-    assert "fitted by least squares" in shown("inspect", tmp_path / "w")
+    assert "reference energies were fitted; those of isolated atoms differ by more than 1 eV (H -5.12" in said
+    assert " fitted, -1.100 isolated; O -3.91" in said and " fitted, -1.900 isolated). If you need atomi" in said
+    assert 'set references = "isolated" in the conversion file; otherwise the fit leaves less to learn' in said
+    assert "reference energies were fitted" in shown("inspect", tmp_path / "w")
     (tmp_path / "c.toml").write_text('references = "isolated"\n')
     said = shown("convert", source, "--task", "w", "--config", tmp_path / "c.toml", "--out", tmp_path / "i")
     assert "reference energies: those of the isolated atoms" in said
@@ -146,3 +146,48 @@ def test_a_task_of_one_composition_says_that_others_are_arbitrary(tmp_path):
     assert words in said and said.count("(not determined)") == 2
     assert read_manifest(tmp_path / "w").undetermined_sums == [{"H": 1.0, "O": -2.0}]
     assert ase.io.read(Path(source), 0).get_chemical_formula() == "H2O"
+
+
+def test_errors_of_the_references_are_also_given_without_isolated_atoms(tmp_path):
+    atoms = [lone("H", HYDROGEN), lone("O", OXYGEN, pbc=False)]
+    folder = make_shards(tmp_path, "water", [*waters(), *atoms])
+    manifest = read_manifest(folder)
+    h, o = (manifest.reference_energies[symbol] for symbol in "HO")
+    assert manifest.bound_residual_rms == pytest.approx(abs(WATER - 2 * h - o) / 3, rel=1e-6)
+    assert manifest.labels["energy_residual_per_atom"].rms > 5 * manifest.bound_residual_rms
+    words = f"energy - references has a root mean square of {1000 * manifest.bound_residual_rms:.3g} meV/atom without"
+    assert words in shown("inspect", folder)
+    other = make_shards(tmp_path / "b", "other", waters(20))
+    assert "without isolated atoms" not in shown("inspect", other)
+    both = " ".join(shown("inspect", folder, other).split())
+    assert "minus reference energies (without isolated atoms), meV/atom" in both
+    assert f" {1000 * manifest.bound_residual_rms:.0f} 0.00" in both
+    subset = write_subset(folder, tmp_path / "part", {"train": manifest.structures("train")}, seed=0)
+    assert subset.bound_residual_rms == pytest.approx(manifest.bound_residual_rms)
+
+
+@pytest.mark.parametrize("how", ["select", "skip"])
+def test_isolated_atoms_that_are_left_out_are_named(tmp_path, how):
+    """Those of elements of the task, where its energies are open; also in a file of their own."""
+    atoms = [Atoms(symbol, positions=[[0, 0, 0]]) for symbol in "OHN"]
+    for energy, frame in zip((OXYGEN, HYDROGEN, -3.0), atoms, strict=True):
+        frame.calc = SinglePointCalculator(frame, energy=energy)  # without forces
+    molecules_ = waters()
+    for frame in [*atoms, *molecules_] if how == "select" else []:
+        frame.info["kind"] = "atom" if len(frame) == 1 else "md"
+    sources = [write_extxyz(tmp_path / "a.extxyz", atoms), write_extxyz(tmp_path / "w.extxyz", molecules_)]
+    (tmp_path / "c.toml").write_text("[select]\nkind = ['md']\n" if how == "select" else "")
+    words = ["convert", *sources, "--task", "w", "--config", tmp_path / "c.toml", "--skip-bad", "--out", tmp_path / "w"]
+    said = shown(*words)
+    step = "add kind = 'atom' to [select] and " if how == "select" else ""
+    assert (
+        "warning: isolated atoms of H, O are left out, which would help to determine the reference energies; "
+        f"{step}set require = ['energy'] under [labels], since they have no other labels; leave out those of N, which "
+        "no other structure holds\n"
+    ) in said
+    (tmp_path / "d.toml").write_text(
+        "[labels]\nrequire = ['energy']\n[select]\n" + "kind = ['md', 'atom']\n" * (how == "select")
+    )
+    words[words.index(tmp_path / "c.toml")] = tmp_path / "d.toml"
+    assert "left out" not in shown(*words[:-1], tmp_path / "x")
+    assert read_manifest(tmp_path / "x").undetermined_sums == []

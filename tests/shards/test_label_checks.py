@@ -208,9 +208,9 @@ def test_energies_per_atom_throughout(tmp_path):
 @pytest.mark.parametrize(
     ("unit", "words"),
     [
-        ("kcal/mol", "the energies are impossible: that of a.extxyz#"),
-        ("kJ/mol", "they are probably in kJ/mol, not in eV"),
-        ("meV", "they are probably in meV, not in eV"),
+        ("kcal/mol", "the energies are too low to be in eV: that of a.extxyz#"),
+        ("kJ/mol", "times the all-electron energy of its atoms; they are probably in kJ/mol; look at"),
+        ("meV", "they are probably in meV; look at"),
         ("Hartree", "the energies are probably in Hartree, not in eV"),
         ("Ry", "the energies are probably in Ry, not in eV"),
         ("eV", None),
@@ -293,8 +293,8 @@ def test_units_that_a_file_states_are_named(tmp_path):
     }
     np.savez(tmp_path / "a.npz", e_unit="kcal/mol", r_unit="Bohr", **arrays)
     found = convert([tmp_path / "a.npz"], "t", tmp_path / "out", ConvertSettings()).warnings
-    (energy,) = [text for text in found if "energies are improbable" in text or "with all their electrons" in text]
-    assert "not in kcal/mol" in energy and "not in eV" not in energy
+    (energy,) = [text for text in found if "energies are improbable" in text or "all-electron energy" in text]
+    assert "too low to be in kcal/mol: that of a.npz#0 is" in energy
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,21 @@ def test_a_stream_says_at_the_start_what_to_do(folder, monkeypatch):
     assert next(iter(stream_of(folder, workers=0))).numbers.shape == (4096,)
 
 
+def test_small_batches_need_no_shared_memory(folder, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=0, f_frsize=1))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    shape = BatchShape(structures=4, atoms=128, slots=128 * 24)
+    here, there = (
+        TrainStream(StreamSettings(folders=(str(folder),), cutoff=4.0, shape=shape, workers=workers), 0, 1)
+        for workers in (0, 1)
+    )
+    for _, one, other in zip(range(3), here, there, strict=False):
+        content = other.to_dict()
+        for name, value in one.to_dict().items():
+            assert torch.equal(value, content[name]) if isinstance(value, torch.Tensor) else name in content
+        assert other.positions.untyped_storage().data_ptr() % 64 == 0  # as PyTorch aligns tensors
+
+
 def test_a_worker_that_finds_no_room_says_so(folder, monkeypatch):
     stream = stream_of(folder)
     monkeypatch.setattr(os, "statvfs", lambda path: FULL)

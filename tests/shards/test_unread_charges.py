@@ -70,6 +70,27 @@ def test_neutral_structures_and_singlets_lose_nothing(tmp_path, name, values, sa
     assert len(found) == said and all(f"'{name}'" in text for text in found)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("chrage", 1, "charge"),
+        ("Chareg", -1, "charge"),
+        ("chage", 2, "charge"),
+        ("multiplcity", 3, "spin"),
+        ("mulitplicity", 2, "spin"),
+        ("change", 1, None),  # a word of its own
+        ("chrage", 0.37, None),
+        ("chrage", "high", None),
+        ("coverage", 1, None),
+    ],
+)
+def test_a_misspelt_charge_is_said(tmp_path, name, value, kind):
+    manifest = converted(tmp_path / "a.extxyz", waters(name, [value] * 10))
+    found = [text for text in manifest.warnings if "is not read" in text or "but is not read" in text]
+    assert len(found) == (kind is not None) and all(f"the field '{name}' looks like the" in text for text in found)
+    assert kind is None or kind in found[0]
+
+
 @pytest.mark.parametrize("charge", [0, np.nan])
 def test_a_charge_that_is_zero_or_unknown_beside_another(tmp_path, charge):
     frames = waters("charge", [charge] * 10)

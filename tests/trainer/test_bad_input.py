@@ -222,6 +222,8 @@ def test_bad_run_files(shards, tmp_path):
     refused(run("", "--set", "train.steps=2.5"), "train.steps must be a whole number")
     refused(run("", "--set", "train.steps=0"), "train.steps is 0")
     refused(run("", "--set", "nonsense"), "section.key=value")
+    refused(run("", "--set", "tasks.weight=2"), "[[tasks]] is a list of tables; change it in the run file.")
+    refused(run("", "--set", "train.steps.x=2"), "'steps' is a single value", "set it as train.steps=VALUE.")
     refused(run("", "--set", "steps=5"), "--set steps=5: the key is in a section; did you mean train.steps?")
     for key, value, words in (
         ("run.seed", -1, "must be at least 0"),
@@ -345,6 +347,8 @@ def test_bad_models(shards, tmp_path):
     safetensors.numpy.save_file({"a": np.zeros(2)}, str(path))
     refused(command("screen", path, water, "--out", out), "not a model exported by hydrazero")
     refused(command("screen", tmp_path / "no.safetensors", water, "--out", out), "does not exist")
+    refused(command("evaluate", tmp_path / "no"), "no does not exist; name a run folder or an exported model.")
+    refused(command("inspect", water), "is not a readable model file", "data files are converted first")
     assert not out.exists() and not list(tmp_path.glob(".s.parquet*"))
 
 

@@ -32,6 +32,7 @@ from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.finetune_section import FinetuneSection
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.engine.low_rank import add_low_rank_changes, merged
+from hydrazero.trainer.finetune import plan
 from hydrazero.trainer.finetune.outcome import worse_than_before
 from hydrazero.trainer.records.run_files import MODEL_FACTS_NAME, read_metrics
 from hydrazero.trainer.start.methods import rate_factors
@@ -269,6 +270,35 @@ def test_elements_that_the_model_has_not_seen(teacher, tmp_path):
     said = done(teacher, folder, "--out", tmp_path / "run", "--method", "heads", "--steps", 1)
     assert "was not trained on Cu" in said.output and "choose another" in said.output
     assert "has no validation structures" in said.output and "cannot be measured" in said.output
+
+
+@pytest.mark.parametrize(
+    ("steps", "batches", "every"),
+    [
+        (300, 104 / 16, 15),  # 20 evaluations
+        (2000, 104 / 16, 100),
+        (100, 0.0, 10),  # not every 5 steps
+        (300, 30.0, 60),  # 4 steps of training for each of evaluation
+        (60, 104 / 8, 15),  # which would be 26 steps, but the best of four evaluations is kept
+        (300, 1000.0, 75),
+        (6, 1.0, 2),
+        (1, 1.0, 1),
+    ],
+)
+def test_evaluations_take_no_more_than_a_fifth_of_the_time(steps, batches, every):
+    assert plan._interval(steps, batches) == every
+    if batches and every < steps / plan.FEWEST:
+        assert plan._share(every, batches) <= 0.2 + 1e-9
+
+
+def test_a_validation_split_that_takes_most_of_the_time_is_said(teacher, data, tmp_path):
+    potential = load_model(teacher)
+    large = make_split_shards(tmp_path, "large", train=taught(potential, 6, 1), val=taught(potential, 60, 2))
+    said = done(teacher, large, "--out", tmp_path / "run", "--steps", 8, "--lr", 0).output
+    assert load_run_config(tmp_path / "run" / "run.toml").train.evaluate_every == 2
+    assert "60 validation structures are evaluated every 2 steps, which takes about 79% of the time; hydrazero" in said
+    assert f"hydrazero subset {large} --val N keeps fewer." in said
+    assert "validation structures are" not in done(teacher, data / "new", "--out", tmp_path / "b", *SHORT).output
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,15 @@ from sources import make_shards, metals, molecules
 from hydrazero.launch.cli.main import main
 from hydrazero.shards.errors import ConfigError
 from hydrazero.trainer.config.run_file import load_run_config
-from hydrazero.trainer.propose.run_length import COMPILE_FROM, MOST_EPOCHS, PATIENCE, RunLength, run_length
+from hydrazero.trainer.propose import propose_run
+from hydrazero.trainer.propose.run_length import (
+    COMPILE_FROM,
+    MOST_EPOCHS,
+    PATIENCE,
+    RunLength,
+    run_length,
+    structures_in,
+)
 from hydrazero.trainer.rehearsal.measure_steps import StepTimes
 
 TIMES = StepTimes(eager=0.5, compiled=0.1, compiling=100.0, validation=0.2, structures=16.0, parameters=1000)
@@ -69,6 +78,52 @@ def test_refusals(data, tmp_path, monkeypatch, arguments, words):
     result = command("init", *(word.format(molecules=data[0], metals=data[1]) for word in arguments))
     assert result.exit_code == 1 and words in result.stderr and result.stderr.count("\n") == 1, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["there.toml"]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch) -> dict[tuple[int, int | None], float]:
+    """Take the seconds of a step by ranks and threads from this table instead of measuring, on four cores."""
+    seconds: dict[tuple[int, int | None], float] = {}
+
+    def made(proposal) -> StepTimes:
+        of_step = seconds[proposal.ranks, proposal.threads]
+        return replace(TIMES, eager=2 * of_step, compiled=of_step, structures=float(proposal.batch.structures))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(propose_run, "_measure", made)
+    return seconds
+
+
+@pytest.mark.parametrize("fastest", [(1, 4), (2, 2), (4, 1)])
+def test_ranks_and_threads_are_those_of_the_fastest_steps(data, measured, fastest):
+    measured.update({(1, 4): 0.1, (2, 2): 0.1, (4, 1): 0.1})
+    measured[fastest] = 0.05
+    made = command("init", data[0], "--out", "run.toml")
+    tried = "1 rank of 4 threads and 2 ranks of 2 threads and 4 ranks of 1 thread on 4 CPU cores"
+    assert made.exit_code == 0 and f"measuring training steps with {tried}" in made.output, made.output
+    train = f"hydrazero train run.toml --ranks {fastest[0]} --threads {fastest[1]}"
+    text = Path("run.toml").read_text()
+    assert made.output.endswith(f"train with: {train}\n") and f"#     {train}\n" in text
+    assert f"With {fastest[0]} rank" in text and "structures/s with 2 ranks of 2 threads" in text.replace("\n# ", " ")
+    assert load_run_config("run.toml").batch.structures
+
+
+def test_what_the_user_has_set_is_not_measured_against_other_numbers(data, measured, monkeypatch):
+    measured.update({(3, None): 0.1, (4, None): 0.1})
+    made = command("init", data[0], "--out", "asked.toml", "--ranks", 3)
+    assert made.output.endswith("train with: hydrazero train asked.toml --ranks 3\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert command("init", data[0], "--out", "set.toml").output.endswith("train set.toml --ranks 4\n")
+
+
+def test_ranks_are_compared_by_the_structures_that_fit_into_the_hours():
+    fast = replace(TIMES, compiled=0.05, compiling=3000.0)  # twice as fast, once it is compiled
+    for hours, wins in ((1.0, False), (10.0, True)):
+        slow, quick = (structures_in(hours=hours, ranks=2, val=100, times=times) for times in (TIMES, fast))
+        assert (quick > slow) == wins
+    assert structures_in(hours=1.0, ranks=1, val=0, times=TIMES) == int((3600 - 100) / 0.1) * 16
 
 
 def length(hours: float = 1.0, train: int = 10_000, val: int = 100, times: StepTimes | None = TIMES) -> RunLength:

@@ -184,6 +184,13 @@ def test_every_precision_has_a_configuration_of_every_stage(place, suffix):
     )
 
 
+@pytest.mark.parametrize("asked, fused", [({}, True), ({"fused": False}, False), ({"foreach": True}, None)])
+def test_adam_is_fused_unless_the_configuration_says_otherwise(asked, fused):
+    document = document_of("zero1", optimizer={"params": asked})
+    given = for_deepspeed(document, precision_of(document))["optimizer"]["params"]
+    assert given.get("fused") is fused and "fused" not in document["optimizer"]["params"].keys() - asked.keys()
+
+
 def test_configurations_differ_in_what_their_names_say():
     """Precisions add their own tables, stages have their own ZeRO; all else is the same in all of them."""
     documents = {path.stem: json.loads(path.read_text()) for path in DS_CONFIGS.glob("*.json")}

@@ -134,10 +134,16 @@ def _check_table(precision: Precision, document: dict[str, Any]) -> None:
 
 
 def for_deepspeed(document: dict[str, Any], precision: Precision) -> dict[str, Any]:
-    """Return the JSON for DeepSpeed: without hydrazero's own keys, and with gradients summed in float32 or float64."""
+    """Return the JSON for DeepSpeed: without hydrazero's own keys, and with gradients summed in float32 or float64.
+
+    PyTorch's Adam goes over the weights once, unless the JSON says how; by default it does so ten times.
+    """
     config = {key: value for key, value in copy.deepcopy(document).items() if key not in OWN_KEYS}
     if precision.key in ("bf16", "fp16"):
         config |= copy.deepcopy(SUMS)
+    params = config.get("optimizer", {}).get("params", {})
+    if params.get("torch_adam") and not any(params.get(key) for key in ("foreach", "capturable", "differentiable")):
+        params.setdefault("fused", True)
     zero = config.setdefault("zero_optimization", {})
     if precision.weights == torch.float64:
         zero["reduce_scatter"] = False  # DeepSpeed's reduce-scatter does not support float64

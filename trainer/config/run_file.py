@@ -133,10 +133,15 @@ def apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is taken as a text, so that --set run.out=runs/a needs no quotes
-    for name in names[:-1]:
+    for place, name in enumerate(names[:-1]):
         table = table.setdefault(name, {})
+        if isinstance(table, list):
+            raise ConfigError(f"--set {override}: [[{name}]] is a list of tables; change it in the run file.")
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: '{name}' is no table.")
+            raise ConfigError(
+                f"--set {override}: '{name}' is a single value, without keys of its own; set it as "
+                f"{'.'.join(names[: place + 1])}=VALUE."
+            )
     table[names[-1]] = value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,20 @@ def new_probe(model: AtomisticModel) -> Tensor:
     return torch.zeros(len(model.tasks), features, features, dtype=model.dtype, device=device, requires_grad=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundLoss:
+    """What a compiled graph finds for a batch, all of it without gradients."""
+
+    loss: Tensor
+    """The loss, a scalar."""
+    sums: Tensor
+    """The objective's sums, [tasks, columns] float64."""
+    measured: Tensor | None
+    """Gradients of the tasks with respect to the probe; None if they were not measured."""
+    gradients: list[Tensor | None]
+    """Gradient of each trained parameter, in the model's order; None where the loss does not depend on it."""
+
+
 class CompiledLoss:
     """One compiled graph for the loss, its sums and the gradients of all parameters, for each shape of batch.
 
@@ -35,12 +49,10 @@ class CompiledLoss:
         self.model = model
         self._graphs: dict[tuple[Any, ...], tuple[Any, list[bool]]] = {}
 
-    def __call__(
-        self, batch: GraphBatch, counts: Tensor, objective: Objective, measuring: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the loss, whose backward pass uses gradients of this graph, the sums, and the gradients of the tasks.
+    def __call__(self, batch: GraphBatch, counts: Tensor, objective: Objective, measuring: bool) -> FoundLoss:
+        """Return loss, sums and gradients of a batch, and the gradients of the tasks if `measuring` is true.
 
-        The last are None unless `measuring` is true. Raises CompilationError if the graph cannot be compiled.
+        Raises CompilationError if the graph cannot be compiled.
         """
         probes = [new_probe(self.model)] if measuring else []
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -51,8 +63,21 @@ class CompiledLoss:
         if key not in self._graphs:
             self._graphs[key] = self._trace(layout, objective, parameters, rest)
         graph, used = self._graphs[key]
-        loss, sums, *measured = _KnownGradients.apply(graph, used, rest, *parameters)
-        return loss, sums, measured[0] if measured else None
+        loss, sums, *found = graph([*parameters, *rest])
+        measured = found.pop(0) if measuring else None
+        gradients = iter(found)
+        return FoundLoss(
+            loss=loss,
+            sums=sums,
+            measured=measured,
+            gradients=[next(gradients) if is_used else None for is_used in used],
+        )
+
+    def differentiable(self, found: FoundLoss) -> Tensor:
+        """Return the loss that was found, whose backward pass hands the gradients over to hooks as usual."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        loss: Tensor = _KnownGradients.apply(found, *parameters)
+        return loss
 
     def _fixed(self) -> dict[str, Tensor]:
         """Return weights that are not trained, and buffers."""
@@ -89,22 +114,23 @@ class CompiledLoss:
         return compile_traced(step, [*parameters, *rest]), used
 
 
+def scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Return gradients times a factor, a tensor without dimensions; None stays None."""
+    known = [gradient for gradient in gradients if gradient is not None]
+    products = iter(torch._foreach_mul(known, factor.to(known[0].dtype)) if known else [])
+    return [None if gradient is None else next(products) for gradient in gradients]
+
+
 class _KnownGradients(Function):
-    """Runs a graph that returns loss, sums and gradients; backward returns those gradients, so hooks run as usual."""
+    """A loss whose gradients are known: backward returns them."""
 
     @staticmethod
-    def forward(ctx: Any, graph: Any, used: list[bool], rest: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
-        loss, sums, *found = graph([*parameters, *rest])
-        count = sum(used)
-        measured, gradients = found[: len(found) - count], found[len(found) - count :]
-        ctx.used, ctx.gradients = used, gradients
-        ctx.mark_non_differentiable(sums, *measured)
-        return loss, sums, *measured
+    def forward(ctx: Any, found: FoundLoss, *parameters: Tensor) -> Tensor:
+        ctx.gradients = found.gradients
+        return found.loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = iter(ctx.gradients)
-        factor = grads[0]
-        handed = [next(found) if used else None for used in ctx.used]
+        handed = scaled(ctx.gradients, grads[0])
         ctx.gradients = []
-        return None, None, None, *(None if g is None else g * factor.to(g.dtype) for g in handed)
+        return None, *handed

@@ -156,10 +156,13 @@ def train_step(engine: TrainingEngine, batches: Sequence[GraphBatch], guard: Ste
     table: Tensor | None = None
     atoms = torch.stack([batch.atom_mask.sum() for batch in batches]).sum().to(torch.float64)
     skipped_before = engine.skipped_steps
-    scaler = layout_of(engine).loss_scaler()
+    layout = layout_of(engine)
+    scaler = layout.loss_scaler()
+    takes_gradients = len(batches) == 1 and layout.takes_gradients()
     can_rescale = scaler is not None and scaler.cur_scale > scaler.min_scale
     for number, batch in enumerate(batches):
-        loss, sums = engine(batch, counts)
+        found = engine.module.loss_with_gradients(batch, counts) if takes_gradients else None
+        loss, sums = engine(batch, counts) if found is None else (found.loss, found.sums)
         total = total + loss.detach()
         table = sums if table is None else table + sums
         if number == len(batches) - 1:
@@ -167,8 +170,11 @@ def train_step(engine: TrainingEngine, batches: Sequence[GraphBatch], guard: Ste
             everything = sum_over_ranks(torch.cat([table.reshape(-1), total.view(1), atoms.view(1), stops]))
             if guard.is_spike(float(everything[-3])):
                 factor = math.nan  # the engine skips steps whose gradients are not finite, in every ZeRO stage
-        with gathered_parameters(engine):
-            engine.backward(loss * factor)
+        if found is not None:
+            layout.take_gradients(found.gradients, factor)
+        else:
+            with gathered_parameters(engine):
+                engine.backward(loss * factor)
         _step_if_finite(engine)
     sums = everything[:-3].view(tasks, -1)
     skipped = engine.skipped_steps > skipped_before
@@ -189,7 +195,8 @@ def _step_if_finite(engine: TrainingEngine) -> None:
     """Do the engine's step; without ZeRO, the engine does not check that gradients are finite, so it is done here."""
     if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        if not torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all():
+        largest = [torch.linalg.vector_norm(gradient, math.inf) for gradient in gradients]  # NaN if one element is
+        if not torch.isfinite(torch.stack(largest)).all():
             engine.zero_grad()
             engine.skipped_steps += 1
             engine.global_steps += 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hydrazero.models.atomistic import AtomisticModel, Predictions
 from hydrazero.models.ops.compiled import CompilationError, CompiledModel, use_kernels
 from hydrazero.shards.graphs.graph import GraphBatch
-from hydrazero.trainer.engine.compiled_loss import CompiledLoss, new_probe
+from hydrazero.trainer.engine.compiled_loss import CompiledLoss, FoundLoss, new_probe
 from hydrazero.trainer.engine.losses import Objective
 from hydrazero.trainer.ranks.distributed import gather_objects
 
@@ -54,20 +54,27 @@ class ModelWithLoss(nn.Module):
 
         `counts` [tasks, quantities] are the numbers of labels in the batches of all ranks.
         """
-        if (compiled := self._compiled) is not None:
-            kind = MEASURING_STEPS if self.measuring else STEPS
-            found = self._by_graph(kind, lambda: compiled(batch, counts, self.objective, self.measuring))
-            if found is not None:
-                loss, sums, gradients = found
-                if gradients is not None:
-                    self._measured.append(lambda: gradients)
-                return loss, sums
+        if self._compiled is not None and (found := self.loss_with_gradients(batch, counts)) is not None:
+            return self._compiled.differentiable(found), found.sums
         probe = new_probe(self.model) if self.measuring else None
         sums = self.objective.sums(self.model(batch, probe), batch)
         loss = self.objective.total(sums, counts)
         if probe is not None:
             self._measured.append(_gradient_once_there(loss, probe))
         return loss, sums.detach()
+
+    def loss_with_gradients(self, batch: GraphBatch, counts: Tensor) -> FoundLoss | None:
+        """Return the loss of a batch with its gradients from a compiled graph; None if steps are not compiled.
+
+        The arguments are those of `forward`. Called on every rank.
+        """
+        if (compiled := self._compiled) is None:
+            return None
+        kind = MEASURING_STEPS if self.measuring else STEPS
+        found = self._by_graph(kind, lambda: compiled(batch, counts, self.objective, self.measuring))
+        if found is not None and (measured := found.measured) is not None:
+            self._measured.append(lambda: measured)
+        return found
 
     def _by_graph(self, kind: str, run: Callable[[], Result]) -> Result | None:
         """Return the result of a compiled graph; None if some rank cannot compile it. Called on every rank.

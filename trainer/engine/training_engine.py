@@ -17,6 +17,8 @@ class TrainingEngine(Protocol):
     """
 
     module: ModelWithLoss
+    communication_data_type: Any
+    """Type in which gradients are summed over ranks."""
     optimizer: Any
     """DeepSpeed's optimizer; its type depends on the ZeRO stage and the precision."""
     lr_scheduler: Any

@@ -8,7 +8,7 @@ return float32 alone, whatever the precision. Its files are read by `checkpoint/
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,29 @@ class ZeroLayout:
         misses those that are gathered already, and fails where it needs them later.
         """
 
+    def takes_gradients(self) -> bool:
+        """Return whether gradients of a whole step can be handed over by `take_gradients`, without a backward pass."""
+        return True
+
+    @torch.no_grad()
+    def take_gradients(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Use gradients of all trained parameters, times a factor and averaged over ranks, in the engine's next step.
+
+        This does what DeepSpeed does for one parameter after the other in a backward pass. Called on every rank, for
+        steps of one micro-batch.
+        """
+        pairs = zip(self._trained(), gradients, strict=True)
+        known = {p: g.contiguous() for p, g in pairs if g is not None}
+        # Products are copies: a graph may return one tensor for two parameters, and clipping is in place.
+        for parameter, product in zip(known, torch._foreach_mul(list(known.values()), factor), strict=True):
+            parameter.grad = product
+        if ranks() > 1:
+            engine: Any = self.engine
+            engine.allreduce_gradients()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
+
     def discard_gradients(self) -> None:
         """Discard the gradients of a step that was skipped."""
 
@@ -187,6 +210,32 @@ class FlatGroups(ZeroLayout):
         self.optimizer.optimizer.load_state_dict(document)
         self.optimizer.update_lp_params()
 
+    def takes_gradients(self) -> bool:
+        """Return whether DeepSpeed would do no more with the gradients than to average and partition them."""
+        engine, optimizer, flats = self.engine, self.optimizer, self._model_flats()
+        if engine.zero_optimization_stage() != 1 or optimizer.cpu_offload:
+            return False
+        follow = all(not any(paddings) for paddings in optimizer.round_robin_bit16_padding)
+        in_full = engine.communication_data_type == flats[0].dtype
+        return follow and in_full and isinstance(optimizer.optimizer, torch.optim.Adam)
+
+    @torch.no_grad()
+    def take_gradients(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+        """Average all gradients in one flat tensor, and give the optimizer its share of each group."""
+        found, parts = dict(zip(self._trained(), gradients, strict=True)), []
+        flats = self._model_flats()
+        for group, flat in zip(self.optimizer.round_robin_bit16_groups, flats, strict=True):
+            for parameter in group:
+                gradient = found[parameter]
+                parts.append(torch.zeros_like(parameter).view(-1) if gradient is None else gradient.reshape(-1))
+            parts.append(flat.new_zeros(flat.numel() - sum(parameter.numel() for parameter in group)))
+        whole = torch.cat(parts).mul_(factor / ranks())
+        if ranks() > 1:
+            dist.all_reduce(whole)
+        for number, of_flat in enumerate(whole.split([flat.numel() for flat in flats])):
+            share = of_flat.numel() // ranks()
+            self.optimizer.averaged_gradients[number] = [of_flat[rank() * share : (rank() + 1) * share]]
+
     def discard_gradients(self) -> None:
         """With offload, DeepSpeed would add the next step's gradients to those that it skipped."""
         held = getattr(self.optimizer, "averaged_gradients", {})
@@ -200,6 +249,10 @@ class Bf16FlatGroups(FlatGroups):
         """Return this rank's share of each flat tensor."""
         return list(self.optimizer.fp32_groups_flat_partition)
 
+    def takes_gradients(self) -> bool:
+        """Return False: DeepSpeed adds gradients of bf16 weights up in float32 first."""
+        return False
+
     def _model_flats(self) -> list[Tensor]:
         return list(self.optimizer.bf16_groups_flat)
 
@@ -210,6 +263,10 @@ class PartitionedParameters(ZeroLayout):
     def master_weights(self) -> list[Tensor]:
         """Return this rank's parts of all parameters, one flat tensor for each group."""
         return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def takes_gradients(self) -> bool:
+        """Return False: steps are not compiled under ZeRO 3."""
+        return False
 
     @torch.no_grad()
     def update_model(self) -> None:

@@ -150,6 +150,8 @@ def open_run_or_model(path: Path) -> tuple[Potential, list[str], ResultFiles]:
         step = step_of(checkpoint_named(path, "best"))  # read once: a run in progress may find a better one meanwhile
         model = model_of_run(path, str(step))
         return Potential(model), [str(task["shards"]) for task in record["tasks"]], results_in(path, step)
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; name a run folder or an exported model.")
     return load_model(path), [], results_beside(path)
 
 

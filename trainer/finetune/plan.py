@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hydrazero.shards.stream.stream import SplitReader, StreamSettings
 from hydrazero.trainer.config.finetune_section import FULL, HEADS, LAYERWISE, LORA, OWN
 from hydrazero.trainer.cost.step_memory import SHARE, StepMemory, memory_at_hand
 from hydrazero.trainer.propose.propose_batch import fitting_batch
+from hydrazero.trainer.propose.run_length import EVALUATION_SHARE, EVALUATIONS
 
 RATES = {FULL: 5e-4, HEADS: 2e-3, LORA: 2e-3, LAYERWISE: 1e-3}
 """Learning rate of each method: methods that train fewer weights, or smaller changes of them, allow larger rates."""
@@ -26,8 +28,12 @@ COMPILED = 150_000
 """Number of atoms, padding included, in all steps of a rank from which on steps are compiled, which takes a minute:
 training on so many takes 70 s (molecules) to 290 s (metals) without compiling, and 20 s to 40 s with it (`make bench`,
 rows `..._train_..._atoms`)."""
-EVALUATIONS = 20
-"""Number of evaluations in a run."""
+LEAST_INTERVAL = 10
+"""Number of steps between evaluations at least, since early stopping waits for PATIENCE evaluations."""
+FEWEST = 4
+"""Number of evaluations at least, however long they take: the best weights are chosen among them."""
+VALIDATION_COST = 0.5
+"""Time to evaluate a structure, over that to train on it: without the derivatives of the loss it is at most that."""
 PATIENCE = 6
 """Number of evaluations without a new lowest validation loss after which the run stops."""
 FEW = 10
@@ -80,6 +86,8 @@ def plan_finetuning(request: FinetuneRequest, init_head: str, start: AtomisticMo
     manifest = read_manifest(request.folder)
     train, val = manifest.structures("train"), manifest.structures("val")
     structures = _structures(train, request.ranks)
+    together = structures * request.ranks
+    validated = sum(read_manifest(folder).structures("val") for folder in (request.folder, *_replayed(request)))
     steps = request.steps or min(max(round(100 * math.sqrt(train)), 300), 20_000)
     tasks = _tasks(request, init_head, manifest)
     shape = _batch(start, tasks, structures, request.ranks)
@@ -94,7 +102,7 @@ def plan_finetuning(request: FinetuneRequest, init_head: str, start: AtomisticMo
         "balance": {"method": "uniform"},
         "train": {
             "steps": steps,
-            "evaluate_every": max(steps // EVALUATIONS, 1),
+            "evaluate_every": _interval(steps, validated / together),
             "checkpoint_every": max(steps // 4, 1),
             "keep_best": val >= FEW,
             "patience": PATIENCE if val >= FEW else 0,
@@ -104,7 +112,7 @@ def plan_finetuning(request: FinetuneRequest, init_head: str, start: AtomisticMo
         "deepspeed": {"config": "zero1", "optimizer": {"params": {"lr": _rate(request)}}},
     }
     sentences = [
-        f"{train:,} training structures: up to {steps:,} steps of about {structures * request.ranks} structures, "
+        f"{train:,} training structures: up to {steps:,} steps of about {together} structures, "
         f"learning rate {_rate(request):g}."
     ]
     if val < FEW:
@@ -112,7 +120,28 @@ def plan_finetuning(request: FinetuneRequest, init_head: str, start: AtomisticMo
             f"{request.folder} has {val or 'no'} validation structures, too few for early stopping: the run trains all "
             "steps, and its last weights are its result."
         )
+    every = table["train"]["evaluate_every"]
+    if (share := _share(every, validated / together)) > 2 * EVALUATION_SHARE:
+        sentences.append(
+            f"{validated:,} validation structures are evaluated every {every:,} steps, which takes about {share:.0%} "
+            f"of the time; hydrazero subset {shlex.quote(str(request.folder))} --val N keeps fewer."
+        )
     return FinetunePlan(table=table, sentences=tuple(sentences))
+
+
+def _interval(steps: int, batches: float) -> int:
+    """Return the number of steps between evaluations, each of which takes `batches` batches.
+
+    A run has 20 evaluations, or fewer if these would take more than a fifth of its time or come every few steps.
+    """
+    affordable = math.ceil(VALIDATION_COST * batches * (1 / EVALUATION_SHARE - 1))
+    every = max(steps // EVALUATIONS, LEAST_INTERVAL, affordable)
+    return min(every, math.ceil(steps / FEWEST))
+
+
+def _share(every: int, batches: float) -> float:
+    """Return the fraction of a run's time for evaluations of `batches` batches after every `every` steps."""
+    return VALIDATION_COST * batches / (every + VALIDATION_COST * batches)
 
 
 def _structures(train: int, ranks: int) -> int:
@@ -123,6 +152,11 @@ def _structures(train: int, ranks: int) -> int:
 
 def _rate(request: FinetuneRequest) -> float:
     return RATES[request.method] if request.rate is None else request.rate
+
+
+def _replayed(request: FinetuneRequest) -> tuple[Path, ...]:
+    """Return the shards of old tasks that are tasks of the run."""
+    return request.old if request.replay else ()
 
 
 def _tasks(request: FinetuneRequest, init_head: str, manifest: Manifest) -> list[dict[str, Any]]:

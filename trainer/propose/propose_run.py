@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from hydrazero.shards.manifest import Manifest, check_different_tasks, check_sha
 from hydrazero.trainer.config.run_file import load_run_config
 from hydrazero.trainer.cost.step_memory import SHARE, memory_at_hand
 from hydrazero.trainer.propose.propose_batch import propose_batch
-from hydrazero.trainer.propose.run_length import RunLength, run_length
+from hydrazero.trainer.propose.run_length import RunLength, run_length, structures_in
 from hydrazero.trainer.propose.run_text import RunProposal, run_text, train_command
-from hydrazero.trainer.ranks.launcher import train_ranks
+from hydrazero.trainer.ranks.launcher import THREADS_VARIABLE, train_ranks
 from hydrazero.trainer.records.run_files import RUN_NAME
 from hydrazero.trainer.rehearsal.measure_steps import StepTimes, read_step_times
 from hydrazero.trainer.rehearsal.rehearse import MEASURE
@@ -29,7 +29,9 @@ from hydrazero.trainer.setup import check_run
 RATES = {"tiny": 2e-3, "small": 2e-3, "base": 1e-3, "large": 5e-4}
 """Learning rate for each size of a model: larger models diverge at rates that suit small ones."""
 MOST_CPU_RANKS = 4
-"""Maximum number of ranks by default on a machine without a GPU; each may use several cores."""
+"""Maximum number of ranks that are tried on a machine without a GPU; each may use several cores."""
+FEWEST_OF_A_RANK = 8
+"""Number of training structures below which a rank is not worth its while."""
 PER_STEP = 32
 """Structures in a step of all ranks together, if there are enough."""
 SEVERAL_TASKS = 2.0
@@ -53,7 +55,7 @@ class InitRequest:
     hours: float
     """Time that the run may take, in hours."""
     ranks: int | None
-    """Number of training processes; None: chosen for this machine."""
+    """Number of training processes; None: chosen for this machine, on a CPU with their threads and by measuring."""
 
 
 def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
@@ -63,9 +65,13 @@ def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
     if a rank fails, which then has printed the reason.
     """
     _check_request(request)
-    proposal = _proposal(request, _manifests(request))
-    say(f"measuring training steps with {_ranks(proposal)} on {proposal.device}, which may take some minutes ...")
-    times = _measure(proposal)
+    manifests = _manifests(request)
+    layouts = _layouts(request, sum(manifest.structures("train") for manifest in manifests))
+    proposals = [_proposal(request, manifests, ranks, threads) for ranks, threads in layouts]
+    tried = " and ".join(_ranks(one) for one in proposals)
+    say(f"measuring training steps with {tried} on {proposals[0].device}, which may take some minutes ...")
+    measured = [(one, _measure(one)) for one in proposals]
+    proposal, times = _fastest(request, measured)
     proposal = replace(proposal, length=_length(request, proposal, times))
     _write(proposal)
     length = proposal.length
@@ -73,11 +79,30 @@ def write_run_file(request: InitRequest, say: Callable[[str], None]) -> None:
         f"{request.out}: {len(proposal.manifests)} task{'s' if len(proposal.manifests) > 1 else ''}, {request.encoder} "
         f"{request.size} with {times.parameters:,} parameters, {length.steps:,} steps"
     )
-    say(f"train with: {train_command(request.out, proposal.ranks)}")
+    say(f"train with: {train_command(proposal)}")
 
 
 def _ranks(proposal: RunProposal) -> str:
-    return f"{proposal.ranks} rank{'s' if proposal.ranks > 1 else ''}"
+    ranks = f"{proposal.ranks} rank{'s' if proposal.ranks > 1 else ''}"
+    if proposal.threads is None:
+        return ranks
+    return f"{ranks} of {proposal.threads} thread{'s' if proposal.threads > 1 else ''}"
+
+
+def _fastest(request: InitRequest, measured: Sequence[tuple[RunProposal, StepTimes]]) -> tuple[RunProposal, StepTimes]:
+    """Return the proposal whose ranks train on most structures in the hours, with a sentence on the others."""
+    found = []
+    for proposal, times in measured:
+        val = sum(manifest.structures("val") for manifest in proposal.manifests)
+        found.append(structures_in(hours=request.hours, ranks=proposal.ranks, val=val, times=times))
+    proposal, times = measured[found.index(max(found))]
+    if len(measured) == 1:
+        return proposal, times
+    speeds = ", ".join(
+        f"{structures / (3600 * request.hours):.3g} structures/s with {_ranks(one)}"
+        for (one, _), structures in zip(measured, found, strict=True)
+    )
+    return replace(proposal, why_ranks=f"Measured here, with evaluations: {speeds}. "), times
 
 
 def _check_request(request: InitRequest) -> None:
@@ -104,10 +129,9 @@ def _manifests(request: InitRequest) -> tuple[Manifest, ...]:
     return manifests
 
 
-def _proposal(request: InitRequest, manifests: tuple[Manifest, ...]) -> RunProposal:
+def _proposal(request: InitRequest, manifests: tuple[Manifest, ...], ranks: int, threads: int | None) -> RunProposal:
     """Return everything but the length of the run, which is not measured yet."""
     train = sum(manifest.structures("train") for manifest in manifests)
-    ranks = request.ranks or _default_ranks(train)
     settings = size_settings(request.encoder, request.size)
     heads = settings.pop("head_features")
     encoder = EncoderSettings(encoder=request.encoder, cutoff=request.cutoff, **settings)
@@ -131,17 +155,31 @@ def _proposal(request: InitRequest, manifests: tuple[Manifest, ...]) -> RunPropo
         temperature=temperature,
         batch=batch,
         ranks=ranks,
+        threads=threads,
+        why_ranks="",
         device=_device(ranks),
         rate=RATES[request.size],
         length=run_length(hours=request.hours, ranks=ranks, train=train, val=0, times=None),
     )
 
 
-def _default_ranks(train: int) -> int:
-    """Return a rank for each GPU, or for each core up to MOST_CPU_RANKS, and no more than the structures can fill."""
+def _layouts(request: InitRequest, train: int) -> list[tuple[int, int | None]]:
+    """Return the numbers of ranks, and of threads of each, among which the choice is; threads are None for any number.
+
+    On GPUs it is a rank for each. On a CPU the cores are divided in every way that leaves none over. What the user has
+    set is not measured against anything else. There are no more ranks than the structures can fill.
+    """
+    if request.ranks is not None:
+        return [(request.ranks, None)]
     gpu = gpu_module()
-    devices = min(len(os.sched_getaffinity(0)), MOST_CPU_RANKS) if gpu is None else gpu.device_count()
-    return max(min(devices, train // 8), 1)
+    fed = max(train // FEWEST_OF_A_RANK, 1)
+    if gpu is not None:
+        return [(min(gpu.device_count(), fed), None)]
+    cores = len(os.sched_getaffinity(0))
+    most = min(cores, MOST_CPU_RANKS, fed)
+    if THREADS_VARIABLE in os.environ or most == 1:
+        return [(most, None)]
+    return [(ranks, cores // ranks) for ranks in range(1, most + 1) if cores % ranks == 0]
 
 
 def _device(ranks: int) -> str:
@@ -158,7 +196,8 @@ def _measure(proposal: RunProposal) -> StepTimes:
     with tempfile.TemporaryDirectory(prefix="hydrazero-init-") as folder:
         run_file, run_dir = Path(folder) / "run.toml", Path(folder) / "run"
         run_file.write_text(run_text(replace(proposal, run_dir=run_dir)), encoding="utf-8")
-        train_ranks(run_file, proposal.ranks, [f"--{MEASURE}"], run_dir / RUN_NAME)
+        words, record = [f"--{MEASURE}"], run_dir / RUN_NAME
+        train_ranks(run_file, proposal.ranks, words, record, threads=proposal.threads)
         return read_step_times(run_dir)
 
 

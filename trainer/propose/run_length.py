@@ -99,10 +99,21 @@ def _evaluations(hours: float, ranks: int, val: int, times: StepTimes | None) ->
     return EVALUATIONS if not seconds else min(max(int(EVALUATION_SHARE * 3600 * hours / seconds), 1), EVALUATIONS)
 
 
+def structures_in(*, hours: float, ranks: int, val: int, times: StepTimes) -> float:
+    """Return the number of structures that `ranks` ranks with these times train on within `hours`."""
+    return max(_fitting(hours, ranks, val, times)) * ranks * times.structures
+
+
+def _fitting(hours: float, ranks: int, val: int, times: StepTimes) -> tuple[int, int]:
+    """Return the numbers of eager and of compiled steps that fit into the hours; the latter is 0 if there are none."""
+    left = 3600 * hours - _evaluations(hours, ranks, val, times) * _evaluation_seconds(ranks, val, times)
+    compiled = 0 if times.compiled is None else max(int((left - times.compiling) / times.compiled), 0)
+    return int(left / times.eager), compiled
+
+
 def _steps(hours: float, ranks: int, val: int, times: StepTimes) -> tuple[int, bool, str]:
     """Return the steps that fit into the hours, whether to compile them, and a sentence on that."""
-    left = 3600 * hours - _evaluations(hours, ranks, val, times) * _evaluation_seconds(ranks, val, times)
-    eager = int(left / times.eager)
+    eager, after = _fitting(hours, ranks, val, times)
     if times.compiled is None:
         if 3600 * hours < COMPILE_FROM:
             why = "Compiled steps are faster, but compiling takes a minute or more, too long for so short a run."
@@ -110,7 +121,6 @@ def _steps(hours: float, ranks: int, val: int, times: StepTimes) -> tuple[int, b
             why = "Steps cannot be compiled on this machine."
         steps, compiled = eager, False
     else:
-        after = int((left - times.compiling) / times.compiled)
         compiled, steps = after > eager, max(after, eager)
         why = (
             f"Compiling takes {times.compiling:.0f} s at the start; a step then takes {times.compiled:.3g} s "

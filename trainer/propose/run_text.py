@@ -39,6 +39,10 @@ class RunProposal:
     """The batch of each rank."""
     ranks: int
     """Number of training processes."""
+    threads: int | None
+    """Number of threads of each; None: not chosen here, so that it is what `hydrazero train` takes by itself."""
+    why_ranks: str
+    """Sentence on how ranks and threads were chosen; empty if they were not measured."""
     device: str
     """Description of the devices on which the ranks compute."""
     rate: float
@@ -57,8 +61,9 @@ def run_text(proposal: RunProposal) -> str:
     parts = [
         _comment(
             f"Run file written by hydrazero init for {proposal.device}. Every value can be changed. Train with:\n"
-            f"    {train_command(proposal.run_file, proposal.ranks)}\n"
-            "The number of ranks (processes that train together) may be another one; each rank computes its own batch. "
+            f"    {train_command(proposal)}\n"
+            f"{proposal.why_ranks}The number of ranks (processes that train together) may be another one; each rank "
+            "computes its own batch. "
             "'hydrazero train --dry-run' checks the file without training."
         ),
         _run(proposal),
@@ -73,9 +78,12 @@ def run_text(proposal: RunProposal) -> str:
     return "\n".join(parts)
 
 
-def train_command(run_file: Path, ranks: int) -> str:
-    """Return the command that trains a run file."""
-    return f"hydrazero train {run_file}{f' --ranks {ranks}' if ranks > 1 else ''}"
+def train_command(proposal: RunProposal) -> str:
+    """Return the command that trains the proposed run file."""
+    command = f"hydrazero train {proposal.run_file}"
+    if proposal.threads is not None:
+        return f"{command} --ranks {proposal.ranks} --threads {proposal.threads}"
+    return f"{command} --ranks {proposal.ranks}" if proposal.ranks > 1 else command
 
 
 def _comment(text: str) -> str:

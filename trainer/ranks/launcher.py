@@ -26,6 +26,8 @@ GRACE = 20.0
 """Seconds that the other ranks have to end by themselves after one has failed."""
 END = 60.0
 """Seconds that the other ranks of a run have to end after one has ended well, which it does when all have finished."""
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+"""Environment variable with the number of threads of a process."""
 POLL = 0.1
 """Seconds between looks at the ranks."""
 
@@ -46,18 +48,21 @@ class Outcome:
     """The rank that caused the end, and how it ended, as part of a sentence."""
 
 
-def train_ranks(run_file: Path, ranks: int, options: Sequence[str], record: Path, retries: int = 0) -> None:
+def train_ranks(
+    run_file: Path, ranks: int, options: Sequence[str], record: Path, *, retries: int = 0, threads: int | None = None
+) -> None:
     """Train with `ranks` processes; if one is killed or lost, resume from the last checkpoint, at most `retries` times.
 
-    `record` is the file that exists once the run folder holds a run. Raises RanksEndedError if the ranks have failed
-    after the last retry, and SystemExit for errors of users, which the ranks have printed.
+    `record` is the file that exists once the run folder holds a run; `threads` is explained at `Ranks`. Raises
+    RanksEndedError if the ranks have failed after the last retry, and SystemExit for errors of users, which the ranks
+    have printed.
     """
     began = time.monotonic()
     for retry in range(retries + 1):
         used = f"--used-hours={(time.monotonic() - began) / 3600}"  # train.max_hours limits all attempts together
         # A first attempt that ended before it had made its folder is repeated from the start.
         resume = ["--resume"] if retry and record.exists() and "--resume" not in options else []
-        with Ranks([*train_command(run_file), *options, *resume, used], ranks) as running:
+        with Ranks([*train_command(run_file), *options, *resume, used], ranks, threads=threads) as running:
             outcome = running.wait(end_together=True)
         if outcome.status == 0:
             return
@@ -81,11 +86,16 @@ def train_command(run_file: Path) -> list[str]:
 
 
 class Ranks:
-    """Processes of one command on this machine, as ranks of one group; their output goes to `output` if it is given."""
+    """Processes of one command on this machine, as ranks of one group; their output goes to `output` if it is given.
 
-    def __init__(self, command: Sequence[str], ranks: int, output: BinaryIO | None = None) -> None:
+    Each has `threads` threads; if that is None, OMP_NUM_THREADS of them, or else its share of the cores.
+    """
+
+    def __init__(
+        self, command: Sequence[str], ranks: int, output: BinaryIO | None = None, *, threads: int | None = None
+    ) -> None:
         self.command = list(command)
-        self.environment = _environment(ranks)
+        self.environment = _environment(ranks, threads)
         self.ranks, self.output = ranks, output
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked_to_stop = self.interrupted = False
@@ -179,11 +189,12 @@ def outcome_of(bad: Sequence[tuple[int, int]], hung: set[int]) -> Outcome:
     return Outcome(status=MAY_PASS, reason=f"rank {by_themselves[0][0]} has lost contact with the others")
 
 
-def _environment(ranks: int) -> dict[str, str]:
+def _environment(ranks: int, threads: int | None) -> dict[str, str]:
     """Return the environment variables that all ranks share; raises ConfigError if there are too few GPUs."""
     environment = dict(os.environ)
-    cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(cores // ranks, 1)))
+    if threads is not None:
+        environment[THREADS_VARIABLE] = str(threads)
+    environment.setdefault(THREADS_VARIABLE, str(max(len(os.sched_getaffinity(0)) // ranks, 1)))
     environment.setdefault("DS_ACCELERATOR", device_kind())
     if (gpu := gpu_module()) is not None and gpu.device_count() < ranks:
         raise ConfigError(

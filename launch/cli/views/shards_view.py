@@ -63,6 +63,7 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
         "size_histogram": {str(size): count for size, count in manifest.size_histogram.items()},
         "periodic_structures": manifest.periodic_structures,
         "labels": {name: vars(label) for name, label in manifest.labels.items()},
+        "bound_residual_rms": manifest.bound_residual_rms,
         "targets": {name: vars(facts) for name, facts in manifest.targets.items()},
         "required_labels": manifest.required_labels,
         "reference_energies": manifest.reference_energies,
@@ -131,7 +132,7 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
                 " ".join(symbols) if len(symbols) <= 5 else f"{len(symbols)}: {symbols[0]} to {symbols[-1]}",
                 f"{100 * manifest.periodic_structures / manifest.structures():.0f}%",
                 f"{100 * manifest.charged_structures / manifest.structures():.0f}%",
-                "-" if energy is None else f"{1000 * energy.rms:,.0f}",
+                "-" if energy is None else f"{1000 * _bound_rms(manifest):,.0f}",
                 "-" if forces is None else f"{forces.rms:.2f}",
                 "-" if facts is None else f"{facts['mean']:.0f}, {facts['most']}",
                 f"{manifest.duplicate_count:,}",
@@ -139,6 +140,11 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
             ]
         )
     return rows
+
+
+def _bound_rms(manifest: Manifest) -> float:
+    """Return the root mean square of the energy minus reference energies, without isolated atoms if that is known."""
+    return manifest.bound_residual_rms or manifest.labels["energy_residual_per_atom"].rms
 
 
 def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableType:
@@ -155,9 +161,12 @@ def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableTy
             table.add_row(*(row[column] for column in (0, *columns)))
         tables.append(table)
     head = Text(f"{len(manifests)} tasks, {total:,} structures", style="bold")
+    with_atoms = [manifest for manifest in manifests if manifest.isolated_atoms]
+    known = with_atoms and all(manifest.bound_residual_rms for manifest in with_atoms)
+    without = " (without isolated atoms)" if known else ""
     note = (
-        "energy: root mean square of the energy minus reference energies, meV/atom; forces: root mean square, eV/Å; "
-        f"neighbours: mean and maximum of an atom within {cutoff} Å"
+        f"energy: root mean square of the energy minus reference energies{without}, meV/atom; forces: root mean "
+        f"square, eV/Å; neighbours: mean and maximum of an atom within {cutoff} Å"
     )
     notes = [f"{manifest.task}: {text}" for manifest in manifests for text in task_notes(manifest)]
     return Group(
@@ -218,6 +227,11 @@ def describe(manifest: Manifest) -> RenderableType:
     facts = [f"{key}: {value}" for key, value in manifest.source.items()]
     periodic = f"{manifest.periodic_structures:,} of {manifest.structures():,} structures are periodic"
     notes = [periodic, f"positions, forces and stress are {manifest.float_dtype}, energies float64"]
+    if manifest.isolated_atoms and manifest.bound_residual_rms:
+        notes.append(
+            "energy - references has a root mean square of "
+            f"{1000 * manifest.bound_residual_rms:.3g} meV/atom without isolated atoms"
+        )
     if manifest.duplicate_count:
         notes.append(
             f"{manifest.duplicate_count:,} structures repeat an earlier geometry; the first is {manifest.duplicates[0]}"

@@ -36,10 +36,13 @@ def references_note(manifest: Manifest) -> list[str]:
     if not both:
         return []
     far = [symbol for symbol in both if abs(references[symbol] - isolated[symbol]) > SHOWN_DIFFERENCE]
-    words = [f"{symbol} {references[symbol]:.3f} (isolated atom {isolated[symbol]:.3f})" for symbol in far]
-    text = "reference energies: fitted by least squares"
+    words = [f"{symbol} {references[symbol]:.3f} fitted, {isolated[symbol]:.3f} isolated" for symbol in far]
+    text = "reference energies were fitted"
     if words:
-        text += f"; those of isolated atoms differ by more than {SHOWN_DIFFERENCE:g} eV: {', '.join(words)}"
+        text += f"; those of isolated atoms differ by more than {SHOWN_DIFFERENCE:g} eV ({'; '.join(words)})"
     if len(both) == len(references):
-        text += '; references = "isolated" takes those of the isolated atoms'
+        text += (
+            '. If you need atomisation energies or free atoms, set references = "isolated" in the conversion file; '
+            "otherwise the fit leaves less to learn"
+        )
     return [text]

@@ -61,7 +61,7 @@ class EnergySample:
 
 
 def energy_warnings(sample: EnergySample, units: SourceUnits) -> list[str]:
-    """Return sentences about energies that are impossible, or of another order of magnitude in a part of the frames."""
+    """Return sentences about energies that are too low, or of another order of magnitude in a part of the frames."""
     found = [_all_electrons(sample, units), _hydrogen(sample, units), _per_atom(sample) or _parts(sample)]
     return [text for text in found if text is not None]
 
@@ -96,9 +96,8 @@ def _all_electrons(sample: EnergySample, units: SourceUnits) -> str | None:
     if ratio > TOO_LOW:
         reason = f"they are probably in {unit}" if named else "their unit is probably a smaller one"
         return (
-            f"the energies are impossible: that of {at}, for example, is {ratio:.3g} times the energy of its atoms "
-            f"with all their electrons, below which no energy lies; {reason}, not in {units.energy}; look at "
-            "units.energy."
+            f"the energies are too low to be in {units.energy}: that of {at} is {ratio:.3g} times the all-electron "
+            f"energy of its atoms; {reason}; look at units.energy."
         )
     present = np.flatnonzero(sample.counts.sum(axis=0))
     narrow = np.ptp(np.quantile(ratios, (0.1, 0.9))) < SAME_ENERGY * ratio

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from hydrazero.shards.conditions import condition_named
+from hydrazero.shards.convert.checks.misspelt import is_misspelt
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.structure import Structure
 
@@ -34,7 +36,7 @@ class UnreadConditions:
         """Count a frame, unless it has what is read, or the settings leave it out."""
         read = {"charge": structure.charge, "multiplicity": structure.multiplicity}
         for name, value in info.items():
-            kind = condition_named(name.rpartition(".")[2]) if isinstance(name, str) else None  # in nested objects
+            kind = _kind(name.rpartition(".")[2], value) if isinstance(name, str) else None  # in nested objects
             if kind is None:
                 continue
             chosen = settings.columns.get(kind, getattr(settings.fields, kind))
@@ -62,6 +64,14 @@ class UnreadConditions:
             for name, values in sorted(names.items())
             if set(values) not in MEANINGLESS[kind]
         ]
+
+
+def _kind(name: str, value: Any) -> str | None:
+    """Return whether a field is named, or probably meant, as a charge or a multiplicity; None for neither."""
+    if (kind := condition_named(name)) is not None:
+        return kind
+    meant = next((kind for kind in MEANINGLESS if is_misspelt(name, kind)), None)
+    return meant if meant and re.fullmatch(r"-?\d{1,2}", _text(value)) else None
 
 
 def _sentence(kind: str, name: str, values: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hydrazero.shards.convert.checks.misspelt import is_misspelt
 from hydrazero.shards.convert.settings import ConvertSettings
 from hydrazero.shards.structure import Structure
 
@@ -29,7 +30,7 @@ class UnreadStress:
             return
         read = {settings.columns.get(label, getattr(settings.fields, label)) for label in ("stress", "virial")}
         for name, value in info.items():
-            if isinstance(name, str) and name not in read and NAMES.fullmatch(name) and _has_numbers(value):
+            if isinstance(name, str) and name not in read and _is_stress(name) and _has_numbers(value):
                 self.counts[name] += 1
 
     def merge(self, other: UnreadStress) -> None:
@@ -40,10 +41,14 @@ class UnreadStress:
         """Return a sentence for each such field."""
         return [
             f"{count:,} structures have a field '{name}', which is not read, and no stress; [fields] "
-            f'{"virial" if "virial" in name.lower() else "stress"} = "{name}" reads it, and stress = "" leaves the '
+            f'{"stress" if "str" in name.lower() else "virial"} = "{name}" reads it, and stress = "" leaves the '
             "stress out."
             for name, count in sorted(self.counts.items())
         ]
+
+
+def _is_stress(name: str) -> bool:
+    return NAMES.fullmatch(name) is not None or any(is_misspelt(name, meant) for meant in ("stress", "virial"))
 
 
 def _has_numbers(value: Any) -> bool:

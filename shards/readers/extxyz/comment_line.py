@@ -71,13 +71,11 @@ def _check_open(mark: str, current: list[str | None], line: str, place: int) -> 
     begins_a_value = len(current) > 1 and not current[-1]
     if begins_a_value or "=" in rest or (mark == '"' and "=" in line):
         after = f"after '{current[0]}='" if begins_a_value else f"in '{line[max(place - 20, 0) : place + 20].strip()}'"
-        raise StructureError("header", f"the comment line has {mark} {after} without its other half; correct the line")
+        raise StructureError("header", f"the comment line has {mark} {after} without its other half")
 
 
 def _check_quoted(text: str, current: list[str | None]) -> None:
     """Raise StructureError for a quoted text that begins inside a word and holds a key: two marks are displaced."""
     begins_a_value = len(current) > 1 and not current[-1]
     if "=" in text and not begins_a_value:
-        raise StructureError(
-            "header", f"the comment line has '{text.strip()[:30]}' between displaced quotation marks; correct the line"
-        )
+        raise StructureError("header", f"the comment line has '{text.strip()[:30]}' between displaced quotation marks")

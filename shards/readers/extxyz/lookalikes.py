@@ -74,7 +74,8 @@ def check_lookalikes(others: Sequence[Entry], own: Mapping[str, str | None], lin
         if loose := _LOOSE_PBC.search(line):
             raise _refusal(loose[1], "pbc", 'pbc="T T F"')
         if (three := _THREE_FLAGS.search(line)) and flags(three[1]) != default:
-            raise _refusal(three[1], "pbc", 'pbc="T T F"')
+            named = [f'{entry.key}="{three[1]}"' for entry in others if three[1] in (entry.value or "")]
+            raise _refusal([*named, three[1]][0], "pbc", 'pbc="T T F"')
     if own["Properties"] is None:
         for entry in others:
             similar = entry.value is not None and _alike(_letters(entry.key), "properties")

@@ -42,9 +42,8 @@ def extxyz_frames(
 
 
 def _parse_extxyz(text: str, source_id: str, maker: FrameMaker) -> Frame:
-    header = Header()
+    header, lines = Header(), text.split("\n")
     try:
-        lines = text.split("\n")
         info = header(lines[1].strip())
         _check_columns(lines[2:], header.columns)
         read = ase.io.read(io.StringIO(text), format="extxyz", parallel=False, properties_parser=lambda _: info)
@@ -54,7 +53,7 @@ def _parse_extxyz(text: str, source_id: str, maker: FrameMaker) -> Frame:
     except KeyError as error:
         return Frame(source_id=source_id, error=StructureError("unknown_element", f"{error} is no chemical element"))
     except Exception as error:  # ASE raises ValueError, XYZError, IndexError, ... for broken lines
-        return Frame(source_id=source_id, error=StructureError("unreadable", brief(error)))
+        return Frame(source_id=source_id, error=StructureError("unreadable", _with_atom(brief(error), lines[2:])))
     if header.stress is not None:
         atoms.info["stress"] = header.stress
     return frame_from_atoms(atoms, source_id, maker)
@@ -65,9 +64,18 @@ def _check_columns(lines: list[str], columns: int | None) -> None:
     for number, line in enumerate(lines if columns is not None else ()):
         words = len(line.split())
         if words not in (columns, 0):
-            raise StructureError(
-                "columns", f"the line of atom {number} has {words} words, but the Properties name {columns} columns"
-            )
+            counts = f"{words} word{'s' * (words != 1)}, but the Properties name {columns} column{'s' * (columns != 1)}"
+            hint = "; perhaps the number of atoms in the first line is too large" if line.strip().isdecimal() else ""
+            raise StructureError("columns", f"the line of atom {number} has {counts}{hint}")
+
+
+def _with_atom(reason: str, lines: list[str]) -> str:
+    """Return a reason with the atom whose line holds the word in quotation marks at its beginning, if there is one."""
+    word = reason.split("'")[1] if reason.startswith("'") else ""
+    for number, line in enumerate(lines if word else ()):
+        if word in line.split():
+            return f"in the line of atom {number}, {reason}"
+    return reason
 
 
 def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
@@ -81,7 +89,8 @@ def _frame_texts(file: TextIO, where: str) -> Iterator[str]:
         except ValueError:
             count = -1
         if count < 0:
-            raise SourceError(f"{where}, frame {number}: '{excerpt(line.strip())}' is not a number of atoms.")
+            hint = f"; perhaps that of frame {number - 1} is wrong" if number else ""
+            raise SourceError(f"{where}, frame {number}: '{excerpt(line.strip())}' is not a number of atoms{hint}.")
         # A damaged count may be beyond any file, and beyond what islice takes.
         lines = list(islice(file, min(count + 1, sys.maxsize)))
         if len(lines) < count + 1:

@@ -9,6 +9,7 @@ from ase.geometry import cellpar_to_cell
 from numpy.typing import NDArray
 
 from hydrazero.shards.errors import StructureError
+from hydrazero.shards.text.foreign_text import escaped
 
 FLAGS = {
     **dict.fromkeys(("t", "true", ".true.", "1", "1.0", "yes", "p"), True),
@@ -30,7 +31,22 @@ def numbers_in(value: Any, name: str) -> NDArray[np.float64]:
     except StructureError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
-        raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers ({error})") from error
+        raise StructureError(f"{name}_shape", f"the {name} cannot be read as numbers: {_why(value)}") from error
+
+
+def _why(value: Any) -> str:
+    """Return why a value holds no numbers: its first item that is none, or parts of different shapes."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list | tuple) or (isinstance(item, np.ndarray) and item.ndim):
+            waiting += list(item)[::-1]
+            continue
+        try:
+            float(item)
+        except (TypeError, ValueError, OverflowError):
+            return f"'{escaped(str(item))[:60]}' is none"
+    return "its parts have different shapes"
 
 
 def cell_matrix(value: Any, length: float) -> NDArray[np.float64]:
