@@ -1,4 +1,4 @@
-"""Node features of several degrees, [components, A, F], in the order of the harmonics."""
+"""Node features of several degrees, [A, components, F], in the order of the harmonics."""
 
 from __future__ import annotations
 
@@ -57,10 +57,8 @@ class DegreeMix(nn.Module):
         self.weight = nn.Parameter(torch.randn(degree + 1, features, features) / features**0.5)
 
     def forward(self, x: Tensor, *, kernels: bool = False) -> Tensor:
-        """Return [(L + 1)^2, A, F] for inputs of the same shape; the C++ kernels leave it in the order [A, C, F]."""
-        if kernels:
-            return mix_degrees(x.transpose(0, 1), self.weight, kernels=True).transpose(0, 1)
-        return torch.cat([part @ weight for part, weight in zip(by_degree(x), self.weight.unbind(0), strict=True)])
+        """Return [A, (L + 1)^2, F] for inputs of the same shape."""
+        return mix_degrees(x, self.weight, kernels=kernels)
 
 
 def uniform_filters(radial_functions: int, columns: int) -> nn.Parameter:

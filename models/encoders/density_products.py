@@ -38,7 +38,8 @@ class DensityProducts(nn.Module):
     def forward(self, densities: Tensor, kinds: Tensor, *, kernels: bool = False) -> Tensor:
         """Return [A, (l + 1)^2, F] from densities [A, (L + 1)^2, F] and initial features of the atoms [A, F]."""
         features, outputs = kinds.shape[1], (self.out_degree + 1) ** 2
-        matrices = torch.cat([factor.weight for factor in self.factors], dim=2)  # one product of matrices for all
+        # One product of matrices makes all factors.
+        matrices = torch.cat([weight for factor in self.factors for weight in factor.parameters()], dim=2)
         factors = mix_degrees(densities, matrices, kernels=kernels).split(features, dim=2)
         sphere = Sphere(harmonics=self.tables.get("harmonics", kinds), weights=self.tables.get("weights", kinds))
         terms, lengths = [factors[0][:, :outputs]], self.tables.get("lengths", kinds)
@@ -50,4 +51,5 @@ class DensityProducts(nn.Module):
         for term, weights in zip(terms, of_orders, strict=True):
             parts = zip(by_degree(term, 1), weights.split(1, dim=1), strict=True)
             total = total + torch.cat([part * weight for part, weight in parts], dim=1)
-        return mix_degrees(total, self.out.weight, kernels=kernels)
+        out: Tensor = self.out(total, kernels=kernels)
+        return out

@@ -19,7 +19,6 @@ from hydrazero.models.encoders.degree_features import (
     SILU_GAIN,
     TYPICAL_NEIGHBOURS,
     DegreeMix,
-    mix_degrees,
 )
 from hydrazero.models.encoders.density_products import DensityProducts
 from hydrazero.models.encoders.harmonics import CARTESIAN, solid_harmonics
@@ -56,7 +55,7 @@ class LinearDensity(nn.Module):
         scalars = self.scalars_out(functional.silu(self.scalars_in(nodes[:, 0])))
         summed = pair_sum(
             pairs,
-            Path(features=mix_degrees(nodes, self.up.weight, kernels=pairs.slots.kernels), weight=self.tensor_filter),
+            Path(features=self.up(nodes, kernels=pairs.slots.kernels), weight=self.tensor_filter),
             Path(features=scalars.unflatten(-1, (self.degree, self.features)), weight=self.scalar_filter),
         )
         return summed / TYPICAL_NEIGHBOURS
@@ -73,12 +72,13 @@ class LACELayer(nn.Module):
         self.skip, self.skip_gate = DegreeMix(node_degree, f), nn.Linear(f, f)
         self.readout = nn.Linear(f, f)
 
-    def forward(self, nodes: Tensor, kinds: Tensor, pairs: PairFactors) -> Tensor:
-        """Return node features [A, (l + 1)^2, F] from those before, perhaps of a lower degree."""
+    def forward(self, nodes: Tensor, kinds: Tensor, pairs: PairFactors) -> tuple[Tensor, Tensor]:
+        """Return node features [A, (l + 1)^2, F] from those before, of the same or lower degree, and a readout [A, F]."""
         kernels = pairs.slots.kernels
-        kept = mix_degrees(nodes, self.skip.weight, kernels=kernels) * self.skip_gate(kinds).unsqueeze(1)
+        kept = self.skip(nodes, kernels=kernels) * self.skip_gate(kinds).unsqueeze(1)
         out = self.products(self.density(nodes, pairs), kinds, kernels=kernels)
-        return torch.cat([out[:, : kept.shape[1]] + kept, out[:, kept.shape[1] :]], dim=1)
+        nodes = torch.cat([out[:, : kept.shape[1]] + kept, out[:, kept.shape[1] :]], dim=1)
+        return nodes, functional.silu(self.readout(nodes[:, 0]))
 
 
 class LACE(Encoder):
@@ -110,6 +110,6 @@ class LACE(Encoder):
         factors = PairFactors(slots=pairs.slots, radial=pairs.radial, harmonics=harmonics)
         nodes, scalars = atoms.scalars.unsqueeze(1), torch.zeros_like(atoms.scalars)
         for layer in self.layers:
-            nodes = layer(nodes, atoms.scalars, factors)
-            scalars = scalars + functional.silu(layer.readout(nodes[:, 0]))
+            nodes, readout = layer(nodes, atoms.scalars, factors)
+            scalars = scalars + readout
         return NodeFeatures(scalars=scalars, vectors=nodes[:, 1:4][:, list(CARTESIAN)])

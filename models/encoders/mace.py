@@ -18,7 +18,6 @@ from hydrazero.models.encoders.degree_features import (
     TYPICAL_NEIGHBOURS,
     DegreeMix,
     by_degree,
-    mix_degrees,
 )
 from hydrazero.models.encoders.density_products import DensityProducts
 from hydrazero.models.encoders.harmonics import CARTESIAN, Constants, coupling, solid_harmonics
@@ -66,9 +65,9 @@ class NeighbourDensity(nn.Module):
     def forward(self, nodes: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
         """Return densities [A, (L + 1)^2, F] from nodes [A, (l + 1)^2, F] and harmonics of pairs [R, K, (L + 1)^2]."""
         kernels = pairs.slots.kernels
-        sent = mix_degrees(nodes, self.up.weight, kernels=kernels)
+        sent = self.up(nodes, kernels=kernels)
         summed = self._of_scalars(sent, harmonics, pairs) if self.of_scalars else self._sum(sent, harmonics, pairs)
-        return mix_degrees(summed / TYPICAL_NEIGHBOURS, self.down.weight, kernels=kernels)
+        return self.down(summed / TYPICAL_NEIGHBOURS, kernels=kernels)
 
     def _of_scalars(self, sent: Tensor, harmonics: Tensor, pairs: PairGeometry) -> Tensor:
         """Return the sums [A, (L + 1)^2, F] of neighbours' scalars [A, 1, F], for which no message has to be stored.
@@ -138,7 +137,7 @@ class MACE(Encoder):
         kernels = pairs.slots.kernels
         parts = zip(self.densities, self.products, self.skips, self.skip_gates, self.readouts, strict=True)
         for density, products, skip, gate, readout in parts:
-            kept = mix_degrees(nodes, skip.weight, kernels=kernels) * gate(atoms.scalars).unsqueeze(1)
+            kept = skip(nodes, kernels=kernels) * gate(atoms.scalars).unsqueeze(1)
             nodes = products(density(nodes, harmonics, pairs), atoms.scalars, kernels=kernels)
             nodes = torch.cat([nodes[:, : kept.shape[1]] + kept, nodes[:, kept.shape[1] :]], dim=1)
             scalars = scalars + functional.silu(readout(nodes[:, 0]))

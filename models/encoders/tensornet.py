@@ -30,11 +30,6 @@ NORMS = (3.0**0.5, 2.0**0.5, (2.0 / 3.0) ** 0.5)
 u u^T - 1 / 3."""
 
 
-def mixed(mix: DegreeMix, x: Tensor, pairs: PairFactors) -> Tensor:
-    """Return the mixed features of coefficients [A, 9, F], in the same shape."""
-    return mix(x.transpose(0, 1), kernels=pairs.slots.kernels).transpose(0, 1)
-
-
 def radial_sums(pairs: PairFactors) -> Tensor:
     """Return the sums [A, 9, B] over neighbours of harmonics times each radial function.
 
@@ -84,7 +79,7 @@ class TensorEmbedding(nn.Module):
         )
         x = torch.cat([x[:, :1] + NORMS[0] * (own + other), x[:, 1:]], dim=1)
         scales = self.scales(self.norm(x.square().sum(1))).unflatten(-1, (DEGREE + 1, -1))
-        return scaled(mixed(self.mix, x, pairs), scales).to(x.dtype)
+        return scaled(self.mix(x, kernels=pairs.slots.kernels), scales).to(x.dtype)
 
 
 class TensorInteraction(nn.Module):
@@ -98,9 +93,9 @@ class TensorInteraction(nn.Module):
     def forward(self, x: Tensor, pairs: PairFactors, *, normalise: bool) -> Tensor:
         """Return [A, 9, F] for normalised inputs of the same shape, normalised for the next layer or not."""
         kernels = pairs.slots.kernels
-        y = mixed(self.before, x, pairs)
+        y = self.before(x, kernels=kernels)
         message = pair_sum(pairs, Path(features=y, weight=self.filter), None)
-        change = mixed(self.after, normalised_products(y, message, kernels=kernels), pairs)
+        change = self.after(normalised_products(y, message, kernels=kernels), kernels=kernels)
         return changed(x, change, normalise=normalise, kernels=kernels)
 
 

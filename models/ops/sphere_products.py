@@ -106,15 +106,15 @@ class _Curvatures(Function):
             h, factors, along = operands[0], operands[1 : 1 + ctx.count], operands[1 + ctx.count :]
 
             def gradients(h: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-                _, pull_back = torch.func.vjp(
+                pull_back = torch.func.vjp(
                     lambda *given: plain_product(harmonics, weights, h.shape[1], *given), *factors
-                )
+                )[1]
                 out: tuple[Tensor, ...] = pull_back(h)
                 return out
 
-            _, pull_back = torch.func.vjp(gradients, h, *factors)
+            pull_back = torch.func.vjp(gradients, h, *factors)[1]
             out: tuple[Tensor, ...] = pull_back(tuple(along))
             return out
 
-        _, pull_back = torch.func.vjp(curvatures, *rest)
+        pull_back = torch.func.vjp(curvatures, *rest)[1]
         return None, None, None, *pull_back(tuple(grads))

@@ -79,16 +79,16 @@ def test_products_on_points_are_products_of_functions():
     torch.manual_seed(0)
     settings = EncoderSettings(encoder="mace", features=3, max_degree=2, node_degree=1, correlation=2)
     module = DensityProducts(settings).double()
-    densities, kinds = torch.randn(9, 4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    densities, kinds = torch.randn(4, 9, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     points, weights = sphere_points(2 * 2 + 1 + 6)  # finer than needed
     values = solid_harmonics(torch.from_numpy(points), 2)
-    first = torch.einsum("pl,laf->apf", values, module.factors[0](densities))
-    second = torch.einsum("pl,laf->apf", values, module.factors[1](densities))
+    first = torch.einsum("pl,alf->apf", values, module.factors[0](densities))
+    second = torch.einsum("pl,alf->apf", values, module.factors[1](densities))
     back = torch.from_numpy(weights)[:, None] * values[:, :4] * torch.tensor([1.0, 3.0, 3.0, 3.0], dtype=torch.float64)
     own = module.weights(kinds).view(4, 2, 2, 3)[:, :, [0, 1, 1, 1]]
     terms = [torch.einsum("pl,apf->alf", back, product) for product in (first, first * second)]
-    expected = module.out((terms[0] * own[:, 0] + terms[1] * own[:, 1]).transpose(0, 1))
-    torch.testing.assert_close(module(densities.transpose(0, 1), kinds).transpose(0, 1), expected, rtol=0, atol=1e-12)
+    expected = module.out(terms[0] * own[:, 0] + terms[1] * own[:, 1])
+    torch.testing.assert_close(module(densities, kinds), expected, rtol=0, atol=1e-12)
 
 
 def test_densities_around_atoms_are_sums_over_triplets():

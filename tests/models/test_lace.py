@@ -33,7 +33,7 @@ def test_densities_are_sums_over_neighbours(layer, atoms):
     pairs = encoder.measure(slots, slots.pair_vectors(batch.positions, batch.shifts))
     node_degree = layer * encoder.settings.node_degree
     nodes = torch.randn(slots.atoms, (node_degree + 1) ** 2, FEATURES, dtype=torch.float64)
-    sent = module.up(nodes.transpose(0, 1))
+    sent = module.up(nodes).transpose(0, 1)
     scalars = module.scalars_out(torch.nn.functional.silu(module.scalars_in(nodes[:, 0]))).view(-1, DEGREE, FEATURES)
     expected = torch.zeros((DEGREE + 1) ** 2, slots.atoms, FEATURES, dtype=torch.float64)
     for row, slot in torch.nonzero(slots.mask).tolist():

@@ -64,17 +64,16 @@ def test_products_of_three_densities_are_two_couplings_one_after_the_other(out_d
     torch.manual_seed(1)
     settings = EncoderSettings(encoder="mace", features=3, max_degree=2, node_degree=out_degree, correlation=3)
     module = DensityProducts(settings).double()
-    densities, kinds = torch.randn(9, 4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    one, two, three = (factor(densities).transpose(0, 1) for factor in module.factors)
+    densities, kinds = torch.randn(4, 9, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    one, two, three = (factor(densities) for factor in module.factors)
     pair = product(one, 2, two, 2, 4)
     size = (out_degree + 1) ** 2
     terms = [one[:, :size], pair[:, :size], product(pair, 4, three, 2, out_degree)]
     degree_of = [degree for degree in range(out_degree + 1) for _ in range(2 * degree + 1)]
     weights = module.weights(kinds).view(4, 3, out_degree + 1, 3)[:, :, degree_of]
     total = sum(term * weights[:, order] for order, term in enumerate(terms))
-    expected = module.out(total.transpose(0, 1))
-    found = module(densities.transpose(0, 1), kinds).transpose(0, 1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    expected = module.out(total)
+    torch.testing.assert_close(module(densities, kinds), expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["scalars", "scalars and vectors"])
@@ -84,8 +83,8 @@ def test_densities_are_sums_over_neighbours(layer):
     module: NeighbourDensity = encoder.densities[layer]
     _, pairs = inputs(rattled_molecule("CH3OH"), encoder, 4)
     slots = pairs.slots
-    nodes = torch.randn(1 + 3 * layer, slots.atoms, 4, dtype=torch.float64)
-    sent, radial = module.up(nodes).transpose(0, 1), module.weights(module.radial(pairs.radial)).unflatten(-1, (-1, 4))
+    nodes = torch.randn(slots.atoms, 1 + 3 * layer, 4, dtype=torch.float64)
+    sent, radial = module.up(nodes), module.weights(module.radial(pairs.radial)).unflatten(-1, (-1, 4))
     expected = torch.zeros(slots.atoms, 9, 4, dtype=torch.float64)
     for row, slot in torch.nonzero(slots.mask).tolist():
         harmonics = solid_harmonics(pairs.directions[row, slot], 2)
@@ -94,8 +93,8 @@ def test_densities_are_sums_over_neighbours(layer):
             exact = torch.from_numpy(gaunt(a, b, c) / np.linalg.norm(gaunt(a, b, c)))
             turned = torch.einsum("a,bf,abc->cf", harmonics[degree_slice(a)], neighbour[degree_slice(b)], exact)
             expected[slots.row_atom[row], degree_slice(c)] += turned * radial[row, slot, path]
-    found = module(nodes.transpose(0, 1), solid_harmonics(pairs.directions, 2), pairs).transpose(0, 1)
-    torch.testing.assert_close(found, module.down(expected.transpose(0, 1) / 10.0), rtol=0, atol=1e-12)
+    found = module(nodes, solid_harmonics(pairs.directions, 2), pairs)
+    torch.testing.assert_close(found, module.down(expected / 10.0), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("atoms", [rattled_molecule(), bulk("Cu", cubic=True), rattled_crystal()])

@@ -97,7 +97,7 @@ def test_features_without_a_tile_are_left_to_plain_pytorch(features):
 def test_degrees_mixed_by_kernels_are_those_of_plain_pytorch():
     """With their derivatives, from either order of axes and from gradients without strides."""
     mix = DegreeMix(3, 24).double()
-    for x in (random(16, ATOMS, 24), random(ATOMS, 16, 24).transpose(0, 1)):
+    for x in (random(ATOMS, 16, 24), random(16, ATOMS, 24).transpose(0, 1)):
         results = []
         for kernels in (False, True):
             leaf = x.clone().requires_grad_()
@@ -140,12 +140,12 @@ def test_operands_that_do_not_fit_together_are_refused():
 
 
 def test_autocast_rounds_products_of_degrees_but_not_those_of_matrices():
-    x, mix = random(9, 3, 16, dtype=torch.float32), DegreeMix(2, 16)
+    x, mix = random(3, 9, 16, dtype=torch.float32), DegreeMix(2, 16)
     exact = mix(x, kernels=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded, plain = mix(x, kernels=True), mix(x)
         assert rounded.dtype == plain.dtype == torch.bfloat16
-        product = matrix_step(rounded.transpose(0, 1), x.transpose(0, 1), Step.ANTICOMMUTATOR)
+        product = matrix_step(rounded, x, Step.ANTICOMMUTATOR)
     torch.testing.assert_close(rounded, plain)
     torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.05)
     assert product.dtype == torch.float32
