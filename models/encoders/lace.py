@@ -16,7 +16,6 @@ from torch.nn import functional
 from hydrazero.models.encoders.base import AtomInputs, Encoder, EncoderSettings, NodeFeatures, PairGeometry, size_table
 from hydrazero.models.encoders.degree_features import (
     RADIAL_GAIN,
-    SILU_GAIN,
     TYPICAL_NEIGHBOURS,
     DegreeMix,
 )
@@ -30,14 +29,6 @@ def normal_filters(radial_functions: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(radial_functions + 1, columns) * RADIAL_GAIN / (radial_functions + 1) ** 0.5)
 
 
-def unit_layer(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    """Return a linear layer whose outputs are at first of unit size times the gain, for inputs of unit size."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=gain / inputs**0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class LinearDensity(nn.Module):
     """Densities of an atom: sums of its neighbours' features, and of harmonics times its neighbours' scalars."""
 
@@ -47,8 +38,8 @@ class LinearDensity(nn.Module):
         self.tensor_filter = normal_filters(settings.radial_functions, (node_degree + 1) * self.features)
         self.scalar_filter = normal_filters(settings.radial_functions, self.degree * self.features)
         self.up = DegreeMix(node_degree, self.features)
-        self.scalars_in = unit_layer(self.features, self.features)
-        self.scalars_out = unit_layer(self.features, self.degree * self.features, SILU_GAIN)
+        self.scalars_in = nn.Linear(self.features, self.features)
+        self.scalars_out = nn.Linear(self.features, self.degree * self.features)
 
     def forward(self, nodes: Tensor, pairs: PairFactors) -> Tensor:
         """Return densities [A, (L + 1)^2, F] from node features [A, (l + 1)^2, F]."""
@@ -73,7 +64,7 @@ class LACELayer(nn.Module):
         self.readout = nn.Linear(f, f)
 
     def forward(self, nodes: Tensor, kinds: Tensor, pairs: PairFactors) -> tuple[Tensor, Tensor]:
-        """Return node features [A, (l + 1)^2, F] from those before, of the same or lower degree, and a readout [A, F]."""
+        """Return new node features [A, (l + 1)^2, F], and a readout of them [A, F]."""
         kernels = pairs.slots.kernels
         kept = self.skip(nodes, kernels=kernels) * self.skip_gate(kinds).unsqueeze(1)
         out = self.products(self.density(nodes, pairs), kinds, kernels=kernels)
