@@ -20,15 +20,14 @@ from bench_shards import write_bench_shards
 from systems import CUTOFF, FEATURES, LAYERS, RADIAL_FUNCTIONS, octanols
 from timing import hand_over
 
-from hydrazero.models.encoders.base import EncoderSettings
 from hydrazero.models.inference.potential import structure_from_atoms
-from hydrazero.models.model_settings import ModelSettings
 from hydrazero.shards.files import toml_text
+from hydrazero.shards.graphs.graph import graph_sample
+from hydrazero.shards.graphs.neighbours import ROW_SLOTS
 from hydrazero.trainer.config.run_file import RunConfig, load_run_config
 from hydrazero.trainer.engine import compiled_loss
 from hydrazero.trainer.evaluation.interval import Interval
 from hydrazero.trainer.loop import Trainer
-from hydrazero.trainer.propose.propose_batch import propose_batch
 from hydrazero.trainer.ranks import distributed
 from hydrazero.trainer.ranks.exit_status import exit_rank
 from hydrazero.trainer.ranks.stop_signals import StopRequest
@@ -36,7 +35,7 @@ from hydrazero.trainer.records.run_log import SilentLog
 from hydrazero.trainer.setup import check_settings, compile_steps, engine_of, run_parts, weight_average_of
 
 STRUCTURES = 5
-"""Mean number of structures in a step."""
+"""Number of structures in a step."""
 WARM_UP = 10
 
 
@@ -50,14 +49,18 @@ def run_file(folder: Path) -> Path:
     shards = folder / "shards"
     write_bench_shards(shards, structures, block=50)
     encoder = {"features": FEATURES, "layers": LAYERS, "radial_functions": RADIAL_FUNCTIONS, "cutoff": CUTOFF}
-    model = ModelSettings(encoder=EncoderSettings(**encoder))
-    shape = propose_batch([shards], model, STRUCTURES, available=float("inf")).shape
+    samples = [graph_sample(structure, 0, CUTOFF) for structure in structures]
+    batch = {
+        "structures": STRUCTURES,
+        "atoms": STRUCTURES * len(structures[0]),
+        "slots": STRUCTURES * ROW_SLOTS * max(sample.rows for sample in samples),
+    }
     path = folder / "run.toml"
     tables = {
         "run": {"out": str(folder / "run")},
         "tasks": [{"name": "bench", "shards": str(shards)}],
         "model": encoder,
-        "batch": {name: size for name, size in shape if size},
+        "batch": batch,
         "train": {"steps": 1_000_000, "compile": True, "average": 0.999, "keep_best": False},
         "deepspeed": {"config": "zero1"},
     }

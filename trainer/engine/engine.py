@@ -158,7 +158,7 @@ def train_step(engine: TrainingEngine, batches: Sequence[GraphBatch], guard: Ste
     skipped_before = engine.skipped_steps
     layout = layout_of(engine)
     scaler = layout.loss_scaler()
-    takes_gradients = len(batches) == 1 and layout.takes_gradients()
+    takes_gradients = engine.module.compiles_steps and len(batches) == 1 and layout.takes_gradients()
     can_rescale = scaler is not None and scaler.cur_scale > scaler.min_scale
     for number, batch in enumerate(batches):
         found = engine.module.loss_with_gradients(batch, counts) if takes_gradients else None

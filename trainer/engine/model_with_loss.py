@@ -40,6 +40,11 @@ class ModelWithLoss(nn.Module):
         self._compiled: CompiledLoss | None = None
         self._compiled_model: CompiledModel | None = None
 
+    @property
+    def compiles_steps(self) -> bool:
+        """Whether compiled graphs are used, except for what is `not_compiled`."""
+        return self._compiled is not None
+
     def compile_steps(self) -> str | None:
         """Use compiled graphs for losses with their gradients, and for predictions, from now on.
 
