@@ -179,6 +179,21 @@ def test_a_list_leaves_them_out(model, tmp_path):
     assert kept["interaction_per_atom_task0"].to_pylist() == sorted(kept["interaction_per_atom_task0"].to_pylist())
 
 
+@pytest.mark.compiler
+def test_neighbours_that_are_found_on_the_device_give_the_same(model, tmp_path):
+    pytest.importorskip("nvalchemiops")
+    made = [
+        to_structure(atoms, f"#{n}") for n, atoms in enumerate([*frames(), *(rattled_crystal(n) for n in range(4))])
+    ]
+    settings, marked = ScreenSettings(tasks=("task0",)), {}
+    for on_device in (True, False):
+        out, plan = tmp_path / f"{on_device}.parquet", ScreenPlan(workers=0, device_neighbours=on_device)
+        summary = screen(load_model(model), [FunctionSource("made", lambda: made)], out, settings, plan)
+        marked[on_device] = pq.read_table(out)["too_close_task0"].to_pylist()
+        assert summary.totals is not None and summary.totals["too_close"] == {"task0": sum(marked[on_device])}
+    assert marked[True] == marked[False] and sum(marked[True]) >= 2
+
+
 @pytest.mark.parametrize("top", [None, 5])
 @pytest.mark.parametrize("out", ["s.parquet", "s"])
 def test_parts_of_earlier_versions_are_merged(model, tmp_path, out, top):
