@@ -17,8 +17,8 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> None:
     """Let glibc keep the memory at the end of the heap, once per process; other C libraries are left as they are.
 
-    A compiled step allocates the same arrays each time. glibc returns them to the kernel as soon as some megabytes are
-    free, and the kernel clears every page again in the next step: a fifth of the time of a step of TensorNet.
+    A compiled step allocates the same arrays each time. glibc returns them to the operating system as soon as some
+    megabytes are free, and every page is cleared again in the next step: a fifth of the time of a step of TensorNet.
     """
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)

@@ -31,6 +31,7 @@ def train(name: str, *, handed: bool) -> dict:
     config = {**zero_ranks.ds_config(name), "gradient_accumulation_steps": 1}
     dtype = torch.float64 if name.endswith("fp64") else torch.float32
     model = small_model(tasks=zero_ranks.TASKS, dtype=torch.float32, layers=1).to(dtype).train()
+    model.unused = torch.nn.Parameter(torch.ones(3, 3, dtype=dtype))  # weight decay changes it, gradients do not
     trained = ModelWithLoss(model, zero_ranks.objective(model))
     engine = make_engine(trained, config)
     trained.compile_steps()
@@ -56,7 +57,8 @@ def train(name: str, *, handed: bool) -> dict:
         losses.append(result.loss)
         norms.append(float(engine.get_global_grad_norm() or 0.0))
     kind.takes_gradients, kind.take_gradients = takes, take
-    counters = [engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps]
+    states = len(getattr(engine.optimizer, "optimizer", engine.optimizer).state)
+    counters = [states, engine.global_steps, engine.micro_steps, engine.global_samples, engine.skipped_steps]
     return {
         "losses": losses,
         "norms": norms,

@@ -172,6 +172,7 @@ def train_step(engine: TrainingEngine, batches: Sequence[GraphBatch], guard: Ste
                 factor = math.nan  # the engine skips steps whose gradients are not finite, in every ZeRO stage
         if found is not None:
             layout.take_gradients(found.gradients, factor)
+            found.gradients.clear()  # they are not held beside the engine's copies during its step
         else:
             with gathered_parameters(engine):
                 engine.backward(loss * factor)

@@ -112,6 +112,9 @@ class ZeroLayout:
         """
         pairs = zip(self._trained(), gradients, strict=True)
         known = {p: g.contiguous() for p, g in pairs if g is not None}
+        # As DeepSpeed does: without a gradient, the optimizer would have no state for the parameter.
+        for parameter in self._trained():
+            parameter.grad = None if parameter in known else torch.zeros_like(parameter)
         # Products are copies: a graph may return one tensor for two parameters, and clipping is in place.
         for parameter, product in zip(known, torch._foreach_mul(list(known.values()), factor), strict=True):
             parameter.grad = product
