@@ -34,8 +34,8 @@ class FoundLoss:
     """The objective's sums, [tasks, columns] float64."""
     measured: Tensor | None
     """Gradients of the tasks with respect to the probe; None if they were not measured."""
-    gradients: list[Tensor | None]
-    """Gradient of each trained parameter, in the model's order; None where the loss does not depend on it."""
+    gradients: list[Tensor]
+    """Gradient of each trained parameter, in the model's order; zero where the loss does not depend on it."""
 
 
 class CompiledLoss:
@@ -47,7 +47,7 @@ class CompiledLoss:
 
     def __init__(self, model: AtomisticModel) -> None:
         self.model = model
-        self._graphs: dict[tuple[Any, ...], tuple[Any, list[bool]]] = {}
+        self._graphs: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, batch: GraphBatch, counts: Tensor, objective: Objective, measuring: bool) -> FoundLoss:
         """Return loss, sums and gradients of a batch, and the gradients of the tasks if `measuring` is true.
@@ -62,16 +62,9 @@ class CompiledLoss:
         rest = [*given, *self._fixed().values(), *layout.flat(batch), *probes]
         if key not in self._graphs:
             self._graphs[key] = self._trace(layout, objective, parameters, rest)
-        graph, used = self._graphs[key]
-        loss, sums, *found = graph([*parameters, *rest])
-        measured = found.pop(0) if measuring else None
-        gradients = iter(found)
-        return FoundLoss(
-            loss=loss,
-            sums=sums,
-            measured=measured,
-            gradients=[next(gradients) if is_used else None for is_used in used],
-        )
+        loss, sums, *gradients = self._graphs[key]([*parameters, *rest])
+        measured = gradients.pop(0) if measuring else None
+        return FoundLoss(loss=loss, sums=sums, measured=measured, gradients=gradients)
 
     def differentiable(self, found: FoundLoss) -> Tensor:
         """Return the loss that was found, whose backward pass hands the gradients over to hooks as usual."""
@@ -86,8 +79,7 @@ class CompiledLoss:
 
     def _trace(
         self, layout: BatchTensors, objective: Objective, parameters: Sequence[Tensor], rest: Sequence[Tensor]
-    ) -> tuple[Any, list[bool]]:
-        used = [True] * len(parameters)
+    ) -> Any:
         trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         fixed, wide = list(self._fixed()), self.model.dtype
 
@@ -102,23 +94,11 @@ class CompiledLoss:
             weighted = replace(objective, task_weights=task_weights, weights=quantity_weights)
             sums = weighted.sums(functional_call(self.model, state, (now, *probes)), now)
             loss = weighted.total(sums, counts)
-            gradients = torch.autograd.grad(loss, [*weights, *probes], allow_unused=True)
-            used[:] = [gradient is not None for gradient in gradients[: len(weights)]]
-            return (
-                loss.detach(),
-                sums.detach(),
-                *gradients[len(weights) :],
-                *(gradient for gradient in gradients[: len(weights)] if gradient is not None),
-            )
+            # DeepSpeed's hooks expect a gradient of every parameter.
+            gradients = torch.autograd.grad(loss, [*weights, *probes], materialize_grads=True)
+            return loss.detach(), sums.detach(), *gradients[len(weights) :], *gradients[: len(weights)]
 
-        return compile_traced(step, [*parameters, *rest]), used
-
-
-def scaled(gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
-    """Return gradients times a factor, a tensor without dimensions; None stays None."""
-    known = [gradient for gradient in gradients if gradient is not None]
-    products = iter(torch._foreach_mul(known, factor.to(known[0].dtype)) if known else [])
-    return [None if gradient is None else next(products) for gradient in gradients]
+        return compile_traced(step, [*parameters, *rest])
 
 
 class _KnownGradients(Function):
@@ -131,6 +111,6 @@ class _KnownGradients(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        handed = scaled(ctx.gradients, grads[0])
+        handed = torch._foreach_mul(ctx.gradients, grads[0].to(ctx.gradients[0].dtype))
         ctx.gradients = []
         return None, *handed

@@ -104,19 +104,15 @@ class ZeroLayout:
         return True
 
     @torch.no_grad()
-    def take_gradients(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+    def take_gradients(self, gradients: Sequence[Tensor], factor: float) -> None:
         """Use gradients of all trained parameters, times a factor and averaged over ranks, in the engine's next step.
 
         This does what DeepSpeed does for one parameter after the other in a backward pass. Called on every rank, for
         steps of one micro-batch.
         """
-        pairs = zip(self._trained(), gradients, strict=True)
-        known = {p: g.contiguous() for p, g in pairs if g is not None}
-        # As DeepSpeed does: without a gradient, the optimizer would have no state for the parameter.
-        for parameter in self._trained():
-            parameter.grad = None if parameter in known else torch.zeros_like(parameter)
         # Products are copies: a graph may return one tensor for two parameters, and clipping is in place.
-        for parameter, product in zip(known, torch._foreach_mul(list(known.values()), factor), strict=True):
+        products = torch._foreach_mul([gradient.contiguous() for gradient in gradients], factor)
+        for parameter, product in zip(self._trained(), products, strict=True):
             parameter.grad = product
         if ranks() > 1:
             engine: Any = self.engine
@@ -223,14 +219,12 @@ class FlatGroups(ZeroLayout):
         return follow and in_full and isinstance(optimizer.optimizer, torch.optim.Adam)
 
     @torch.no_grad()
-    def take_gradients(self, gradients: Sequence[Tensor | None], factor: float) -> None:
+    def take_gradients(self, gradients: Sequence[Tensor], factor: float) -> None:
         """Average all gradients in one flat tensor, and give the optimizer its share of each group."""
         found, parts = dict(zip(self._trained(), gradients, strict=True)), []
         flats = self._model_flats()
         for group, flat in zip(self.optimizer.round_robin_bit16_groups, flats, strict=True):
-            for parameter in group:
-                gradient = found[parameter]
-                parts.append(torch.zeros_like(parameter).view(-1) if gradient is None else gradient.reshape(-1))
+            parts += [found[parameter].reshape(-1) for parameter in group]
             parts.append(flat.new_zeros(flat.numel() - sum(parameter.numel() for parameter in group)))
         whole = torch.cat(parts).mul_(factor / ranks())
         if ranks() > 1:
