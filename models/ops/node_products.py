@@ -62,8 +62,10 @@ class _DegreeOuter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(x, g)
-        out: Tensor = torch.ops.hydrazero.degree_outer(x, g, math.isqrt(x.shape[1]))
-        return out
+        # Components are added one after the other: their sum is rounded once to a precision lower than float32.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out: Tensor = torch.ops.hydrazero.degree_outer(x.to(wide), g.to(wide), math.isqrt(x.shape[1]))
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

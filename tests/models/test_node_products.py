@@ -109,6 +109,15 @@ def test_degrees_mixed_by_kernels_are_those_of_plain_pytorch():
             torch.testing.assert_close(found, plain, rtol=1e-11, atol=1e-11)
 
 
+def test_gradients_of_weights_in_bfloat16_are_rounded_once():
+    x, g = (random(ATOMS, 16, 16).bfloat16() for _ in range(2))
+    weight = random(4, 16, 16).bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(degree_linear(x, weight), weight, g)
+    wide = weight.detach().float().requires_grad_()
+    (exact,) = torch.autograd.grad(degree_linear(x.float(), wide), wide, g.float())
+    assert torch.equal(found, exact.bfloat16())
+
+
 def test_degree_products_are_each_others_derivatives():
     x, weight = random(3, 9, 4).requires_grad_(), random(3, 4, 5).requires_grad_()
     assert torch.autograd.gradcheck(degree_linear, (x, weight), fast_mode=True)
