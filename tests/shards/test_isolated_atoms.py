@@ -15,6 +15,7 @@ from sources import make_shards, molecules, write_extxyz
 from test_convert import all_structures
 
 from hydrazero.launch.cli.main import main
+from hydrazero.shards.convert.checks.left_out_atoms import LeftOutAtoms
 from hydrazero.shards.convert.references import is_determined, reference_energies, undetermined_sums
 from hydrazero.shards.convert.subset import write_subset
 from hydrazero.shards.errors import SourceError
@@ -164,6 +165,20 @@ def test_errors_of_the_references_are_also_given_without_isolated_atoms(tmp_path
     assert f" {1000 * manifest.bound_residual_rms:.0f} 0.00" in both
     subset = write_subset(folder, tmp_path / "part", {"train": manifest.structures("train")}, seed=0)
     assert subset.bound_residual_rms == pytest.approx(manifest.bound_residual_rms)
+
+
+def test_isolated_atoms_without_the_field_of_select_are_named_with_what_to_do(tmp_path):
+    atoms, molecules_ = [lone("H", HYDROGEN), lone("O", OXYGEN)], waters()
+    for frame in molecules_:
+        frame.info["kind"] = "md"
+    source = write_extxyz(tmp_path / "a.extxyz", [*atoms, *molecules_])
+    (tmp_path / "c.toml").write_text("[select]\nkind = ['md']\n")
+    said = shown("convert", source, "--task", "w", "--config", tmp_path / "c.toml", "--out", tmp_path / "w")
+    start = "isolated atoms of H, O are left out, which would help to determine the reference energies"
+    assert f"{start}; give them the field 'kind', which [select] names and they lack.\n" in said
+    # An atom that is bad in another way has no step to name.
+    (text,) = LeftOutAtoms({"H": []}).warnings([{"H": 1.0, "O": -2.0}], {"H", "O"})
+    assert text == f"{start.replace('H, O', 'H')}."
 
 
 @pytest.mark.parametrize("how", ["select", "skip"])
