@@ -68,9 +68,9 @@ class Manifest:
     required_labels: list[Annotated[str, Field(pattern=r"^[^\W\d]\w*$")]]
     """Labels that every structure has."""
     periodic_structures: Count
-    bound_residual_rms: Annotated[Number, Field(ge=0)] = 0.0
+    bound_residual_rms: Annotated[Number, Field(ge=0)] | None = None
     """Root mean square of the energy minus reference energies over the training structures that are no isolated atoms,
-    eV/atom; 0 if there are none or it is unknown."""
+    eV/atom; null if there are none or it is unknown."""
     references: str = "fit"
     """Where reference energies come from: 'fit' (least squares over the training split) or 'isolated' (its isolated
     atoms)."""

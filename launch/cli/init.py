@@ -33,7 +33,7 @@ from hydrazero.shards.text.foreign_text import echo
     "--ranks",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of training processes.  [default: one per GPU; on a CPU what is fastest here, at most four]",
+    help="Number of training processes.  [default: one per GPU; on a CPU the fastest of 1, 2 and 4 in a measurement]",
 )
 def init_command(folders: tuple[Path, ...], **options: Any) -> None:
     """Write a commented run file for training on shard folders.

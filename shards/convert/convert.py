@@ -179,7 +179,8 @@ def _manifest(
 ) -> Manifest:
     isolated = isolated_atoms(total)
     references = chosen_references(total.triangle, isolated, job.settings.references, job.task)
-    calls = [(job.shards, shard, references) for shards in splits.values() for shard in shards]
+    cutoffs = job.settings.degree_cutoffs
+    calls = [(job.shards, shard, references, cutoffs) for shards in splits.values() for shard in shards]
     residuals = workers.run_all(residuals_of, calls, lambda: None) if references else []
     found = label_statistics(total, residuals, len(splits["train"]))
     targets = {
@@ -213,7 +214,7 @@ def _manifest(
         multiplicity_known=total.multiplicity_known,
         degrees={f"{cutoff:g}": degrees for cutoff, degrees in total.degrees.items()},
         closest=closest_pairs(total.closest),
-        closest_within=max(job.settings.degree_cutoffs, default=0.0),
+        closest_within=max(cutoffs, default=0.0),
         distributions=found.distributions,
         outliers=found.outliers,
         duplicates=index.duplicates,

@@ -32,7 +32,7 @@ class LabelStatistics:
     """Statistics of the labels of a task; see the fields of the same names in `Manifest`."""
 
     labels: dict[str, LabelRange]
-    bound_residual_rms: float
+    bound_residual_rms: float | None
     distributions: dict[str, Histogram]
     outliers: dict[str, list[Outlier]]
 
@@ -49,8 +49,11 @@ class Residuals:
     names: list[str]
 
 
-def residuals_of(folder: Path, shard: Shard, references: dict[str, float]) -> Residuals:
-    """Return the energies per atom of a shard minus the reference energies; `references` in eV by element."""
+def residuals_of(folder: Path, shard: Shard, references: dict[str, float], cutoffs: Sequence[float]) -> Residuals:
+    """Return the energies per atom of a shard minus the reference energies.
+
+    `references` are in eV by element; a single atom without a neighbour within `cutoffs` (Å) is an isolated one.
+    """
     table = reference_table(references)
     parts, names, lone = [], [], []
     for block in read_blocks(folder / shard.file, shard):
@@ -59,7 +62,9 @@ def residuals_of(folder: Path, shard: Shard, references: dict[str, float]) -> Re
         sums = np.where(counts > 0, counts * table, 0.0).sum(axis=1)
         parts.append((block.energy - sums) / block.n_atoms)
         names += block.names
-        lone += [size == 1 and is_isolated_atom(block.structure(row), ()) for row, size in enumerate(block.n_atoms)]
+        lone += [
+            size == 1 and is_isolated_atom(block.structure(row), cutoffs) for row, size in enumerate(block.n_atoms)
+        ]
     per_atom = np.concatenate(parts)
     moments, bound = LabelSums(), LabelSums()
     moments.add(per_atom)
@@ -100,7 +105,7 @@ def label_statistics(total: Statistics, residuals: Sequence[Residuals], training
         outliers["stress"] = total.most_stressed
     return LabelStatistics(
         labels={name: labels[name] for name in LABELS if name in labels},
-        bound_residual_rms=bound.label_range().rms if bound.count else 0.0,
+        bound_residual_rms=bound.label_range().rms if bound.count else None,
         distributions=distributions,
         outliers=dict(sorted(outliers.items())),
     )

@@ -61,7 +61,7 @@ def _write(manifest: Manifest, folder: Path | str, part: Path, counts: Mapping[s
             total.add(block, split, cutoffs, extensive)
     isolated = isolated_atoms(total)
     references = chosen_references(total.triangle, isolated, manifest.references, manifest.task)
-    residuals = [residuals_of(part, shard, references) for shards in splits.values() for shard in shards]
+    residuals = [residuals_of(part, shard, references, cutoffs) for shards in splits.values() for shard in shards]
     found = label_statistics(total, residuals if references else [], len(splits["train"]))
     taken = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     subset = replace(

@@ -307,5 +307,5 @@ def brief(error: Exception) -> str:
     """Return the first line of the text of an error, or the name of its class; texts that are no numbers by name."""
     text = str(error).strip().splitlines()
     if text and (found := _NO_NUMBER.fullmatch(text[0])):
-        return f"'{found['text'][:60]}' is no {'whole ' * ('int' in found[1])}number"
+        return f"'{found['text'][:60]}' is not a {'whole ' * ('int' in found[1])}number"
     return text[0][:200] if text else type(error).__name__

@@ -125,9 +125,21 @@ def test_a_count_of_atoms_that_is_wrong_by_one(tmp_path, count, words):
 @pytest.mark.parametrize(
     ("header", "row", "words"),
     [
-        ("energy=********", "H 0 0 0 0 0 0", "the energy cannot be read as numbers: '********' is none; correct"),
-        ("energy=-1 charge=one", "H 0 0 0 0 0 0", "the charge cannot be read as numbers: 'one' is none; correct"),
-        ("energy=-1", "H 0 0 0 0 ******** 0", "in the line of atom 0, '********' is no number; correct the frame, or"),
+        (
+            "energy=********",
+            "H 0 0 0 0 0 0",
+            "the energy cannot be read as numbers: '********' is not a number; correct",
+        ),
+        (
+            "energy=-1 charge=one",
+            "H 0 0 0 0 0 0",
+            "the charge cannot be read as numbers: 'one' is not a number; correct",
+        ),
+        (
+            "energy=-1",
+            "H 0 0 0 0 ******** 0",
+            "in the line of atom 0, '********' is not a number; correct the frame, or",
+        ),
         (
             'energy=-1 pbc="T T F',
             "H 0 0 0 0 0 0",
@@ -142,13 +154,13 @@ def test_text_in_place_of_a_number_is_shown_without_python(tmp_path, header, row
 
 
 def test_what_python_says_of_a_text_that_is_no_number():
-    for value, words in (("1.2.3", "'1.2.3' is no number"), (np.str_("a'b"), "'a'b' is no number")):
+    for value, words in (("1.2.3", "'1.2.3' is not a number"), (np.str_("a'b"), "'a'b' is not a number")):
         with pytest.raises(ValueError) as error:
             np.array([value], dtype=object).astype(np.float64) if isinstance(value, str) else float(value)
         assert brief(error.value) == words
     with pytest.raises(ValueError) as error:
         int("x")
-    assert brief(error.value) == "'x' is no whole number" and brief(ValueError()) == "ValueError"
+    assert brief(error.value) == "'x' is not a whole number" and brief(ValueError()) == "ValueError"
     ragged = [[1.0, 2.0], [3.0]]
     with pytest.raises(StructureError, match="the forces cannot be read as numbers: its parts have different shapes"):
         numbers_in(ragged, "forces")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -15,6 +16,8 @@ from sources import make_shards, molecules, write_extxyz
 from test_convert import all_structures
 
 from hydrazero.launch.cli.main import main
+from hydrazero.launch.cli.views.shards_view import SIDE_BY_SIDE, side_by_side_rows
+from hydrazero.shards.convert.checks.left_out_atoms import LeftOutAtoms
 from hydrazero.shards.convert.references import is_determined, reference_energies, undetermined_sums
 from hydrazero.shards.convert.subset import write_subset
 from hydrazero.shards.errors import SourceError
@@ -75,6 +78,10 @@ def test_an_atom_with_neighbours_in_the_next_cells_is_not_isolated(tmp_path):
     near = make_shards(tmp_path / "near", "copper", [*crystals, wide], degree_cutoffs=[5.0])
     far = make_shards(tmp_path / "far", "copper", [*crystals, wide], degree_cutoffs=[5.0, 7.0])
     assert read_manifest(near).isolated_atoms == {"Cu": -0.2} and read_manifest(far).isolated_atoms == {}
+    # It counts among the bound structures exactly if it is not taken as an isolated atom.
+    for folder, alike in ((near, False), (far, True)):
+        found = read_manifest(folder)
+        assert (found.bound_residual_rms == found.labels["energy_residual_per_atom"].rms) == alike
 
 
 def test_references_are_those_of_isolated_atoms_where_the_settings_say_so(tmp_path):
@@ -162,8 +169,30 @@ def test_errors_of_the_references_are_also_given_without_isolated_atoms(tmp_path
     both = " ".join(shown("inspect", folder, other).split())
     assert "minus reference energies (without isolated atoms), meV/atom" in both
     assert f" {1000 * manifest.bound_residual_rms:.0f} 0.00" in both
+    # An earlier conversion does not know that value: then all rows are with isolated atoms.
+    old = replace(read_manifest(other), bound_residual_rms=None)
+    rows, mixed = side_by_side_rows([manifest], "5"), side_by_side_rows([manifest, old], "5")
+    column = SIDE_BY_SIDE.index("energy")
+    assert rows[0][column] == f"{1000 * manifest.bound_residual_rms:,.0f}"
+    total = manifest.labels["energy_residual_per_atom"].rms
+    assert mixed[0][column] == f"{1000 * total:,.0f}"
+    assert side_by_side_rows([replace(manifest, bound_residual_rms=0.0)], "5")[0][column] == "0"
     subset = write_subset(folder, tmp_path / "part", {"train": manifest.structures("train")}, seed=0)
     assert subset.bound_residual_rms == pytest.approx(manifest.bound_residual_rms)
+
+
+def test_isolated_atoms_without_the_field_of_select_are_named_with_what_to_do(tmp_path):
+    atoms, molecules_ = [lone("H", HYDROGEN), lone("O", OXYGEN)], waters()
+    for frame in molecules_:
+        frame.info["kind"] = "md"
+    source = write_extxyz(tmp_path / "a.extxyz", [*atoms, *molecules_])
+    (tmp_path / "c.toml").write_text("[select]\nkind = ['md']\n")
+    said = shown("convert", source, "--task", "w", "--config", tmp_path / "c.toml", "--out", tmp_path / "w")
+    start = "isolated atoms of H, O are left out, which would help to determine the reference energies"
+    assert f"{start}; give them the field 'kind', which [select] names and they lack\n" in said
+    # An atom that is bad in another way has no step to name.
+    (text,) = LeftOutAtoms({"H": []}).warnings([{"H": 1.0, "O": -2.0}], {"H", "O"})
+    assert text == f"{start.replace('H, O', 'H')}."
 
 
 @pytest.mark.parametrize("how", ["select", "skip"])

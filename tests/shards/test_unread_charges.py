@@ -196,7 +196,17 @@ def test_files_of_deepmd_systems(tmp_path, name, charged):
     assert sum("is not read" in text for text in manifest.warnings) == (charged == 0)
 
 
-@pytest.mark.parametrize(("name", "label"), [("virial", "virial"), ("REF_virials", "virial"), ("Stress", "stress")])
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("virial", "virial"),
+        ("REF_virials", "virial"),
+        ("virail", "virial"),
+        ("Stress", "stress"),
+        ("sterss", "stress"),
+        ("srtess", "stress"),
+    ],
+)
 def test_a_stress_under_another_name_is_said_and_can_be_read(tmp_path, name, label):
     frames = []
     for seed in range(8):

@@ -118,6 +118,56 @@ def test_what_the_user_has_set_is_not_measured_against_other_numbers(data, measu
     assert command("init", data[0], "--out", "set.toml").output.endswith("train set.toml --ranks 4\n")
 
 
+@pytest.mark.parametrize(
+    ("cores", "train", "layouts"),
+    [
+        (1, 1000, [(1, None)]),
+        (2, 1000, [(1, 2), (2, 1)]),
+        (5, 1000, [(1, 5), (2, 2), (4, 1)]),
+        (7, 1000, [(1, 7), (2, 3), (4, 1)]),
+        (11, 1000, [(1, 11), (2, 5), (4, 2)]),
+        (11, 31, [(1, 11), (2, 5)]),
+        (11, 15, [(1, None)]),
+        (11, 3, [(1, None)]),
+    ],
+)
+def test_ranks_share_any_number_of_cores(data, monkeypatch, cores, train, layouts):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert tried(data, monkeypatch, cores, train) == layouts
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "train", "ranks"),
+    [
+        ("1", 11, 1000, 4),
+        ("4", 11, 1000, 2),
+        ("4,2", 11, 1000, 2),
+        ("6", 11, 1000, 1),
+        ("16", 11, 1000, 1),
+        ("1", 8, 20, 2),
+    ],
+)
+def test_ranks_with_the_threads_that_are_set_fit_on_the_cores(data, monkeypatch, threads, cores, train, ranks):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert tried(data, monkeypatch, cores, train) == [(ranks, None)]
+
+
+@pytest.mark.parametrize("threads", ["", "0", "-1", "many"])
+def test_threads_that_are_no_number_are_refused(data, monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with pytest.raises(ConfigError, match="OMP_NUM_THREADS is '"):
+        tried(data, monkeypatch, 4, 1000)
+
+
+def tried(data, monkeypatch, cores: int, train: int) -> list[tuple[int, int | None]]:
+    monkeypatch.setattr(propose_run, "gpu_module", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    request = propose_run.InitRequest(
+        folders=data[:1], out=Path("run.toml"), encoder="painn", size="tiny", cutoff=5.0, hours=1.0, ranks=None
+    )
+    return propose_run._layouts(request, train)
+
+
 def test_ranks_are_compared_by_the_structures_that_fit_into_the_hours():
     fast = replace(TIMES, compiled=0.05, compiling=3000.0)  # twice as fast, once it is compiled
     for hours, wins in ((1.0, False), (10.0, True)):

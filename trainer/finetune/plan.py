@@ -29,9 +29,9 @@ COMPILED = 150_000
 training on so many takes 70 s (molecules) to 290 s (metals) without compiling, and 20 s to 40 s with it (`make bench`,
 rows `..._train_..._atoms`)."""
 LEAST_INTERVAL = 10
-"""Number of steps between evaluations at least, since early stopping waits for PATIENCE evaluations."""
+"""Minimum number of steps between evaluations, since early stopping waits for PATIENCE evaluations."""
 FEWEST = 4
-"""Number of evaluations at least, however long they take: the best weights are chosen among them."""
+"""Minimum number of evaluations, however long they take: the best weights are chosen among them."""
 VALIDATION_COST = 0.5
 """Time to evaluate a structure, over that to train on it (PaiNN on ethanol: 0.49)."""
 PATIENCE = 6

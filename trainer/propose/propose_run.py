@@ -28,10 +28,10 @@ from hydrazero.trainer.setup import check_run
 
 RATES = {"tiny": 2e-3, "small": 2e-3, "base": 1e-3, "large": 5e-4}
 """Learning rate for each size of a model: larger models diverge at rates that suit small ones."""
-MOST_CPU_RANKS = 4
-"""Maximum number of ranks that are tried on a machine without a GPU; each may use several cores."""
+CPU_RANKS = (1, 2, 4)
+"""Numbers of ranks that are tried on a machine without a GPU; each rank may use several cores."""
 FEWEST_OF_A_RANK = 8
-"""Number of training structures below which a rank is not worth its while."""
+"""Number of training structures that each rank gets at least; there are no more ranks than that allows."""
 PER_STEP = 32
 """Structures in a step of all ranks together, if there are enough."""
 SEVERAL_TASKS = 2.0
@@ -166,8 +166,9 @@ def _proposal(request: InitRequest, manifests: tuple[Manifest, ...], ranks: int,
 def _layouts(request: InitRequest, train: int) -> list[tuple[int, int | None]]:
     """Return the numbers of ranks, and of threads of each, among which the choice is; threads are None for any number.
 
-    On GPUs it is a rank for each. On a CPU the cores are divided in every way that leaves none over. What the user has
-    set is not measured against anything else. There are no more ranks than the structures can fill.
+    On GPUs it is a rank for each. On a CPU the ranks share the cores, of which some may be left over. What the user has
+    set is not measured against anything else: with OMP_NUM_THREADS, there are as many ranks as the cores hold with that
+    many threads each. There are no more ranks than the structures can fill.
     """
     if request.ranks is not None:
         return [(request.ranks, None)]
@@ -176,10 +177,21 @@ def _layouts(request: InitRequest, train: int) -> list[tuple[int, int | None]]:
     if gpu is not None:
         return [(min(gpu.device_count(), fed), None)]
     cores = len(os.sched_getaffinity(0))
-    most = min(cores, MOST_CPU_RANKS, fed)
-    if THREADS_VARIABLE in os.environ or most == 1:
-        return [(most, None)]
-    return [(ranks, cores // ranks) for ranks in range(1, most + 1) if cores % ranks == 0]
+    if THREADS_VARIABLE in os.environ:
+        return [(max(min(cores // _threads_set(), CPU_RANKS[-1], fed), 1), None)]
+    layouts: list[tuple[int, int | None]] = [(ranks, cores // ranks) for ranks in CPU_RANKS if ranks <= min(cores, fed)]
+    return layouts if len(layouts) > 1 else [(1, None)]
+
+
+def _threads_set() -> int:
+    """Return OMP_NUM_THREADS, of whose numbers for nested levels the first counts; raise ConfigError for others."""
+    text = os.environ[THREADS_VARIABLE]
+    first = text.partition(",")[0].strip()
+    if not (first.isascii() and first.isdigit() and int(first)):
+        raise ConfigError(
+            f"{THREADS_VARIABLE} is '{text[:40]}'; set it to a number of threads, 1 or more, or unset it."
+        )
+    return int(first)
 
 
 def _device(ranks: int) -> str:

@@ -117,7 +117,7 @@ SIDE_BY_SIDE = (
 
 def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[str]]:
     """Return a row of texts for each task, in the columns SIDE_BY_SIDE."""
-    rows = []
+    rows, bound = [], all_bound(manifests)
     for manifest in manifests:
         sizes = sorted(manifest.size_histogram)
         symbols = sorted(manifest.elements, key=lambda symbol: atomic_numbers[symbol])
@@ -132,7 +132,7 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
                 " ".join(symbols) if len(symbols) <= 5 else f"{len(symbols)}: {symbols[0]} to {symbols[-1]}",
                 f"{100 * manifest.periodic_structures / manifest.structures():.0f}%",
                 f"{100 * manifest.charged_structures / manifest.structures():.0f}%",
-                "-" if energy is None else f"{1000 * _bound_rms(manifest):,.0f}",
+                "-" if energy is None else f"{1000 * _residual_rms(manifest, bound):,.0f}",
                 "-" if forces is None else f"{forces.rms:.2f}",
                 "-" if facts is None else f"{facts['mean']:.0f}, {facts['most']}",
                 f"{manifest.duplicate_count:,}",
@@ -142,9 +142,16 @@ def side_by_side_rows(manifests: Sequence[Manifest], cutoff: str) -> list[list[s
     return rows
 
 
-def _bound_rms(manifest: Manifest) -> float:
-    """Return the root mean square of the energy minus reference energies, without isolated atoms if that is known."""
-    return manifest.bound_residual_rms or manifest.labels["energy_residual_per_atom"].rms
+def all_bound(manifests: Sequence[Manifest]) -> bool:
+    """Return whether all tasks with energies know the deviation from the references without isolated atoms."""
+    known = [each.bound_residual_rms is not None for each in manifests if "energy_residual_per_atom" in each.labels]
+    return all(known)
+
+
+def _residual_rms(manifest: Manifest, bound: bool) -> float:
+    """Return the root mean square of the energy minus reference energies, without isolated atoms if `bound`."""
+    rms = manifest.bound_residual_rms if bound else None
+    return manifest.labels["energy_residual_per_atom"].rms if rms is None else rms
 
 
 def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableType:
@@ -161,9 +168,8 @@ def describe_several(manifests: Sequence[Manifest], cutoff: str) -> RenderableTy
             table.add_row(*(row[column] for column in (0, *columns)))
         tables.append(table)
     head = Text(f"{len(manifests)} tasks, {total:,} structures", style="bold")
-    with_atoms = [manifest for manifest in manifests if manifest.isolated_atoms]
-    known = with_atoms and all(manifest.bound_residual_rms for manifest in with_atoms)
-    without = " (without isolated atoms)" if known else ""
+    has_atoms = any(manifest.isolated_atoms for manifest in manifests)
+    without = f" ({'without' if all_bound(manifests) else 'with'} isolated atoms)" if has_atoms else ""
     note = (
         f"energy: root mean square of the energy minus reference energies{without}, meV/atom; forces: root mean "
         f"square, eV/Å; neighbours: mean and maximum of an atom within {cutoff} Å"
@@ -227,7 +233,7 @@ def describe(manifest: Manifest) -> RenderableType:
     facts = [f"{key}: {value}" for key, value in manifest.source.items()]
     periodic = f"{manifest.periodic_structures:,} of {manifest.structures():,} structures are periodic"
     notes = [periodic, f"positions, forces and stress are {manifest.float_dtype}, energies float64"]
-    if manifest.isolated_atoms and manifest.bound_residual_rms:
+    if manifest.isolated_atoms and manifest.bound_residual_rms is not None:
         notes.append(
             "energy - references has a root mean square of "
             f"{1000 * manifest.bound_residual_rms:.3g} meV/atom without isolated atoms"

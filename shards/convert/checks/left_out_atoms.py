@@ -12,6 +12,8 @@ from hydrazero.shards.readers.frames import Frame
 
 UNLABELLED = "labels that [labels] require names"
 """What atoms lack that are left out because of a missing label."""
+LACKS = "has no field "
+"""Start of what is said of atoms that are left out because they lack a key of [select], which follows."""
 
 
 class LeftOutAtoms:
@@ -27,6 +29,7 @@ class LeftOutAtoms:
         if structure is None or structure.energy is None or not is_isolated_atom(structure, cutoffs):
             return
         why = [f"{key} = {value!r}" for key, value in unwanted_values(frame.info, select).items()]
+        why += [f"{LACKS}'{key}'" for key in select if key not in frame.info]
         why += [UNLABELLED] * (frame.structure is None)
         self.reasons.setdefault(chemical_symbols[int(structure.numbers[0])], set()).update(why)
 
@@ -49,12 +52,15 @@ class LeftOutAtoms:
         if not helpful:
             return []
         why = {reason for symbol in helpful for reason in self.reasons[symbol]}
-        values = sorted(why - {UNLABELLED})
-        steps = [f"add {' and '.join(values)} to [select]"] * bool(values)
+        keys = sorted(reason.removeprefix(LACKS) for reason in why if reason.startswith(LACKS))
+        values = sorted(reason for reason in why if reason != UNLABELLED and not reason.startswith(LACKS))
+        steps = [f"give them the field {' and '.join(keys)}, which [select] names and they lack"] * bool(keys)
+        steps += [f"add {' and '.join(values)} to [select]"] * bool(values)
         steps += ["set require = ['energy'] under [labels], since they have no other labels"] * (UNLABELLED in why)
         text = (
             f"isolated atoms of {', '.join(helpful)} are left out, which would help to determine the reference energies"
         )
         foreign = [symbol for symbol in self.reasons if symbol not in elements]
         foreign_text = f"; leave out those of {', '.join(foreign)}, which no other structure holds" if foreign else ""
-        return [f"{text}; {' and '.join(steps)}{foreign_text}."]
+        advice = f"; {' and '.join(steps)}" if steps else ""  # none for an atom that is bad in another way
+        return [f"{text}{advice}{foreign_text}."]

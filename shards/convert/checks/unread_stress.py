@@ -41,7 +41,7 @@ class UnreadStress:
         """Return a sentence for each such field."""
         return [
             f"{count:,} structures have a field '{name}', which is not read, and no stress; [fields] "
-            f'{"stress" if "str" in name.lower() else "virial"} = "{name}" reads it, and stress = "" leaves the '
+            f'{"virial" if _is_virial(name) else "stress"} = "{name}" reads it, and stress = "" leaves the '
             "stress out."
             for name, count in sorted(self.counts.items())
         ]
@@ -49,6 +49,10 @@ class UnreadStress:
 
 def _is_stress(name: str) -> bool:
     return NAMES.fullmatch(name) is not None or any(is_misspelt(name, meant) for meant in ("stress", "virial"))
+
+
+def _is_virial(name: str) -> bool:
+    return "virial" in name.lower() or is_misspelt(name, "virial")
 
 
 def _has_numbers(value: Any) -> bool:

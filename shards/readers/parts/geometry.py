@@ -35,7 +35,7 @@ def numbers_in(value: Any, name: str) -> NDArray[np.float64]:
 
 
 def _why(value: Any) -> str:
-    """Return why a value holds no numbers: its first item that is none, or parts of different shapes."""
+    """Return why a value holds no numbers: its first item that is not a number, or parts of different shapes."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -45,7 +45,7 @@ def _why(value: Any) -> str:
         try:
             float(item)
         except (TypeError, ValueError, OverflowError):
-            return f"'{escaped(str(item))[:60]}' is none"
+            return f"'{escaped(str(item))[:60]}' is not a number"
     return "its parts have different shapes"
 
 
