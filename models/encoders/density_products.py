@@ -8,6 +8,8 @@ first node features, so that charge and spin enter too.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class DensityProducts(nn.Module):
         """Return [A, (l + 1)^2, F] from densities [A, (L + 1)^2, F] and initial features of the atoms [A, F]."""
         features, outputs = kinds.shape[1], (self.out_degree + 1) ** 2
         # One product of matrices makes all factors.
-        matrices = torch.cat([weight for factor in self.factors for weight in factor.parameters()], dim=2)
+        matrices = torch.cat([cast(Tensor, factor.weight) for factor in self.factors], dim=2)
         factors = mix_degrees(densities, matrices, kernels=kernels).split(features, dim=2)
         sphere = Sphere(harmonics=self.tables.get("harmonics", kinds), weights=self.tables.get("weights", kinds))
         terms, lengths = [factors[0][:, :outputs]], self.tables.get("lengths", kinds)

@@ -20,6 +20,7 @@ from hydrazero.shards.graphs.graph import BatchShape
 from hydrazero.shards.location import Location, ShardCommand
 from hydrazero.shards.manifest import read_manifest
 from hydrazero.shards.stream import block_reader
+from hydrazero.shards.stream.batch_buffer import BY_VALUE
 from hydrazero.shards.stream.block_reader import BlockCache, BlockReader
 from hydrazero.shards.stream.stream import StreamSettings, TrainStream
 from hydrazero.trainer.config.run_file import load_run_config
@@ -159,12 +160,15 @@ def test_the_cache_is_bounded(shards):
     assert cache.block(0, 0) is not first
 
 
-def test_batches_come_through_shared_memory(shards):
-    """From worker processes the tensors are handed over in shared memory, not copied through a pipe."""
-    options = StreamSettings(folders=(str(shards),), cutoff=4.0, shape=SHAPE, workers=1)
-    batch = next(iter(TrainStream(options, 0, 1)))
+@pytest.mark.parametrize("slots", [SHAPE.slots, 40_000], ids=["small", "large"])
+def test_large_batches_come_through_shared_memory(shards, slots):
+    """From worker processes the tensors of large batches are not copied through a pipe."""
+    shape = SHAPE.model_copy(update={"slots": slots})
+    batch = next(iter(TrainStream(StreamSettings(folders=(str(shards),), cutoff=4.0, shape=shape, workers=1), 0, 1)))
     tensors = [value for value in batch.to_dict().values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) > 15 and all(tensor.is_shared() for tensor in tensors)
+    is_large = sum(tensor.nbytes for tensor in tensors) > BY_VALUE
+    assert is_large == (slots > SHAPE.slots)
+    assert len(tensors) > 15 and {tensor.is_shared() for tensor in tensors} == {is_large}
 
 
 RUN = """
