@@ -190,9 +190,9 @@ def test_isolated_atoms_without_the_field_of_select_are_named_with_what_to_do(tm
     said = shown("convert", source, "--task", "w", "--config", tmp_path / "c.toml", "--out", tmp_path / "w")
     start = "isolated atoms of H, O are left out, which would help to determine the reference energies"
     assert f"{start}; give them the field 'kind', which [select] names and they lack\n" in said
-    # An atom that is bad in another way has no step to name.
+    # An atom that is bad in another way lacks no field and no label.
     (text,) = LeftOutAtoms({"H": []}).warnings([{"H": 1.0, "O": -2.0}], {"H", "O"})
-    assert text == f"{start.replace('H, O', 'H')}."
+    assert text == f"{start.replace('H, O', 'H')}; correct their frames, which are skipped as bad."
 
 
 @pytest.mark.parametrize("how", ["select", "skip"])

@@ -57,10 +57,9 @@ class LeftOutAtoms:
         steps = [f"give them the field {' and '.join(keys)}, which [select] names and they lack"] * bool(keys)
         steps += [f"add {' and '.join(values)} to [select]"] * bool(values)
         steps += ["set require = ['energy'] under [labels], since they have no other labels"] * (UNLABELLED in why)
-        text = (
-            f"isolated atoms of {', '.join(helpful)} are left out, which would help to determine the reference energies"
-        )
+        atoms = f"isolated atoms of {', '.join(helpful)}"
+        text = f"{atoms} are left out, which would help to determine the reference energies;"
         foreign = [symbol for symbol in self.reasons if symbol not in elements]
         foreign_text = f"; leave out those of {', '.join(foreign)}, which no other structure holds" if foreign else ""
-        advice = f"; {' and '.join(steps)}" if steps else ""  # none for an atom that is bad in another way
-        return [f"{text}{advice}{foreign_text}."]
+        steps = steps or ["correct their frames, which are skipped as bad"]
+        return [f"{text} {' and '.join(steps)}{foreign_text}."]
