@@ -24,7 +24,7 @@ from hydrazero.shards.graphs.graph import GraphBatch
 from hydrazero.trainer.checkpoint.model_of_run import model_of_run
 from hydrazero.trainer.config.schedule_shapes import Plateau, StableDecay, own_shape
 from hydrazero.trainer.config.sections import LossSection
-from hydrazero.trainer.engine.losses import make_objective
+from hydrazero.trainer.engine.losses import make_objective, pointwise_loss
 from hydrazero.trainer.engine.model_with_loss import ModelWithLoss
 from hydrazero.trainer.engine.parameter_groups import freeze, parameter_groups
 from hydrazero.trainer.engine.schedules import Schedule
@@ -77,6 +77,14 @@ def test_the_norm_of_an_error_of_zero_has_a_gradient():
     loss, trained = loss_of(batch, kind="l1", force_errors="norm")
     loss.backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in trained.parameters() if p.grad is not None)
+
+
+def test_the_huber_loss_is_quadratic_below_delta_and_grows_linearly_above():
+    errors = torch.tensor([-0.5, 0.01, 1.0, 3.0, -20.0], dtype=torch.float64, requires_grad=True)
+    losses = pointwise_loss(errors, LossSection(kind="huber", huber_delta=1.0))
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([0.125, 5e-5, 0.5, 2.5, 19.5])
+    assert errors.grad.tolist() == pytest.approx([-0.5, 0.01, 1.0, 1.0, -1.0])
 
 
 def test_weights_of_quantities_change_on_the_way():

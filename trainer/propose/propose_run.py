@@ -26,7 +26,7 @@ from hydrazero.trainer.rehearsal.measure_steps import StepTimes, read_step_times
 from hydrazero.trainer.rehearsal.rehearse import MEASURE
 from hydrazero.trainer.setup import check_run
 
-RATES = {"tiny": 2e-3, "small": 2e-3, "base": 1e-3, "large": 5e-4}
+RATES = {"tiny": 5e-3, "small": 5e-3, "base": 1e-3, "large": 5e-4}
 """Learning rate for each size of a model: larger models diverge at rates that suit small ones."""
 CPU_RANKS = (1, 2, 4)
 """Numbers of ranks that are tried on a machine without a GPU; each rank may use several cores."""

@@ -165,7 +165,13 @@ def _batch(proposal: RunProposal) -> str:
 def _loss(proposal: RunProposal) -> str:
     labels = _names(dict.fromkeys(proposal.labels))
     entries: list[tuple[str, Any, str]] = [
-        ("kind", "l1", "Absolute errors (l1) are less sensitive to outliers than squares (l2); huber is in between.")
+        (
+            "kind",
+            "huber",
+            "Quadratic for errors below huber_delta (in units of the task's typical force), linear for larger ones, so "
+            "that outliers do not dominate. l1 is linear everywhere, l2 quadratic.",
+        ),
+        ("huber_delta", 1.0, ""),
     ]
     if "energy" in labels:
         entries.append(("energy_weight", 5.0, "Weight of the error of the energy per atom."))
